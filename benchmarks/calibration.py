@@ -100,13 +100,13 @@ def calibrated(kind: str, seconds: float, folder: Path) -> tuple[str, float]:
 def measured(path: Path) -> list[FitRow]:
     """The shapes in a file of measurements, each over all turns."""
     _, done = read(path.read_text())
-    return fit.merge_turns((shape, entry.measured) for (shape, _), entry in done.items())
+    return fit.merge_turns((entry.shape, entry) for entry in done.values())
 
 
 def plot(rows: Sequence[FitRow], co: cost_model.Coefficients, title: str) -> str:
     """An SVG of measured (x) against predicted (y) costs of held-out shapes: dots; crosses for an alpha-beta line."""
-    held = [row.measured for row in rows if row.shape.held_out]
-    line = fit.fit_line([row.measured for row in rows if not row.shape.held_out])
+    held = [row for row in rows if row.shape.held_out]
+    line = fit.fit_line([row for row in rows if not row.shape.held_out])
     low, high = min(m.ms for m in held) / 2, max(m.ms for m in held) * 2
 
     def at(ms: float) -> float:

@@ -82,7 +82,7 @@ def refits(histories: int) -> Iterator[str]:
                 refit.add(window)
             shadow = refit.shadow()
             assert shadow
-            off.append(abs(cost_model.unit_ms(shadow.co) / cost_model.unit_ms(TRUE) - 1))
+            off.append(abs(cost_model.unit_ms(shadow) / cost_model.unit_ms(TRUE) - 1))
         start = cost_model.unit_ms(prior) / cost_model.unit_ms(TRUE) - 1
         yield f"  {name}: {start:+.0%} -> median {statistics.median(off):.1%}, worst {max(off):.1%}"
 

@@ -19,7 +19,7 @@ from typing import Any, Final
 import click
 
 from sidecar import __main__, errors, settings
-from sidecar.control.admin_api import Sources, make_app
+from sidecar.control.admin_api import make_app
 from sidecar.events import STATES, State
 from sidecar.health.kill_policy import ESCALATIONS, HOLDS
 from sidecar.health.probes import FAILS
@@ -29,7 +29,6 @@ from sidecar.kernels import families
 from sidecar.kernels.grid import ROWS, STRIPS, TILES, PatchSpec, TileSpec
 from sidecar.load.cost_model import Coefficients
 from sidecar.relay.media import preprocess_api
-from sidecar.report.live_page import PageFeed
 from sidecar.report.metrics import METRICS
 from sidecar.settings import Settings, format_key
 from sidecar.tools import cel
@@ -125,8 +124,8 @@ def flags_tables() -> str:
 
 def endpoints_table() -> str:
     """Every path of the admin port."""
-    nothing = Sources(None, None, None, None, PageFeed(), None, None)  # type: ignore[arg-type]  # routes need none
-    paths = dict.fromkeys(resource.canonical for resource in make_app(nothing).router.resources())
+    app = make_app(None)  # type: ignore[arg-type]  # routes need no loop
+    paths = dict.fromkeys(resource.canonical for resource in app.router.resources())
     return table(("path", "answer"), ((f"`GET {path}`", ANSWERS[path]) for path in paths))
 
 

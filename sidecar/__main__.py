@@ -43,16 +43,13 @@ def run_to_exit_code(job: Callable[[], int]) -> int:
         return _fail(settings.explain_removed(e.option_name) or _one_line(e), 2)
     except click.ClickException as e:
         return _fail(_one_line(e), 2)
-    except UsageError as e:
-        return _fail(str(e), 2)
     except SidecarError as e:
-        return _fail(str(e), 1)
+        return _fail(str(e), 2 if isinstance(e, UsageError) else 1)
     except (KeyboardInterrupt, click.Abort):
         return 130
 
 
-# Commands that are imported on use, because kubelet starts `sidecar probe` every few seconds.
-# name -> (module, settings class)
+# Imported on use, because kubelet starts `sidecar probe` every few seconds: name -> (module, settings class).
 LAZY_COMMANDS: Final = {
     "engine": ("sidecar.tools.scripted_engine.server", "EngineSettings"),
     "demo": ("sidecar.tools.demo.command", "DemoSettings"),
@@ -71,20 +68,17 @@ class Commands(click.Group):
         return sorted({*super().list_commands(ctx), *LAZY_COMMANDS})
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name in LAZY_COMMANDS:
-            return _import_command(cmd_name, *LAZY_COMMANDS[cmd_name])
-        return super().get_command(ctx, cmd_name)
+        if cmd_name not in LAZY_COMMANDS:
+            return super().get_command(ctx, cmd_name)
+        module, settings_class = LAZY_COMMANDS[cmd_name]
+        code = importlib.import_module(module)
+        cls = getattr(code, settings_class)
 
+        def command(config: str | None, **flags: str | None) -> int:
+            return int(code.main(settings.load(cls, flags, os.environ, config, also=(Settings,))))
 
-def _import_command(name: str, module: str, settings_class: str) -> click.Command:
-    code = importlib.import_module(module)
-    cls = getattr(code, settings_class)
-
-    def command(config: str | None, **flags: str | None) -> int:
-        return int(code.main(settings.load(cls, flags, os.environ, config, also=(Settings,))))
-
-    summary = str(code.__doc__).strip().splitlines()[0]
-    return click.command(name, help=summary)(add_options(cls)(command))
+        summary = str(code.__doc__).strip().splitlines()[0]
+        return click.command(cmd_name, help=summary)(add_options(cls)(command))
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

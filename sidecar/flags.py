@@ -35,20 +35,22 @@ def parser(expected: str, metavar: str) -> Callable[[Callable[[str], Any]], Pars
     return lambda parse: Parser(expected, metavar, parse)
 
 
-def checked(accepts: Callable[[str], object], expected: str, metavar: str = "TEXT") -> Parser:
-    """A parser that returns the texts it accepts unchanged."""
+def checked(
+    accepts: Callable[[str], object], expected: str, metavar: str = "TEXT", then: Callable[[str], str] = str
+) -> Parser:
+    """A parser that returns the texts it accepts, as `then` makes them."""
 
     def parse(text: str) -> str:
         if not accepts(text):
             raise ValueError
-        return text
+        return then(text)
 
     return Parser(expected, metavar, parse)
 
 
-def matching(pattern: str, expected: str) -> Parser:
+def matching(pattern: str, expected: str, metavar: str = "TEXT", then: Callable[[str], str] = str) -> Parser:
     """A parser of texts that match a whole pattern."""
-    return checked(re.compile(pattern).fullmatch, expected)
+    return checked(re.compile(pattern).fullmatch, expected, metavar, then)
 
 
 def one_of(*options: str) -> Parser:
@@ -85,13 +87,15 @@ file_path: Final = Parser("a path", "FILE", str)
 directory: Final = Parser("a directory", "DIR", str)
 existing_dir: Final = checked(lambda text: Path(text).is_dir(), "an existing directory", "DIR")
 existing_file: Final = checked(lambda text: Path(text).is_file(), "an existing file", "FILE")
-
-
-@parser("an http(s) URL such as http://127.0.0.1:8000", "URL")
-def url(text: str) -> str:
-    if not re.fullmatch(r"https?://[^\s/?#]+(/[^\s?#]*)?", text):
-        raise ValueError
-    return text.rstrip("/")
+url: Final = matching(
+    r"https?://[^\s/?#]+(/[^\s?#]*)?",
+    "an http(s) URL such as http://127.0.0.1:8000",
+    "URL",
+    lambda url: url.rstrip("/"),
+)
+header_name: Final = matching(r"[A-Za-z0-9!#$%&'*+.^_`|~-]{1,64}", "a header name", then=str.lower)
+_DOMAIN: Final = r"(\*\.)?[a-z0-9_]([a-z0-9_.-]{0,251}[a-z0-9])?(:[1-9][0-9]{0,4})?"
+domains: Final = matching(rf"(?i)off|{_DOMAIN}(\s*,\s*{_DOMAIN})*", "off, or domains divided by commas", then=str.lower)
 
 
 @parser("HOST:PORT", "HOST:PORT")
@@ -111,23 +115,6 @@ def size(text: str) -> int:
     return int(match[1]) << 10 * " kmgt".index(match[2].lower() or " ")
 
 
-@parser("a header name", "TEXT")
-def header_name(text: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9!#$%&'*+.^_`|~-]{1,64}", text):
-        raise ValueError
-    return text.lower()
-
-
-_DOMAIN: Final = r"(\*\.)?[a-z0-9_]([a-z0-9_.-]{0,251}[a-z0-9])?(:[1-9][0-9]{0,4})?"
-
-
-@parser("off, or domains divided by commas", "TEXT")
-def domains(text: str) -> str:
-    if not re.fullmatch(rf"off|{_DOMAIN}(\s*,\s*{_DOMAIN})*", text, re.IGNORECASE):
-        raise ValueError
-    return text.lower()
-
-
 def parse_gpu(text: str) -> tuple[int, str]:
     """How many GPUs of which name: "2xH100" is (2, "H100"). Raises ValueError."""
     match = re.fullmatch(r"(?:([1-9][0-9]?)\s*x\s*)?([A-Za-z][\w .-]{1,60})", text)
@@ -136,7 +123,4 @@ def parse_gpu(text: str) -> tuple[int, str]:
     return int(match[1] or 1), match[2]
 
 
-@parser("a name such as H100 or 2xH100", "TEXT")
-def gpu(text: str) -> str:
-    parse_gpu(text)
-    return text
+gpu: Final = checked(parse_gpu, "a name such as H100 or 2xH100")

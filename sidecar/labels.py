@@ -9,8 +9,7 @@ from __future__ import annotations
 from typing import Final
 
 OTHER: Final = "other"
-# An empty label would read as a missing one.
-NONE: Final = "none"
+NONE: Final = "none"  # an empty label would read as a missing one
 
 
 def printable(text: str, max_length: int = 64) -> str:

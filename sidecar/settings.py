@@ -2,9 +2,7 @@
 
 - Each field of a settings class is a flag `--its-name`, an environment variable `SIDECAR_ITS_NAME`, and a key
   `its-name` (or `its_name`) of the TOML file that `--config` names. Precedence: flag, environment, file, default.
-- An unknown key or an invalid value raises UsageError: one line with the key, what was expected, and the nearest
-  valid key.
-- The error for a key that no longer exists contains what replaced it.
+- An unknown key or an invalid value raises UsageError: one line with the key, what was expected, the nearest valid key.
 """
 
 from __future__ import annotations
@@ -20,27 +18,12 @@ from typing import Any, Final, Literal, TypeVar
 
 import msgspec
 
+from sidecar import flags
 from sidecar.errors import UsageError
-from sidecar.flags import (
-    ENGINE_KINDS,
-    Parser,
-    address,
-    directory,
-    domains,
-    existing_dir,
-    existing_file,
-    flag,
-    gpu,
-    header_name,
-    integer,
-    number,
-    one_of,
-    size,
-    text,
-    url,
-)
+from sidecar.flags import ENGINE_KINDS, Parser, address, existing_file, flag, integer, number, one_of, size, text, url
 
 S = TypeVar("S")
+Texts = Mapping[str, str | None]
 
 ENV_PREFIX: Final = "SIDECAR_"
 # Kubernetes injects these variables for a Service named `sidecar`. They are not settings.
@@ -56,25 +39,15 @@ class Settings:
     listen: tuple[str, int] = flag(("0.0.0.0", 8080), address, "Address of the relay")
     admin: tuple[str, int] = flag(("0.0.0.0", 9400), address, "Address of probes, load, metrics and the status page")
     workers: int = flag(1, integer(1, 64), "Number of relay processes")
-    model: str = flag("", existing_dir, "Model directory (config.json, preprocessor_config.json, tokenizer.json)")
-    coefficients: str = flag(
-        "", existing_file, "Coefficients file for this model and hardware; default: a roofline of --model on its GPU"
-    )
-    gpu: str = flag(
-        "",
-        gpu,
-        "GPUs of the engine for that roofline, such as H100 or 2xL40S; default: what NVML reports, else an H100",
-    )
-    state_dir: str = flag("/run/sidecar", directory, "Directory shared with the engine's container")
-    tenant_header: str = flag("x-tenant-id", header_name, "Request header that names the tenant")
+    model: str = flag("", flags.existing_dir, "Model directory: config.json, preprocessor_config.json, tokenizer.json")
+    coefficients: str = flag("", existing_file, "Coefficients file; default: a roofline of --model on its GPU")
+    gpu: str = flag("", flags.gpu, "GPUs of that roofline, e.g. H100 or 2xL40S; default: as NVML reports, else an H100")
+    state_dir: str = flag("/run/sidecar", flags.directory, "Directory shared with the engine's container")
+    tenant_header: str = flag("x-tenant-id", flags.header_name, "Request header that names the tenant")
     tenant_limits: str = flag(
-        "",
-        existing_file,
-        "TOML or JSON file of limits per tenant: model units per minute and in flight; reloaded when it changes",
+        "", existing_file, "TOML or JSON file of model units per minute and in flight by tenant; reloaded when changed"
     )
-    max_tenants: int = flag(
-        50, integer(1, 10_000), "Tenants and models with labels of their own in metrics; all others are `other`"
-    )
+    max_tenants: int = flag(50, integer(1, 10_000), "Tenants and models with labels in metrics; all others are `other`")
     images: str = flag(
         "auto",
         one_of("auto", "off", "inline", "shm"),
@@ -88,10 +61,7 @@ class Settings:
     image_max_bytes: int = flag(20 << 20, size, "Maximum size of an encoded image")
     image_max_pixels: int = flag(50_000_000, integer(1, 1_000_000_000), "Maximum number of pixels of an image")
     image_urls: str = flag(
-        "off",
-        domains,
-        "Domains from which linked images are fetched, such as img.example.com,*.example.org; "
-        "off: the engine fetches them",
+        "off", flags.domains, "Domains to fetch linked images from: img.example.com,*.example.org; off: the engine does"
     )
     image_cache_bytes: int = flag(256 << 20, size, "Size of the cache of prepared images in shared memory; 0: no cache")
     max_body_bytes: int = flag(256 << 20, size, "Maximum size of a request body")
@@ -102,31 +72,21 @@ class Settings:
         "the canary, and queues the rest; 0: no limit",
     )
     silence_floor: float = flag(
-        12.0,
-        number(0.5, 600, "seconds"),
-        "Minimum silence before the engine is suspect; 60 s until ten first tokens have been observed",
+        12.0, number(0.5, 600, "seconds"), "Minimum silence before the engine is suspect; 60 s before ten first tokens"
     )
     silence_cap: float = flag(
-        900.0,
-        number(1, 86_400, "seconds"),
-        "Maximum silence that is allowed; 90 s more while the engine's API does not respond",
+        900.0, number(1, 86_400, "seconds"), "Maximum silence allowed; 90 s more while the engine's API is silent"
     )
     kill_interval: float = flag(
-        300.0,
-        number(0, 86_400, "seconds"),
-        "Minimum time between two kills; doubles with each kill, up to an hour",
+        300.0, number(0, 86_400, "seconds"), "Minimum time between two kills; doubles with each kill, up to an hour"
     )
     useless_restarts: int = flag(
-        2,
-        integer(0, 100),
-        "Consecutive restarts without recovery, after which the engine is escalated to an operator; 0: never",
+        2, integer(0, 100), "Restarts in a row without recovery, after which an operator must act; 0: never"
     )
     canary_interval: float = flag(7.0, number(0.5, 3600, "seconds"), "Time between canaries while the engine is idle")
     canary_model: str = flag("", text, "Model name in canaries; default: one that is loaded, or that users used last")
     engine_key: str = flag("", text, "API key for the sidecar's own requests to the engine", secret=True)
-    slo_seconds: float = flag(
-        10.0, number(0.1, 3600, "seconds"), "Target request time, from which max_in_flight is derived"
-    )
+    slo_seconds: float = flag(10.0, number(0.1, 3600, "seconds"), "Target request time; max_in_flight follows from it")
     usage_days: int = flag(35, integer(1, 3660), "Days to keep usage records")
     usage_bytes: int = flag(64 << 20, size, "Maximum size of the usage records; 0: keep none")
     dollars_per_gpu_hour: float = flag(
@@ -167,12 +127,7 @@ REMOVED: Final = {
 
 
 def load(
-    cls: type[S],
-    flags: Mapping[str, str | None],
-    env: Mapping[str, str],
-    config: str | None = None,
-    *,
-    also: tuple[type, ...] = (),
+    cls: type[S], flags: Texts, env: Mapping[str, str], config: str | None = None, *, also: tuple[type, ...] = ()
 ) -> S:
     """Merge flags (field name -> text), environment and TOML file into `cls`. Raises UsageError.
 
@@ -199,7 +154,6 @@ def to_json(settings: Settings) -> str:
 
 
 def from_json(text: str) -> Settings:
-    """Decode what to_json encoded."""
     return msgspec.json.decode(text, type=Settings)
 
 
@@ -212,10 +166,9 @@ def format_key(name: str, source: str = "flag") -> str:
 
 def explain_removed(name: str, source: str = "flag") -> str | None:
     """The error for a setting that no longer exists; None for any other name."""
-    explanation = REMOVED.get(name.lstrip("-").replace("_", "-"))
-    return (
-        explanation and f"{format_key(name.lstrip('-'), source)} no longer exists: {explanation}; see docs/reference.md"
-    )
+    name = name.lstrip("-")
+    why = REMOVED.get(name.replace("_", "-"))
+    return why and f"{format_key(name, source)} no longer exists: {why}; see docs/reference.md"
 
 
 def require_writable(name: str, path: str) -> None:

@@ -27,7 +27,8 @@ from sidecar.settings import Settings, format_key
 from sidecar.tools.cel import CelSettings
 from sidecar.tools.manifests.settings import ManifestSettings
 
-from .report.test_reports import SNAPSHOT, full
+from .report.snapshots import SNAPSHOT
+from .report.test_reports import full
 from .tools import api_server_rules
 
 DEPLOY = Path(__file__).resolve().parent.parent / "deploy"

@@ -33,18 +33,11 @@ Array = NDArray[Any]
 Data = memoryview | mmap.mmap
 Values = Literal["", "float32", "bfloat16", "float16", "uint8"]
 
-DTYPES: Final[Mapping[str, str]] = {
-    "I64": "<i8",
-    "I32": "<i4",
-    "F32": "<f4",
-    "BF16": "<u2",  # as bits: numpy has no such type
-    "F16": "<f2",
-    "U8": "|u1",
-}
+# BF16 as bits: numpy has no such type.
+DTYPES: Final = {"I64": "<i8", "I32": "<i4", "F32": "<f4", "BF16": "<u2", "F16": "<f2", "U8": "|u1"}
 SEGMENT_NAME: Final = re.compile(r"sidecar-images-[a-z0-9_]{1,32}/out-[0-9a-f]{32}")
 HEADER_LENGTH: Final = struct.Struct("<Q")
-# The JSON before the tensors, or instead of them.
-MAX_HEADER_BYTES: Final = 4 << 20
+MAX_HEADER_BYTES: Final = 4 << 20  # of the JSON before the tensors, or instead of them
 MAX_ANSWER_BYTES: Final = 2 << 30
 READ_BUFFER_BYTES: Final = 1 << 20
 REQUEST_TIMEOUT_S: Final = 60.0
@@ -122,12 +115,10 @@ class Client:
         `headers` are added to the request, such as the tenant's.
         """
         form = await _make_form(images)
-        handoff = {"x-sidecar-handoff": "shm"} if shm else {}
+        sent = dict(headers or {}) | ({"x-sidecar-handoff": "shm"} if shm else {})
         query = {"values": values} if values else {}
         try:
-            async with self._session.post(
-                self._url, data=form, params=query, headers={**(headers or {}), **handoff}
-            ) as answer:
+            async with self._session.post(self._url, data=form, params=query, headers=sent) as answer:
                 if answer.status != 200:
                     raise await _read_error(answer)
                 data = await _read_body(answer, MAX_HEADER_BYTES if shm else self._max_bytes)

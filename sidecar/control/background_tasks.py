@@ -1,7 +1,7 @@
 """Background tasks of the control loop: at most one per name; every failure is reported.
 
-Rules: a task that fails, or is cancelled by anything but `close`, is reported to its starter, so that nothing waits for
-it forever. Its error is logged once per place, as type, file and line, because a message could hold what a user sent.
+A failure is reported to the task's starter, so that nothing waits for it forever, and logged once per place, as type,
+file and line, because a message could hold what a user sent.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ from typing import Any, Final
 
 from sidecar.errors import place_of
 
-# Different errors that are logged.
-MAX_LOGGED_ERRORS: Final = 50
+MAX_LOGGED_ERRORS: Final = 50  # different errors that are logged
 
 _log = logging.getLogger(__name__)
 
@@ -34,18 +33,14 @@ class BackgroundTasks:
 
         `on_failure` is called if it ends in any other way than by returning, or by `close`.
         """
-        if self._closing or self.is_running(name):
+        before = self._running.get(name)
+        if self._closing or (before is not None and not before.done()):
             work.close()
             return False
         task = asyncio.create_task(work, name=name)
         task.add_done_callback(lambda ended: self._on_end(name, ended, on_failure))
         self._running[name] = task
         return True
-
-    def is_running(self, name: str) -> bool:
-        """Whether a task of that name is under way."""
-        task = self._running.get(name)
-        return task is not None and not task.done()
 
     async def close(self) -> None:
         """Cancel what is under way, and await it."""
@@ -55,13 +50,10 @@ class BackgroundTasks:
         await asyncio.gather(*self._running.values(), return_exceptions=True)
 
     def _on_end(self, name: str, task: asyncio.Task[None], on_failure: OnFailure | None) -> None:
-        if task.cancelled():
-            if not self._closing:
-                self._report(name, "cancelled", "nowhere", on_failure)
-        elif (error := task.exception()) is not None:
-            self._report(name, type(error).__name__, place_of(error), on_failure)
-
-    def _report(self, name: str, error: str, place: str, on_failure: OnFailure | None) -> None:
+        raised = None if task.cancelled() else task.exception()
+        if raised is None and (self._closing or not task.cancelled()):
+            return
+        error, place = (type(raised).__name__, place_of(raised)) if raised else ("cancelled", "nowhere")
         line = f"background task {name} failed: {error} at {place}"
         if line not in self._logged and len(self._logged) < MAX_LOGGED_ERRORS:
             self._logged.add(line)

@@ -1,6 +1,5 @@
 """Bundles taken when an engine is found stalled, before it is killed.
 
-Rules:
 - A bundle is written in steps, each whole: at once what is known already, then what the engine's processes were doing.
   So a kill in between loses little.
 - Bundles are bounded in number and size. They are files of the state directory.

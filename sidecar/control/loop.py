@@ -1,7 +1,7 @@
 """The control process at work: events in, ticks, and what each tick sets going.
 
-Rules: a tick never waits. What takes time (a canary, a file, a bundle) is a background task that is kept and awaited.
-One canary and one file write run at a time.
+A tick never waits. What takes time (a canary, a file, a bundle) is a background task that is kept and awaited; at most
+one of a kind runs.
 """
 
 from __future__ import annotations
@@ -11,9 +11,11 @@ import logging
 import os
 import sqlite3
 import time
-from dataclasses import dataclass
 from typing import Any, Final
 
+import aiohttp
+
+from sidecar import __version__
 from sidecar.control import saved_state
 from sidecar.control.background_tasks import BackgroundTasks
 from sidecar.control.diagnosis import MAX_PAGE_BYTES, Diagnoses, bundle, diagnose
@@ -25,67 +27,58 @@ from sidecar.events import AbortRequests, CanaryResult, Event, LoadReport, Metri
 from sidecar.health import probes, reasons
 from sidecar.health.garbage import GARBAGE
 from sidecar.health.monitor import TICK_S, TickReadings
+from sidecar.load.cost_model import Coefficients
 from sidecar.report import orca
 from sidecar.report.fan_out import FanOut
 from sidecar.report.live_page import PageFeed
+from sidecar.report.metrics import Metrics
 from sidecar.report.prometheus import MetricsPages, merge_pages
+from sidecar.report.tracing import Tracing
 from sidecar.report.usage_store import UsageStore
+from sidecar.settings import Settings
 from sidecar.signals import own_process
 from sidecar.signals.engine_monitor import EngineMonitor
 from sidecar.signals.gpu.poller import GpuSignal
 from sidecar.signals.port import PortSignal
 from sidecar.signals.process_examiner import ProcessExaminer
 
-# Seconds between checks of the engine's port; a restart can be over in a second, so it is checked often while one is
-# awaited.
-PORT_INTERVAL_S: Final = 1.0
-RESTART_PORT_INTERVAL_S: Final = 0.1
+# Between checks of the engine's port. A restart can be over in a second, so it is checked often while one is awaited.
+PORT_INTERVAL_S, RESTART_PORT_INTERVAL_S = 1.0, 0.1
 # Ticks between what goes to relays, page and files: once a second.
 PUBLISH_INTERVAL_TICKS: Final = 2
 
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Signals:
-    """Where readings come from."""
-
-    engine: EngineMonitor
-    port: PortSignal
-    gpus: GpuSignal
-    examiner: ProcessExaminer
-
-
-@dataclass(frozen=True, slots=True)
-class Sinks:
-    """Where events and snapshots go."""
-
-    fan_out: FanOut
-    pages: MetricsPages
-    feed: PageFeed
-    diagnoses: Diagnoses
-    state_dir: StateDir
-    state_store: StateStore
-    usage: UsageStore | None = None
-
-
 class ControlLoop:
     """Feeds the ControlState with events and readings, and acts on each tick."""
 
-    def __init__(self, control: ControlState, signals: Signals, sinks: Sinks) -> None:
-        self.control = control
-        self.signals = signals
-        self.sinks = sinks
-        self._pool: RelayPool | None = None
+    def __init__(
+        self, settings: Settings, co: Coefficients, state_dir: StateDir, session: aiohttp.ClientSession
+    ) -> None:
+        now, wall = time.monotonic(), time.time()
+        pod = ".".join(filter(None, (os.environ.get("POD_NAME"), os.environ.get("POD_UID"))))
+        self.control = control = ControlState(settings, co, now, wall, pod)
+        self._state_dir = state_dir
+        self._state_store = StateStore(state_dir, settings.engine, co.fingerprint)
+        self._state_store.restore(control, now)
+        self.engine = EngineMonitor(session, settings)
+        self.port = PortSignal(settings.engine)
+        self.gpus = GpuSignal()
+        self._examiner = ProcessExaminer(settings.engine)
+        self.tracing = Tracing(settings.otlp_endpoint, __version__)
+        self._usage: UsageStore | None = None
+        if settings.usage_bytes:
+            self._usage = UsageStore(state_dir.path, control.unit_ms, settings.usage_days, settings.usage_bytes)
+        metrics, price = Metrics(max_tenants=settings.max_tenants), settings.dollars_per_gpu_hour
+        self._fan_out = FanOut(metrics, self.tracing, self._usage, control.price_terms, control.unit_ms, price)
+        self.pages, self.feed, self.diagnoses = MetricsPages(metrics.registry), PageFeed(), Diagnoses(state_dir)
+        self.pool = RelayPool(settings.workers, self.on_event, self.on_lost)
         self._tasks = BackgroundTasks()
         self._ticks = 0
         self._pressure = orca.MovingMean()
-        self.ticked_at = time.monotonic()
-        self.snapshot = self.control.tick(self._readings(self.ticked_at), self.ticked_at, time.time())
-
-    def attach(self, pool: RelayPool) -> None:
-        """Set the relays whose events arrive here."""
-        self._pool = pool
+        self.ticked_at = now
+        self.snapshot = control.tick(self._readings(now), now, wall)
 
     async def run(self) -> None:
         """Tick until cancelled; then await what is under way."""
@@ -106,21 +99,17 @@ class ControlLoop:
         """Handle an event of a relay."""
         settlement = self.control.on_event(relay, event)
         if settlement is not None:
-            self.sinks.fan_out.on_settlement(settlement, time.time())
+            self._fan_out.on_settlement(settlement, time.time())
         else:
-            self.sinks.fan_out.on_event(event)
+            self._fan_out.on_event(event)
         if isinstance(event, MetricsPageRequested):
-            self._send_page(relay)
+            text = merge_pages(self.engine.scrape.page(), self.pages.text())
+            self.pool.send(MetricsPage(time.monotonic(), text), relay)
 
     def on_lost(self, relay: int) -> None:
         """A relay died, or ended: nothing that it held can settle any more."""
         for settlement in self.control.relay_lost(relay, time.monotonic()):
-            self.sinks.fan_out.on_settlement(settlement, time.time())
-
-    def _send_page(self, relay: int) -> None:
-        if self._pool is not None:
-            text = merge_pages(self.signals.engine.page(), self.sinks.pages.text())
-            self._pool.send(MetricsPage(time.monotonic(), text), relay)
+            self._fan_out.on_settlement(settlement, time.time())
 
     # --- ticks ---
 
@@ -130,7 +119,7 @@ class ControlLoop:
         hold_before, stale_before = health.kill_policy.reason, self.control.coefficients.stale
         self.snapshot = self.control.tick(self._readings(now), now, wall)
         self.ticked_at = now
-        self.sinks.fan_out.metrics.update(self.snapshot)
+        self._fan_out.metrics.update(self.snapshot)
         self._log_coefficients(stale_before)
         is_new_verdict, is_new_hold = health.has_changed, health.kill_policy.reason != hold_before
         if is_new_verdict:
@@ -142,27 +131,27 @@ class ControlLoop:
         for relay, command in health.take_aborts():
             self._abort(relay, command)
         allowed = health.canary_due()
-        if allowed is not None and self.signals.engine.canary is not None:
+        if allowed is not None and self.engine.canary is not None:
             health.canary_sent(now)
             self._tasks.start("canary", self._canary(allowed), lambda error: self._canary_failed(now, allowed, error))
         if is_new_verdict or self._ticks % PUBLISH_INTERVAL_TICKS == 0:
             self._publish(wall)
-        if self._pool is not None and health.lag < TICK_S:
-            self._pool.check(now)
+        if health.lag < TICK_S:
+            self.pool.check(now)
         self._ticks += 1
 
     def _readings(self, now: float) -> TickReadings:
-        engine = self.signals.engine
+        engine = self.engine
         return TickReadings(
             engine=engine.read(),
-            gpus=self.signals.gpus.read(),
+            gpus=self.gpus.read(),
             own=own_process.sample(os.getpid()),
-            relays=self._pool.use(now) if self._pool is not None else (),
-            refused_since=self.signals.port.refused_since,
+            relays=self.pool.use(now),
+            refused_since=self.port.refused_since,
             engine_kind=engine.kind_name,
             unanswered=engine.unanswered,
             resting=engine.resting,
-            diagnoses=self.sinks.diagnoses.summaries(),
+            diagnoses=self.diagnoses.summaries(),
             identity=engine.identity,
         )
 
@@ -171,15 +160,15 @@ class ControlLoop:
         is_bad = verdict.state in ("suspect", "stalled", "dead") or verdict.reason in reasons.NOTABLE
         level = logging.WARNING if is_bad else logging.INFO
         _log.log(level, "verdict %s (%s): %s", verdict.state, verdict.reason, verdict.detail)
-        self.sinks.fan_out.on_decision(verdict)
-        self.signals.port.period = RESTART_PORT_INTERVAL_S if verdict.state == "stalled" else PORT_INTERVAL_S
+        self._fan_out.on_decision(verdict)
+        self.port.period = RESTART_PORT_INTERVAL_S if verdict.state == "stalled" else PORT_INTERVAL_S
         if verdict.state == "stalled":
             id = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime(wall))}-{verdict.cause}"
-            page = self.signals.engine.last_page(MAX_PAGE_BYTES)
+            page = self.engine.scrape.last_page(MAX_PAGE_BYTES)
             content = bundle(self.snapshot, list(self.control.ledger.holds()), page)
-            self._tasks.start("diagnosis", diagnose(self.sinks.diagnoses, self.signals.examiner, content, id))
+            self._tasks.start("diagnosis", diagnose(self.diagnoses, self._examiner, content, id))
         elif verdict.state == "starting":
-            self.signals.engine.engine_restarted()
+            self.engine.engine_restarted()
 
     def _log_coefficients(self, before: str) -> None:
         """Log once when the coefficients become stale or match again."""
@@ -190,20 +179,17 @@ class ControlLoop:
             _log.info("coefficients match measured load again")
 
     def _on_hold(self, *, counted: bool) -> None:
-        """A kill is held back for another reason than before, or no longer.
-
-        `counted`: the metrics have this verdict.
-        """
+        """A kill is held back for another reason than before, or no longer. `counted`: the metrics have the verdict."""
         hold, verdict = self.control.health.kill_policy.hold, self.control.health.verdict
         if verdict.state != "stalled":
             return
         if not counted:
-            self.sinks.fan_out.on_decision(verdict)
+            self._fan_out.on_decision(verdict)
         if hold is None:
             _log.warning("liveness fails from now on: nothing holds the kill back any more")
         elif hold.handover:
             text = "escalated to an operator (%s): %s; the pod stays unready and is not killed; %s"
-            remedy = f"after the repair, delete the pod or touch {self.sinks.state_dir.path / RESUME}"
+            remedy = f"after the repair, delete the pod or touch {self._state_dir.path / RESUME}"
             _log.error(text, hold.reason, hold.detail, remedy)
         else:
             _log.warning("not killed yet (%s): %s", hold.reason, hold.detail)
@@ -212,32 +198,29 @@ class ControlLoop:
         """Have a relay abort requests that can never end by themselves."""
         reason = reasons.REASON_TEXTS[command.code]
         _log.warning("aborting %d request(s) of relay %d: %s", len(command.ids), relay, reason)
-        self.sinks.fan_out.on_decision(command)
-        if self._pool is not None:
-            self._pool.send(command, relay)
+        self._fan_out.on_decision(command)
+        self.pool.send(command, relay)
 
     def _publish(self, wall: float) -> None:
-        load, health = self.snapshot.load, self.control.health
-        if self._pool is not None:
-            report = orca.report(load, self.snapshot.engine, self._pressure.mean(load.pressure, self.snapshot.at))
-            engine = self.signals.engine
-            forms = report.json(), report.text(), health.verdict.state, engine.kind_name, report.binary()
-            takes = engine.identity.prepared, engine.processes
-            self._pool.send(LoadReport(*forms, load.utilization, load.mu_max_in_flight, *takes))
-        self.sinks.feed.publish(self.snapshot)
+        load, health, engine = self.snapshot.load, self.control.health, self.engine
+        report = orca.report(load, self.snapshot.engine, self._pressure.mean(load.pressure, self.snapshot.at))
+        forms = report.json(), report.text(), health.verdict.state, engine.kind_name, report.binary()
+        takes = engine.identity.prepared, engine.processes
+        self.pool.publish(LoadReport(*forms, load.utilization, load.mu_max_in_flight, *takes))
+        self.feed.publish(self.snapshot)
         self._tasks.start("state", self._write_state(health.probe_state(), wall))
         self._tasks.start("records", self._write_usage(wall))
 
     # --- background tasks ---
 
     async def _canary(self, allowed: float) -> None:
-        canary, garbage = self.signals.engine.canary, self.control.health.garbage
+        canary, garbage = self.engine.canary, self.control.health.garbage
         assert canary is not None
         last = self.control.health.canaries.last
         result = await canary.send(allowed, self.control.health.used_model)
         before = garbage.found
         result = self.control.canary_ended(result)
-        self.sinks.fan_out.on_decision(result)
+        self._fan_out.on_decision(result)
         if garbage.found and not before:
             _log.warning("garbage_output: %s", GARBAGE)
         is_known = result.outcome in ("rejected", "moot") and last is not None and last.detail == result.detail
@@ -248,12 +231,12 @@ class ControlLoop:
         """End a canary that the sidecar could not run: one that stays outstanding forever would end all judging."""
         detail = f"the sidecar could not run its canary ({error})"
         result = CanaryResult("rejected", sent, time.monotonic(), allowed, detail)
-        self.sinks.fan_out.on_decision(self.control.canary_ended(result))
+        self._fan_out.on_decision(self.control.canary_ended(result))
 
     async def _write_state(self, state: probes.ProbeState, wall: float) -> None:
         try:
-            await asyncio.to_thread(self.sinks.state_dir.write, state, wall)
-            if await asyncio.to_thread(self.sinks.state_store.take_resume):
+            await asyncio.to_thread(self._state_dir.write, state, wall)
+            if await asyncio.to_thread(self._state_store.take_resume):
                 _log.info("operator resumed automatic restarts")
                 self.control.health.kill_policy.resume = True
         except OSError as e:
@@ -261,7 +244,7 @@ class ControlLoop:
 
     async def _write_usage(self, wall: float) -> None:
         """Write what was settled since the last time; what cannot be written is kept and retried."""
-        usage = self.sinks.usage
+        usage = self._usage
         if usage is None or not (taken := usage.take()):
             return
         writing = asyncio.ensure_future(asyncio.to_thread(usage.write, taken, wall))
@@ -278,6 +261,6 @@ class ControlLoop:
 
     async def _save(self, content: dict[str, Any]) -> None:
         try:
-            await asyncio.to_thread(self.sinks.state_store.write, content)
+            await asyncio.to_thread(self._state_store.write, content)
         except OSError as e:
             _log.error("cannot save the learned state (%s); a restart of the sidecar would forget it", e.strerror)

@@ -1,4 +1,4 @@
-"""Composition root of the control process: builds, wires, starts, stops in order.
+"""The control process: starts its parts, and stops them in order.
 
 It stops in this order: readiness off while the relays drain their streams, then the control loop, and the admin port
 last, so that kubelet has an answer to the end. The supervisor signals when each is due (see supervisor.py).
@@ -8,79 +8,45 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import signal
 import socket
-import time
 from collections.abc import Callable
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
-from typing import Any
 
 import aiohttp
 from aiohttp import web
 
-from sidecar import __version__
-from sidecar.control.admin_api import Sources, make_app
-from sidecar.control.diagnosis import Diagnoses
-from sidecar.control.loop import ControlLoop, Signals, Sinks
-from sidecar.control.relay_pool import RelayPool
-from sidecar.control.state import ControlState
+from sidecar.control.admin_api import make_app
+from sidecar.control.loop import ControlLoop
 from sidecar.control.state_dir import StateDir
-from sidecar.control.state_store import StateStore
-from sidecar.load import cost_model
-from sidecar.report.fan_out import FanOut
-from sidecar.report.live_page import PageFeed
-from sidecar.report.metrics import Metrics
-from sidecar.report.prometheus import MetricsPages
-from sidecar.report.tracing import Tracing
-from sidecar.report.usage_store import UsageStore
+from sidecar.load.cost_model import Coefficients
 from sidecar.settings import Settings
-from sidecar.signals.engine_monitor import EngineMonitor, open_session
-from sidecar.signals.gpu.poller import GpuSignal
-from sidecar.signals.port import PortSignal
-from sidecar.signals.process_examiner import ProcessExaminer
-
-# Without a tick for so long, /healthz fails.
-TICK_LOST_S = 5.0
+from sidecar.signals.engine_monitor import open_session
 
 _log = logging.getLogger("sidecar")
 
 
-@dataclass(frozen=True, slots=True)
-class ListeningSockets:
-    """Listening sockets of the supervisor: for probes and pages, and for relays that report."""
-
-    admin: socket.socket
-    joining: socket.socket
-
-
 async def run(
-    settings: Settings, co: cost_model.Coefficients, sockets: ListeningSockets, serving: Callable[[], None]
+    settings: Settings, co: Coefficients, admin: socket.socket, joining: socket.socket, serving: Callable[[], None]
 ) -> None:
-    """Serve until SIGUSR1; SIGTERM and SIGINT only withdraw readiness. `serving` is called once the admin port answers.
+    """Serve until SIGUSR1; SIGTERM and SIGINT only withdraw readiness.
 
-    Raises UsageError and StartError before that.
+    The supervisor listens on `admin`, for probes and pages, and on `joining`, for relays that report. `serving` is
+    called once the admin port answers. Raises UsageError and StartError before that.
     """
     ended = asyncio.Event()
     async with AsyncExitStack() as stack:
         state_dir = StateDir(settings.state_dir)
         stack.callback(state_dir.clear)
         session = await stack.enter_async_context(open_session())
-        loop, signals, feed = build(settings, co, state_dir, session, stack)
+        loop = build(settings, co, state_dir, session, stack)
         handle_signals(lambda: drain(loop, settings.drain_seconds), ended.set)
-        pool = RelayPool(settings.workers, loop.on_event, loop.on_lost)
-        loop.attach(pool)
-        await serve_admin(loop, pool, feed, sockets.admin, stack)
+        await serve_admin(loop, admin, stack)
         serving()
         _log.info("relay on %s:%d, admin on %s:%d, engine %s", *settings.listen, *settings.admin, settings.engine)
         async with asyncio.TaskGroup() as group:
-            tasks = [
-                group.create_task(pool.run(sockets.joining), name="relays"),
-                group.create_task(signals.port.run(), name="port"),
-                group.create_task(loop.run(), name="ticks"),
-                group.create_task(signals.engine.run(signals.port.opened), name="engine"),
-            ]
+            work = loop.pool.run(joining), loop.port.run(), loop.run(), loop.engine.run(loop.port.opened)
+            tasks = [group.create_task(part) for part in work]
             await ended.wait()
             for task in tasks:
                 task.cancel()
@@ -102,55 +68,20 @@ def drain(loop: ControlLoop, seconds: float) -> None:
 
 
 def build(
-    settings: Settings,
-    co: cost_model.Coefficients,
-    state_dir: StateDir,
-    session: aiohttp.ClientSession,
-    stack: AsyncExitStack,
-) -> tuple[ControlLoop, Signals, PageFeed]:
-    """The control loop with its signals and sinks."""
-    metrics, feed = Metrics(max_tenants=settings.max_tenants), PageFeed()
-    tracing = Tracing(settings.otlp_endpoint, __version__)
-    stack.push_async_callback(tracing.close)
-    gpus = GpuSignal()
-    gpus.start()
-    stack.push_async_callback(gpus.stop)
-    pod = ".".join(filter(None, (os.environ.get("POD_NAME"), os.environ.get("POD_UID"))))
-    engine = EngineMonitor(session, settings)
-    signals = Signals(engine, PortSignal(settings.engine), gpus, ProcessExaminer(settings.engine))
-    control = ControlState(settings, co, time.monotonic(), time.time(), pod)
-    state_store = StateStore(state_dir, settings.engine, co.fingerprint)
-    state_store.restore(control, time.monotonic())
-    usage = None
-    if settings.usage_bytes:
-        usage = UsageStore(state_dir.path, control.unit_ms, settings.usage_days, settings.usage_bytes)
-    price_terms, dollars = control.price_terms, settings.dollars_per_gpu_hour
-    fan_out = FanOut(metrics, tracing, usage, price_terms, control.unit_ms, dollars)
-    pages, diagnoses = MetricsPages(metrics.registry), Diagnoses(state_dir)
-    sinks = Sinks(fan_out, pages, feed, diagnoses, state_dir, state_store, usage)
-    return ControlLoop(control, signals, sinks), signals, feed
+    settings: Settings, co: Coefficients, state_dir: StateDir, session: aiohttp.ClientSession, stack: AsyncExitStack
+) -> ControlLoop:
+    """The control loop; what it starts and opens ends with `stack`."""
+    loop = ControlLoop(settings, co, state_dir, session)
+    stack.push_async_callback(loop.tracing.close)
+    loop.gpus.start()
+    stack.push_async_callback(loop.gpus.stop)
+    return loop
 
 
-async def serve_admin(
-    loop: ControlLoop, pool: RelayPool, feed: PageFeed, sock: socket.socket, stack: AsyncExitStack
-) -> None:
+async def serve_admin(loop: ControlLoop, sock: socket.socket, stack: AsyncExitStack) -> None:
     """The admin port, until the stack unwinds."""
-
-    def own_health() -> tuple[bool, dict[str, Any]]:
-        now = time.monotonic()
-        relays = [
-            {"index": relay.index, "pid": relay.pid, "restarts": relay.restarts, "pulse_age": relay.pulse_age}
-            for relay in pool.use(now)
-        ]
-        is_healthy = now - loop.ticked_at < TICK_LOST_S and any(relay["pid"] for relay in relays)
-        return is_healthy, {"pid": os.getpid(), "relays": relays, "loop_lag": loop.control.health.lag}
-
-    sinks, probe_state = loop.sinks, loop.control.health.probe_state
-    sources = Sources(
-        probe_state, lambda: loop.snapshot, own_health, sinks.pages, feed, sinks.diagnoses, loop.control.coefficients
-    )
-    runner = web.AppRunner(make_app(sources), access_log=None, shutdown_timeout=1)
+    runner = web.AppRunner(make_app(loop), access_log=None, shutdown_timeout=1)
     await runner.setup()
     stack.push_async_callback(runner.cleanup)
-    stack.callback(feed.close)
+    stack.callback(loop.feed.close)
     await web.SockSite(runner, sock).start()

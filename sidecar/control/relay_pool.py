@@ -1,11 +1,8 @@
-"""The relay processes, as the control process sees them: each has a connection, on which it reports and receives
-commands.
+"""The relay processes, as the control process sees them: each has a connection for its events and our commands.
 
-Rules:
 - A relay reports first which one it is and what is open.
 - What it held when its connection ended is reported as lost once, after its last event was read.
 - A relay whose heartbeat stopped while the control process is healthy is killed: its streams are lost already.
-- The supervisor starts and restarts the relays.
 """
 
 from __future__ import annotations
@@ -18,6 +15,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 from sidecar.events import (
     Command,
@@ -32,19 +30,15 @@ from sidecar.events import (
 from sidecar.runtime.channel import Channel
 from sidecar.snapshot import RelayUse
 
-# Without a heartbeat for so long, a relay is killed.
-HEARTBEAT_LOST_S = 30.0
+HEARTBEAT_LOST_S = 30.0  # without a heartbeat for so long, a relay is killed
 
 _log = logging.getLogger(__name__)
 
-OnEvent = Callable[[int, Event], None]
-OnLost = Callable[[int], None]
-
 
 class RelayPool:
-    """The `workers` relay processes of this sidecar."""
+    """The `workers` relay processes of this sidecar, and the processes that only subscribe to its load."""
 
-    def __init__(self, workers: int, on_event: OnEvent, on_lost: OnLost) -> None:
+    def __init__(self, workers: int, on_event: Callable[[int, Event], None], on_lost: Callable[[int], None]) -> None:
         self._workers = workers
         self._on_event = on_event
         self._on_lost = on_lost
@@ -54,25 +48,23 @@ class RelayPool:
 
     async def run(self, joining: socket.socket) -> None:
         """Accept the connections of relays until cancelled."""
-        loop = asyncio.get_running_loop()
-        server = await loop.create_unix_server(
-            lambda: _RelayProcess(self._on_connected, self._on_event, self._on_disconnected).channel, sock=joining
-        )
+        server = await asyncio.get_running_loop().create_unix_server(self._accept, sock=joining)
         async with server:
             await server.serve_forever()
 
-    def send(self, command: Command, index: int | None = None) -> None:
-        """Send a command to one relay, or to all. The last load is kept for relays that connect later."""
-        if isinstance(command, LoadReport):
-            self._published = command
+    def send(self, command: Command, index: int) -> None:
+        """Send a command to one relay, if it is connected."""
+        if relay := self._relays.get(index):
+            relay.channel.send(command)
+
+    def publish(self, load: LoadReport) -> None:
+        """Send the load to all, and keep it for those that connect later."""
+        self._published = load
         for relay in self._relays.values():
-            if index in (None, relay.index):
-                relay.channel.send(command)
-                if isinstance(command, LoadReport):
-                    relay.channel.send(SettlementsAcked(relay.settlements))
-        if isinstance(command, LoadReport):
-            for subscriber in self._subscribers:
-                subscriber.channel.send(command)
+            relay.channel.send(load)
+            relay.channel.send(SettlementsAcked(relay.settlements))
+        for subscriber in self._subscribers:
+            subscriber.channel.send(load)
 
     def use(self, now: float) -> tuple[RelayUse, ...]:
         """What each relay last reported; one that has not connected has no process id."""
@@ -90,79 +82,56 @@ class RelayPool:
                     os.kill(relay.pid, signal.SIGKILL)
 
     def _use(self, index: int, now: float) -> RelayUse:
-        relay = self._relays.get(index)
-        if relay is None:
-            return RelayUse(index, 0, 0, 0, 0.0, None)
+        relay = self._relays.get(index) or _RelayProcess()
         heartbeat = relay.heartbeat
         if heartbeat is None:
             return RelayUse(index, relay.pid, relay.restarts, 0, 0.0, None)
         return RelayUse(index, relay.pid, relay.restarts, heartbeat.open, heartbeat.lag, now - heartbeat.at)
 
-    def _on_connected(self, relay: _RelayProcess) -> None:
-        if relay.index < 0:
-            self._subscribers.add(relay)
-            if self._published is not None:
-                relay.channel.send(self._published)
-            return
-        before = self._relays.get(relay.index)
-        if before is not None:  # the end of its connection was not read yet
-            before.leave()
-        self._relays[relay.index] = relay
+    def _accept(self) -> Channel:
+        relay = _RelayProcess()
+        relay.channel = Channel(lambda record: self._take(relay, record), lambda: self._leave(relay))
+        return relay.channel
+
+    def _take(self, relay: _RelayProcess, record: Event | Command) -> None:
+        match record:
+            case RelayConnected() if not relay.pid:
+                relay.index, relay.pid, relay.restarts = record.index, record.pid, record.restarts
+                relay.born = time.monotonic()
+                if before := self._relays.get(record.index):  # the end of its connection was not read yet
+                    self._leave(before)
+                self._relays[record.index] = relay
+            case LoadSubscribed() if not relay.pid:
+                relay.pid = record.pid
+                self._subscribers.add(relay)
+            case _ if self._relays.get(relay.index) is not relay:
+                return  # it did not report which one it is, or has been replaced, or only subscribes
+            case _:
+                if isinstance(record, Heartbeat):
+                    relay.heartbeat = record
+                self._on_event(relay.index, record)  # type: ignore[arg-type]  # a relay sends events only
+                relay.settlements += isinstance(record, Settled)
+                return
         if self._published is not None:
             relay.channel.send(self._published)
 
-    def _on_disconnected(self, relay: _RelayProcess) -> None:
-        if relay.index < 0:
-            self._subscribers.discard(relay)
-            return
-        del self._relays[relay.index]
-        self._on_lost(relay.index)
-
-
-class _RelayProcess:
-    """One relay's connection; that of a load subscriber has the index -1."""
-
-    def __init__(
-        self,
-        on_connected: Callable[[_RelayProcess], None],
-        on_event: OnEvent,
-        on_disconnected: Callable[[_RelayProcess], None],
-    ) -> None:
-        self.channel = Channel(self._take, self.leave)
-        self._connected = on_connected
-        self._on_event = on_event
-        self._disconnected = on_disconnected
-        self._is_connected = False
-        self.index = -1
-        self.pid = 0
-        self.restarts = 0
-        self.settlements = 0
-        self.born = 0.0
-        self.heartbeat: Heartbeat | None = None
-
-    def leave(self) -> None:
+    def _leave(self, relay: _RelayProcess) -> None:
         """Its connection ended, or its successor has connected."""
-        if self._is_connected:
-            self._is_connected = False
-            self._disconnected(self)
-        self.channel.close()
+        self._subscribers.discard(relay)
+        if self._relays.get(relay.index) is relay:
+            del self._relays[relay.index]
+            self._on_lost(relay.index)
+        relay.channel.close()
 
-    def _take(self, record: Event | Command) -> None:
-        match record:
-            case RelayConnected() if not self._is_connected and self.index < 0:
-                self._is_connected = True
-                self.index, self.pid, self.restarts = record.index, record.pid, record.restarts
-                self.born = time.monotonic()
-                self._connected(self)
-            case LoadSubscribed() if not self._is_connected:
-                self._is_connected = True
-                self.pid = record.pid
-                self._connected(self)
-            case _ if not self._is_connected or self.index < 0:
-                pass  # it did not report which one it is, or has been replaced, or only subscribes
-            case Heartbeat():
-                self.heartbeat = record
-                self._on_event(self.index, record)
-            case _:
-                self._on_event(self.index, record)  # type: ignore[arg-type]  # a relay sends events only
-                self.settlements += isinstance(record, Settled)
+
+@dataclass(eq=False, slots=True)
+class _RelayProcess:
+    """One relay's connection; that of a load subscriber keeps the index -1. It has a `pid` once it reported."""
+
+    channel: Channel = field(init=False)
+    index: int = -1
+    pid: int = 0
+    restarts: int = 0
+    settlements: int = 0
+    born: float = 0.0
+    heartbeat: Heartbeat | None = None

@@ -1,18 +1,16 @@
 """Pure: the state that outlives the sidecar's own process, as JSON, and whether a file of it may be believed.
 
-Rules:
 - Saved state belongs to one boot of one machine (its times are monotonic), one engine address and one set of
   coefficients. It expires after an hour.
 - What was learned about silences, and the kills, hold for every process of that engine. What was true of one process (a
   token served, its canaries) holds only if the same process still listens.
-- A file that does not match the schema exactly is ignored.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
-from typing import Any, Final, TypeVar, get_args, get_origin
+from typing import Any, Final, TypeVar, get_args
 
 import msgspec
 
@@ -31,15 +29,12 @@ class StateRejected(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class StateOrigin:
-    """What saved state belongs to.
-
-    `listener`: inodes of the engine's listening sockets, which change with its process.
-    """
+    """What saved state belongs to."""
 
     boot: str
     engine: str
     coefficients: str
-    listener: tuple[int, ...]
+    listener: tuple[int, ...]  # inodes of the engine's listening sockets, which change with its process
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,22 +60,21 @@ def load(raw: Any, here: StateOrigin, now: float) -> tuple[SavedState, bool]:
         raise StateRejected("it is of another version")
     try:
         origin, at = from_plain(StateOrigin, raw.get("place")), from_plain(float, raw.get("at"))
-        if origin.boot != here.boot:
-            raise StateRejected("it is of an earlier boot of this machine")
-        if (origin.engine, origin.coefficients) != (here.engine, here.coefficients):
-            raise StateRejected("it is of another engine or other coefficients")
-        if not 0 <= now - at <= MAX_STATE_AGE_S:
-            raise StateRejected(f"it is {now - at:.0f} s old")
-        return from_plain(SavedState, raw.get("kept")), bool(here.listener) and origin.listener == here.listener
-    except StateRejected:
-        raise
+        saved = from_plain(SavedState, raw.get("kept"))
     except (TypeError, ValueError, OverflowError) as e:  # msgspec's ValidationError is a ValueError
         raise StateRejected(f"it is damaged ({e})") from None
+    if origin.boot != here.boot:
+        raise StateRejected("it is of an earlier boot of this machine")
+    if (origin.engine, origin.coefficients) != (here.engine, here.coefficients):
+        raise StateRejected("it is of another engine or other coefficients")
+    if not 0 <= now - at <= MAX_STATE_AGE_S:
+        raise StateRejected(f"it is {now - at:.0f} s old")
+    return saved, bool(here.listener) and origin.listener == here.listener
 
 
 def to_plain(value: Any) -> Any:
     """Records, tuples and deques as JSON values."""
-    return msgspec.json.decode(msgspec.json.encode(value, enc_hook=_deque_to_list))
+    return msgspec.json.decode(msgspec.json.encode(value, enc_hook=list))  # msgspec knows no deques
 
 
 def from_plain(cls: type[T], raw: Any) -> T:
@@ -91,13 +85,5 @@ def from_plain(cls: type[T], raw: Any) -> T:
     return found
 
 
-def _deque_to_list(value: Any) -> Any:
-    if isinstance(value, deque):
-        return list(value)
-    raise NotImplementedError
-
-
 def _deque_from_list(hint: Any, raw: Any) -> Any:
-    if get_origin(hint) is deque:
-        return deque(msgspec.convert(raw, list[get_args(hint)[0]]))  # type: ignore[misc]  # the item's type, at run time
-    raise NotImplementedError
+    return deque(msgspec.convert(raw, list[get_args(hint)[0]]))  # type: ignore[misc]  # the item's type, at run time

@@ -8,16 +8,8 @@ from __future__ import annotations
 from dataclasses import fields, replace
 
 from sidecar import __version__
-from sidecar.control.canary_stats import CanaryStats
 from sidecar.control.saved_state import SavedState
-from sidecar.events import (
-    Admitted,
-    CanaryResult,
-    Event,
-    FirstToken,
-    ImagePrepared,
-    RequestSize,
-)
+from sidecar.events import Admitted, CanaryResult, Event, FirstToken, ImagePrepared, RequestSize
 from sidecar.health.monitor import HealthMonitor, TickReadings
 from sidecar.health.progress import PREDICTION_MARGIN
 from sidecar.labels import BoundedLabels
@@ -26,7 +18,7 @@ from sidecar.load.coefficient_monitor import CoefficientMonitor
 from sidecar.load.ledger import Ledger, Settlement
 from sidecar.readings import EngineSample, Reading, Value
 from sidecar.settings import Settings
-from sidecar.snapshot import Load, Snapshot
+from sidecar.snapshot import CanaryUse, Load, Snapshot
 
 # Weight of one reading of the engine's queue: a request that waits for a step (20 ms) is no queue, one that is seen for
 # 5 s is.
@@ -43,7 +35,7 @@ class ControlState:
         self.ledger = Ledger(co, BoundedLabels(settings.max_tenants), BoundedLabels(settings.max_tenants))
         self.health = HealthMonitor(settings, now, wall, pod)
         self.coefficients = CoefficientMonitor(co, now)
-        self.canary_stats = CanaryStats(co)
+        self._canaries = CanaryUse()
         self._images = summary.ImageSums()
         self._queue, self._queue_read_at = 0.0, 0.0
 
@@ -75,7 +67,7 @@ class ControlState:
         """Record a canary's end. Returns it as it counts."""
         result = self.health.canary_ended(result)
         if result.outcome == "ok":
-            self.canary_stats.add(result)
+            self._canaries = add_canary(self._canaries, result, self._co)
         return result
 
     def price_terms(self, work: RequestSize) -> tuple[tuple[str, float], ...]:
@@ -103,19 +95,16 @@ class ControlState:
         names = tuple(gpu.name for gpu in gpus)
         engine = replace(readings.identity, gpus=names, slowdowns=tuple(sorted(slowdowns)))
         self.coefficients.tick(self.ledger.holds(), now, engine, trusted=self.health.is_usual)
-        self.health.set_margin(
-            PREDICTION_MARGIN * (coefficient_monitor.STALE_MARGIN_FACTOR if self.coefficients.stale else 1.0)
-        )
+        factor = coefficient_monitor.STALE_MARGIN_FACTOR if self.coefficients.stale else 1.0
+        self.health.set_margin(PREDICTION_MARGIN * factor)
 
     # --- over a restart of the sidecar ---
 
     def save(self) -> SavedState:
         """What the next process of the sidecar should know."""
         health = self.health.save()
-        return SavedState(
-            **{field.name: getattr(health, field.name) for field in fields(health)},
-            drift=self.coefficients.drift.memory,
-        )
+        values = {field.name: getattr(health, field.name) for field in fields(health)}
+        return SavedState(**values, drift=self.coefficients.drift.memory)
 
     def restore(self, saved: SavedState, now: float, *, same: bool) -> None:
         """Restore saved state. `same`: it was saved for the engine process that is running now."""
@@ -151,7 +140,7 @@ class ControlState:
             diagnoses=readings.diagnoses,
             kills=health.kill_policy.state.kills_total,
             handover=health.kill_policy.state.handover,
-            canaries=self.canary_stats.use(garbage=health.garbage.found, usable=health.canary_usable),
+            canaries=replace(self._canaries, garbage=health.garbage.found, usable=health.canary_usable),
             prices=self.coefficients.use(),
         )
 
@@ -160,3 +149,10 @@ class ControlState:
         queue = self._queue if sample.waiting is not None else None
         load = summary.load_of(self.ledger, self._co, self._settings.slo_seconds, sample.kv_usage, queue, now)
         return replace(load, coefficients_stale=bool(self.coefficients.stale))
+
+
+def add_canary(use: CanaryUse, result: CanaryResult, co: cost_model.Coefficients) -> CanaryUse:
+    """The canaries with one more that passed: no tenant's work, so they are counted here."""
+    output = 1 if result.digest else 0  # an embedding has no output tokens
+    mu = cost_model.mu(RequestSize(uncached=result.prompt_tokens, output=output), co)
+    return CanaryUse(use.passed + 1, use.mu + mu, use.tokens + result.prompt_tokens + output)

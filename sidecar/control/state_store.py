@@ -54,11 +54,10 @@ class StateStore:
 
     def take_resume(self) -> bool:
         """Remove the file `resume`. Returns True if an operator had touched it. Raises OSError."""
-        try:
-            (self._state_dir.path / RESUME).unlink()
-        except FileNotFoundError:
-            return False
-        return True
+        resume = self._state_dir.path / RESUME
+        touched = resume.exists()
+        resume.unlink(missing_ok=True)
+        return touched
 
     def _origin(self) -> StateOrigin:
         listeners = listening_socket.listening_inodes(self._engine)

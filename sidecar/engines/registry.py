@@ -27,6 +27,7 @@ KINDS: Final[dict[str, EngineKind]] = {
     kind.name: kind for kind in (SCRIPTED, SGLANG, TGI, LLAMACPP, TEI, OLLAMA, VLLM, OPENAI)
 }
 METRICS: Final = "/metrics"
+FIRST_PATHS: Final = (MODELS, METRICS)
 # Statuses of the model list while the engine is loading; 0: no answer.
 LOADING_STATUSES: Final = (0, 500, 502, 503, 504)
 # Labels on vLLM's page.

@@ -28,13 +28,10 @@ class Header:
 
 def read(data: bytes) -> Header | None:
     """The header of an image; size 0 x 0 for a format that is only recognised, None for an unknown one."""
-    for magic, offset, name in MAGIC:
-        if data.startswith(magic, offset):
-            reader = READERS.get(name)
-            if reader is None:
-                return Header(name)
+    for name, reader, offset, magics in FORMATS:
+        if data.startswith(magics, offset):
             try:
-                return reader(data)
+                return reader(data) if reader else Header(name)
             except (struct.error, IndexError):
                 return Header(name)
     return None
@@ -59,8 +56,7 @@ def _jpeg(data: bytes) -> Header:
 SCAN, APP1, APP2 = 0xDA, 0xE1, 0xE2
 FRAMES: Final = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 HUFFMAN_FRAMES: Final = frozenset((0xC0, 0xC1, 0xC2))  # baseline, extended, progressive
-# Cameras and editors write tens; each costs 1 µs, also on the relay's event loop.
-MAX_SEGMENTS: Final = 1000
+MAX_SEGMENTS: Final = 1000  # cameras and editors write tens; each costs 1 µs, also on the relay's event loop
 _NO_FILL: Final = re.compile(rb"[^\xff]")
 
 
@@ -117,10 +113,8 @@ def _gif(data: bytes) -> Header:
 
 
 def _bmp(data: bytes) -> Header:
-    if struct.unpack_from("<I", data, 14)[0] < 40:
-        width, height = struct.unpack_from("<HH", data, 18)
-        return Header("bmp", height, width)
-    width, height = struct.unpack_from("<ii", data, 18)
+    old = struct.unpack_from("<I", data, 14)[0] < 40
+    width, height = struct.unpack_from("<HH" if old else "<ii", data, 18)
     return Header("bmp", abs(height), abs(width))
 
 
@@ -136,45 +130,24 @@ def _tiff(data: bytes) -> Header:
     return Header("tiff", sides[257], sides[256])
 
 
-READERS: Final[dict[str, Callable[[bytes], Header]]] = {
-    "jpeg": _jpeg,
-    "png": _png,
-    "webp": _webp,
-    "gif": _gif,
-    "bmp": _bmp,
-    "tiff": _tiff,
-}
-
-# Magic bytes, their offset, and the format. Formats without a reader are passed through: the engine may know them.
-MAGIC: Final[tuple[tuple[bytes, int, str], ...]] = (
-    (b"\xff\xd8\xff", 0, "jpeg"),
-    (b"\x89PNG\r\n\x1a\n", 0, "png"),
-    (b"WEBP", 8, "webp"),
-    (b"GIF87a", 0, "gif"),
-    (b"GIF89a", 0, "gif"),
-    (b"BM", 0, "bmp"),
-    (b"II*\x00", 0, "tiff"),
-    (b"MM\x00*", 0, "tiff"),
-    (b"II+\x00", 0, "bigtiff"),
-    (b"MM\x00+", 0, "bigtiff"),
-    (b"ftyp", 4, "heif"),  # AVIF, HEIC
-    (b"\x00\x00\x00\x0cjP  \r\n", 0, "jpeg2000"),
-    (b"\xff\x4f\xff\x51", 0, "jpeg2000"),
-    (b"P1", 0, "pnm"),
-    (b"P2", 0, "pnm"),
-    (b"P3", 0, "pnm"),
-    (b"P4", 0, "pnm"),
-    (b"P5", 0, "pnm"),
-    (b"P6", 0, "pnm"),
-    (b"Pf", 0, "pnm"),
-    (b"PF", 0, "pnm"),
-    (b"qoif", 0, "qoi"),
-    (b"8BPS", 0, "psd"),
-    (b"DDS ", 0, "dds"),
-    (b"icns", 0, "icns"),
-    (b"\x00\x00\x01\x00", 0, "ico"),
-    (b"\x00\x00\x02\x00", 0, "ico"),
-    (b"\x01\xda", 0, "sgi"),
-    (b"SIMPLE  =", 0, "fits"),
+# Name, reader, offset of the magic bytes, and those. Formats without a reader pass through: the engine may know them.
+FORMATS: Final[tuple[tuple[str, Callable[[bytes], Header] | None, int, tuple[bytes, ...]], ...]] = (
+    ("jpeg", _jpeg, 0, (b"\xff\xd8\xff",)),
+    ("png", _png, 0, (b"\x89PNG\r\n\x1a\n",)),
+    ("webp", _webp, 8, (b"WEBP",)),
+    ("gif", _gif, 0, (b"GIF87a", b"GIF89a")),
+    ("bmp", _bmp, 0, (b"BM",)),
+    ("tiff", _tiff, 0, (b"II*\x00", b"MM\x00*")),
+    ("bigtiff", None, 0, (b"II+\x00", b"MM\x00+")),
+    ("heif", None, 4, (b"ftyp",)),  # AVIF, HEIC
+    ("jpeg2000", None, 0, (b"\x00\x00\x00\x0cjP  \r\n", b"\xff\x4f\xff\x51")),
+    ("pnm", None, 0, (b"P1", b"P2", b"P3", b"P4", b"P5", b"P6", b"Pf", b"PF")),
+    ("qoi", None, 0, (b"qoif",)),
+    ("psd", None, 0, (b"8BPS",)),
+    ("dds", None, 0, (b"DDS ",)),
+    ("icns", None, 0, (b"icns",)),
+    ("ico", None, 0, (b"\x00\x00\x01\x00", b"\x00\x00\x02\x00")),
+    ("sgi", None, 0, (b"\x01\xda",)),
+    ("fits", None, 0, (b"SIMPLE  =",)),
 )
-DECODED_FORMATS: Final = frozenset(READERS)
+DECODED_FORMATS: Final = frozenset(name for name, reader, *_ in FORMATS if reader)

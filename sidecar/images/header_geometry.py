@@ -11,7 +11,7 @@ from typing import Final
 
 from sidecar.images import file_headers
 from sidecar.images.protocol import Data
-from sidecar.kernels.grid import Geometry
+from sidecar.kernels.grid import Geometry, ProcessorSpec
 
 # Bytes, or base64 characters, to read: nearly always the first is enough; some files begin with EXIF and ICC blocks.
 HEADER_BYTES: Final = (4 << 10, 128 << 10)
@@ -20,8 +20,7 @@ HEADER_BYTES: Final = (4 << 10, 128 << 10)
 # pixels as base64 costs more than the engine saves. Plain pixels can have twenty times the size of a file: bound them.
 MIN_SHRINK: Final = 2
 MAX_GROWTH: Final = 1.5
-# Base64 characters that may be sent whatever the size of the original.
-MAX_SMALL_CHARS: Final = 4 << 20
+MAX_SMALL_CHARS: Final = 4 << 20  # base64 characters that may be sent whatever the size of the original
 
 
 def read_size(data: Data, is_base64: bool) -> file_headers.Header | None:
@@ -37,6 +36,14 @@ def read_size(data: Data, is_base64: bool) -> file_headers.Header | None:
         if len(data) <= length:
             break
     return None
+
+
+def predict(spec: ProcessorSpec, height: int, width: int) -> Geometry | None:
+    """The geometry of an image by its header; None if its size is unknown until it is decoded, or refused then."""
+    try:
+        return spec.geometry(height, width)
+    except ValueError:
+        return None
 
 
 def base64_chars(data: Data, is_base64: bool) -> int:

@@ -21,8 +21,7 @@ import msgspec
 
 PREFIX: Final = struct.Struct("!IQ")  # bytes of the header, bytes of the payload
 MAX_HEADER_BYTES: Final = 64 * 1024
-# The fp32 patches of the largest image that Qwen3-VL's own limit allows take 0.8 GB.
-MAX_REPLY_BYTES: Final = 2 << 30
+MAX_REPLY_BYTES: Final = 2 << 30  # see tensor_budget.MAX_TENSOR_BYTES
 
 PIXELS: Final = "pixels"  # a resized lossless image, as base64 text
 RAW: Final = "raw"  # the resized image's RGB bytes

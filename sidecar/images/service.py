@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 from sidecar.errors import BadImage, ImagesBusy
 from sidecar.images import file_headers, header_geometry
@@ -23,33 +23,21 @@ from sidecar.settings import Settings
 
 # Hashing this much takes 0.3 ms. More is hashed in a thread, which costs 0.1 ms, and more on busy cores.
 MAX_HASHED_ON_LOOP_BYTES = 512 * 1024
-# Concurrent writes to the cache; further results are not cached.
-MAX_CACHE_WRITES = 4
+MAX_CACHE_WRITES = 4  # at once; further results are not cached
 
 
 @dataclass(frozen=True, slots=True)
-class PreparedImage:
-    """One prepared image. Sizes and tokens are what the model sees (0 if unknown); times are seconds.
+class PreparedImage(ImageDone):
+    """One prepared image. Sizes and tokens are 0 if unknown.
 
     Outcome "passed": the client's own bytes go on untouched, `base64` and `url` are empty. Outcome "cached": the image
     had been prepared before. `url` locates its pixels in shared memory.
     """
 
-    media_type: str
-    base64: Data | None
-    width: int
-    height: int
-    tokens: int
-    content_hash: str
-    format: str
-    outcome: str
-    seconds: float
-    stages: tuple[tuple[str, float], ...]
-    bytes_in: int
-    bytes_out: int
-    grid: tuple[int, int, int] = (0, 0, 0)
+    seconds: float = 0.0
+    bytes_out: int = 0
+    base64: Data | None = None
     url: str = ""
-    original: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,11 +97,9 @@ class ImageService:
         header, client_chars = header_geometry.read_size(data, is_base64), header_geometry.base64_chars(data, is_base64)
         if header is None or not self.spec.inline or not self._allowed(header.height, header.width, client_chars):
             return None
-        try:
-            geometry = self.spec.geometry(header.height, header.width)
-        except ValueError:
-            return None  # the worker reports what is wrong with it
-        if header_geometry.is_worth_resizing(header.height * header.width, geometry, client_chars):
+        geometry = header_geometry.predict(self.spec, header.height, header.width)
+        # without one, the worker reports what is wrong with it
+        if geometry is None or header_geometry.is_worth_resizing(header.height * header.width, geometry, client_chars):
             return None
         return _passed_image(header.format, geometry, client_chars, time.monotonic() - start)
 
@@ -127,10 +113,7 @@ class ImageService:
         known = header or (None if is_base64 else file_headers.read(bytes(data[: header_geometry.HEADER_BYTES[0]])))
         if known is None and not is_base64:
             raise BadImage(f"{where}: the image was refused: it is in no known format", "image_unknown_format")
-        try:
-            geometry = self.spec.geometry(header.height, header.width) if header else Geometry(0, 0)
-        except ValueError:
-            geometry = Geometry(0, 0)
+        geometry = header_geometry.predict(self.spec, header.height, header.width) if header else None
         return _passed_image(known.format if known else "unknown", geometry, client_chars, time.monotonic() - start)
 
     def _allowed(self, height: int, width: int, client_chars: int) -> bool:
@@ -156,7 +139,6 @@ class ImageService:
         images: Sequence[tuple[Data, bool]],
         *,
         want: str = TENSORS,
-        where: str = "images",
         tenant: str = "",
         spec: ProcessorSpec | None = None,
         reserve: Reserve | None = None,
@@ -170,7 +152,7 @@ class ImageService:
         try:
             async with asyncio.TaskGroup() as group:
                 tasks = [
-                    group.create_task(self._prepare(want, data, f"{where}[{i}]", is_base64, tenant, spec, reserve))
+                    group.create_task(self._prepare(want, data, f"images[{i}]", is_base64, tenant, spec, reserve))
                     for i, (data, is_base64) in enumerate(images)
                 ]
         except* (BadImage, ImagesBusy) as failed:
@@ -194,7 +176,10 @@ class ImageService:
     ) -> tuple[PreparedImage, Data, str]:
         """The image, its payload, and its cache key."""
         start = time.monotonic()
-        self._check_size(data, where, is_base64)
+        # a bound on what is sent to a worker, which checks the real size
+        if len(data) > (self._limits.max_bytes * 3 // 2 if is_base64 else self._limits.max_bytes):
+            text = f"{where}: the image was refused: the limit is {self._limits.max_bytes} bytes"
+            raise BadImage(text, "image_too_large")
         spec_json = spec.to_json() if spec is not None else self._spec_json
         key = await self._key(data, want, str(is_base64), spec_json, tenant)
         if self._cache is not None and (hit := self._cache.get(key)) is not None:
@@ -226,48 +211,15 @@ class ImageService:
         if at_once:
             await asyncio.wait((task,))  # continues if this request is cancelled
 
-    def _check_size(self, data: Data, where: str, is_base64: bool) -> None:
-        """Bound what is sent to a worker, which checks the real size."""
-        limit = self._limits.max_bytes * 3 // 2 if is_base64 else self._limits.max_bytes
-        if len(data) > limit:
-            text = f"{where}: the image was refused: the limit is {self._limits.max_bytes} bytes"
-            raise BadImage(text, "image_too_large")
 
-
-def _passed_image(format: str, geometry: Geometry, client_chars: int, seconds: float) -> PreparedImage:
+def _passed_image(format: str, geometry: Geometry | None, client_chars: int, seconds: float) -> PreparedImage:
     """An image that passes through untouched."""
-    height, width = geometry.size
-    return PreparedImage(
-        media_type="",
-        base64=None,
-        width=width,
-        height=height,
-        tokens=geometry.tokens,
-        content_hash="",
-        format=format,
-        outcome="passed",
-        seconds=seconds,
-        stages=(),
-        bytes_in=client_chars * 3 // 4,
-        bytes_out=0,
-        grid=(geometry.grid_t, geometry.grid_h, geometry.grid_w),
-    )
+    g = geometry or Geometry(0, 0)
+    grid = (g.grid_t, g.grid_h, g.grid_w)
+    return PreparedImage("passed", format, "", *g.size, grid, g.tokens, "", (), client_chars * 3 // 4, seconds=seconds)
 
 
 def _prepared_image(done: ImageDone, payload: Data, seconds: float, *, cached: bool = False) -> PreparedImage:
-    return PreparedImage(
-        media_type=done.media_type,
-        base64=None,
-        width=done.width,
-        height=done.height,
-        tokens=done.tokens,
-        content_hash=done.content_hash,
-        format=done.format,
-        outcome="cached" if cached else done.outcome,
-        seconds=seconds,
-        stages=() if cached else done.stages,
-        bytes_in=done.bytes_in,
-        bytes_out=len(payload),
-        grid=done.grid,
-        original=done.original,
-    )
+    done = replace(done, outcome="cached", stages=()) if cached else done
+    same = {field.name: getattr(done, field.name) for field in fields(ImageDone)}
+    return PreparedImage(**same, seconds=seconds, bytes_out=len(payload))

@@ -33,23 +33,11 @@ from sidecar.images.protocol import PREFIX, Data, FrameError, ImageDone, decode_
 SHM_DIR: Final = "/dev/shm"
 FOLDER_PREFIX: Final = "sidecar-images-"
 SHARED_PREFIX: Final = "out-"
-# An exported file that no one has read after this long is removed.
-UNREAD_TIMEOUT_S: Final = 600.0
-# Total of shared files that may wait for readers that may never come.
-MAX_UNREAD_BYTES: Final = 1 << 30
+UNREAD_TIMEOUT_S: Final = 600.0  # after which an exported file that no one has read is removed
+MAX_UNREAD_BYTES: Final = 1 << 30  # total of shared files that may wait for readers that may never come
 LOCK_NAME: Final = "lock"
 EVICTION_TARGET: Final = 0.9  # fraction of the limit that an eviction leaves in use
-# Parsed records per process, about 1 kB each: parsing took a fifth of the time of a hit.
-MAX_PARSED_ENTRIES: Final = 1024
-
-
-@dataclass(frozen=True, slots=True)
-class _Entry:
-    """The content of file `inode`, which never changes: a record, and its payload from `start` on."""
-
-    inode: int
-    record: ImageDone
-    start: int
+MAX_PARSED_ENTRIES: Final = 1024  # per process, about 1 kB each: parsing took a fifth of the time of a hit
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +61,8 @@ class ImageCache:
         self._folder = Path(folder)
         self._max_bytes = max_bytes
         self._secret = secret
-        self._parsed: dict[str, _Entry] = {}
+        # by key and inode, as a file never changes: its record, and where its payload starts
+        self._parsed: dict[tuple[str, int], tuple[ImageDone, int]] = {}
 
     def key(self, data: Data, *parts: str) -> str:
         """The key of an image's result; `parts`: everything else that it depends on.
@@ -96,26 +85,26 @@ class ImageCache:
             with contextlib.suppress(OSError):
                 os.utime(fd)
             content = mmap.mmap(fd, 0, prot=mmap.PROT_READ)
-            entry, inode = self._parsed.get(key), os.fstat(fd).st_ino
-            if entry is None or entry.inode != inode:
-                entry = self._read(content, inode)
+            file = key, os.fstat(fd).st_ino
+            if file not in self._parsed:
                 if len(self._parsed) >= MAX_PARSED_ENTRIES:
                     self._parsed.clear()
-                self._parsed[key] = entry
-            return entry.record, memoryview(content)[entry.start :]
+                self._parsed[file] = self._read(content)
+            record, start = self._parsed[file]
+            return record, memoryview(content)[start:]
         except (OSError, ValueError, FrameError):
             return None
         finally:
             os.close(fd)
 
-    def _read(self, content: mmap.mmap, inode: int) -> _Entry:
+    def _read(self, content: mmap.mmap) -> tuple[ImageDone, int]:
         """Parse an entry. Raises FrameError if it is invalid."""
         header, payload = decode_prefix(content[: PREFIX.size], self._max_bytes)
         start = PREFIX.size + header
         record = decode_header(content[PREFIX.size : start])
         if not isinstance(record, ImageDone) or len(content) != start + payload:
             raise FrameError("incomplete entry")
-        return _Entry(inode, record, start)
+        return record, start
 
     def put(self, key: str, done: ImageDone, payload: Data) -> None:
         """Store an entry and evict others if needed. An entry of more than a quarter of the limit is not stored."""
@@ -188,14 +177,13 @@ class ImageCache:
 
     def _evict(self, incoming: int) -> None:
         entries = [(stat, name) for stat, name in self._files() if not name.startswith(SHARED_PREFIX)]
-        used = sum(stat.st_size for stat, _ in entries)
-        if used + incoming <= self._max_bytes:
+        used = sum(stat.st_size for stat, _ in entries) + incoming
+        if used <= self._max_bytes:
             return
         for stat, name in sorted(entries, key=lambda entry: entry[0].st_mtime):
-            if used + incoming <= self._max_bytes * EVICTION_TARGET:
-                break
-            (self._folder / name).unlink(missing_ok=True)
-            used -= stat.st_size
+            if used > self._max_bytes * EVICTION_TARGET:
+                (self._folder / name).unlink(missing_ok=True)
+                used -= stat.st_size
 
 
 class CacheFolder:
@@ -227,17 +215,12 @@ class CacheFolder:
 def sweep(shm: str) -> None:
     """Remove folders of sidecars that have exited: no process holds their lock."""
     for folder in Path(shm).glob(FOLDER_PREFIX + "*"):
-        try:
+        # an OSError: it is locked, another user's, or being created
+        with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
             fd = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
-        except OSError:
-            continue  # another user's folder, or one that is being created
-        try:
+            stack.callback(os.close, fd)
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(folder, ignore_errors=True)
-        except OSError:
-            continue
-        finally:
-            os.close(fd)
 
 
 def _make_locked(shm: str) -> tuple[str, int]:
@@ -270,16 +253,8 @@ def _create(path: Path, size: int) -> int:
 def _fill(fd: int, path: Path, *pieces: Data) -> None:
     """Write all pieces. Raises OSError, and then leaves no file behind."""
     try:
-        for piece in pieces:
-            _write(fd, piece)
+        with os.fdopen(fd, "wb") as file:
+            file.writelines(pieces)
     except OSError:
         path.unlink(missing_ok=True)
         raise
-    finally:
-        os.close(fd)
-
-
-def _write(fd: int, data: Data) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[os.write(fd, view) :]

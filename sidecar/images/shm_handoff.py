@@ -15,8 +15,7 @@ from sidecar.errors import ImagesBusy
 from sidecar.images.protocol import Data
 from sidecar.images.shm_cache import ImageCache, SharedFile
 
-# As long as sidecar.client waits for a response.
-UNREAD_TIMEOUT_S: Final = 60.0
+UNREAD_TIMEOUT_S: Final = 60.0  # as long as sidecar.client waits for a response
 SHM_FULL: Final = "shared memory is full; try again shortly"
 NO_SHM_FOR_TENSORS: Final = (
     "shared memory has no room for these tensors; read and unlink earlier ones, try again shortly, "

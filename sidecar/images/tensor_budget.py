@@ -11,8 +11,7 @@ from typing import Final
 
 from sidecar.errors import BadImage, ImagesBusy
 
-# The fp32 patches of the largest image that Qwen3-VL's own limit allows take 0.8 GB.
-MAX_TENSOR_BYTES: Final = 1 << 30
+MAX_TENSOR_BYTES: Final = 1 << 30  # the fp32 patches of the largest image that Qwen3-VL's own limit allows take 0.8 GB
 
 Reserve = Callable[[int], None]
 

@@ -36,14 +36,10 @@ def pieces(values: Sequence[Data], images: Sequence[Geometry], spec: ProcessorSp
         yield from _interleave(values, math.prod(shape[:-1]))
         return
     for data, image in zip(values, images, strict=True):
-        if spec.batch == PLANES:
-            yield pad_planes(data, image.size, shape, element_bytes)
-        elif spec.batch == FILLED:
-            yield [data]
+        yield pad_planes(data, image.size, shape, element_bytes) if spec.batch == PLANES else [data]
+        if spec.batch == FILLED:
             zeros = element_bytes * math.prod(shape[1:]) - len(data)
             yield from _repeat(memoryview(bytes(min(zeros, MAX_REPEATED_BYTES))), zeros)
-        else:
-            yield [data]
 
 
 def pad_planes(values: Data, size: tuple[int, int], shape: list[int], element_bytes: int) -> list[Data]:

@@ -7,6 +7,7 @@ sidecar only queries the lock and never takes it, so it cannot block an engine.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import logging
@@ -48,15 +49,11 @@ class PluginStatus:
 def read_status(shm: str) -> PluginStatus:
     """The plugin's state by the marks in the folder `shm`. Never raises, never waits."""
     last = PluginStatus("no vLLM with the sidecar's plugin uses this folder")
-    try:
-        paths = list(islice(Path(shm).glob(MARK_PREFIX + "*"), MAX_MARKS))
-    except OSError:
-        return last
-    for path in paths:
-        status = _read_mark(path)
-        if status is not None and not status.why:
-            return status
-        last = status or last
+    with contextlib.suppress(OSError):
+        for path in islice(Path(shm).glob(MARK_PREFIX + "*"), MAX_MARKS):
+            last = _read_mark(path) or last
+            if not last.why:
+                break
     return last
 
 
@@ -79,18 +76,12 @@ def check_mark(text: bytes, user: int) -> PluginStatus:
 
 def _read_mark(path: Path) -> PluginStatus | None:
     """The plugin's state by one mark; None if the process that wrote it has exited."""
-    try:
+    with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError:
-        return None
-    try:
-        if not stat.S_ISREG(os.fstat(fd).st_mode) or not _is_locked(fd):
-            return None
-        return check_mark(os.pread(fd, MAX_MARK_BYTES, 0), os.geteuid())
-    except OSError:
-        return None
-    finally:
-        os.close(fd)
+        stack.callback(os.close, fd)
+        if stat.S_ISREG(os.fstat(fd).st_mode) and _is_locked(fd):
+            return check_mark(os.pread(fd, MAX_MARK_BYTES, 0), os.geteuid())
+    return None
 
 
 def _is_locked(fd: int) -> bool:
@@ -113,12 +104,8 @@ class PluginWatch:
         now = self._now()
         if now - self._checked_at >= CHECK_INTERVAL_S or self._status is None:
             before, self._status, self._checked_at = self._status, read_status(self._shm), now
-            if before != self._status:
-                self._log_change(self._status)
+            if before != self._status and self._status.why:
+                _log.warning("images go inline, not through %s: %s; %s", self._shm, self._status.why, REMEDY)
+            elif before != self._status:
+                _log.info("images go through %s: vLLM has plugin %s", self._shm, self._status.version)
         return not self._status.why
-
-    def _log_change(self, status: PluginStatus) -> None:
-        if status.why:
-            _log.warning("images go inline, not through %s: %s; %s", self._shm, status.why, REMEDY)
-        else:
-            _log.info("images go through %s: vLLM has plugin %s", self._shm, status.version)

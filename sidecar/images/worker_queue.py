@@ -15,20 +15,8 @@ from collections.abc import AsyncIterator
 from typing import Final
 
 from sidecar.errors import BadImage, ImagesBusy
-from sidecar.images.protocol import (
-    MAX_REPLY_BYTES,
-    PREFIX,
-    Data,
-    Frame,
-    FrameError,
-    ImageDone,
-    ImageJob,
-    ImageRefused,
-    WorkerReady,
-    decode_header,
-    decode_prefix,
-    encode_head,
-)
+from sidecar.images import protocol
+from sidecar.images.protocol import Data, Frame, FrameError, ImageDone, ImageJob, ImageRefused, WorkerReady
 from sidecar.images.tensor_budget import Reserve
 from sidecar.runtime import cpu_quota
 from sidecar.settings import Settings
@@ -38,14 +26,10 @@ DEADLINE_S: Final = 10.0
 # Images that may wait in one relay process. At 49 ms each, two workers reach the last one within two seconds; with a
 # longer queue, clients had better try another replica.
 MAX_WAITING: Final = 64
-# Added to the worker's own deadline for the transfer of the reply.
-DEADLINE_SLACK_S = 5.0
-# Shortest wait for a worker: a restarted server takes about 5 s to import its libraries.
-QUEUE_TIMEOUT_S = 10.0
-# First and longest pause between connection attempts.
-CONNECT_RETRY_S = (0.02, 0.5)
-# One in progress and one in the backlog, so that a worker never waits for the relay's event loop.
-JOBS_PER_WORKER = 2
+DEADLINE_SLACK_S = 5.0  # added to the worker's own deadline for the transfer of the reply
+QUEUE_TIMEOUT_S = 10.0  # shortest wait for a worker: a restarted server takes about 5 s to import its libraries
+CONNECT_RETRY_S = (0.02, 0.5)  # first and longest pause between connection attempts
+JOBS_PER_WORKER = 2  # one in progress and one in the backlog, so that a worker never waits for the relay's event loop
 
 
 class WorkerQueue:
@@ -79,8 +63,12 @@ class WorkerQueue:
                 async with asyncio.timeout(self.deadline_s + DEADLINE_SLACK_S):
                     await _send(connection, job, data)
                     answer, payload = await _receive(connection, reserve)
-            except (OSError, EOFError, FrameError, TimeoutError):
-                raise _worker_lost(where, time.monotonic() - sent, self.deadline_s) from None
+            except (OSError, EOFError, FrameError):  # it died without a reply: at its deadline, or because of the image
+                if time.monotonic() - sent >= self.deadline_s:
+                    text = f"{where}: the image took longer than {self.deadline_s:g} seconds; send a smaller one"
+                    raise BadImage(text, "image_deadline") from None
+                text = f"{where}: the image could not be decoded; send it in another format"
+                raise BadImage(text, "image_failed") from None
         if isinstance(answer, ImageRefused):
             raise BadImage(f"{where}: the image was refused: {answer.message}", answer.reason)
         assert isinstance(answer, ImageDone)
@@ -91,23 +79,19 @@ class WorkerQueue:
         """A connection whose worker is ready. Raises ImagesBusy if the queue is full or the wait too long."""
         if self._closed or (self._slots.locked() and self._waiting >= self._max_waiting):
             raise ImagesBusy("all image workers are busy and their queue is full; try again shortly")
-        connection: socket.socket | None = None
         self._waiting += 1
         try:
-            try:
-                async with asyncio.timeout(self._queue_timeout_s):
-                    await self._slots.acquire()
-            finally:
-                self._waiting -= 1
+            async with asyncio.timeout(self._queue_timeout_s):
+                await self._slots.acquire()
         except TimeoutError:
             raise ImagesBusy("no image worker became free in time; try again shortly") from None
+        finally:
+            self._waiting -= 1
         try:
-            connection = await self._connect_worker()
-            yield connection
+            with await self._connect_worker() as connection:
+                yield connection
         finally:
             self._slots.release()
-            if connection is not None:
-                connection.close()
 
     async def _connect_worker(self) -> socket.socket:
         """Connect, with retries while the server restarts, until a worker is ready. Raises ImagesBusy."""
@@ -116,42 +100,37 @@ class WorkerQueue:
             async with asyncio.timeout(self._queue_timeout_s):
                 while True:
                     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+                    connection.setblocking(False)
                     try:
-                        await _connect(connection, self._path)
-                    except (OSError, EOFError, FrameError):
-                        connection.close()
-                    except BaseException:
-                        connection.close()
-                        raise
-                    else:
+                        await asyncio.get_running_loop().sock_connect(connection, self._path)
+                        ready, _ = await _receive(connection)
+                        if not isinstance(ready, WorkerReady):
+                            raise FrameError("not a worker of this version")
                         return connection
+                    except BaseException as e:
+                        connection.close()
+                        if not isinstance(e, OSError | EOFError | FrameError):
+                            raise
                     await asyncio.sleep(pause)
                     pause = min(2 * pause, longest)
         except TimeoutError:
             raise ImagesBusy("no image worker accepted the image in time; try again shortly") from None
 
 
-async def _connect(connection: socket.socket, path: str) -> None:
-    connection.setblocking(False)
-    await asyncio.get_running_loop().sock_connect(connection, path)
-    ready, _ = await _receive(connection)
-    if not isinstance(ready, WorkerReady):
-        raise FrameError("not a worker of this version")
-
-
 async def _send(connection: socket.socket, job: ImageJob, data: Data) -> None:
     loop = asyncio.get_running_loop()
-    await loop.sock_sendall(connection, encode_head(job, len(data)))
+    await loop.sock_sendall(connection, protocol.encode_head(job, len(data)))
     if data:  # an empty send to a worker that has already replied would raise an error
         await loop.sock_sendall(connection, data)
 
 
 async def _receive(connection: socket.socket, reserve: Reserve | None = None) -> tuple[Frame, bytearray]:
     """One frame; `reserve` is called before its payload is read. Raises EOFError if cut off, FrameError if invalid."""
-    header, payload = decode_prefix(await _read_exactly(connection, PREFIX.size), MAX_REPLY_BYTES)
+    prefix = await _read_exactly(connection, protocol.PREFIX.size)
+    header, payload = protocol.decode_prefix(prefix, protocol.MAX_REPLY_BYTES)
     if reserve is not None:
         reserve(payload)
-    return decode_header(await _read_exactly(connection, header)), await _read_exactly(connection, payload)
+    return protocol.decode_header(await _read_exactly(connection, header)), await _read_exactly(connection, payload)
 
 
 async def _read_exactly(connection: socket.socket, size: int) -> bytearray:
@@ -164,12 +143,3 @@ async def _read_exactly(connection: socket.socket, size: int) -> bytearray:
             raise EOFError
         view = view[received:]
     return data
-
-
-def _worker_lost(where: str, took: float, seconds: float) -> BadImage:
-    """The error for a worker that died without a reply: at its deadline, or because of the image."""
-    if took >= seconds:
-        return BadImage(
-            f"{where}: the image took longer than {seconds:g} seconds; send a smaller one", "image_deadline"
-        )
-    return BadImage(f"{where}: the image could not be decoded; send it in another format", "image_failed")

@@ -55,14 +55,12 @@ def _roofline(chosen: Settings) -> cost_model.Coefficients:
     except (OSError, ValueError) as e:
         why = f"default: config.json of --model cannot be read ({type(e).__name__})"
         return replace(cost_model.Coefficients(), source=why)
-    count, name = parse_gpu(chosen.gpu) if chosen.gpu else _visible_gpus()
+    if chosen.gpu:
+        count, name = parse_gpu(chosen.gpu)
+    else:  # all that NVML reports are assumed to be the engine's
+        names = gpu_names.read()
+        count, name = len(names), names[0] if names else ""
     return roofline(config if isinstance(config, dict) else {}, name, count)
-
-
-def _visible_gpus() -> tuple[int, str]:
-    """Count and name of the GPUs that NVML reports. All are assumed to be the engine's."""
-    names = gpu_names.read()
-    return len(names), names[0] if names else ""
 
 
 def choose_image_mode(chosen: Settings, shm: str = SHM_DIR) -> str:
@@ -70,11 +68,9 @@ def choose_image_mode(chosen: Settings, shm: str = SHM_DIR) -> str:
     reason = explain_images_off(chosen, shm)
     mode = "shm" if chosen.images == "shm" else "inline"
     _log.info("images: %s", f"off ({reason})" if reason else mode)
-    if not reason:
-        return mode
-    if chosen.images in ("auto", "off"):
-        return "off"
-    raise StartError(f"--images {chosen.images}: {reason}")
+    if reason and chosen.images not in ("auto", "off"):
+        raise StartError(f"--images {chosen.images}: {reason}")
+    return "off" if reason else mode
 
 
 def explain_images_off(chosen: Settings, shm: str = SHM_DIR) -> str:
@@ -117,9 +113,8 @@ def _open(name: str, address: tuple[str, int], prepare: Callable[[socket.socket]
         prepare(sock)
     except OSError as e:
         sock.close()
-        raise StartError(
-            f"--{name}: port {port} on {host} cannot be used ({e.strerror}); free it or choose another"
-        ) from None
+        text = f"--{name}: port {port} on {host} cannot be used ({e.strerror}); free it or choose another"
+        raise StartError(text) from None
     sock.setblocking(False)
     return sock
 

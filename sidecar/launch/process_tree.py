@@ -42,10 +42,8 @@ from sidecar.settings import Settings
 
 _log = logging.getLogger("sidecar")
 
-# Image work is the longest and least urgent: where cores are scarce, probes and streams go first.
-IMAGE_SERVER_NICE: Final = 5
-# Time beyond the drain in which every process must have ended.
-STOP_MARGIN_S: Final = 10.0
+IMAGE_SERVER_NICE: Final = 5  # the longest and least urgent work: where cores are scarce, probes and streams go first
+STOP_MARGIN_S: Final = 10.0  # beyond the drain, in which every process must have ended
 
 # Runs a process; a SidecarError becomes one line and an exit code.
 ExitCodeRunner = Callable[[Callable[[], int]], int]
@@ -87,7 +85,8 @@ def main(chosen: Settings, run_to_exit_code: ExitCodeRunner) -> int:
             roles.append(Role("images", "image server", partial(_exec_image_server, chosen, jobs), (jobs,)))
         if chosen.orca_grpc:
             reserved = stack.enter_context(reserve("orca-grpc", chosen.orca_grpc, "grpc", "orca"))
-            run = guarded(partial(_run_load_reports, reserved.getsockname()[:2], context.control))
+            address = reserved.getsockname()[:2]
+            run = guarded(lambda restarts: orca_server.main(address, context.control))
             roles.append(Role("reports", "load reports", run, (reserved,)))
         for index in range(chosen.workers):
             run = guarded(partial(_run_relay, replace(context, index=index), listener))
@@ -99,25 +98,15 @@ def main(chosen: Settings, run_to_exit_code: ExitCodeRunner) -> int:
 
 
 def _run_control(
-    chosen: Settings,
-    coefficients: cost_model.Coefficients,
-    admin: socket.socket,
-    control: socket.socket,
-    restarts: int,
+    chosen: Settings, coefficients: cost_model.Coefficients, admin: socket.socket, control: socket.socket, restarts: int
 ) -> int:
     report_serving = partial(os.kill, os.getppid(), signal.SIGUSR1)
-    uvloop.run(
-        control_process.run(chosen, coefficients, control_process.ListeningSockets(admin, control), report_serving)
-    )
+    uvloop.run(control_process.run(chosen, coefficients, admin, control, report_serving))
     return 0
 
 
 def _run_relay(context: relay_process.RelayContext, listener: socket.socket, restarts: int) -> int:
     return relay_process.main(replace(context, restarts=restarts), listener)
-
-
-def _run_load_reports(address: tuple[str, int], control: str, restarts: int) -> int:
-    return orca_server.main(address, control)
 
 
 def _exec_image_server(chosen: Settings, jobs: socket.socket, restarts: int) -> int:

@@ -1,7 +1,6 @@
 """Pure: how far the coefficients in use can be trusted: whether they still hold, and what a re-fit yields.
 
-Coefficients that were not measured (a roofline, the default) are never reported stale; `source` says they were not
-measured, and their margin is wide. The re-fit is reported all the same: it shows what they should be.
+Coefficients that were not measured (a roofline, the default) are never stale; their margin is wide, and re-fit shown.
 """
 
 from __future__ import annotations
@@ -16,31 +15,25 @@ from sidecar.load import cost_model
 from sidecar.load.cost_model import Coefficients
 from sidecar.load.drift import Drift, DriftState, find_mismatch
 from sidecar.load.ledger import AdmissionHold, Settlement
-from sidecar.load.refit import Refit, RefitResult
+from sidecar.load.refit import Refit
 from sidecar.load.work_windows import WorkWindows
 from sidecar.readings import EngineIdentity
 from sidecar.snapshot import PriceUse, ShadowUse
 
-# A roofline assumes 50 % of peak compute and 70 % of bandwidth; engines differ by a factor of two.
-UNMEASURED_MARGIN: Final = 1.0
-# For a file without its P90 error: the error that calibration aims at.
-DEFAULT_MEASURED_MARGIN: Final = 0.25
+UNMEASURED_MARGIN: Final = 1.0  # a roofline assumes 50 % of peak and 70 % of bandwidth; engines differ by a factor of 2
+DEFAULT_MEASURED_MARGIN: Final = 0.25  # for a file without its P90 error: the error that calibration aims at
 MIN_MARGIN: Final = 0.1
 STALE_MARGIN_FACTOR: Final = 2.0
 
 
 class CoefficientMonitor:
-    """Watches the coefficients of one engine."""
+    """Watches the coefficients of one engine. `stale` is why they no longer hold, "" while they do."""
 
     def __init__(self, co: Coefficients, now: float) -> None:
-        self.co = co
-        self.refit = Refit(co)
-        self.drift = Drift(co)
-        self.stale = ""  # the reason; "" while they hold
-        self._windows = WorkWindows(co, now)
+        self.co, self.stale = co, ""
+        self.refit, self.drift, self._windows = Refit(co), Drift(co), WorkWindows(co, now)
 
     def settled(self, settlement: Settlement) -> None:
-        """Record a settled request."""
         self.drift.caching |= settlement.settled.usage is not None and settlement.settled.usage.cached_tokens > 0
         self._windows.settled(settlement)
 
@@ -58,7 +51,6 @@ class CoefficientMonitor:
         self.stale = self._stale_reason(identity)
 
     def restore(self, state: DriftState) -> None:
-        """Restore the state of an earlier process of the sidecar."""
         self.drift.memory = state
 
     @property
@@ -73,24 +65,20 @@ class CoefficientMonitor:
         shadow = self.refit.shadow()
         if shadow is None:
             return None
-        text = repr([(name, getattr(shadow.co, name)) for name in cost_model.TERMS])
+        text = repr([(name, getattr(shadow, name)) for name in cost_model.TERMS])
         fingerprint = "refit-" + hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
-        error = round(math.expm1(shadow.error), 4)  # over windows; a calibration's is over shapes
-        return replace(
-            shadow.co, fingerprint=fingerprint, source=f"refit of {self.co.fingerprint}", mape=error, p90=2 * error
-        )
+        source = f"refit of {self.co.fingerprint}"
+        error = round(math.expm1(self.refit.error), 4)  # over windows; a calibration's is over shapes
+        return replace(shadow, fingerprint=fingerprint, source=source, mape=error, p90=2 * error)
 
     def use(self) -> PriceUse:
         """The coefficients as reports show them."""
-        return PriceUse(
-            source=self.co.source,
-            stale=self.stale,
-            margin=self.margin,
-            terms=cost_model.by_cause(cost_model.REFERENCE, self.co),
-            line=cost_model.line(self.co),
-            windows=self.refit.windows,
-            shadow=_shadow(self.refit.shadow()),
-        )
+        shadow = None
+        if (found := self.refit.shadow()) is not None:
+            values = tuple((name, getattr(found, name)) for name in cost_model.TERMS)
+            shadow = ShadowUse(values, cost_model.max_mu_per_minute(found), self.refit.windows, self.refit.error)
+        terms, line = cost_model.by_cause(cost_model.REFERENCE, self.co), cost_model.line(self.co)
+        return PriceUse(self.co.source, self.stale, self.margin, terms, line, self.refit.windows, shadow)
 
     def _stale_reason(self, identity: EngineIdentity) -> str:
         if not cost_model.is_measured(self.co):
@@ -99,10 +87,3 @@ class CoefficientMonitor:
         if slower and identity.slowdowns:
             slower += f"; a GPU's clocks are reduced ({', '.join(identity.slowdowns)})"
         return find_mismatch(self.co, identity) or slower
-
-
-def _shadow(shadow: RefitResult | None) -> ShadowUse | None:
-    if shadow is None:
-        return None
-    values = tuple((name, getattr(shadow.co, name)) for name in cost_model.TERMS)
-    return ShadowUse(values, cost_model.max_mu_per_minute(shadow.co), shadow.windows, shadow.error)

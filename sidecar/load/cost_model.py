@@ -18,15 +18,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Final
+from typing import Final
 
 from sidecar.errors import UsageError
 from sidecar.events import RequestSize, Usage
 
 REFERENCE = RequestSize(uncached=3500, output=300)
 TERMS: Final = ("k", "a", "b", "d", "f", "g", "h", "q")
-# Of a coefficients file. Version 1 is not numbered, and was measured without q.
-FILE_VERSION: Final = 2
+FILE_VERSION: Final = 2  # version 1 is not numbered, and was measured without q
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,26 +79,18 @@ class CostTerms:
 
     @property
     def before_first_token(self) -> float:
-        """Milliseconds of everything but decoding."""
         return self.overhead + self.prefill + self.attention + self.images
 
     @property
     def total(self) -> float:
-        """Milliseconds of the whole request."""
         return self.before_first_token + self.decode + self.kv_read
 
 
 def terms(work: RequestSize, co: Coefficients) -> CostTerms:
     """Price each term of one request in GPU milliseconds."""
     one, u, attended, o, read, encoded, items, squares = features(work, co)
-    return CostTerms(
-        overhead=co.k * one,
-        prefill=co.a * u,
-        attention=co.b * attended,
-        decode=co.d * o,
-        kv_read=co.f * read,
-        images=co.g * encoded + co.h * items + co.q * squares,
-    )
+    images = co.g * encoded + co.h * items + co.q * squares
+    return CostTerms(co.k * one, co.a * u, co.b * attended, co.d * o, co.f * read, images)
 
 
 def features(work: RequestSize, co: Coefficients) -> tuple[float, ...]:
@@ -126,7 +117,6 @@ def decode_ms(before: int, tokens: int, co: Coefficients) -> float:
 
 
 def gpu_ms(work: RequestSize, co: Coefficients) -> float:
-    """GPU milliseconds of one request."""
     return terms(work, co).total
 
 
@@ -136,7 +126,6 @@ def unit_ms(co: Coefficients) -> float:
 
 
 def mu(work: RequestSize, co: Coefficients) -> float:
-    """Model units of one request."""
     return gpu_ms(work, co) / unit_ms(co)
 
 
@@ -148,20 +137,15 @@ def by_cause(work: RequestSize, co: Coefficients) -> tuple[tuple[str, float], ..
 def line(co: Coefficients) -> tuple[tuple[str, float], ...]:
     """gpu_ms as gamma + alpha * in + beta * out, for consumers that can only do that. Exact for REFERENCE alone."""
     one = terms(REFERENCE, co)
-    return (
-        ("alpha", (one.prefill + one.attention) / REFERENCE.uncached),
-        ("beta", (one.decode + one.kv_read) / REFERENCE.output),
-        ("gamma", one.overhead),
-    )
+    alpha, beta = (one.prefill + one.attention) / REFERENCE.uncached, (one.decode + one.kv_read) / REFERENCE.output
+    return ("alpha", alpha), ("beta", beta), ("gamma", one.overhead)
 
 
 def is_measured(co: Coefficients) -> bool:
-    """True if measured on this model and hardware."""
     return not co.source.startswith(("default", "roofline"))
 
 
 def max_mu_per_minute(co: Coefficients) -> float:
-    """MU per minute that the hardware can do: a minute of GPU time over the price of one MU."""
     return 60_000 / unit_ms(co)
 
 
@@ -179,20 +163,15 @@ def settled_work(expected: RequestSize, usage: Usage | None, delivered_tokens: i
     cached = min(usage.cached_tokens, usage.prompt_tokens)
     uncached = usage.prompt_tokens - cached
     work = replace(expected, uncached=uncached, cached=cached, output=usage.completion_tokens)
-    return _without_cached_media(work) if cached else work
-
-
-def _without_cached_media(work: RequestSize) -> RequestSize:
-    """Scale down encoder work: encoder tokens are part of the prompt, so those beyond `uncached` were cached."""
-    tokens = work.image_tokens + work.audio_tokens + work.video_tokens
-    if tokens <= work.uncached:
+    encoded = work.image_tokens + work.audio_tokens + work.video_tokens
+    if not cached or encoded <= uncached:
         return work
+    # Encoder tokens are part of the prompt, so those beyond `uncached` were cached.
     names = ("image_tokens", "audio_tokens", "video_tokens", "image_squares")
-    return replace(work, **{name: getattr(work, name) * work.uncached // tokens for name in names})
+    return replace(work, **{name: getattr(work, name) * uncached // encoded for name in names})
 
 
 def to_json(co: Coefficients) -> str:
-    """The coefficients as the text of a coefficients file."""
     return json.dumps({"version": FILE_VERSION, **asdict(co)}, indent=1)
 
 
@@ -204,28 +183,20 @@ def from_json(text: str, name: str = "coefficients") -> Coefficients:
         raise UsageError(f"{name}: not JSON (line {error.lineno})") from None
     if not isinstance(raw, dict):
         raise UsageError(f"{name}: expected a JSON object of coefficients")
-    raw, measured_without = _migrate(raw, name)
+    version = raw.pop("version", 1)
+    if version not in range(1, FILE_VERSION + 1) or isinstance(version, bool):
+        raise UsageError(f"{name}: unknown version {version!r} (latest: {FILE_VERSION}); run `sidecar calibrate` again")
     known = {f.name: f.type for f in fields(Coefficients)}
     for key, value in raw.items():
         if key not in known:
             raise UsageError(f"{name}: unknown key {key!r}; known: {', '.join(known)}")
         if known[key] == "str" and not isinstance(value, str):
             raise UsageError(f"{name}: {key} must be a string")
-        if known[key] == "float" and (
-            isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e9
-        ):
+        if known[key] == "float" and (type(value) not in (int, float) or not 0 <= value < 1e9):
             raise UsageError(f"{name}: {key} must be a number of milliseconds >= 0, not {value!r}")
-    co = Coefficients(**{"source": "file", **measured_without, **raw})
+    co = Coefficients(**{"source": "file", **({"q": 0.0} if version == 1 else {}), **raw})
     if co.windowed > 1:
         raise UsageError(f"{name}: windowed must be a share of the layers from 0 to 1, not {co.windowed!r}")
     if unit_ms(co) <= 0:
         raise UsageError(f"{name}: all coefficients are 0")
     return co
-
-
-def _migrate(raw: dict[str, Any], name: str) -> tuple[dict[str, Any], dict[str, float]]:
-    """The file's keys without its version, and values for terms that its version lacks. Raises UsageError."""
-    version = raw.get("version", 1)
-    if version not in range(1, FILE_VERSION + 1) or isinstance(version, bool):
-        raise UsageError(f"{name}: unknown version {version!r} (latest: {FILE_VERSION}); run `sidecar calibrate` again")
-    return {key: value for key, value in raw.items() if key != "version"}, {"q": 0.0} if version < 2 else {}

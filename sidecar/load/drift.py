@@ -26,27 +26,18 @@ from sidecar.load.gpu_specs import find_gpu
 from sidecar.load.work_windows import STEP_INDEX, WINDOW_TERMS, WorkWindow
 from sidecar.readings import EngineIdentity
 
-# Of log residuals: 22 % slower or faster does not count.
-CUSUM_SLACK: Final = 0.2
-# Multiple of the slack at which the sum raises an alarm.
-CUSUM_LIMIT: Final = 9.0
-# Of a log residual, so that no single window raises an alarm.
-MAX_RESIDUAL: Final = 1.0
-# Windows of a kind of load before a change in it can be detected.
-MIN_BASELINE_WINDOWS: Final = 8
-# Windows that the mean of a kind of load is over.
-MAX_BASELINE_WINDOWS: Final = 200
+CUSUM_SLACK: Final = 0.2  # of log residuals: 22 % slower or faster does not count
+CUSUM_LIMIT: Final = 9.0  # multiple of the slack at which the sum raises an alarm
+MAX_RESIDUAL: Final = 1.0  # so that no single window raises an alarm
+MIN_BASELINE_WINDOWS: Final = 8  # of a kind of load before a change in it can be detected
+MAX_BASELINE_WINDOWS: Final = 200  # that the mean of a kind of load is over
 MAX_WINDOW_MS: Final = 1e12
-# Standard deviation of a normal distribution over its mean absolute deviation.
-DEVIATION_PER_MEAN_DISTANCE: Final = 1.25
+DEVIATION_PER_MEAN_DISTANCE: Final = 1.25  # of a normal distribution: standard over mean absolute deviation
 RECOVERY_WINDOWS: Final = 20
 MAX_LOAD_KINDS: Final = 200
-# How far beyond known kinds their line is extrapolated; one step if there is no line.
-EXTRAPOLATION_STEPS: Final = 2
-# Of that line, if nothing of d is paid per step.
-MAX_SLOPE_PER_STEP: Final = math.log(2) / 2
-# Engine settings that change how much fits, not what it costs.
-CAPACITY_FLAGS: Final = ("gpu_memory_utilization",)
+EXTRAPOLATION_STEPS: Final = 2  # beyond known kinds along their line; one step if there is no line
+MAX_SLOPE_PER_STEP: Final = math.log(2) / 2  # of that line, if nothing of d is paid per step
+CAPACITY_FLAGS: Final = ("gpu_memory_utilization",)  # they change how much fits, not what it costs
 
 # Requests that decode together, in powers of the square root of two; the share of prefill, in thirds.
 LoadKind = tuple[int, int]
@@ -69,7 +60,6 @@ class Cusum:
     calm: int = 0
 
     def add(self, residual: float, slack: float) -> None:
-        """Add a residual."""
         residual = max(-MAX_RESIDUAL, min(MAX_RESIDUAL, residual))
         self.over = max(0.0, self.over + residual - slack)
         self.under = max(0.0, self.under - residual - slack)
@@ -97,7 +87,6 @@ class Drift:
     caching: bool = False
 
     def add(self, window: WorkWindow) -> None:
-        """Evaluate one window."""
         low, high, middle = predict_range(window, self.co)
         numbers = low, middle, high, window.ms, window.together
         if not all(0 < number < MAX_WINDOW_MS for number in numbers) or window.together < 1:
@@ -126,7 +115,7 @@ class Drift:
 
     def _learn(self, load: LoadKind, residual: float, usual: float | None) -> None:
         state = self.memory
-        own = state.usual.setdefault(baseline_key(load), Baseline())
+        own = state.usual.setdefault("{}/{}".format(*load), Baseline())
         if usual is not None:
             if own.windows < MIN_BASELINE_WINDOWS and abs(residual - usual) > self.slack:
                 return
@@ -165,41 +154,28 @@ def log_excess(ms: float, low: float, high: float) -> float:
 
 
 def load_kind(window: WorkWindow, co: Coefficients) -> LoadKind:
-    """The kind of load of a window."""
     _, _, whole = predict_range(window, co)
     decode = co.d * co.batch * window.work[STEP_INDEX] + co.f * window.work[WINDOW_TERMS.index("f")]
     return round(2 * math.log2(window.together)), min(2, int(3 * (1 - decode / whole)))
 
 
-def baseline_key(load: LoadKind) -> str:
-    """The key of its baseline."""
-    return f"{load[0]}/{load[1]}"
-
-
 def expected_residual(baselines: Mapping[str, Baseline], load: LoadKind) -> float | None:
     """The usual log residual under a load: its own, else by a line through its neighbours; None if none is near."""
-    own = baselines.get(baseline_key(load))
-    if own is not None and own.windows >= MIN_BASELINE_WINDOWS:
-        return own.mean
-    known = [
-        (int(step), usual.mean)
-        for step, _, third in (key.partition("/") for key in baselines)
-        if (usual := baselines[f"{step}/{third}"]).windows >= MIN_BASELINE_WINDOWS and third == str(load[1])
-    ]
-    if not known:
-        return None
-    nearest, mean = min(known, key=lambda each: abs(each[0] - load[0]))
+    learned = {key.partition("/"): usual for key, usual in baselines.items() if usual.windows >= MIN_BASELINE_WINDOWS}
+    known = {int(step): usual.mean for (step, _, third), usual in learned.items() if third == str(load[1])}
+    if not known or load[0] in known:
+        return known.get(load[0])
+    nearest = min(known, key=lambda step: abs(step - load[0]))
     slope, reach = _slope(known)
-    return mean + slope * (load[0] - nearest) if abs(load[0] - nearest) <= reach else None
+    return known[nearest] + slope * (load[0] - nearest) if abs(load[0] - nearest) <= reach else None
 
 
-def _slope(known: list[tuple[int, float]]) -> tuple[float, int]:
+def _slope(known: Mapping[int, float]) -> tuple[float, int]:
     """The slope of a line through known loads, within what batching can explain; and how far to extrapolate."""
-    steps = [step for step, _ in known]
-    if max(steps) - min(steps) < EXTRAPOLATION_STEPS:
+    if max(known) - min(known) < EXTRAPOLATION_STEPS:
         return 0.0, 1
-    middle, level = sum(steps) / len(known), sum(mean for _, mean in known) / len(known)
-    slope = sum((s - middle) * (m - level) for s, m in known) / sum((s - middle) ** 2 for s in steps)
+    middle, level = sum(known) / len(known), sum(known.values()) / len(known)
+    slope = sum((s - middle) * (m - level) for s, m in known.items()) / sum((s - middle) ** 2 for s in known)
     return max(0.0, min(MAX_SLOPE_PER_STEP, slope)), EXTRAPOLATION_STEPS
 
 

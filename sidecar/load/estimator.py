@@ -11,43 +11,35 @@ Rules:
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
-from typing import Final, Generic, TypeVar
+from typing import Final
 
 from sidecar.events import TAIL_MULTIPLES, RequestSize, Usage
 from sidecar.load import cost_model
 from sidecar.load.output_length import OutputForecast, OutputLengths
 from sidecar.load.request_shape import RequestShape
 
-K = TypeVar("K")
-
-# English text in a vocabulary of 100k to 150k.
-DEFAULT_BYTES_PER_TOKEN: Final = 4.0
-# An image of unknown size: about 1 Mpx at 28x28 pixels per token (Qwen2-VL).
-DEFAULT_IMAGE_TOKENS: Final = 1000
-# A recording, which is not decoded here: ten seconds at 25 tokens per second (Qwen2-Audio).
-DEFAULT_AUDIO_TOKENS: Final = 250
-# A video, likewise: 32 frames, two per step of 256 tokens.
-DEFAULT_VIDEO_TOKENS: Final = 4096
+DEFAULT_BYTES_PER_TOKEN: Final = 4.0  # English text in a vocabulary of 100k to 150k
+DEFAULT_IMAGE_TOKENS: Final = 1000  # unknown size: about 1 Mpx at 28x28 pixels per token (Qwen2-VL)
+DEFAULT_AUDIO_TOKENS: Final = 250  # not decoded here: ten seconds at 25 tokens per second (Qwen2-Audio)
+DEFAULT_VIDEO_TOKENS: Final = 4096  # likewise: 32 frames, two per step of 256 tokens
 _OBSERVATION_WEIGHT: Final = 0.05
 _MAX_MODELS: Final = 256
-# Share of answers that a reservation covers.
-RESERVED_QUANTILE: Final = 0.9
+RESERVED_QUANTILE: Final = 0.9  # share of answers that a reservation covers
 
 
-class DecayedMeans(Generic[K]):
+class DecayedMeans:
     """Decayed means by key, at most `limit` of them."""
 
     def __init__(self, start: float, limit: int) -> None:
-        self._start = start
-        self._limit = limit
-        self._means: OrderedDict[K, float] = OrderedDict()
+        self._start, self._limit = start, limit
+        self._means: OrderedDict[Hashable, float] = OrderedDict()
 
-    def get(self, key: K) -> float:
-        """The mean of `key`, or the start value."""
+    def get(self, key: Hashable) -> float:
         return self._means.get(key, self._start)
 
-    def add(self, key: K, value: float) -> None:
+    def add(self, key: Hashable, value: float) -> None:
         """Move the mean of `key` toward `value`."""
         self._means[key] = self.get(key) + _OBSERVATION_WEIGHT * (value - self.get(key))
         self._means.move_to_end(key)
@@ -86,10 +78,7 @@ class ChatTemplateOverhead:
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """The expected work of a request, and its price in MU.
-
-    `tail` is that of events.Admitted. Only streams have one, as only they show how far they are.
-    """
+    """The expected work of a request, and its price in MU. `tail` is that of events.Admitted, of streams only."""
 
     work: RequestSize
     mu: float
@@ -100,9 +89,8 @@ class Estimator:
     """Expected work of requests, and its price in model units."""
 
     def __init__(self, coefficients: cost_model.Coefficients) -> None:
-        self._coefficients = coefficients
-        self._unit_ms = cost_model.unit_ms(coefficients)
-        self._ratios: DecayedMeans[tuple[str, int]] = DecayedMeans(DEFAULT_BYTES_PER_TOKEN, _MAX_MODELS)
+        self._coefficients, self._unit_ms = coefficients, cost_model.unit_ms(coefficients)
+        self._ratios = DecayedMeans(DEFAULT_BYTES_PER_TOKEN, _MAX_MODELS)  # by model and script
         self._templates: OrderedDict[str, ChatTemplateOverhead] = OrderedDict()
         self._outputs = OutputLengths()
 
@@ -113,7 +101,11 @@ class Estimator:
         images = max(shape.images, len(image_tokens))
         each = image_tokens + [DEFAULT_IMAGE_TOKENS] * (images - len(image_tokens))
         encoder, squares = sum(each), sum(tokens * tokens for tokens in each)
-        text = self.text_tokens(shape) if counted is None else counted + self.template_tokens(shape)
+        if counted is None:
+            text = self.text_tokens(shape)
+        else:
+            template = self._templates.get(shape.model, _CHATML)
+            text = counted + (round(template.tokens(shape.messages)) if shape.messages else 0)
         audio, video = DEFAULT_AUDIO_TOKENS * shape.audios, DEFAULT_VIDEO_TOKENS * shape.videos
         media = encoder, images, audio, shape.audios, video, shape.videos, squares
         prompt = max(1, text + shape.token_ids + encoder + audio + video)
@@ -122,18 +114,12 @@ class Estimator:
             return Estimate(work, self.mu(work))
         forecast = self.forecast(tenant, shape, prompt)
         work = RequestSize(prompt, 0, round(forecast.mean() * shape.choices), *media)
-        tail = tail_of(forecast, work.output, shape.choices) if shape.stream else ()
-        return Estimate(work, self.mu(work), tail)
+        tail = forecast.remaining([at * work.output / shape.choices for at in TAIL_MULTIPLES]) if shape.stream else ()
+        return Estimate(work, self.mu(work), tuple(round(tokens * shape.choices) for tokens in tail))
 
     def text_tokens(self, shape: RequestShape) -> int:
         """Tokens of a prompt's text, by the learned ratio of its model and script."""
         return round(shape.text_bytes / self._ratios.get((shape.model, shape.script)))
-
-    def template_tokens(self, shape: RequestShape) -> int:
-        """Tokens that the model's chat template adds to a counted text."""
-        if not shape.messages:
-            return 0
-        return round(self._templates.get(shape.model, _CHATML).tokens(shape.messages))
 
     def forecast(self, tenant: str, shape: RequestShape, prompt: int) -> OutputForecast:
         """The forecast of one choice's tokens."""
@@ -141,7 +127,6 @@ class Estimator:
         return self._outputs.forecast(tenant, shape.model, prompt, limit)
 
     def mu(self, work: RequestSize) -> float:
-        """The price of `work` in model units."""
         return cost_model.gpu_ms(work, self._coefficients) / self._unit_ms
 
     def high_output(self, tenant: str, shape: RequestShape, expected: RequestSize) -> int:
@@ -162,24 +147,15 @@ class Estimator:
             # The template of a short prompt outweighs its text; tokenizers yield 0.5 to 16 bytes per token.
             self._ratios.add((shape.model, shape.script), min(16.0, max(0.5, shape.text_bytes / text_tokens)))
             if counted is not None and shape.messages:
-                self._template(shape.model).add(shape.messages, text_tokens - counted)
+                template = self._templates.setdefault(shape.model, ChatTemplateOverhead())
+                template.add(shape.messages, text_tokens - counted)
+                self._templates.move_to_end(shape.model)
+                if len(self._templates) > _MAX_MODELS:
+                    self._templates.popitem(last=False)
         if shape.generative:
             cut = shape.max_output is not None and usage.completion_tokens >= shape.max_output
             tokens = usage.completion_tokens / shape.choices
             self._outputs.learn(tenant, shape.model, usage.prompt_tokens, tokens, cut=cut)
 
-    def _template(self, model: str) -> ChatTemplateOverhead:
-        template = self._templates.setdefault(model, ChatTemplateOverhead())
-        self._templates.move_to_end(model)
-        if len(self._templates) > _MAX_MODELS:
-            self._templates.popitem(last=False)
-        return template
-
 
 _CHATML: Final = ChatTemplateOverhead()
-
-
-def tail_of(forecast: OutputForecast, expected: int, choices: int) -> tuple[int, ...]:
-    """The tail of an estimate of `expected` output tokens over all choices."""
-    left = forecast.remaining([at * expected / choices for at in TAIL_MULTIPLES])
-    return tuple(round(tokens * choices) for tokens in left)

@@ -11,8 +11,7 @@ import re
 from dataclasses import dataclass, replace
 from typing import Final
 
-# Of one GPU.
-MIG_SLICES: Final = 7
+MIG_SLICES: Final = 7  # of one GPU
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,12 +63,10 @@ GPUS: Final = (
 def find_gpu(name: str) -> GpuSpec | None:
     """The spec of a GPU, such as "NVIDIA H100 80GB HBM3" or "H100"; None if unknown. A MIG slice gets its share."""
     words = _words(name)
-    matching = [gpu for gpu in GPUS if _words(gpu.words) <= words]
-    if not matching:
-        return None
-    best = max(matching, key=lambda gpu: len(_words(gpu.words)))
+    matching = (gpu for gpu in GPUS if _words(gpu.words) <= words)
+    best = max(matching, key=lambda gpu: len(_words(gpu.words)), default=None)
     share = re.search(r"\bmig\b.*?\b([1-7])g\.", name.lower())
-    if share is None:
+    if best is None or share is None:
         return best
     part = int(share[1]) / MIG_SLICES
     return replace(best, bf16=best.bf16 * part, fp8=best.fp8 * part, bandwidth=best.bandwidth * part)

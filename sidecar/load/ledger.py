@@ -6,7 +6,6 @@ Rules:
 - The load in flight is always the sum over the open holds.
 - Settlement corrects what a request has accrued to its actual cost.
 - A second Settled, or one of an unknown request, changes nothing.
-- `now` is passed in; events carry their own times.
 """
 
 from __future__ import annotations
@@ -17,23 +16,12 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Final
 
-from sidecar.events import (
-    LONGEST_ANSWER_TOKENS,
-    TAIL_MULTIPLES,
-    Admitted,
-    Delivered,
-    Event,
-    FirstToken,
-    Outcome,
-    RequestBlocked,
-    RequestSize,
-    Settled,
-)
+from sidecar import events
+from sidecar.events import Admitted, Delivered, Event, FirstToken, Outcome, RequestBlocked, RequestSize, Settled
 from sidecar.load import cost_model
 
 FLOW_WINDOW_S = 60.0
-# Of the flow that routers weigh engines by.
-RECENT_WINDOW_S = 10.0
+RECENT_WINDOW_S = 10.0  # of the flow that routers weigh engines by
 TOKEN_WINDOW_S = 5.0
 # They request no tokens; their answer counts as a stream of one event.
 SHORT_ROUTES = ("embeddings", "rerank", "score", "pooling", "classify")
@@ -41,6 +29,7 @@ SHORT_ROUTES = ("embeddings", "rerank", "score", "pooling", "classify")
 FAILED_OUTCOMES: Final[frozenset[Outcome]] = frozenset(("engine_error", "stalled", "lost"))
 
 Key = tuple[int, str]  # (relay index, request id)
+Label = Callable[[str], str]
 
 
 @dataclass(slots=True)
@@ -118,17 +107,19 @@ class SlidingSum:
 
     def add(self, amount: float, now: float) -> None:
         """Count `amount` at `now`. Late amounts count in the newest bucket."""
-        second = int(now)
-        if self._buckets and self._buckets[-1][0] >= second:
+        if self._buckets and self._buckets[-1][0] >= int(now):
             self._buckets[-1][1] += amount
         else:
-            self._buckets.append([second, amount])
+            self._buckets.append([int(now), amount])
         self._expire(now)
 
     def sum(self, now: float) -> float:
         """The sum over the last window, at least 0, as corrections can make a bucket negative."""
         self._expire(now)
         return max(0.0, sum(amount for _, amount in self._buckets))
+
+    def per_second(self, now: float) -> float:
+        return self.sum(now) / self._window
 
     def _expire(self, now: float) -> None:
         while self._buckets and self._buckets[0][0] <= now - self._window:
@@ -138,22 +129,15 @@ class SlidingSum:
 class Ledger:
     """Open holds, and sums of the settled ones. The labels bound the tenants and models that clients name."""
 
-    def __init__(
-        self,
-        co: cost_model.Coefficients,
-        tenant_label: Callable[[str], str] = str,
-        model_label: Callable[[str], str] = str,
-    ) -> None:
+    def __init__(self, co: cost_model.Coefficients, tenant_label: Label = str, model_label: Label = str) -> None:
         self.co = co
-        self._tenant_label = tenant_label
-        self._model_label = model_label
+        self._tenant_label, self._model_label = tenant_label, model_label
         self._holds: dict[Key, AdmissionHold] = {}
         self._unit_ms = cost_model.unit_ms(co)
         self._token_mu = cost_model.decode_ms(0, 1, co) / self._unit_ms
-        self._flow, self._recent = SlidingSum(FLOW_WINDOW_S), SlidingSum(RECENT_WINDOW_S)
-        self._tokens = SlidingSum(TOKEN_WINDOW_S)
-        self._finished = SlidingSum(FLOW_WINDOW_S)
-        self._failed = SlidingSum(FLOW_WINDOW_S)
+        self.flow, self.recent_flow = SlidingSum(FLOW_WINDOW_S), SlidingSum(RECENT_WINDOW_S)  # MU done
+        self.tokens = SlidingSum(TOKEN_WINDOW_S)  # delivered
+        self.finished, self.failed = SlidingSum(FLOW_WINDOW_S), SlidingSum(FLOW_WINDOW_S)  # requests
         self._delivered = 0  # a settlement may correct it downwards
         self.delivered_total = 0  # its maximum so far: a counter that falls would read as a restart
         self.tenant_totals: dict[str, TenantTotals] = {}
@@ -161,62 +145,35 @@ class Ledger:
 
     def apply(self, relay: int, event: Event) -> Settlement | None:
         """Apply an event of a relay. Returns the settlement if it ended a request."""
-        match event:
-            case Admitted():
-                self._hold(relay, event)
-            case Settled():
-                return self._settle(relay, event)
-            case FirstToken() | Delivered() | RequestBlocked():
-                if (hold := self._holds.get((relay, event.id))) is not None:
-                    self._update(hold, event)
-            case _:
-                pass
+        if isinstance(event, Settled):
+            return self._settle(relay, event)
+        if isinstance(event, Admitted):
+            self._hold(relay, event)
+        elif isinstance(event, FirstToken | Delivered | RequestBlocked) and (hold := self.hold((relay, event.id))):
+            self._update(hold, event)
         return None
 
     def lose(self, relay: int, now: float) -> list[Settlement]:
         """Settle the open requests of a relay that died, as `lost`."""
-        lost = [lost_settlement(hold, key[1], now) for key, hold in self._holds.items() if key[0] == relay]
-        return [settlement for event in lost if (settlement := self._settle(relay, event)) is not None]
+        lost = []
+        for hold in [hold for (owner, _), hold in self._holds.items() if owner == relay]:
+            id, sent_at, seen = hold.admitted.id, hold.admitted.at, hold.delivered
+            event = Settled(id, now, "lost", 0, None, seen, 0, hold.first_at, sent_at, 0.0, error="relay_died")
+            lost.append(self._settle(relay, event))
+        return [settlement for settlement in lost if settlement is not None]
 
     def holds(self) -> Iterator[AdmissionHold]:
         """The open holds, oldest first."""
         return iter(self._holds.values())
 
     def hold(self, key: Key) -> AdmissionHold | None:
-        """One open hold."""
         return self._holds.get(key)
 
     def in_flight(self) -> InFlight:
-        """The load in flight: the sum over the open holds."""
-        mu, prefill, decode, waiting = 0.0, 0, 0, 0
-        for hold in self._holds.values():
-            expected = hold.admitted.expected
-            mu += hold.remaining_mu
-            decode += hold.remaining_tokens
-            if hold.first_at is None:
-                waiting += 1
-                prefill += expected.uncached
-        return InFlight(mu, prefill, decode, len(self._holds), waiting)
-
-    def mu_per_minute(self, now: float) -> float:
-        """MU done in the last minute."""
-        return self._flow.sum(now)
-
-    def recent_mu_per_second(self, now: float) -> float:
-        """MU done per second, over the last 10 seconds."""
-        return self._recent.sum(now) / RECENT_WINDOW_S
-
-    def tokens_per_second(self, now: float) -> float:
-        """Tokens delivered per second, over the last 5 seconds."""
-        return self._tokens.sum(now) / TOKEN_WINDOW_S
-
-    def requests_per_second(self, now: float) -> float:
-        """Requests settled per second, over the last minute."""
-        return self._finished.sum(now) / FLOW_WINDOW_S
-
-    def errors_per_second(self, now: float) -> float:
-        """Failed requests per second, over the last minute."""
-        return self._failed.sum(now) / FLOW_WINDOW_S
+        holds = self._holds.values()
+        waiting = [hold.admitted.expected.uncached for hold in holds if hold.first_at is None]
+        mu, decode = sum((hold.remaining_mu for hold in holds), 0.0), sum(hold.remaining_tokens for hold in holds)
+        return InFlight(mu, sum(waiting), decode, len(holds), len(waiting))
 
     def _hold(self, relay: int, event: Admitted) -> None:
         tenant, model = self._tenant_label(event.tenant), self._model_label(event.model)
@@ -224,7 +181,7 @@ class Ledger:
         hold.remaining_tokens = event.expected.output
         hold.prefill = cost_model.terms(event.expected, self.co).before_first_token / 1000
         if not event.stream and event.route not in SHORT_ROUTES:
-            hold.whole = event.max_output or LONGEST_ANSWER_TOKENS
+            hold.whole = event.max_output or events.LONGEST_ANSWER_TOKENS
         self._holds.setdefault((relay, event.id), hold)
 
     def _update(self, hold: AdmissionHold, event: FirstToken | Delivered | RequestBlocked) -> None:
@@ -245,7 +202,7 @@ class Ledger:
         hold.delivered += tokens
         self._delivered += tokens
         self.delivered_total = max(self.delivered_total, self._delivered)
-        self._tokens.add(tokens, at)
+        self.tokens.add(tokens, at)
 
     def _book(self, hold: AdmissionHold, at: float) -> None:
         """Update what a hold has accrued to the tokens delivered so far."""
@@ -261,8 +218,8 @@ class Ledger:
         return (hold.prefill * 1000 + cost_model.decode_ms(prompt, output, self.co)) / self._unit_ms
 
     def _add_flow(self, mu: float, at: float) -> None:
-        self._flow.add(mu, at)
-        self._recent.add(mu, at)
+        self.flow.add(mu, at)
+        self.recent_flow.add(mu, at)
 
     def _settle(self, relay: int, event: Settled) -> Settlement | None:
         hold = self._holds.pop((relay, event.id), None)
@@ -274,9 +231,9 @@ class Ledger:
         work = actual_work(hold.admitted.expected, event, started=hold.first_at is not None, delivered=hold.delivered)
         mu = cost_model.mu(work, self.co) if work is not None else 0.0
         self._add_flow(mu - hold.accrued, event.at)
-        self._finished.add(1, event.at)
+        self.finished.add(1, event.at)
         if event.outcome in FAILED_OUTCOMES:
-            self._failed.add(1, event.at)
+            self.failed.add(1, event.at)
         total = self.totals.setdefault((hold.tenant, hold.model, event.outcome), [0.0, 0])
         total[0] += mu
         total[1] += 1
@@ -311,7 +268,7 @@ def remaining_tokens(hold: AdmissionHold) -> int:
     expected, delivered, tail = hold.admitted.expected.output, hold.delivered, hold.admitted.tail
     if not tail or expected == 0:
         return max(expected - delivered, 0)
-    points = [(0, expected), *((at * expected, left) for at, left in zip(TAIL_MULTIPLES, tail, strict=False))]
+    points = [(0, expected), *((at * expected, left) for at, left in zip(events.TAIL_MULTIPLES, tail, strict=False))]
     left = points[-1][1]
     for (x0, y0), (x1, y1) in pairwise(points):
         if delivered < x1:
@@ -319,20 +276,3 @@ def remaining_tokens(hold: AdmissionHold) -> int:
             break
     limit = hold.admitted.max_output
     return left if limit is None else max(0, min(left, limit - delivered))
-
-
-def lost_settlement(hold: AdmissionHold, id: str, now: float) -> Settled:
-    """The settlement of a request whose relay died."""
-    return Settled(
-        id=id,
-        at=now,
-        outcome="lost",
-        status=0,
-        usage=None,
-        delivered_tokens=hold.delivered,
-        delivered_bytes=0,
-        first_at=hold.first_at,
-        sent_at=hold.admitted.at,
-        overhead=0.0,
-        error="relay_died",
-    )

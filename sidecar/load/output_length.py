@@ -30,12 +30,9 @@ _ENDS: Final = (0, *(start - 1 for start in BUCKET_STARTS[1:]), _MAX_TOKENS)
 _BEGINS: Final = (0, *BUCKET_STARTS)
 MIDDLES: Final = tuple((a + b) / 2 for a, b in zip(_BEGINS, _ENDS, strict=True))
 
-# Of all weights per answer: about the last 100 count.
-DECAY: Final = 0.99
-# The number of answers that the level above counts as.
-BLEND_ANSWERS: Final = 4.0
-# About 2 kB each.
-MAX_TABLES: Final = 2048
+DECAY: Final = 0.99  # of all weights per answer: about the last 100 count
+BLEND_ANSWERS: Final = 4.0  # that the level above counts as
+MAX_TABLES: Final = 2048  # about 2 kB each
 # If fewer answers than this share are shorter than a limit, an answer that reached the limit is no information.
 MIN_INFORMATIVE_SHARE: Final = 0.001
 _MAX_SCALE: Final = 1e12
@@ -43,26 +40,20 @@ _MAX_SCALE: Final = 1e12
 Key = tuple[str | int, ...]
 
 
-def _prior() -> tuple[float, ...]:
-    """Log-normal, as chat traces are: median 130 tokens (Azure 2023 conversation: 129), mean 230; a wide one."""
-    weights = [0.0] + [
-        exp(-0.5 * ((log(m) - log(130)) / 1.1) ** 2) * log((b + 1) / a)
-        for a, b, m in zip(_BEGINS[1:], _ENDS[1:], MIDDLES[1:], strict=True)
-    ]
-    whole = sum(weights)
-    return tuple(w / whole for w in weights)
-
-
-PRIOR: Final = _prior()
+# Log-normal, as chat traces are: median 130 tokens (Azure 2023 conversation: 129), mean 230; a wide one.
+_WEIGHTS: Final = [0.0] + [
+    exp(-0.5 * ((log(m) - log(130)) / 1.1) ** 2) * log((b + 1) / a)
+    for a, b, m in zip(_BEGINS[1:], _ENDS[1:], MIDDLES[1:], strict=True)
+]
+PRIOR: Final = tuple(w / sum(_WEIGHTS) for w in _WEIGHTS)
 
 
 class CensoredTail(NamedTuple):
-    """Where an answer cut off in `bucket` would have ended: `shares` of that bucket and all longer ones.
+    """Where an answer cut off in a bucket would have ended: `shares` of that bucket and all longer ones.
 
     The shares sum to `whole`, and times the middles of their buckets to `tokens`.
     """
 
-    bucket: int
     shares: Sequence[float]
     whole: float
     tokens: float
@@ -81,31 +72,19 @@ class LengthHistogram:
         self.scale = 1.0  # weight of a new answer, which grows instead of all others shrinking
         self.total = self.tokens = 0.0
 
-    @property
-    def count(self) -> float:
-        """The effective number of answers."""
-        return self.total / self.scale
-
-    def add(self, bucket: int) -> None:
-        """Count one answer."""
+    def add(self, bucket: int, tail: CensoredTail | None = None) -> None:
+        """Count one answer, with the tail if it was cut off."""
         self.scale /= DECAY
-        self.weights = self.weights.copy()
-        self.weights[bucket] += self.scale
         self.total += self.scale
-        self.tokens += self.scale * MIDDLES[bucket]
-        self._rescale()
-
-    def add_censored(self, tail: CensoredTail) -> None:
-        """Count one answer that was cut off."""
-        self.scale /= DECAY
-        each, old = self.scale / tail.whole, self.weights
-        longer = [w + each * share for w, share in zip(old[tail.bucket :], tail.shares, strict=True)]
-        self.weights = [*old[: tail.bucket], *longer]
-        self.total += self.scale
-        self.tokens += each * tail.tokens
-        self._rescale()
-
-    def _rescale(self) -> None:
+        if tail is None:
+            self.weights = self.weights.copy()
+            self.weights[bucket] += self.scale
+            self.tokens += self.scale * MIDDLES[bucket]
+        else:
+            each, old = self.scale / tail.whole, self.weights
+            longer = [w + each * share for w, share in zip(old[bucket:], tail.shares, strict=True)]
+            self.weights = [*old[:bucket], *longer]
+            self.tokens += each * tail.tokens
         if self.scale > _MAX_SCALE:
             self.weights = [w / self.scale for w in self.weights]
             self.total /= self.scale
@@ -123,7 +102,7 @@ _PRIOR_TOKENS: Final = sum(map(mul, PRIOR, MIDDLES))
 class OutputForecast:
     """The distribution of one answer's tokens, capped at `limit`: the sum of up to four levels, factor times weights.
 
-    The levels are summed up only where needed, because every request computes a forecast.
+    The levels are summed up only where needed, as every request computes a forecast.
     """
 
     levels: Sequence[Level]
@@ -136,14 +115,13 @@ class OutputForecast:
         return [a * w + b * x + c * y + d * z for w, x, y, z in columns]
 
     def below(self, bucket: int) -> float:
-        """The share of the buckets before `bucket`."""
         return sum(times * sum(weights[:bucket]) for times, weights, _, _ in self.levels)
 
     def tail(self, bucket: int) -> CensoredTail | None:
         """Where an answer cut off in `bucket` would have ended; None if none was ever that long."""
         shares = self.shares(bucket)
         whole = sum(shares)
-        return CensoredTail(bucket, shares, whole, sum(map(mul, shares, MIDDLES[bucket:]))) if whole > 1e-9 else None
+        return CensoredTail(shares, whole, sum(map(mul, shares, MIDDLES[bucket:]))) if whole > 1e-9 else None
 
     def mean(self) -> float:
         """Expected tokens: E[min(X, limit)]."""
@@ -187,15 +165,11 @@ class OutputLengths:
 
     def forecast(self, tenant: str, model: str, prompt: int, limit: int | None) -> OutputForecast:
         """Forecast the answer to a prompt of `prompt` tokens, of which the client allows `limit`."""
-        return self._forecast(_keys(tenant, model, prompt), limit)
-
-    def _forecast(self, keys: Sequence[Key], limit: int | None = None) -> OutputForecast:
         rest = 1.0
         levels: list[Level] = []
-        for key in keys:
-            table = self._tables.get(key)
-            if table is not None:
-                known = table.count + BLEND_ANSWERS
+        for key in _keys(tenant, model, prompt):
+            if (table := self._tables.get(key)) is not None:
+                known = table.total / table.scale + BLEND_ANSWERS  # the effective number of answers
                 levels.append((rest / (table.scale * known), table.weights, table.total, table.tokens))
                 rest *= BLEND_ANSWERS / known
         levels.append((rest, PRIOR, 1.0, _PRIOR_TOKENS))
@@ -203,39 +177,28 @@ class OutputLengths:
 
     def learn(self, tenant: str, model: str, prompt: int, tokens: float, *, cut: bool = False) -> None:
         """Learn that an answer had `tokens`; `cut`: it reached its client's limit."""
-        keys, bucket = _keys(tenant, model, prompt), bucket_of(tokens)
-        tail = None
+        bucket, tail = bucket_of(tokens), None
         if cut:
-            forecast = self._forecast(keys)
+            forecast = self.forecast(tenant, model, prompt, None)
             if forecast.below(bucket) <= MIN_INFORMATIVE_SHARE:
                 return
             tail = forecast.tail(bucket)
-        for key in keys:
-            table = self._tables.get(key)
-            if table is None:
-                table = self._tables[key] = LengthHistogram()
-            if tail is None:
-                table.add(bucket)
-            else:
-                table.add_censored(tail)
+        for key in _keys(tenant, model, prompt):
+            if key not in self._tables:
+                self._tables[key] = LengthHistogram()
+            self._tables[key].add(bucket, tail)
             self._tables.move_to_end(key)
         while len(self._tables) > self._limit:
             self._tables.popitem(last=False)
 
 
 def bucket_of(tokens: float) -> int:
-    """The bucket of an answer of `tokens`."""
     return min(bisect_right(BUCKET_STARTS, tokens), BUCKET_COUNT - 1)
-
-
-def size_class(prompt: int) -> int:
-    """Half octaves of prompt tokens."""
-    return int(2 * log(max(prompt, 1), 2))
 
 
 def _keys(tenant: str, model: str, prompt: int) -> tuple[Key, Key, Key]:
     """The levels of a request, from the specific to the general."""
-    size = size_class(prompt)
+    size = int(2 * log(max(prompt, 1), 2))  # half octaves
     return (tenant, model, size), (model, size), (model,)
 
 

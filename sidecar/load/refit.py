@@ -2,11 +2,8 @@
 
 Recursive, non-negative least squares on relative errors over windows of work, with forgetting. A ridge pulls toward the
 coefficients in use, after their overall scale was fitted: a term that the traffic hardly shows keeps its share of them.
-
-Rules:
-- Decoding is fitted in two parts, per step and per token, because a small batch pays as much for reading the weights.
-  The reported d is for the batch size of the coefficients in use.
-- The weight of a window is bounded, and so is the influence of an outlier.
+Decoding is fitted in two parts, per step and per token, because a small batch pays as much for reading the weights. The
+reported d is for the batch size of the coefficients in use.
 """
 
 from __future__ import annotations
@@ -19,36 +16,23 @@ from sidecar.load import cost_model
 from sidecar.load.cost_model import Coefficients
 from sidecar.load.work_windows import WINDOW_TERMS, WorkWindow
 
-# Per window: one from half an hour of work ago weighs a third of a new one.
-FORGETTING_FACTOR: Final = 0.995
-# Of the coefficients in use, in windows.
-RIDGE_WEIGHT: Final = 0.02
-# Share of d that is paid per step, before anything is known.
-PRIOR_STEP_SHARE: Final = 0.8
-# Larger errors pull no harder than this.
-MAX_LOG_ERROR: Final = 0.5
-# Windows before the fit is reported.
-MIN_REFIT_WINDOWS: Final = 20
-# Of a fitted coefficient over the one in use.
-MAX_COEFFICIENT_FACTOR: Final = 1e4
-# Of the largest pivot.
-MIN_PIVOT_RATIO: Final = 1e-14
+FORGETTING_FACTOR: Final = 0.995  # per window: one from half an hour of work ago weighs a third of a new one
+RIDGE_WEIGHT: Final = 0.02  # of the coefficients in use, in windows
+PRIOR_STEP_SHARE: Final = 0.8  # share of d that is paid per step, before anything is known
+MAX_LOG_ERROR: Final = 0.5  # larger errors pull no harder than this
+MIN_REFIT_WINDOWS: Final = 20  # before the fit is reported
+MAX_COEFFICIENT_FACTOR: Final = 1e4  # of a fitted coefficient over the one in use
+MIN_PIVOT_RATIO: Final = 1e-14  # of the largest pivot
 MAX_REPORTED_ERROR: Final = 5.0
 TERM_COUNT: Final = len(WINDOW_TERMS)
 
 
-@dataclass(frozen=True, slots=True)
-class RefitResult:
-    """Fitted coefficients, the number of windows, and the mean log error of predicting a window before learning it."""
-
-    co: Coefficients
-    windows: int
-    error: float
-
-
 @dataclass(slots=True)
 class Refit:
-    """Learns from windows. `log_scale` is the log of measured over predicted time; `times` are factors on the prior."""
+    """Learns from windows. `log_scale` is the log of measured over predicted time; `times` are factors on the prior.
+
+    `error` is the mean log error of predicting a window before learning it.
+    """
 
     co: Coefficients
     windows: int = 0
@@ -59,7 +43,6 @@ class Refit:
     _target: list[float] = field(default_factory=lambda: [0.0] * TERM_COUNT)
 
     def add(self, window: WorkWindow) -> None:
-        """Learn from one window."""
         whole = [x * p for x, p in zip(window.work, self._prior(), strict=True)]
         if not (window.ms > 0 and 1e-9 < sum(whole) / window.ms < 1e9):
             return
@@ -81,15 +64,14 @@ class Refit:
                 self._gram[i][j] = FORGETTING_FACTOR * self._gram[i][j] + weight * row[i] * row[j]
         self._solve()
 
-    def shadow(self) -> RefitResult | None:
+    def shadow(self) -> Coefficients | None:
         """The fitted coefficients; None before MIN_REFIT_WINDOWS windows."""
         if self.windows < MIN_REFIT_WINDOWS:
             return None
         values = {name: p * t for name, p, t in zip(WINDOW_TERMS, self._prior(), self.times, strict=True)}
         fitted = {name: values[name] for name in cost_model.TERMS}
         fitted["d"] = values["d"] + values["step"] / self.co.batch
-        co = replace(self.co, **fitted, fingerprint="", source="refit", mu_in_flight=0.0)  # type: ignore[arg-type]
-        return RefitResult(co, self.windows, self.error)
+        return replace(self.co, **fitted, fingerprint="", source="refit", mu_in_flight=0.0)  # type: ignore[arg-type]
 
     def _prior(self) -> list[float]:
         d = self.co.d

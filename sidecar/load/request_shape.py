@@ -7,6 +7,7 @@ no text can pass for something else.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final
@@ -25,12 +26,9 @@ _AUDIO_TYPES: Final = frozenset(("input_audio", "audio_url", "audio"))
 _VIDEO_TYPES: Final = frozenset(("video_url", "input_video", "video"))
 # Of a part, or the name of its only member if it has no type.
 _MEDIA_TYPES: Final = _IMAGE_TYPES | _AUDIO_TYPES | _VIDEO_TYPES
-# Read by engines regardless of the part's type.
-_TEXT_KEYS: Final = ("text", "content")
-# JSON that engines print into the prompt.
-_PRINTED_KEYS: Final = frozenset(("tools", "tool", "arguments"))
-# Base64 in every API that has them: documents, files, embeddings.
-_BINARY_KEYS: Final = frozenset(("data", "file_data"))
+_TEXT_KEYS: Final = ("text", "content")  # read by engines regardless of the part's type
+_PRINTED_KEYS: Final = frozenset(("tools", "tool", "arguments"))  # JSON that engines print into the prompt
+_BINARY_KEYS: Final = frozenset(("data", "file_data"))  # base64 in every API: documents, files, embeddings
 _NOT_GENERATIVE: Final = frozenset(("embeddings", "rerank", "score", "pooling", "classify"))
 _STREAM_OPTIONS_ROUTES: Final = frozenset(("chat", "completions"))
 MAX_MODEL_NAME_CHARS: Final = 128
@@ -69,11 +67,18 @@ def describe(
     generative = route not in _NOT_GENERATIVE
     if payload is None:
         return RequestShape(generative=generative, text_bytes=0 if route == "audio" else body_bytes)
-    model, stream = payload.get("model"), payload.get("stream") is True
-    choices = _count(payload.get("n")) or 1
-    limit = _max_output(payload)
-    text_bytes, characters, token_ids, images, audios, videos = _measure(prompts(payload), read)
-    messages = payload.get("messages")
+    model, stream, messages = payload.get("model"), payload.get("stream") is True, payload.get("messages")
+    choices, limit = _count(payload.get("n")) or 1, _max_output(payload)
+    text_bytes = characters = token_ids = 0
+    media: Counter[str] = Counter()
+    for value in leaves(prompts(payload), read):
+        if isinstance(value, str):
+            text_bytes += len(value) if value.isascii() else len(value.encode(errors="replace"))
+            characters += len(value)
+        elif isinstance(value, list):
+            token_ids += len(value)
+        else:
+            media[value["type"]] += 1
     return RequestShape(
         # JSON may hold lone surrogates, which no report can carry
         model=read(model)[:MAX_MODEL_NAME_CHARS].encode(errors="replace").decode() if isinstance(model, str) else "",
@@ -85,9 +90,9 @@ def describe(
         script=min(3, max(1, round(text_bytes / max(1, characters)))),
         messages=len(messages) if isinstance(messages, list) else 0,
         token_ids=token_ids,
-        images=images,
-        audios=audios,
-        videos=videos,
+        images=sum(media[kind] for kind in _IMAGE_TYPES),
+        audios=sum(media[kind] for kind in _AUDIO_TYPES),
+        videos=sum(media[kind] for kind in _VIDEO_TYPES),
         ask_usage=stream and route in _STREAM_OPTIONS_ROUTES and _lacks_usage(payload.get("stream_options")),
     )
 
@@ -111,24 +116,6 @@ def _count(value: Any) -> int | None:
 def prompts(payload: dict[str, Any]) -> list[Any]:
     """The members of a body that contain its prompt."""
     return [{key: payload[key] for key in _PROMPT_KEYS if key in payload}]
-
-
-def _measure(stack: list[Any], read: Callable[[str], str]) -> tuple[int, int, int, int, int, int]:
-    """(UTF-8 bytes of text, characters, token ids, images, recordings, videos) below the given values."""
-    size = characters = token_ids = images = audios = videos = 0
-    for value in leaves(stack, read):
-        if isinstance(value, str):
-            size += len(value) if value.isascii() else len(value.encode(errors="replace"))
-            characters += len(value)
-        elif isinstance(value, list):
-            token_ids += len(value)
-        elif value["type"] in _AUDIO_TYPES:
-            audios += 1
-        elif value["type"] in _VIDEO_TYPES:
-            videos += 1
-        else:
-            images += 1
-    return size, characters, token_ids, images, audios, videos
 
 
 def leaves(stack: list[Any], read: Callable[[str], str] = str) -> Iterator[str | list[int] | dict[str, Any]]:

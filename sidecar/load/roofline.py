@@ -24,15 +24,12 @@ from typing import Any, Final
 from sidecar.load.cost_model import TERMS, Coefficients
 from sidecar.load.gpu_specs import GpuSpec, find_gpu
 
-# Of the peak: what the benchmarks of vLLM and FlashAttention reach on long prompts.
-COMPUTE_EFFICIENCY: Final = 0.5
+COMPUTE_EFFICIENCY: Final = 0.5  # what the benchmarks of vLLM and FlashAttention reach on long prompts
 BANDWIDTH_EFFICIENCY: Final = 0.7
-# Of each further GPU, after all-reduce.
-PARALLEL_EFFICIENCY: Final = 0.85
+PARALLEL_EFFICIENCY: Final = 0.85  # of each further GPU, after all-reduce
 DECODE_BATCH: Final = 32
 FALLBACK_GPU: Final = "H100"
-# The same bound as for a coefficients file.
-MAX_COEFFICIENT: Final = 1e9
+MAX_COEFFICIENT: Final = 1e9  # as for a coefficients file
 UNEXPECTED_CONFIG: Final = "the model's config.json has unexpected values"
 # Model types with two matrices in a feed-forward block, not three.
 UNGATED_FAMILIES: Final = {
@@ -53,10 +50,9 @@ class ModelArchitecture:
     """The parts of a language model that cost time. Weights are counts, not bytes."""
 
     kind: str
-    layers: float  # layers with attention
-    prefill_weights: float  # weights that a prompt token passes through
-    decode_weights: float  # weights that a generated token passes through, with the output matrix
-    read_weights: float  # weights that a step of DECODE_BATCH requests reads
+    prefill_weights: float  # that a prompt token passes through
+    decode_weights: float  # that a generated token passes through, with the output matrix
+    read_weights: float  # that a step of DECODE_BATCH requests reads
     attention_flops: float  # per pair of tokens, over all layers
     kv_values: float  # stored per token, over all layers
     window: float
@@ -68,18 +64,18 @@ def roofline(config: Config, gpu: str = "", count: int = 1) -> Coefficients:
     known = find_gpu(gpu)
     spec = known or find_gpu(FALLBACK_GPU)
     assert spec is not None
+    default = Coefficients()
     try:
         model = parse_architecture(config)
         bytes_each, compute = weight_precision(config, spec)
         per_token, per_pair = vision_flops(config)
     except (UnknownModel, TypeError, ValueError, ZeroDivisionError, OverflowError, AttributeError) as error:
         why = str(error) if isinstance(error, UnknownModel) else UNEXPECTED_CONFIG
-        return replace(Coefficients(), source=f"default: {why}", gpu=gpu)
+        return replace(default, source=f"default: {why}", gpu=gpu)
     share = 1 / (1 + PARALLEL_EFFICIENCY * (max(1, count) - 1))
     flops = compute * 1e12 * COMPUTE_EFFICIENCY / share / 1000  # per millisecond, as below
     plain = spec.bf16 * 1e12 * COMPUTE_EFFICIENCY / share / 1000
     read = spec.bandwidth * 1e9 * BANDWIDTH_EFFICIENCY / share / 1000
-    default = Coefficients()
     hardware = f"{f'{count} x ' if count > 1 else ''}{'' if known else 'assumed '}{spec.words}"
     source = f"roofline: {model.kind} of {model.decode_weights / 1e9:.2g}B active weights on {hardware}"
     co = replace(
@@ -103,9 +99,6 @@ def roofline(config: Config, gpu: str = "", count: int = 1) -> Coefficients:
     return replace(co, fingerprint="roofline-" + hashlib.blake2b(text.encode(), digest_size=6).hexdigest())
 
 
-# --- the language model ---
-
-
 def parse_architecture(config: Config) -> ModelArchitecture:
     """Count the weights. Raises UnknownModel."""
     text = _text(config)
@@ -115,21 +108,11 @@ def parse_architecture(config: Config) -> ModelArchitecture:
     vocabulary = _need(text, "vocab_size", "padded_vocab_size")
     attention, per_pair, kept = _attention(text, hidden, heads)
     attending, window, windowed = attention_windows(text, layers)
-    passed, read = _feed_forward(text, hidden, layers)
+    passed, chosen = _feed_forward(text, hidden, layers)
     head = vocabulary * hidden
-    body = layers * attention + passed
+    body, read = layers * attention + passed, layers * attention + chosen + head
     kind = str(text.get("model_type") or config.get("model_type") or "model")[:40]
-    return ModelArchitecture(
-        kind=kind,
-        layers=attending,
-        prefill_weights=body,
-        decode_weights=body + head,
-        read_weights=layers * attention + read + head,
-        attention_flops=per_pair * attending,
-        kv_values=kept * attending,
-        window=window,
-        windowed=windowed,
-    )
+    return ModelArchitecture(kind, body, body + head, read, per_pair * attending, kept * attending, window, windowed)
 
 
 def _attention(text: Config, hidden: float, heads: float) -> tuple[float, float, float]:
@@ -200,13 +183,9 @@ def _sliding_layers(text: Config, layers: int) -> int:
         return 0
     if text.get("use_sliding_window") is True:  # Qwen 2: the first ones have no window
         return max(0, layers - int(_get(text, "max_window_layers")))
-    pattern = int(_get(text, "sliding_window_pattern", "_sliding_window_pattern"))
-    if pattern == 0 and text.get("model_type") == "gemma2":
-        pattern = 2
-    return layers if pattern <= 1 else layers - layers // pattern
-
-
-# --- numbers of bits ---
+    default = 2 if text.get("model_type") == "gemma2" else 1
+    every = int(_get(text, "sliding_window_pattern", "_sliding_window_pattern")) or default
+    return layers if every <= 1 else layers - layers // every
 
 
 def weight_precision(config: Config, gpu: GpuSpec) -> tuple[float, float]:
@@ -240,14 +219,10 @@ def _bits(quantised: Config) -> tuple[float, bool]:
 def kv_bytes(config: Config) -> float:
     """Bytes of one value in the KV cache: two, unless the checkpoint has scales for a narrower type."""
     quantised = config.get("quantization_config")
-    scheme = quantised.get("kv_cache_scheme") if isinstance(quantised, Mapping) else None
-    narrow = isinstance(scheme, Mapping) or (
-        isinstance(quantised, Mapping) and "fp8" in str(quantised.get("kv_cache_quant_algo") or "").lower()
-    )
-    return 1.0 if narrow else min(4.0, DTYPE_BYTES.get(_dtype(config), 2.0))
-
-
-# --- the vision tower ---
+    known = quantised if isinstance(quantised, Mapping) else {}
+    algorithm = str(known.get("kv_cache_quant_algo") or "").lower()
+    narrow = isinstance(known.get("kv_cache_scheme"), Mapping) or "fp8" in algorithm
+    return 1.0 if narrow else DTYPE_BYTES.get(_dtype(config), 2.0)
 
 
 def vision_flops(config: Config) -> tuple[float, float]:
@@ -261,9 +236,8 @@ def vision_flops(config: Config) -> tuple[float, float]:
         return 0.0, 0.0
     inner = _get(tower, "intermediate_size") or width * (_get(tower, "mlp_ratio") or 4.0)
     matrices = 3 if str(tower.get("hidden_act", "")).startswith("silu") else 2
-    patches = patches_per_token(config, tower)
     products = 2 * depth * (4 * width * width + matrices * width * inner)
-    whole, seen = patch_attention(config, tower, depth)
+    patches, (whole, seen) = patches_per_token(config, tower), patch_attention(config, tower, depth)
     attention = 4 * width  # of two patches, in one layer
     return (products + (depth - whole) * attention * seen) * patches, whole * attention * patches * patches
 
@@ -291,9 +265,6 @@ def patches_per_token(config: Config, tower: Config) -> float:
     tokens = _get(config, "mm_tokens_per_image")
     size, patch = _get(tower, "image_size"), _get(tower, "patch_size")
     return (size // patch) ** 2 / tokens if tokens and size and patch else 1.0
-
-
-# --- reading the config ---
 
 
 def _text(config: Config) -> Config:

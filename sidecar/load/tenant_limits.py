@@ -25,17 +25,15 @@ import difflib
 import json
 import math
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Final, Literal
 
 from sidecar.errors import UsageError
 
 MAX_LIMITS_FILE_BYTES: Final = 1 << 20
-# Longer names are cut.
-MAX_TENANT_NAME_CHARS: Final = 64
-# For a limit of 0, which never allows a request.
-NEVER_RETRY_AFTER_S: Final = 3600.0
+MAX_TENANT_NAME_CHARS: Final = 64  # longer names are cut
+NEVER_RETRY_AFTER_S: Final = 3600.0  # for a limit of 0, which never allows a request
 _MAX_MU: Final = 1e9
 
 
@@ -70,7 +68,6 @@ class TenantLimits:
     spill_over_below: float = 0.7
 
     def of(self, tenant: str) -> TenantLimit:
-        """The limits of one tenant."""
         return self.tenants.get(tenant, self.default)
 
 
@@ -118,14 +115,13 @@ def charge(bucket: TokenBucket, limit: TenantLimit, mu: float) -> TokenBucket:
     return TokenBucket(min(limit.burst, bucket.level - mu), bucket.at)
 
 
-# --- the file ---
-
-
 def parse(text: str, name: str) -> TenantLimits:
     """Parse a file of limits, TOML or JSON. Raises UsageError with one line that names the place."""
-    raw = _read(text, name)
-    for key in raw:
-        _check_key(key, ("default", "tenants", "spill_over_below"), name)
+    try:
+        raw = json.loads(text) if text.lstrip().startswith("{") else tomllib.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{name}: neither TOML nor JSON: {str(error)[:100]}") from None
+    _check_keys(raw, ("default", "tenants", "spill_over_below"), name)
     tenants = raw.get("tenants", {})
     if not isinstance(tenants, dict):
         raise UsageError(f"{name}: tenants must be a table with one table per tenant")
@@ -142,22 +138,11 @@ def parse(text: str, name: str) -> TenantLimits:
     )
 
 
-def _read(text: str, name: str) -> dict[str, Any]:
-    try:
-        raw = json.loads(text) if text.lstrip().startswith("{") else tomllib.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{name}: neither TOML nor JSON: {str(error)[:100]}") from None
-    if not isinstance(raw, dict):
-        raise UsageError(f"{name}: expected tables `default` and `tenants`")
-    return raw
-
-
 def _limit(raw: Any, place: str, name: str) -> TenantLimit:
     if not isinstance(raw, dict):
         raise UsageError(f"{name}: {place} must be a table of limits")
     known = tuple(f.name for f in fields(TenantLimit))
-    for key in raw:
-        _check_key(key, known, f"{name}: {place}")
+    _check_keys(raw, known, f"{name}: {place}")
     spill_over = raw.get("spill_over", False)
     if not isinstance(spill_over, bool):
         raise UsageError(f"{name}: {place}.spill_over must be true or false")
@@ -167,10 +152,11 @@ def _limit(raw: Any, place: str, name: str) -> TenantLimit:
     return TenantLimit(**numbers, spill_over=spill_over)
 
 
-def _check_key(key: str, known: tuple[str, ...], place: str) -> None:
-    if key not in known:
-        near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
-        raise UsageError(f"{place}: unknown key {key[:64]!r}; the nearest valid key is {near[0]}")
+def _check_keys(keys: Iterable[str], known: tuple[str, ...], place: str) -> None:
+    for key in keys:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
+            raise UsageError(f"{place}: unknown key {key[:64]!r}; the nearest valid key is {near[0]}")
 
 
 def _number(value: Any, place: str, name: str) -> float | None:

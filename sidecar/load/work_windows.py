@@ -11,7 +11,7 @@ Rules:
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final
 
@@ -19,18 +19,12 @@ from sidecar.load import cost_model
 from sidecar.load.cost_model import Coefficients
 from sidecar.load.ledger import FAILED_OUTCOMES, AdmissionHold, Settlement
 
-# Many steps, and short compared to the minutes in which load changes.
-WINDOW_S: Final = 10.0
-# Resolution of busy time.
-SLOT_S: Final = 0.02
-# Events may arrive this late.
-LATE_EVENT_S: Final = 1.0
-# How long a window waits for first tokens.
-WINDOW_CLOSE_WAIT_S: Final = 60.0
-# Below it, the rounding to slots and idle gaps between steps weigh too much.
-MIN_BUSY_SHARE: Final = 0.2
-# d is split: per step, and per token.
-WINDOW_TERMS: Final = (*cost_model.TERMS[:3], "step", *cost_model.TERMS[3:])
+WINDOW_S: Final = 10.0  # many steps, and short compared to the minutes in which load changes
+SLOT_S: Final = 0.02  # resolution of busy time
+LATE_EVENT_S: Final = 1.0  # events may arrive this late
+WINDOW_CLOSE_WAIT_S: Final = 60.0  # for first tokens
+MIN_BUSY_SHARE: Final = 0.2  # below it, the rounding to slots and idle gaps between steps weigh too much
+WINDOW_TERMS: Final = (*cost_model.TERMS[:3], "step", *cost_model.TERMS[3:])  # d is split: per step, and per token
 STEP_INDEX: Final = WINDOW_TERMS.index("step")
 
 
@@ -42,16 +36,6 @@ class WorkWindow:
     ms: float
     work: tuple[float, ...]
     together: float
-
-
-@dataclass(frozen=True, slots=True)
-class _BusySpan:
-    """When a request was sent to the engine, had its first token, and ended; its work, in the order of TERMS."""
-
-    sent: float
-    first: float
-    end: float
-    work: tuple[float, ...]
 
 
 @dataclass(slots=True)
@@ -74,7 +58,6 @@ class WorkWindows:
         self._open: dict[int, _OpenWindow] = {}
 
     def settled(self, settlement: Settlement) -> None:
-        """Record a settled request."""
         ended = settlement.settled
         if ended.sent_at is None or ended.outcome == "rejected":
             return
@@ -84,10 +67,9 @@ class WorkWindows:
             for window in windows.values():
                 window.spoiled = True
             return
-        work = cost_model.features(settlement.work, self._co)
-        span = _BusySpan(ended.sent_at, self._first_token_at(settlement, ended.sent_at), ended.at, work)
+        work, first = cost_model.features(settlement.work, self._co), self._first_token_at(settlement, ended.sent_at)
         for index, window in windows.items():
-            _add_overlap(window, index, span)
+            _add_overlap(window, index, ended.sent_at, first, ended.at, work)
 
     def spoil(self, now: float) -> None:
         """Drop the window of `now`."""
@@ -122,8 +104,7 @@ class WorkWindows:
             if hold.blocked or hold.slowed:
                 return []
             work = cost_model.features(replace(hold.admitted.expected, output=hold.delivered), self._co)
-            span = _BusySpan(hold.admitted.at, hold.first_at, max(hold.last_at, hold.first_at), work)
-            _add_overlap(window, index, span)
+            _add_overlap(window, index, hold.admitted.at, hold.first_at, max(hold.last_at, hold.first_at), work)
         busy = window.busy.bit_count() * SLOT_S
         if busy < MIN_BUSY_SHARE * WINDOW_S:
             return []
@@ -141,16 +122,15 @@ class WorkWindows:
         return sent + (ended.at - sent) * (priced.before_first_token / priced.total if priced.total else 0.0)
 
 
-def _add_overlap(window: _OpenWindow, index: int, span: _BusySpan) -> None:
-    """Add the part of a request that falls into a window."""
+def _add_overlap(window: _OpenWindow, index: int, sent: float, first: float, end: float, work: Sequence[float]) -> None:
+    """Add the part of a request that falls into a window. `work`: of the whole request, in the order of TERMS."""
     start = index * WINDOW_S
-    window.busy |= _mask(span.sent - start, span.end - start)
-    window.decoding |= _mask(span.first - start, span.end - start)
-    window.decode_seconds += _overlap(span.first, span.end, start)
-    prefill = _share(max(span.sent, span.first - WINDOW_S), span.first, start)
-    decode = _share(span.first, span.end, start)
+    window.busy |= _mask(sent - start, end - start)
+    window.decoding |= _mask(first - start, end - start)
+    window.decode_seconds += _overlap(first, end, start)
+    prefill, decode = _share(max(sent, first - WINDOW_S), first, start), _share(first, end, start)
     for i, name in enumerate(cost_model.TERMS):
-        window.work[i] += span.work[i] * (decode if name in ("d", "f") else prefill)
+        window.work[i] += work[i] * (decode if name in ("d", "f") else prefill)
 
 
 def _is_awaited(hold: AdmissionHold) -> bool:

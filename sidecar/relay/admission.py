@@ -8,14 +8,15 @@ outside: it cancels what is inside `abortable`, and only that.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import Final
 
 from aiohttp import web
 
 from sidecar.errors import SidecarError
-from sidecar.events import Admitted, Delivered, FirstToken, RequestBlocked, RequestSize, Settled, State, Trace, Usage
+from sidecar.events import Admitted, RequestBlocked, RequestSize, Settled, State, Trace, Usage
 from sidecar.load.estimator import Estimate
 from sidecar.load.request_shape import RequestShape
 from sidecar.relay.outcomes import ClientStalled, outcome_of, reason_of
@@ -26,14 +27,6 @@ from sidecar.relay.sse import SSE, Price
 # A write that waits longer than this for its client makes the request's silence the client's.
 BLOCKED_WRITE_S: Final = 1.0
 NO_ESTIMATE: Final = Estimate(RequestSize(uncached=0), 0.0)
-
-
-@dataclass(frozen=True, slots=True)
-class BegunAnswer:
-    """An answer whose head the client has. `sse`: its reader, if it is an event stream in plain text."""
-
-    response: web.StreamResponse
-    sse: SSE | None
 
 
 @dataclass(slots=True, eq=False)
@@ -57,8 +50,10 @@ class Admission:
     mu: float = 0.0
     work: RequestSize = NO_ESTIMATE.work
     price: Price | None = None  # of a usage, if the client wants it in the answer
-    scope: AbortScope | None = None
-    begun: BegunAnswer | None = None
+    scope: asyncio.Timeout | None = None
+    abort_error: SidecarError | None = None
+    answer: web.StreamResponse | None = None  # whose head the client has
+    events: SSE | None = None  # the answer's reader, if it is an event stream in plain text
     status: int = 0
     tokens: int = 0
     bytes: int = 0
@@ -87,14 +82,25 @@ class Admission:
             tail=estimate.tail,
         )
 
-    def abortable(self) -> AbortScope:
+    @asynccontextmanager
+    async def abortable(self) -> AsyncIterator[None]:
         """A block that `abort` cancels, and that then raises its error."""
-        return AbortScope(self)
+        self.scope = asyncio.timeout(None)  # distinguishes its own cancellation from the client's
+        try:
+            async with self.scope:
+                yield
+        except TimeoutError:
+            if self.abort_error is None:
+                raise
+            raise self.abort_error from None
+        finally:
+            self.scope = None
 
     def abort(self, error: SidecarError) -> None:
         """End the request with `error` if it is inside `abortable`; the first error counts."""
-        if self.scope is not None:
-            self.scope.abort(error)
+        if self.scope is not None and self.abort_error is None:
+            self.abort_error = error
+            self.scope.reschedule(0.0)  # long ago: now
 
     def check_stalled_write(self, now: float, limit: float) -> RequestBlocked | None:
         """Mark a write that waits for the client; abort the request after `limit` seconds."""
@@ -107,29 +113,6 @@ class Admission:
             return None
         self.blocked = True
         return RequestBlocked(self.id, now, True)
-
-    def unblock(self, now: float) -> RequestBlocked:
-        """The client has taken a write that waited for it."""
-        self.blocked = False
-        return RequestBlocked(self.id, now, False)
-
-    def start(self, now: float) -> FirstToken:
-        """Generation has begun."""
-        self.first_at = now
-        return FirstToken(self.id, now)
-
-    def deliver(self, tokens: int, size: int) -> None:
-        """The engine sent `tokens` in `size` bytes."""
-        self.tokens += tokens
-        self.bytes += size
-        self.unreported_tokens += tokens
-        self.unreported_bytes += size
-
-    def take_delivery(self, now: float) -> Delivered:
-        """What was delivered since the last call."""
-        event = Delivered(self.id, now, self.unreported_tokens, self.unreported_bytes)
-        self.unreported_tokens = self.unreported_bytes = 0
-        return event
 
     def overhead(self, now: float) -> float:
         """Seconds that the sidecar added before the engine had the request, without image work and queueing."""
@@ -154,35 +137,3 @@ class Admission:
             error=reason_of(error, self.status),
         )
         return self.settled
-
-
-class AbortScope:
-    """A block of a request's handling that can be aborted from outside, once."""
-
-    __slots__ = ("_admission", "_error", "_timeout")
-
-    def __init__(self, admission: Admission) -> None:
-        self._admission = admission
-        self._error: SidecarError | None = None
-        self._timeout = asyncio.timeout(None)  # distinguishes its own cancellation from the client's
-
-    def abort(self, error: SidecarError) -> None:
-        """Cancel the block; the first error counts."""
-        if self._error is None:
-            self._error = error
-            self._timeout.reschedule(0.0)  # long ago: now
-
-    async def __aenter__(self) -> None:
-        await self._timeout.__aenter__()
-        self._admission.scope = self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._admission.scope = None
-        try:
-            await self._timeout.__aexit__(kind, error, trace)
-        except TimeoutError:
-            if self._error is None:
-                raise
-            raise self._error from None

@@ -7,8 +7,8 @@ aiohttp raises the same errors for both connections, so each call is wrapped by 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Awaitable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Final
 
 import aiohttp
@@ -22,15 +22,13 @@ from sidecar.relay.outcomes import ClientGone, ClientStalled, EngineBroke
 ENGINE_ERRORS: Final = (aiohttp.ClientError, OSError, TimeoutError)
 # Longer than people and batch jobs pause. A connection that is not read keeps a slot of the engine's batch.
 CLIENT_STALL_S: Final = 600.0
-# A client must read this much within its timeout when an answer is long.
-MAX_PIECE_BYTES: Final = 1 << 20
-_CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
+MAX_PIECE_BYTES: Final = 1 << 20  # a client must read this much within its timeout when an answer is long
 
 
 async def expect(request: web.BaseRequest) -> None:
     """Send 100 Continue if the client waits for it (curl does, above 1 MiB)."""
     if request.headers.get("expect", "").lower() == "100-continue":
-        await request.writer.write(_CONTINUE)
+        await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         request.writer.output_size = 0  # aiohttp takes output for a begun answer
 
 
@@ -58,46 +56,24 @@ async def next_chunk(answer: aiohttp.ClientResponse) -> bytes:
         raise EngineBroke("the engine's answer ended early") from None
 
 
-async def start(response: web.StreamResponse, request: web.BaseRequest) -> None:
-    """Send the answer's head."""
+async def send(step: Awaitable[object]) -> None:
+    """Send the answer's head, a part of it, or its end."""
     try:
-        await response.prepare(request)
-    except ConnectionError:
-        raise ClientGone from None
-
-
-async def write(response: web.StreamResponse, data: bytes | bytearray | memoryview) -> None:
-    """Send a part of the answer."""
-    try:
-        await response.write(data)
-    except ConnectionError:
-        raise ClientGone from None
-
-
-async def end(response: web.StreamResponse) -> None:
-    """Finish the answer."""
-    try:
-        await response.write_eof()
+        await step
     except ConnectionError:
         raise ClientGone from None
 
 
 async def send_long(response: web.StreamResponse, groups: Iterable[list[Data]], within: float) -> None:
     """Send an answer held in memory. Raises ClientStalled if the client reads nothing for `within` seconds."""
-    for group in groups:
-        data = memoryview(group[0] if len(group) == 1 else b"".join(group))
-        for at in range(0, len(data), MAX_PIECE_BYTES):
-            async with _read_within(within):
-                await write(response, data[at : at + MAX_PIECE_BYTES])
-    async with _read_within(within):
-        await end(response)
-
-
-@asynccontextmanager
-async def _read_within(seconds: float) -> AsyncIterator[None]:
     try:
-        async with asyncio.timeout(seconds):
-            yield
+        for group in groups:
+            data = memoryview(group[0] if len(group) == 1 else b"".join(group))
+            for at in range(0, len(data), MAX_PIECE_BYTES):
+                async with asyncio.timeout(within):
+                    await send(response.write(data[at : at + MAX_PIECE_BYTES]))
+        async with asyncio.timeout(within):
+            await send(response.write_eof())
     except TimeoutError:
         raise ClientStalled from None
 
@@ -130,12 +106,9 @@ class BusyConnections:
         for connection in server.connections:
             if connection not in self._busy:
                 connection.close()
-        try:
-            async with asyncio.timeout(seconds):
-                await self._idle.wait()
-        except TimeoutError:
-            return False
-        return True
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._idle.wait(), seconds)
+        return not self._busy
 
 
 def hang_up(request: web.BaseRequest, *, at_once: bool = False) -> web.Response:
@@ -143,9 +116,6 @@ def hang_up(request: web.BaseRequest, *, at_once: bool = False) -> web.Response:
 
     aiohttp needs an answer all the same; this one is never sent.
     """
-    if request.transport is not None:
-        if at_once:
-            request.transport.abort()
-        else:
-            request.transport.close()
+    if (transport := request.transport) is not None:
+        (transport.abort if at_once else transport.close)()
     return web.Response()

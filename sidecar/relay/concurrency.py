@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
+from contextlib import asynccontextmanager
 from typing import Final
 
 from sidecar.errors import QueueFull
@@ -27,32 +27,29 @@ class ConcurrencyLimit:
         self._free = asyncio.Semaphore(slots) if slots else None
         self._open_requests = open_requests
         self._max_queued = max_queued
-        self.waiting = 0
-
-    def acquire(self, admission: Admission) -> AbstractAsyncContextManager[None]:
-        """Hold a slot for a block, and wait for one. Raises QueueFull if the queue is full."""
-        return nullcontext() if self._free is None else self._held(self._free, admission)
+        self._waiting = 0
 
     @asynccontextmanager
-    async def _held(self, free: asyncio.Semaphore, admission: Admission) -> AsyncIterator[None]:
-        if free.locked():
-            await self._wait(free, admission)
-        else:
+    async def acquire(self, admission: Admission) -> AsyncIterator[None]:
+        """Hold a slot for a block, and wait for one. Raises QueueFull if the queue is full."""
+        if (free := self._free) is None:
+            yield
+            return
+        if not free.locked():
             await free.acquire()
+        elif self._waiting >= self._max_queued:
+            raise QueueFull("the engine is full and so is the queue before it; send the request again later")
+        else:
+            self._waiting += 1
+            try:
+                with self._open_requests.queueing(admission):
+                    await free.acquire()
+            finally:
+                self._waiting -= 1
         try:
             yield
         finally:
             free.release()
-
-    async def _wait(self, free: asyncio.Semaphore, admission: Admission) -> None:
-        if self.waiting >= self._max_queued:
-            raise QueueFull("the engine is full and so is the queue before it; send the request again later")
-        self.waiting += 1
-        try:
-            with self._open_requests.queueing(admission):
-                await free.acquire()
-        finally:
-            self.waiting -= 1
 
 
 def share_of(limit: int, workers: int, index: int) -> int:

@@ -17,8 +17,7 @@ from sidecar.events import Command, Event, RelayConnected, SettlementsAcked
 from sidecar.relay.replay_log import ReplayLog
 from sidecar.runtime.channel import Channel
 
-# To write the last events.
-CLOSE_TIMEOUT_S: Final = 2.0
+CLOSE_TIMEOUT_S: Final = 2.0  # to write the last events
 
 _log = logging.getLogger(__name__)
 
@@ -43,7 +42,12 @@ class ControlLink:
     async def run(self) -> None:
         """Stay connected until cancelled."""
         while True:
-            await self._connect()
+            self._lost.clear()
+            channel = await Channel.reach(self._path, self._on_record, self._lost.set)
+            channel.send(self._introduce(time.monotonic()))
+            for event in self._replay_log.events():
+                channel.send(event)
+            self._channel = channel
             await self._lost.wait()
             self._channel = None
             _log.warning("the control process is gone; requests go on and will be reported to the next one")
@@ -53,14 +57,6 @@ class ControlLink:
         if self._channel is not None:
             self._channel.close()
             await asyncio.wait((asyncio.ensure_future(self._lost.wait()),), timeout=CLOSE_TIMEOUT_S)
-
-    async def _connect(self) -> None:
-        self._lost.clear()
-        channel = await Channel.reach(self._path, self._on_record, self._lost.set)
-        channel.send(self._introduce(time.monotonic()))
-        for event in self._replay_log.events():
-            channel.send(event)
-        self._channel = channel
 
     def _on_record(self, record: Event | Command) -> None:
         if isinstance(record, SettlementsAcked):

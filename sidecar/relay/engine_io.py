@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import socket
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from types import SimpleNamespace
 from typing import Any, Final
 
@@ -23,35 +23,25 @@ from yarl import URL
 from sidecar.errors import BadTarget
 from sidecar.events import Trace
 from sidecar.relay import client_io, headers
-from sidecar.relay.headers import Headers
 from sidecar.relay.open_requests import OpenRequests
 from sidecar.relay.outcomes import engine_error
 from sidecar.relay.request_body import Buffer
 
-# One header or request line, both ways (uvicorn's limit for all of them).
-MAX_HEADER_BYTES: Final = 64 << 10
+MAX_HEADER_BYTES: Final = 64 << 10  # one header or request line, both ways (uvicorn's limit for all of them)
 READ_BUFFER_BYTES: Final = 256 << 10
-# The engine is on this machine.
-_CONNECT_TIMEOUT_S: Final = 5.0
+_CONNECT_TIMEOUT_S: Final = 5.0  # the engine is on this machine
 # A connection that the engine was closing breaks at once. What breaks later may have been worked on: it is not
 # repeated.
 MAX_STALE_S: Final = 2.0
-# A body up to this is kept until its answer begins, and may be sent twice.
-MAX_REPEATED_BYTES: Final = 64 << 10
-# uvicorn closes an idle connection after 5 s.
-_KEEPALIVE_S: Final = 3.0
-# Passed to the socket at once.
-_WRITE_BYTES: Final = 256 << 10
+MAX_REPEATED_BYTES: Final = 64 << 10  # a body up to this is kept until its answer begins, and may be sent twice
+_KEEPALIVE_S: Final = 3.0  # uvicorn closes an idle connection after 5 s
+_WRITE_BYTES: Final = 256 << 10  # passed to the socket at once
 _ABSOLUTE_FORM: Final = re.compile(r"https?://[^/?#]*(.*)", re.IGNORECASE)
 _AIOHTTP_HEADERS: Final = (hdrs.ACCEPT, hdrs.ACCEPT_ENCODING, hdrs.USER_AGENT, hdrs.CONTENT_TYPE)
 
 
-class Broken(aiohttp.ClientConnectionError):
-    """The connection broke before the head of an answer was complete. `answered`: part of the answer had arrived."""
-
-    def __init__(self, *, answered: bool) -> None:
-        super().__init__("the connection broke before the answer")
-        self.answered = answered
+class Unanswered(aiohttp.ClientConnectionError):
+    """The connection broke before a byte of the answer came."""
 
 
 class BodyPayload(payload.Payload):
@@ -71,11 +61,6 @@ class BodyPayload(payload.Payload):
         self.form = ""  # in which its images are
         self._size = sum(len(piece) for piece in pieces)
 
-    @property
-    def is_repeatable(self) -> bool:
-        """Whether it may be sent twice."""
-        return (self._size or 0) <= MAX_REPEATED_BYTES
-
     def decode(self, encoding: str = "utf-8", errors: str = "strict") -> str:
         return b"".join(self._pieces).decode(encoding, errors)
 
@@ -88,7 +73,7 @@ class BodyPayload(payload.Payload):
             for at in range(0, len(view), _WRITE_BYTES):
                 await writer.write(view[at : at + _WRITE_BYTES])
         self._sent()
-        if not self.is_repeatable:
+        if not is_repeatable(self):
             self.drop()
 
     def drop(self) -> None:
@@ -96,91 +81,58 @@ class BodyPayload(payload.Payload):
         self._pieces = ()
 
 
-class Connections:
-    """A relay process's connections to its engine, kept and fresh ones. Clients' connections bound their number."""
-
-    def __init__(self) -> None:
-        kept = aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEPALIVE_S, family=socket.AF_UNSPEC)
-        trace = aiohttp.TraceConfig()
-        trace.on_connection_reuseconn.append(_note_reuse)
-        self._kept = _session(kept, [trace])
-        self._fresh = _session(aiohttp.TCPConnector(limit=0, force_close=True, family=socket.AF_UNSPEC), [])
-
-    @property
-    def fresh(self) -> aiohttp.ClientSession:
-        """Each of its requests gets a connection of its own."""
-        return self._fresh
-
-    async def request(self, method: str, url: URL, headers: Headers, data: Any) -> aiohttp.ClientResponse:
-        """The head of the engine's answer, which the caller closes: left early, its connection closes too."""
-        if not _is_repeatable(data):
-            return await self._fresh.request(method, url, headers=headers, data=data, allow_redirects=False)
-        use = _ConnectionUse()
-        try:
-            answer = await self._kept.request(
-                method, url, headers=headers, data=data, allow_redirects=False, trace_request_ctx=use
-            )
-        except Broken as e:
-            if e.answered or not use.was_stale():
-                raise
-            answer = await self._fresh.request(method, url, headers=headers, data=data, allow_redirects=False)
-        if isinstance(data, BodyPayload):
-            data.drop()
-        return answer
-
-    async def close(self) -> None:
-        """Close all connections."""
-        await self._kept.close()
-        await self._fresh.close()
-
-
 class EngineClient:
-    """Sends requests of clients to the engine at `base`; what breaks is raised as an error for the client."""
+    """Sends clients' requests to the engine at `base`, over kept and fresh connections.
+
+    What breaks is raised as an error for the client. Clients' connections bound the number of these.
+    """
 
     def __init__(self, base: str, open_requests: OpenRequests) -> None:
         self._base = base
         self._open_requests = open_requests
-        self._connections = Connections()
-
-    @property
-    def fresh(self) -> aiohttp.ClientSession:
-        """Each of its requests gets a connection of its own."""
-        return self._connections.fresh
+        trace = aiohttp.TraceConfig()
+        trace.on_connection_reuseconn.append(_note_reuse)
+        self._kept = _session([trace], keepalive_timeout=_KEEPALIVE_S)
+        self.fresh = _session([], force_close=True)  # each of its requests gets a connection of its own
 
     def url(self, request: web.BaseRequest) -> URL:
-        """The engine's URL for a request's target."""
-        return target(self._base, origin_form(request.raw_path))
+        """The engine's URL for a request's target, byte for byte (except a trailing `?`)."""
+        return URL(self._base + origin_form(request.raw_path), encoded=True)
 
     async def send(
         self, request: web.BaseRequest, id: str, data: Any, *, trace: Trace | None = None, length: int | None = None
     ) -> aiohttp.ClientResponse:
         """The head of the engine's answer, which the caller closes: left early, its connection closes too."""
         passed = headers.to_engine(request, id=id, trace=trace, length=length)
+        method, url, reused_at = request.method, self.url(request), list[float]()
+
+        def ask(session: aiohttp.ClientSession) -> Awaitable[aiohttp.ClientResponse]:
+            return session.request(
+                method, url, headers=passed, data=data, allow_redirects=False, trace_request_ctx=reused_at
+            )
+
         try:
-            return await self._connections.request(request.method, self.url(request), passed, data)
+            if not is_repeatable(data):
+                return await ask(self.fresh)
+            try:
+                answer = await ask(self._kept)
+            except Unanswered:
+                if not reused_at or time.monotonic() - reused_at[0] >= MAX_STALE_S:
+                    raise
+                answer = await ask(self.fresh)
         except client_io.ENGINE_ERRORS as e:
             raise engine_error(e, self._open_requests.verdict) from None
+        if isinstance(data, BodyPayload):
+            data.drop()
+        return answer
 
     async def close(self) -> None:
-        """Close all connections."""
-        await self._connections.close()
-
-
-class _ConnectionUse:
-    """One request's use of a connection. `reused_at`: when it got one that had been used before; None for a new one."""
-
-    __slots__ = ("reused_at",)
-
-    def __init__(self) -> None:
-        self.reused_at: float | None = None
-
-    def was_stale(self) -> bool:
-        """Whether the engine closed the connection before it can have worked on the request."""
-        return self.reused_at is not None and time.monotonic() - self.reused_at < MAX_STALE_S
+        await self._kept.close()
+        await self.fresh.close()
 
 
 async def _note_reuse(session: aiohttp.ClientSession, context: SimpleNamespace, params: object) -> None:
-    context.trace_request_ctx.reused_at = time.monotonic()
+    context.trace_request_ctx.append(time.monotonic())
 
 
 async def _once(request: aiohttp.ClientRequest, send: aiohttp.ClientHandlerType) -> aiohttp.ClientResponse:
@@ -190,18 +142,22 @@ async def _once(request: aiohttp.ClientRequest, send: aiohttp.ClientHandlerType)
     except aiohttp.ClientConnectorError:
         raise
     except aiohttp.ServerDisconnectedError as e:
-        raise Broken(answered=not isinstance(e.message, str)) from e  # otherwise it is the part of the head that came
+        # a message that is no text is the part of the head that came
+        raise (Unanswered if isinstance(e.message, str) else aiohttp.ClientConnectionError)() from e
     except (aiohttp.ClientOSError, aiohttp.ClientConnectionResetError) as e:
-        raise Broken(answered=False) from e
+        raise Unanswered from e
 
 
-def _is_repeatable(data: Any) -> bool:
-    return data is None or isinstance(data, bytes) or (isinstance(data, BodyPayload) and data.is_repeatable)
+def is_repeatable(data: Any) -> bool:
+    """Whether a body may be sent twice."""
+    if isinstance(data, BodyPayload):
+        return (data.size or 0) <= MAX_REPEATED_BYTES
+    return data is None or isinstance(data, bytes)
 
 
-def _session(connector: aiohttp.TCPConnector, traces: list[aiohttp.TraceConfig]) -> aiohttp.ClientSession:
+def _session(traces: list[aiohttp.TraceConfig], **options: Any) -> aiohttp.ClientSession:
     return aiohttp.ClientSession(
-        connector=connector,
+        connector=aiohttp.TCPConnector(limit=0, family=socket.AF_UNSPEC, **options),
         cookie_jar=aiohttp.DummyCookieJar(),
         skip_auto_headers=_AIOHTTP_HEADERS,
         auto_decompress=False,
@@ -228,10 +184,4 @@ def origin_form(raw_path: str) -> str:
     absolute = _ABSOLUTE_FORM.fullmatch(raw_path)
     if absolute is None:
         raise BadTarget("only request targets with a path can be passed to the engine")
-    rest = absolute[1]
-    return rest if rest.startswith("/") else "/" + rest
-
-
-def target(base: str, path: str) -> URL:
-    """The engine's URL for a target in origin form, byte for byte (except a trailing `?`)."""
-    return URL(base + path, encoded=True)
+    return absolute[1] if absolute[1].startswith("/") else "/" + absolute[1]

@@ -6,18 +6,16 @@ have the same paths). SGLang 0.5: sglang/srt/entrypoints/http_server.py. TGI and
 
 from __future__ import annotations
 
-import itertools
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 from urllib.parse import parse_qs
 
 from sidecar.events import Directing, EnginePauseChanged, Event
+from sidecar.relay.request_body import parse_object
 
 PAUSE_METHODS: Final = ("POST", "GET", "PUT")
-# Parts can be resumed one by one; users of both engines resume this one last.
-LAST_TAG: Final = "kv_cache"
+LAST_TAG: Final = "kv_cache"  # parts can be resumed one by one; users of both engines resume this one last
 
 Turn = Literal["stops", "resumes", "during", "ends"]
 
@@ -33,47 +31,25 @@ class PauseRoute:
     turn: Turn
 
 
-_SLEEPS: Final = PauseRoute("engine_sleeping", "stops")
-_WAKES: Final = PauseRoute("engine_sleeping", "resumes")
-_PAUSES: Final = PauseRoute("engine_paused", "stops")
-_RESUMES: Final = PauseRoute("engine_paused", "resumes")
-_UPDATES_WEIGHTS: Final = PauseRoute("weight_update", "during")
-
-PAUSE_ROUTES: Final[dict[str, PauseRoute]] = {
-    # vLLM
-    "/sleep": _SLEEPS,
-    "/release_kv_cache_memory": _SLEEPS,
-    "/wake_up": _WAKES,
-    "/pause": _PAUSES,
-    "/resume": _RESUMES,
-    "/scale_elastic_ep": PauseRoute("engine_paused", "during"),
-    "/start_weight_update": PauseRoute("weight_update", "stops"),
-    "/start_draft_weight_update": PauseRoute("weight_update", "stops"),
-    "/finish_weight_update": PauseRoute("weight_update", "resumes"),
-    "/init_weight_transfer_engine": _UPDATES_WEIGHTS,
-    "/shutdown_weight_transfer_engine": _UPDATES_WEIGHTS,
-    "/update_weights": _UPDATES_WEIGHTS,  # SGLang's former name, too
-    "/weight_checker": _UPDATES_WEIGHTS,
-    # both
-    "/start_profile": PauseRoute("engine_profiling", "stops"),
-    "/stop_profile": PauseRoute("engine_profiling", "ends"),  # writing the profile stops the world for longest
-    # SGLang
-    "/release_memory_occupation": _SLEEPS,
-    "/resume_memory_occupation": _WAKES,
-    "/pause_generation": _PAUSES,
-    "/continue_generation": _RESUMES,
-    "/begin_weight_update": PauseRoute("weight_update", "stops"),
-    "/end_weight_update": PauseRoute("weight_update", "resumes"),
-    "/update_weights_from_disk": _UPDATES_WEIGHTS,
-    "/update_weights_from_tensor": _UPDATES_WEIGHTS,
-    "/update_weights_from_distributed": _UPDATES_WEIGHTS,
-    "/update_weights_from_ipc": _UPDATES_WEIGHTS,
-    "/init_weights_update_group": _UPDATES_WEIGHTS,
-    "/destroy_weights_update_group": _UPDATES_WEIGHTS,
-    "/init_weights_send_group_for_remote_instance": _UPDATES_WEIGHTS,
-    "/send_weights_to_remote_instance": _UPDATES_WEIGHTS,
-    "/weights_checker": _UPDATES_WEIGHTS,
-}
+_PATHS: Final[tuple[tuple[str, Turn, str], ...]] = (
+    ("engine_sleeping", "stops", "/sleep /release_kv_cache_memory /release_memory_occupation"),
+    ("engine_sleeping", "resumes", "/wake_up /resume_memory_occupation"),
+    ("engine_paused", "stops", "/pause /pause_generation"),
+    ("engine_paused", "resumes", "/resume /continue_generation"),
+    ("engine_paused", "during", "/scale_elastic_ep"),
+    ("engine_profiling", "stops", "/start_profile"),
+    ("engine_profiling", "ends", "/stop_profile"),  # writing the profile stops the world for longest
+    ("weight_update", "stops", "/start_weight_update /start_draft_weight_update /begin_weight_update"),
+    ("weight_update", "resumes", "/finish_weight_update /end_weight_update"),
+    # vLLM's (/update_weights was also SGLang's), then SGLang's
+    ("weight_update", "during", "/init_weight_transfer_engine /shutdown_weight_transfer_engine /update_weights"),
+    ("weight_update", "during", "/weight_checker"),
+    ("weight_update", "during", "/update_weights_from_disk /update_weights_from_tensor /update_weights_from_ipc"),
+    ("weight_update", "during", "/update_weights_from_distributed /init_weights_update_group /weights_checker"),
+    ("weight_update", "during", "/destroy_weights_update_group /send_weights_to_remote_instance"),
+    ("weight_update", "during", "/init_weights_send_group_for_remote_instance"),
+)
+PAUSE_ROUTES: Final = {path: PauseRoute(what, turn) for what, turn, paths in _PATHS for path in paths.split()}
 
 
 def route_of(method: str, path: str) -> PauseRoute | None:
@@ -85,62 +61,41 @@ def is_partial(query: str, body: bytes) -> bool:
     """Whether a resuming call names parts (`tags`, in vLLM's query or SGLang's body) without the last one."""
     tags: Any = parse_qs(query).get("tags")
     if not tags:
-        try:
-            payload = json.loads(body or b"{}")
-        except (ValueError, RecursionError):
-            return False
-        tags = payload.get("tags") if isinstance(payload, dict) else None
+        tags = (parse_object(body) or {}).get("tags")
     return isinstance(tags, list | str) and bool(tags) and LAST_TAG not in tags
 
 
-class PauseCalls:
-    """The calls of one relay process that pause or resume the engine. `clock`: monotonic seconds."""
-
-    def __init__(self, emit: Callable[[Event], None], clock: Callable[[], float]) -> None:
-        self.emit = emit
-        self.clock = clock
-        self.ids = itertools.count(1)
-
-    def call(self, route: PauseRoute | None, *, is_partial: bool = False) -> PauseCall:
-        """One call, to be used in a `with`. `is_partial`: it resumes some parts only."""
-        return PauseCall(self, route, is_partial)
-
-
+@dataclass(slots=True)
 class PauseCall:
-    """One call that pauses or resumes the engine; `route` None: neither.
+    """One call that pauses or resumes the engine, to be closed; `route` None: neither.
 
     It takes effect with the engine's 2xx. From its last byte until then it is with the engine. Another answer, or a
-    client that leaves, ends it without effect.
+    client that leaves, ends it without effect. `clock`: monotonic seconds; `is_partial`: it resumes some parts only.
     """
 
-    def __init__(self, calls: PauseCalls, route: PauseRoute | None, is_partial: bool) -> None:
-        self._calls = calls
-        self._route = route
-        self._is_partial = is_partial
-        self._id = 0  # while it is with the engine
-        self._over = route is None or route.turn == "resumes"
+    emit: Callable[[Event], None]
+    clock: Callable[[], float]
+    id: int
+    route: PauseRoute | None
+    is_partial: bool = False
+    is_with_engine: bool = False
+    is_over: bool = False
 
     def sent(self) -> None:
         """The engine has the whole request."""
-        if self._over or self._route is None:
-            return
-        self._id = next(self._calls.ids)
-        self._calls.emit(Directing(self._calls.clock(), self._id, self._route.what, True))
+        if self.route is not None and self.route.turn != "resumes" and not self.is_over:
+            self.is_with_engine = True
+            self.emit(Directing(self.clock(), self.id, self.route.what, True))
 
     def answered(self, status: int) -> None:
         """The head of the engine's answer arrived."""
-        accepted = 200 <= status < 300
-        if accepted and self._route is not None and self._route.turn != "during" and not self._is_partial:
-            self._calls.emit(EnginePauseChanged(self._calls.clock(), self._route.what, self._route.turn == "stops"))
-        self._end(accepted=accepted)
+        accepted, route = 200 <= status < 300, self.route
+        if accepted and route is not None and route.turn != "during" and not self.is_partial:
+            self.emit(EnginePauseChanged(self.clock(), route.what, route.turn == "stops"))
+        self.close(accepted=accepted)
 
-    def __enter__(self) -> PauseCall:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._end(accepted=False)
-
-    def _end(self, *, accepted: bool) -> None:
-        if self._id and self._route is not None:
-            self._calls.emit(Directing(self._calls.clock(), self._id, self._route.what, False, accepted))
-        self._id, self._over = 0, True
+    def close(self, *, accepted: bool = False) -> None:
+        """The call is over."""
+        if self.is_with_engine and self.route is not None:
+            self.emit(Directing(self.clock(), self.id, self.route.what, False, accepted))
+        self.is_with_engine, self.is_over = False, True

@@ -21,16 +21,14 @@ import aiohttp
 from aiohttp import web
 
 from sidecar.errors import BodyTooLarge, Draining, ImagesOff, Internal, RequestError, place_of
-from sidecar.events import AbortRequests, Command, Event, LoadReport, MetricsPage, Trace
+from sidecar.events import AbortRequests, Command, Event, LoadReport, MetricsPage
 from sidecar.load import request_shape
-from sidecar.load.cost_model import Coefficients
-from sidecar.load.estimator import Estimator
-from sidecar.relay import client_io, concurrency, engine_io, headers, metrics_page, outcomes, request_body, response
+from sidecar.relay import client_io, engine_io, headers, metrics_page, outcomes, passthrough, request_body, response
 from sidecar.relay.admission import Admission
+from sidecar.relay.concurrency import MAX_QUEUED, ConcurrencyLimit, share_of
+from sidecar.relay.engine_io import BodyPayload
 from sidecar.relay.media import image_refusals, inline
-from sidecar.relay.metrics_page import MergedMetricsPage
 from sidecar.relay.open_requests import OpenRequests
-from sidecar.relay.passthrough import Passthrough
 from sidecar.relay.pricing.charge import Pricing
 from sidecar.settings import Settings
 from sidecar.trace_context import new_trace, parse_traceparent
@@ -39,8 +37,6 @@ if TYPE_CHECKING:  # a relay without images does not load them
     from sidecar.images.service import ImageService, PreparedImage
 
 _log = logging.getLogger(__name__)
-
-Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 
 
 class Relay:
@@ -53,18 +49,16 @@ class Relay:
     def __init__(
         self,
         settings: Settings,
-        coefficients: Coefficients,
         emit: Callable[[Event], None],
+        pricing: Pricing,
         *,
         index: int = 0,
-        engine_kind: str = "openai",
         image_key: bytes = b"",
         images: ImageService | None = None,
-        preprocess: Handler | None = None,
+        preprocess: Callable[[web.BaseRequest], Awaitable[web.StreamResponse]] | None = None,
         fetch: inline.Fetch | None = None,
         is_shm_ready: Callable[[], bool] | None = None,
-        pricing: Pricing | None = None,
-        max_queued: int = concurrency.MAX_QUEUED,
+        max_queued: int = MAX_QUEUED,
         client_stall: float = client_io.CLIENT_STALL_S,
     ) -> None:
         self._settings = settings
@@ -72,17 +66,17 @@ class Relay:
         self._preprocess = preprocess
         self._fetch = fetch if images is not None else None
         self._is_shm_ready = is_shm_ready
-        self._engine_kind = engine_kind
+        self._engine_kind = settings.engine_kind if settings.engine_kind != "auto" else ""
         self._image_key = image_key or secrets.token_bytes(32)
         self._load_report: LoadReport | None = None
         self._open_requests = OpenRequests(emit, client_stall)
-        slots = concurrency.share_of(settings.max_concurrent, settings.workers, index)
-        self._concurrency = concurrency.ConcurrencyLimit(slots, self._open_requests, max_queued)
+        slots = share_of(settings.max_concurrent, settings.workers, index)
+        self._concurrency = ConcurrencyLimit(slots, self._open_requests, max_queued)
         self._refusals = image_refusals.Refusals()
-        self._pricing = pricing or Pricing(Estimator(coefficients))
-        self._metrics_page = MergedMetricsPage(emit)
+        self._pricing = pricing
+        self._metrics_page = metrics_page.MergedMetricsPage(emit)
         self._engine = engine_io.EngineClient(settings.engine, self._open_requests)
-        self._passthrough = Passthrough(self._engine, emit, settings.max_body_bytes)
+        self.close = self._engine.close
         self._connections = client_io.BusyConnections()
         self.is_draining = False
 
@@ -117,10 +111,6 @@ class Relay:
             self._open_requests.cutting = True
         await server.shutdown(timeout=0.5)
 
-    async def close(self) -> None:
-        """Close the connections to the engine."""
-        await self._engine.close()
-
     # --- one request ---
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
@@ -131,17 +121,13 @@ class Relay:
                 if self.is_draining:
                     raise Draining("this server is shutting down; send the request again")
                 return await self._dispatch(request, id)
+            except (outcomes.ClientStalled, outcomes.ClientGone, outcomes.EngineBroke) as e:
+                return client_io.hang_up(request, at_once=isinstance(e, outcomes.ClientStalled))
             except RequestError as e:
-                return _refusal(e, id) if not request.writer.output_size else client_io.hang_up(request)
-            except outcomes.ClientStalled:
-                return client_io.hang_up(request, at_once=True)
-            except (outcomes.ClientGone, outcomes.EngineBroke):
-                return client_io.hang_up(request)
+                return _refuse(request, e, id)
             except Exception as e:  # noqa: BLE001  # the border: a defect costs one request, and its place is logged
                 _log.error("request failed: %s at %s", type(e).__name__, place_of(e))
-                if request.writer.output_size:
-                    return client_io.hang_up(request)
-                return _refusal(Internal("internal error of the sidecar"), id)
+                return _refuse(request, Internal("internal error of the sidecar"), id)
             finally:
                 if self.is_draining:
                     request.protocol.close()
@@ -158,22 +144,25 @@ class Relay:
                         "images are off; start the sidecar with --images inline and --model DIR to use /v1/preprocess"
                     )
                 return await self._preprocess(request)
-        elif path == "/metrics" and request.method == "GET":
-            page = await self._metrics_page.get()
-            if page is not None:
-                return web.Response(body=page, headers={"content-type": metrics_page.CONTENT_TYPE, "x-request-id": id})
-        return await self._passthrough.forward(request, id, self._load_report)
+        elif path == "/metrics" and request.method == "GET" and (page := await self._metrics_page.get()) is not None:
+            return web.Response(body=page, headers={"content-type": metrics_page.CONTENT_TYPE, "x-request-id": id})
+        emit, max_bytes = self._open_requests.emit, self._settings.max_body_bytes
+        return await passthrough.forward(request, id, self._engine, emit, max_bytes, self._load_report)
 
     async def _work(self, request: web.BaseRequest, route: str, id: str) -> web.StreamResponse:
         """Engine work: one admission, settled before its client gets an error."""
         tenant = headers.tenant(request.headers, self._settings.tenant_header)
-        admission = self._open_requests.create(route, tenant, self._trace(request))
+        trace = None
+        if self._settings.otlp_endpoint:
+            given, state = request.headers.get("traceparent", ""), request.headers.get("tracestate", "")
+            trace = parse_traceparent(given, state) or new_trace()
+        admission = Admission(self._open_requests.new_id(), route, tenant, trace)
         try:
             with self._open_requests.settling(admission):
                 self._open_requests.check(time.monotonic())
                 return await self._admitted(request, admission, await self._ready(request, admission), id)
         except RequestError as e:
-            if admission.begun is None:
+            if admission.answer is None:
                 raise
             return await response.end_with_error(request, admission, e)
         finally:
@@ -182,16 +171,13 @@ class Relay:
             if self._images is not None:
                 self._images.release(admission.id)
 
-    async def _ready(self, request: web.BaseRequest, admission: Admission) -> engine_io.BodyPayload:
+    async def _ready(self, request: web.BaseRequest, admission: Admission) -> BodyPayload:
         """The body to send: read, charged, its images prepared, and admitted."""
         body = await client_io.read(request, self._settings.max_body_bytes)
         admission.read_at = time.monotonic()
-        is_opaque = admission.route == "audio" or "content-encoding" in request.headers
-        parsed = (
-            request_body.ParsedBody(body)
-            if is_opaque
-            else request_body.extract_data_urls(body, secrets.token_hex(16), links=self._fetch is not None)
-        )
+        parsed = request_body.ParsedBody(body)
+        if admission.route != "audio" and "content-encoding" not in request.headers:
+            parsed = request_body.extract_data_urls(body, secrets.token_hex(16), links=self._fetch is not None)
         admission.shape = request_shape.describe(parsed.payload, admission.route, len(body), parsed.text)
         await self._pricing.charge(admission, parsed)
         prepared = await self._prepare(parsed, admission)
@@ -206,24 +192,17 @@ class Relay:
             return []
         passing = self._refusals.passing
         shm = not passing and self._is_shm_ready is not None and self._engine_kind == "vllm" and self._is_shm_ready()
-        started = time.monotonic()
+        emit, started = self._open_requests.emit, time.monotonic()
         try:
             return await inline.prepare(
-                self._images,
-                parsed.images,
-                self._open_requests.emit,
-                admission.id,
-                admission.tenant,
-                shm=shm,
-                fetch=self._fetch,
-                passing=passing,
+                self._images, parsed.images, emit, admission, shm=shm, fetch=self._fetch, passing=passing
             )
         finally:
             admission.image_seconds = time.monotonic() - started
 
     def _payload(
         self, parsed: request_body.ParsedBody, prepared: list[PreparedImage], admission: Admission
-    ) -> engine_io.BodyPayload:
+    ) -> BodyPayload:
         """The body to send; with the original one, if the engine may refuse the prepared images."""
         parts = parsed.images
         rebuild = partial(request_body.rebuild, parsed, ask_usage=admission.shape.ask_usage)
@@ -233,40 +212,39 @@ class Relay:
                 admission.sent_at = time.monotonic()
 
         if not prepared:
-            return engine_io.BodyPayload(rebuild({}), sent)
+            return BodyPayload(rebuild({}), sent)
         has_originals = all(part.data for part in parts)  # also of images behind links
         if has_originals and self._refusals.passing:  # perhaps since these were prepared
-            return engine_io.BodyPayload(rebuild(inline.originals(parts, prepared)), sent)
+            return BodyPayload(rebuild(inline.originals(parts, prepared)), sent)
         name = partial(inline.cache_name, self._image_key, admission.tenant) if self._engine_kind == "vllm" else None
-        data = engine_io.BodyPayload(rebuild(inline.replacements(parts, prepared, name)), sent)
+        data = BodyPayload(rebuild(inline.replacements(parts, prepared, name)), sent)
         data.form = inline.form_of(prepared)
         if has_originals and data.form and self._refusals.is_trial(data.form, data.size or 0):
             # the request's sending time stays that of its first attempt
-            data.original = lambda: engine_io.BodyPayload(rebuild(inline.originals(parts, prepared)), lambda: None)
+            data.original = lambda: BodyPayload(rebuild(inline.originals(parts, prepared)), lambda: None)
         return data
 
     async def _admitted(
-        self, request: web.BaseRequest, admission: Admission, data: engine_io.BodyPayload, id: str
+        self, request: web.BaseRequest, admission: Admission, data: BodyPayload, id: str
     ) -> web.StreamResponse:
         """The answer to `data`; if its prepared images are refused, that to the original body."""
+
+        async def send(body: BodyPayload) -> aiohttp.ClientResponse:
+            answer = await self._engine.send(request, id, body, trace=admission.trace, length=body.size)
+            admission.status = answer.status
+            return answer
+
         async with admission.abortable(), self._concurrency.acquire(admission):
             self._open_requests.check(time.monotonic())
-            with closing(await self._send(request, admission, data, id)) as answer:
+            with closing(await send(data)) as answer:
                 if not await self._refusals.is_refusal(answer, data):
                     data.original = None
                     return await self._respond(request, answer, admission, id)
             assert data.original is not None
             refused_with = admission.status
-            with closing(await self._send(request, admission, data.original(), id)) as answer:
+            with closing(await send(data.original())) as answer:
                 self._refusals.on_original(refused_with, answer)
                 return await self._respond(request, answer, admission, id)
-
-    async def _send(
-        self, request: web.BaseRequest, admission: Admission, data: engine_io.BodyPayload, id: str
-    ) -> aiohttp.ClientResponse:
-        answer = await self._engine.send(request, id, data, trace=admission.trace, length=data.size)
-        admission.status = answer.status
-        return answer
 
     async def _respond(
         self, request: web.BaseRequest, answer: aiohttp.ClientResponse, admission: Admission, id: str
@@ -282,19 +260,14 @@ class Relay:
         try:
             return await response.ResponseSender(request, answer, passed, admission, self._open_requests).send()
         except outcomes.EngineBroke:
-            if admission.begun is None:  # the client can still get an error
+            if admission.answer is None:  # the client can still get an error
                 raise outcomes.engine_error(None, self._open_requests.verdict) from None
             raise
 
-    def _trace(self, request: web.BaseRequest) -> Trace | None:
-        """The sidecar's span of this request; None if tracing is off."""
-        if not self._settings.otlp_endpoint:
-            return None
-        given = request.headers.get("traceparent", "")
-        return parse_traceparent(given, request.headers.get("tracestate", "")) or new_trace()
 
-
-def _refusal(error: RequestError, id: str) -> web.Response:
+def _refuse(request: web.BaseRequest, error: RequestError, id: str) -> web.Response:
+    if request.writer.output_size:  # too late for another answer
+        return client_io.hang_up(request)
     extra = {} if error.retry_after is None else headers.retry_after(error.retry_after)
     response = web.json_response(error.body(), status=error.status, headers={"x-request-id": id, **extra})
     if isinstance(error, BodyTooLarge):

@@ -1,14 +1,14 @@
 """Pure: headers on their way through, in both directions.
 
-Rules: hop-by-hop headers end here (RFC 9110, 7.6.1); all others pass unchanged. The
-sidecar's replace the engine's of the same name.
+Rules: hop-by-hop headers end here (RFC 9110, 7.6.1); all others pass unchanged. The sidecar's replace the engine's of
+the same name.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Final
 
 from aiohttp import web
@@ -23,11 +23,6 @@ _HOP_BY_HOP: Final = frozenset({*_CONNECTION_HEADERS, "upgrade", "proxy-authenti
 # `host` becomes the engine's; `expect` is answered here, because the body is read here
 _NOT_TO_ENGINE: Final = _HOP_BY_HOP | {"host", "expect"}
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}", re.ASCII)
-ORCA_HEADER: Final = "endpoint-load-metrics"
-ORCA_FORMAT_HEADER: Final = "endpoint-load-metrics-format"
-
-PRICE_HEADER: Final = "x-sidecar-usage"
-NO_TENANT: Final = "default"
 
 Headers = CIMultiDict[str]
 Received = CIMultiDictProxy[str]
@@ -48,7 +43,7 @@ def tenant(headers: Received, name: str) -> str:
             given = raw.decode()
         except UnicodeDecodeError:
             given = raw.decode("latin-1")
-    return given[:MAX_TENANT_NAME_CHARS] or NO_TENANT
+    return given[:MAX_TENANT_NAME_CHARS] or "default"
 
 
 def to_engine(request: web.BaseRequest, *, id: str, trace: Trace | None = None, length: int | None = None) -> Headers:
@@ -68,17 +63,15 @@ def to_engine(request: web.BaseRequest, *, id: str, trace: Trace | None = None, 
 
 
 def to_client(
-    request: Received,
-    answer: Received,
-    id: str,
-    report: LoadReport | None,
-    ours: Mapping[str, str] | None = None,
-    *,
-    drop: str = "",
+    request: Received, answer: Received, id: str, report: LoadReport | None, ours: Mapping[str, str], *, drop: str = ""
 ) -> Headers:
     """What the client gets: the engine's headers, replaced by `ours`; `drop` names one more that ends here."""
     passed = _passed(answer, _HOP_BY_HOP | {drop} if drop else _HOP_BY_HOP)
-    passed.update({"x-request-id": id, **orca(request, report), **(ours or {})})
+    passed.update({"x-request-id": id, **ours})
+    if report is not None:  # in the form that the request asks for, if it asks
+        forms = {"JSON": report.orca_json, "TEXT": report.orca_text, "BIN": report.orca_bin}
+        if value := forms.get(request.get("endpoint-load-metrics-format", "").upper()):
+            passed["endpoint-load-metrics"] = value
     return passed
 
 
@@ -89,25 +82,10 @@ def retry_after(seconds: float) -> dict[str, str]:
 
 def wants_price(headers: Received) -> bool:
     """Whether the client wants what its request cost, `mu_milli`, in the answer's usage."""
-    return headers.get(PRICE_HEADER, "").strip().lower() == "mu"
-
-
-def orca(headers: Received, published: LoadReport | None) -> dict[str, str]:
-    """The load report in the form that the request asks for; empty if it asks for none, or none is known yet."""
-    wanted = headers.get(ORCA_FORMAT_HEADER, "").upper()
-    if published is None:
-        return {}
-    forms = {"JSON": published.orca_json, "TEXT": published.orca_text, "BIN": published.orca_bin}
-    value = forms.get(wanted, "")
-    return {ORCA_HEADER: value} if value else {}
+    return headers.get("x-sidecar-usage", "").strip().lower() == "mu"
 
 
 def _passed(headers: Received, dropped: frozenset[str]) -> Headers:
-    named = headers.get("connection")
-    if named is not None:
-        dropped = dropped.union(_tokens(named))
+    if (named := headers.get("connection")) is not None:
+        dropped = dropped.union(token.strip().lower() for token in named.split(","))
     return CIMultiDict([item for item in headers.items() if item[0].lower() not in dropped])
-
-
-def _tokens(value: str) -> Iterable[str]:
-    return (token.strip().lower() for token in value.split(","))

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Final
 
-from sidecar.events import Event, RequestBlocked, State, Trace
+from sidecar.events import Delivered, Event, FirstToken, RequestBlocked, State
 from sidecar.load.estimator import Estimate
 from sidecar.relay.admission import NO_ESTIMATE, Admission
 from sidecar.relay.client_io import CLIENT_STALL_S
@@ -28,14 +28,11 @@ LOAD_REPORT_STALE_S: Final = 5.0
 
 
 class OpenRequests:
-    """`emit` receives events; `verdict` is the last one that control published.
-
-    `client_stall`: seconds without a read before a client is disconnected.
-    """
+    """`emit` receives events; a client that reads nothing for `client_stall` seconds is disconnected."""
 
     def __init__(self, emit: Callable[[Event], None], client_stall: float = CLIENT_STALL_S) -> None:
         self.emit = emit
-        self.verdict: State = "unknown"
+        self.verdict: State = "unknown"  # the last one that control published
         self.cutting = False  # a drain ran out of time and cuts off what is open
         self._verdict_at = 0.0
         # ids are unique over relay processes and their restarts; a client's own request id need not be
@@ -74,13 +71,9 @@ class OpenRequests:
         """A unique request id."""
         return f"{self._prefix}-{next(self._counter):x}"
 
-    def create(self, route: str, tenant: str, trace: Trace | None) -> Admission:
-        """An admission, to be held by `settling`."""
-        return Admission(self.new_id(), route, tenant, trace)
-
     @contextmanager
     def settling(self, admission: Admission) -> Iterator[None]:
-        """Keep `admission` open for a block, and settle it at the end."""
+        """Keep `admission`, whose id is from `new_id`, open for a block, and settle it at the end."""
         self._open[admission.id] = admission
         if self._stall_timer is None:
             self._stall_timer = self._loop.call_later(STALL_CHECK_INTERVAL_S, self._check_stalled_writes)
@@ -111,13 +104,18 @@ class OpenRequests:
         """The client has taken a write."""
         admission.writing_since = None
         if admission.blocked:
-            self.emit(admission.unblock(time.monotonic()))
+            admission.blocked = False
+            self.emit(RequestBlocked(admission.id, time.monotonic(), False))
 
     def deliver(self, admission: Admission, tokens: int, size: int, *, started: bool) -> None:
         """The engine sent `tokens` in `size` bytes. `started`: they show that generation has begun."""
         if started and admission.first_at is None:
-            self.emit(admission.start(time.monotonic()))
-        admission.deliver(tokens, size)
+            admission.first_at = time.monotonic()
+            self.emit(FirstToken(admission.id, admission.first_at))
+        admission.tokens += tokens
+        admission.bytes += size
+        admission.unreported_tokens += tokens
+        admission.unreported_bytes += size
         if tokens:  # pings and comments are no progress of the engine
             self._undelivered.add(admission)
             if self._flush_timer is None:
@@ -137,12 +135,14 @@ class OpenRequests:
         for admission in self._open.values():
             if (blocked := admission.check_stalled_write(now, self._client_stall)) is not None:
                 self.emit(blocked)
-        again = self._loop.call_later(STALL_CHECK_INTERVAL_S, self._check_stalled_writes) if self._open else None
-        self._stall_timer = again
+        self._stall_timer = None
+        if self._open:
+            self._stall_timer = self._loop.call_later(STALL_CHECK_INTERVAL_S, self._check_stalled_writes)
 
     def _flush(self) -> None:
         self._flush_timer = None
         now = time.monotonic()
         for admission in self._undelivered:
-            self.emit(admission.take_delivery(now))
+            self.emit(Delivered(admission.id, now, admission.unreported_tokens, admission.unreported_bytes))
+            admission.unreported_tokens = admission.unreported_bytes = 0
         self._undelivered.clear()

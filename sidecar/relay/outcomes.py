@@ -7,53 +7,32 @@ from typing import Final
 
 import aiohttp
 
-from sidecar.errors import (
-    EngineStalled,
-    EngineUnreachable,
-    PromptTooLarge,
-    RequestError,
-    SidecarError,
-    StreamStuck,
-)
+from sidecar.errors import EngineStalled, EngineUnreachable, PromptTooLarge, RequestError, SidecarError, StreamStuck
 from sidecar.events import Outcome, State
 
 
 class ClientGone(SidecarError):
-    """The client hung up during a write."""
-
-    code = "client_gone"
+    code = "client_gone"  # it hung up during a write
 
 
 class ClientStalled(SidecarError):
-    """The client has not read for too long."""
-
-    code = "client_stalled"
+    code = "client_stalled"  # it has not read for too long
 
 
 class EngineBroke(SidecarError):
-    """The engine's answer ended early; the client already has part of it."""
-
-    code = "engine_broke"
+    code = "engine_broke"  # its answer ended early; the client already has part of it
 
 
 class DrainCut(SidecarError):
-    """The sidecar ended the request, because a drain ran out of time."""
-
-    code = "drain_cut"
+    code = "drain_cut"  # a drain ran out of time
 
 
-# Exception -> outcome; the first match counts. A request that ends without an exception is settled by its status.
-_OUTCOMES: Final[tuple[tuple[type[BaseException], Outcome], ...]] = (
-    (EngineUnreachable, "engine_error"),
-    (EngineStalled, "stalled"),
-    (StreamStuck, "stalled"),
-    (EngineBroke, "engine_error"),
-    (RequestError, "rejected"),
-    (DrainCut, "lost"),
-    (ClientGone, "client_cancelled"),
-    (ClientStalled, "client_cancelled"),
-    (asyncio.CancelledError, "client_cancelled"),
-    (Exception, "lost"),
+# The first match counts; any other error means "lost".
+_OUTCOMES: Final[tuple[tuple[tuple[type[BaseException], ...], Outcome], ...]] = (
+    ((EngineUnreachable, EngineBroke), "engine_error"),
+    ((EngineStalled, StreamStuck), "stalled"),
+    ((RequestError,), "rejected"),
+    ((ClientGone, ClientStalled, asyncio.CancelledError), "client_cancelled"),
 )
 
 
@@ -62,7 +41,7 @@ def outcome_of(error: BaseException | None, status: int, verdict: State) -> Outc
     if error is None:
         outcome: Outcome = "engine_error" if status >= 500 else "rejected" if status >= 400 else "ok"
     else:
-        outcome = next((outcome for kind, outcome in _OUTCOMES if isinstance(error, kind)), "lost")
+        outcome = next((outcome for kinds, outcome in _OUTCOMES if isinstance(error, kinds)), "lost")
     return "stalled" if outcome == "engine_error" and error is not None and verdict == "stalled" else outcome
 
 
@@ -91,9 +70,8 @@ def engine_error(error: BaseException | None, verdict: State) -> RequestError:
 
 def abort_error(code: str) -> RequestError:
     """The error of a single request that the control process aborts."""
-    match code:
-        case StreamStuck.code:
-            return StreamStuck("the engine stopped work on this request while it went on with others; send it again")
-        case PromptTooLarge.code:
-            return PromptTooLarge("the prompt is larger than the engine's KV cache, so it can never run; shorten it")
+    if code == StreamStuck.code:
+        return StreamStuck("the engine stopped work on this request while it went on with others; send it again")
+    if code == PromptTooLarge.code:
+        return PromptTooLarge("the prompt is larger than the engine's KV cache, so it can never run; shorten it")
     return stalled()

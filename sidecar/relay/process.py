@@ -18,7 +18,8 @@ import socket
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final
+from functools import partial
+from typing import Any, Final
 
 import uvloop
 from aiohttp import web
@@ -27,13 +28,12 @@ from sidecar.errors import place_of
 from sidecar.events import Event, Heartbeat, RelayConnected
 from sidecar.images.vllm_plugin import PluginWatch
 from sidecar.kernels import families
-from sidecar.kernels.grid import ProcessorSpec
 from sidecar.load.cost_model import Coefficients
 from sidecar.load.estimator import Estimator
 from sidecar.load.tenant_limits import TenantLimits
 from sidecar.relay import engine_io, url_policy
 from sidecar.relay.control_link import ControlLink
-from sidecar.relay.handler import Handler, Relay
+from sidecar.relay.handler import Relay
 from sidecar.relay.media.fetch import Fetcher
 from sidecar.relay.media.inline import Fetch
 from sidecar.relay.pricing import tokenizer
@@ -42,14 +42,13 @@ from sidecar.relay.pricing.quota import Quota
 from sidecar.relay.pricing.tenant_accounts import TenantAccounts
 from sidecar.settings import Settings
 
-if TYPE_CHECKING:
-    from sidecar.images.service import ImageService
-
 _log = logging.getLogger(__name__)
+# Drops aiohttp's traceback for each malformed request: the client's 400 is enough.
+_http_log = logging.getLogger("sidecar.relay.http")
+_http_log.setLevel(logging.CRITICAL)
 
 HEARTBEAT_INTERVAL_S: Final = 1.0
-# A heartbeat carries the largest lag.
-_LAG_CHECKS_PER_HEARTBEAT: Final = 4
+_LAG_CHECKS_PER_HEARTBEAT: Final = 4  # a heartbeat carries the largest lag
 _LISTEN_BACKLOG: Final = 1024
 
 
@@ -93,7 +92,7 @@ async def _serve(context: RelayContext, listener: socket.socket) -> None:
             relay.handle,
             handler_cancellation=True,
             access_log=None,
-            logger=_quiet(),
+            logger=_http_log,
             auto_decompress=False,
             read_bufsize=engine_io.READ_BUFFER_BYTES,
             max_line_size=engine_io.MAX_HEADER_BYTES,
@@ -103,93 +102,70 @@ async def _serve(context: RelayContext, listener: socket.socket) -> None:
         gc.freeze()
         gc.set_threshold(10_000, 20, 20)
         accepting = await loop.create_server(server, sock=listener, backlog=_LISTEN_BACKLOG)
-        tasks = [
-            asyncio.create_task(_restarting(link.run)),
-            asyncio.create_task(_restarting(lambda: _send_heartbeats(link, relay))),
-        ]
-        try:
+        async with _background(link.run, partial(_send_heartbeats, link, relay)):
             await ended.wait()
             accepting.close()
             await relay.drain(server, context.settings.drain_seconds)
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
     await link.close()
 
 
 @contextlib.asynccontextmanager
 async def _relay(context: RelayContext, emit: Callable[[Event], None]) -> AsyncIterator[Relay]:
     settings = context.settings
+    spec = families.from_dir(settings.model) if settings.model else None
     async with contextlib.AsyncExitStack() as stack:
-        images = _images(context)
-        if images is not None:
-            stack.push_async_callback(images.close)
         domains = url_policy.parse_domains(settings.image_urls)
-        fetcher = Fetcher(domains, settings.image_max_bytes) if domains else None
-        if fetcher is not None:
+        fetch: Fetch | None = None
+        if domains:
+            fetcher = Fetcher(domains, settings.image_max_bytes)
             stack.push_async_callback(fetcher.close)
-        quota = await stack.enter_async_context(_quota(context)) if settings.tenant_limits else None
+            fetch = fetcher.fetch
+        images, serve_images = None, None
+        if context.image_socket and spec is not None:
+            # imported only if images are on, to keep a relay without them small
+            from sidecar.images.service import ImageService
+            from sidecar.images.shm_cache import ImageCache
+            from sidecar.relay.media.preprocess_api import preprocess
+
+            folder = context.image_cache
+            cache = ImageCache(folder, context.image_cache_bytes, context.image_key) if folder else None
+            images = ImageService(context.image_socket, settings, spec, cache)
+            stack.push_async_callback(images.close)
+            serve_images = partial(preprocess, images=images, settings=settings, emit=emit, fetch=fetch)
+        quota: Quota | None = None
+        if settings.tenant_limits:
+            accounts = TenantAccounts(context.accounts, settings.workers, context.index)
+            quota = Quota(settings.tenant_limits, accounts, settings.workers, context.limits)
+            stack.callback(quota.close)
+            await stack.enter_async_context(_background(quota.watch))
         counter = tokenizer.load_counter(settings.model)  # before serving, as loading blocks the loop
         if counter is not None:
             stack.callback(counter.close)
-        fetch = fetcher.fetch if fetcher is not None else None
         relay = Relay(
             settings,
-            context.coefficients,
             emit,
+            Pricing(Estimator(context.coefficients), quota, counter, spec),
             index=context.index,
-            engine_kind=settings.engine_kind if settings.engine_kind != "auto" else "",
             image_key=context.image_key,
             images=images,
-            preprocess=_preprocess(images, settings, emit, fetch) if images is not None else None,
+            preprocess=serve_images,
             fetch=fetch,
             is_shm_ready=PluginWatch() if settings.images == "shm" else None,
-            pricing=Pricing(Estimator(context.coefficients), quota, counter, _processor(settings)),
         )
         stack.push_async_callback(relay.close)
         yield relay
 
 
-def _processor(settings: Settings) -> ProcessorSpec | None:
-    return families.from_dir(settings.model) if settings.model else None
-
-
-def _images(context: RelayContext) -> ImageService | None:
-    """The image workers' client; None if images are off."""
-    spec = _processor(context.settings)
-    if not context.image_socket or spec is None:
-        return None
-    # imported only if images are on, to keep a relay without them small
-    from sidecar.images.service import ImageService
-    from sidecar.images.shm_cache import ImageCache
-
-    folder = context.image_cache
-    cache = ImageCache(folder, context.image_cache_bytes, context.image_key) if folder else None
-    return ImageService(context.image_socket, context.settings, spec, cache)
-
-
 @contextlib.asynccontextmanager
-async def _quota(context: RelayContext) -> AsyncIterator[Quota]:
-    """The tenants' limits, reloaded when they change."""
-    settings = context.settings
-    accounts = TenantAccounts(context.accounts, settings.workers, context.index)
-    quota = Quota(settings.tenant_limits, accounts, settings.workers, context.limits)
-    watching = asyncio.create_task(_restarting(quota.watch))
+async def _background(*work: Callable[[], Coroutine[Any, Any, None]]) -> AsyncIterator[None]:
+    """Tasks for the time of a block."""
+    tasks = [asyncio.create_task(_restarting(task)) for task in work]
     try:
-        yield quota
+        yield
     finally:
-        watching.cancel()
-        await asyncio.gather(watching, return_exceptions=True)
-        quota.close()
-
-
-def _preprocess(
-    images: ImageService, settings: Settings, emit: Callable[[Event], None], fetch: Fetch | None
-) -> Handler:
-    from sidecar.relay.media.preprocess_api import preprocess
-
-    return lambda request: preprocess(request, images, settings, emit, fetch)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _restarting(task: Callable[[], Coroutine[Any, Any, None]]) -> None:
@@ -212,10 +188,3 @@ async def _send_heartbeats(link: ControlLink, relay: Relay) -> None:
             await asyncio.sleep(step)
             worst = max(worst, time.monotonic() - due)
         link.send(Heartbeat(time.monotonic(), worst, relay.open))
-
-
-def _quiet() -> logging.Logger:
-    """A logger that drops aiohttp's traceback for each malformed request: the client's 400 is enough."""
-    logger = logging.getLogger("sidecar.relay.http")
-    logger.setLevel(logging.CRITICAL)
-    return logger

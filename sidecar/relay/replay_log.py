@@ -10,8 +10,8 @@ settles once.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from itertools import chain
 from typing import Final
 
 from sidecar.events import (
@@ -25,62 +25,38 @@ from sidecar.events import (
     Settled,
 )
 
-# Settlements kept while there is no control process; about 10 MB.
-MAX_SETTLED: Final = 10_000
-
-
-@dataclass(slots=True)
-class _Request:
-    admitted: Admitted
-    first: FirstToken | None = None
-    delivered: Delivered | None = None
-    blocked: RequestBlocked | None = None
-
-    def events(self) -> Iterator[Event]:
-        yield self.admitted
-        for event in (self.first, self.delivered, self.blocked):
-            if event is not None:
-                yield event
+MAX_SETTLED: Final = 10_000  # settlements kept while there is no control process; about 10 MB
 
 
 class ReplayLog:
     """One per relay process. Call `note` with each event that is sent, in order."""
 
     def __init__(self) -> None:
-        self._open: dict[str, _Request] = {}
-        self._settled: deque[tuple[int, _Request, Settled]] = deque(maxlen=MAX_SETTLED)
-        self._paused: dict[str, EnginePauseChanged] = {}
-        self._pause_calls: dict[int, Directing] = {}
+        self._open: dict[str, dict[type[Event], Event]] = {}
+        self._settled: deque[tuple[int, list[Event]]] = deque(maxlen=MAX_SETTLED)
+        self._pauses: dict[str | int, EnginePauseChanged | Directing] = {}  # by code, and by call
         self._settled_count = 0  # on this connection
 
     def note(self, event: Event) -> None:
         """`event` is sent to the control process now, if there is one."""
         match event:
-            case Delivered():
+            case Delivered() | FirstToken() | RequestBlocked():  # also its end: from then on silence is the engine's
                 if (request := self._open.get(event.id)) is not None:
-                    request.delivered = _add(request.delivered, event)
+                    before = request.get(type(event))
+                    if isinstance(event, Delivered) and isinstance(before, Delivered):
+                        event = replace(event, tokens=before.tokens + event.tokens, bytes=before.bytes + event.bytes)
+                    request[type(event)] = event
             case Admitted():
-                self._open[event.id] = _Request(event)
-            case FirstToken():
-                if (request := self._open.get(event.id)) is not None:
-                    request.first = event
+                self._open[event.id] = {Admitted: event}
             case Settled():
                 self._settled_count += 1
                 if (request := self._open.pop(event.id, None)) is not None:
-                    self._settled.append((self._settled_count, request, event))
-            case RequestBlocked():
-                if (request := self._open.get(event.id)) is not None:
-                    request.blocked = event  # also its end: from then on silence is the engine's
-            case EnginePauseChanged():
-                self._paused.pop(event.what, None)
+                    self._settled.append((self._settled_count, [*request.values(), event]))
+            case EnginePauseChanged() | Directing():
+                key = event.what if isinstance(event, EnginePauseChanged) else event.id
+                self._pauses.pop(key, None)
                 if event.on:
-                    self._paused[event.what] = event
-            case Directing(on=True):
-                self._pause_calls[event.id] = event
-            case Directing():
-                self._pause_calls.pop(event.id, None)
-            case _:
-                pass
+                    self._pauses[key] = event
 
     def ack(self, count: int) -> None:
         """The control process has recorded the first `count` settlements of this connection."""
@@ -89,19 +65,8 @@ class ReplayLog:
 
     def events(self) -> list[Event]:
         """Everything that a new control process needs, in order; from now on `ack` counts for its connection."""
-        self._settled = deque(
-            ((number, request, settled) for number, (_, request, settled) in enumerate(self._settled, 1)), MAX_SETTLED
-        )
+        self._settled = deque(((n, events) for n, (_, events) in enumerate(self._settled, 1)), MAX_SETTLED)
         self._settled_count = len(self._settled)
-        events: list[Event] = [*self._paused.values(), *self._pause_calls.values()]
-        for request in self._open.values():
-            events += request.events()
-        for _, request, settled in self._settled:
-            events += [*request.events(), settled]
-        return sorted(events, key=lambda event: event.at)  # stable: events of one time keep their order
-
-
-def _add(before: Delivered | None, event: Delivered) -> Delivered:
-    if before is None:
-        return event
-    return replace(event, tokens=before.tokens + event.tokens, bytes=before.bytes + event.bytes)
+        requests = [*(request.values() for request in self._open.values()), *(events for _, events in self._settled)]
+        # stable: events of one time keep their order
+        return sorted(chain(self._pauses.values(), *requests), key=lambda event: event.at)

@@ -19,57 +19,41 @@ from typing import Any, Final
 
 from sidecar.relay.url_policy import is_link
 
-# The end of a POST path -> route name. The last two segments are looked up first, then the last one.
-ROUTES: Final[dict[str, str]] = {
-    "chat/completions": "chat",
-    "completions/batch": "chat",
-    "completions": "completions",
-    "completion": "completions",  # llama.cpp
-    "infill": "completions",  # llama.cpp
+# Route name -> ends of POST paths. The last two segments of a path are looked up first, then the last one.
+_PATHS: Final = {
+    "chat": "chat/completions completions/batch",
+    "completions": "completions completion infill",  # llama.cpp's
     "responses": "responses",
     "messages": "messages",
-    "generate": "generate",
-    "generate_stream": "generate",  # TGI
-    "invocations": "generate",  # SageMaker
-    "embeddings": "embeddings",
-    "embedding": "embeddings",  # llama.cpp
-    "embed": "embeddings",
-    "encode": "embeddings",  # SGLang
-    "rerank": "rerank",
-    "reranking": "rerank",  # llama.cpp
-    "score": "score",
-    "generative_scoring": "score",
+    "generate": "generate generate_stream invocations",  # TGI's, SageMaker's
+    "embeddings": "embeddings embedding embed encode",  # llama.cpp's, SGLang's
+    "rerank": "rerank reranking",  # llama.cpp's
+    "score": "score generative_scoring",
     "pooling": "pooling",
     "classify": "classify",
-    "audio/transcriptions": "audio",
-    "audio/translations": "audio",
-    "audio/speech": "audio",
+    "audio": "audio/transcriptions audio/translations audio/speech",
 }
+ROUTES: Final = {path: route for route, paths in _PATHS.items() for path in paths.split()}
 
-# JSON without images; json.loads holds the GIL for about 5 ms a MiB.
-MAX_PARSED_BYTES: Final = 16 << 20
+MAX_PARSED_BYTES: Final = 16 << 20  # JSON without images; json.loads holds the GIL for about 5 ms a MiB
 # Members that configure vLLM's own image processing: the images are then left to the engine.
 PROCESSING_OPTIONS: Final = ("mm_processor_kwargs", "media_io_kwargs")
 _BASE64_MARK: Final = b";base64,"
-# Between `"data:` and `;base64,`.
-_MAX_MEDIA_TYPE_BYTES: Final = 128
+_MAX_MEDIA_TYPE_BYTES: Final = 128  # between `"data:` and `;base64,`
 
 Buffer = bytes | memoryview | bytearray
 
 
 @dataclass(slots=True)
 class ImagePart:
-    """One image of a request. `data` is its base64 text, `part` the content part (in the payload) that holds it.
-
-    `link`: where its bytes must be fetched from; it has no `data` then.
-    """
+    """One image of a request. `data` is its base64 text, `part` the content part (in the payload) that holds it."""
 
     index: int  # into ParsedBody.originals
     where: str  # "messages[0].content[1]"
     media_type: str  # "image/jpeg"
     data: memoryview
     part: dict[str, Any]
-    link: str = ""
+    link: str = ""  # where its bytes must be fetched from; it has no `data` then
     named: bool = False  # `part` got its `uuid` from the sidecar
 
 
@@ -78,17 +62,22 @@ class ParsedBody:
     """A body without its data URLs. `payload` is None if the body is no JSON object or too long to parse."""
 
     body: bytes
-    nonce: str = ""
+    stem: str = ""  # of the placeholders that stand for the data URLs
     payload: dict[str, Any] | None = None
     originals: list[Buffer] = field(default_factory=list)  # the data URLs, without their quotes
     images: list[ImagePart] = field(default_factory=list)
 
     def text(self, found: str) -> str:
         """A text of the payload as the client sent it, with the data URLs that were cut out."""
-        if not self.originals or self.nonce not in found:
+        if not self.originals or self.stem not in found:
             return found
-        stem = re.escape(_stem(self.nonce))
-        return re.sub(stem + r"(\d+)\.", lambda match: str(self.originals[int(match[1])], "utf-8", "replace"), found)
+        placeholder = re.escape(self.stem) + r"(\d+)\."
+        return re.sub(placeholder, lambda match: str(self.originals[int(match[1])], "utf-8", "replace"), found)
+
+    def original(self, text: str) -> Buffer:
+        """The original of a text of the payload: the data URL that was cut out, or the text itself."""
+        is_cut = text.startswith(self.stem)
+        return self.originals[int(text[len(self.stem) : -1])] if is_cut else text.encode(errors="replace")
 
 
 def route_of(path: str) -> str | None:
@@ -102,16 +91,19 @@ def extract_data_urls(body: bytes, nonce: str, *, links: bool = False) -> Parsed
 
     `links`: images behind http(s) links count as images, too.
     """
-    parsed = ParsedBody(body, nonce)
+    parsed = ParsedBody(body, f"data:,{nonce}-")
     pieces: list[Buffer] = []
     view = memoryview(body)
     at = 0
     for start, end in _find_data_urls(body):
-        pieces += (view[at:start], _placeholder(nonce, len(parsed.originals)).encode())
+        pieces += (view[at:start], f"{parsed.stem}{len(parsed.originals)}.".encode())
         parsed.originals.append(view[start:end])
         at = end
     rest = b"".join((*pieces, view[at:])) if pieces else body
-    parsed.payload = _parse(rest)
+    # too long; or UTF-16 or UTF-32, into which ASCII pieces do not fit
+    if len(rest) > MAX_PARSED_BYTES or 0 in rest[:4] or rest.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return parsed
+    parsed.payload = parse_object(rest)
     if parsed.payload is not None:
         parsed.images = list(_find_images(parsed, parsed.payload, links))
     return parsed
@@ -121,23 +113,28 @@ def rebuild(parsed: ParsedBody, replaced: Mapping[int, tuple[str, Buffer]], *, a
     """The body to send, in pieces.
 
     `replaced` maps ImagePart.index to (media type, base64 text), or ("", URL). `ask_usage` adds
-    `stream_options.include_usage`. With neither: the original bytes.
-    Changes in `payload` are sent only with a replacement.
+    `stream_options.include_usage`. With neither: the original bytes. Changes in `payload` are sent only with a
+    replacement.
     """
     if parsed.payload is None or not (replaced or ask_usage):
         return [parsed.body]
     if not replaced and "stream_options" not in parsed.payload:
-        return _prepend_member(parsed.body, b'"stream_options":{"include_usage":true},')
+        brace = parsed.body.index(b"{") + 1
+        member = b'"stream_options":{"include_usage":true},'
+        return [parsed.body[:brace] + member, memoryview(parsed.body)[brace:]]
     payload = parsed.payload
     if ask_usage:
         payload = {**payload, "stream_options": {**(payload.get("stream_options") or {}), "include_usage": True}}
     return list(_fill(parsed, json.dumps(payload, separators=(",", ":")).encode(), replaced))
 
 
-def original(parsed: ParsedBody, text: str) -> Buffer:
-    """The original of a text of the payload: the data URL that was cut out, or the text itself."""
-    stem = _stem(parsed.nonce)
-    return parsed.originals[int(text[len(stem) : -1])] if text.startswith(stem) else text.encode(errors="replace")
+def parse_object(text: bytes) -> dict[str, Any] | None:
+    """A JSON object; None if it is something else."""
+    try:
+        parsed = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return parsed if isinstance(parsed, dict) else None
 
 
 def _find_data_urls(body: bytes) -> Iterator[tuple[int, int]]:
@@ -156,34 +153,31 @@ def _find_data_urls(body: bytes) -> Iterator[tuple[int, int]]:
         mark = body.find(_BASE64_MARK, after)
 
 
-def _parse(rest: bytes) -> dict[str, Any] | None:
-    if len(rest) > MAX_PARSED_BYTES or 0 in rest[:4] or rest.startswith((b"\xff\xfe", b"\xfe\xff")):
-        return None  # too long; or UTF-16 or UTF-32, into which ASCII pieces do not fit
-    try:
-        payload = json.loads(rest)
-    except (ValueError, RecursionError):
-        return None
-    return payload if isinstance(payload, dict) else None
-
-
 def _find_images(parsed: ParsedBody, payload: dict[str, Any], links: bool) -> Iterator[ImagePart]:
     """The base64 images, and with `links` those to fetch, in parts of `messages` (chat) and `input` (responses)."""
     if any(payload.get(name) for name in PROCESSING_OPTIONS):
         return
+    stem = parsed.stem
     for where, part in _image_parts(payload):
         url = part.get("image_url")
         holder, key = (url, "url") if isinstance(url, dict) else (part, "image_url")
         text = holder.get(key)
         if not isinstance(text, str):
             continue
-        if links and is_link(text):
-            yield ImagePart(_stash(parsed, holder, key, text), where, "", memoryview(b""), part, text)
+        is_fetched = links and is_link(text)
+        if text.startswith(stem):
+            index = int(text[len(stem) : -1])
+        elif is_fetched or text.startswith("data:image/"):  # the latter had escapes, so it was not cut
+            index = len(parsed.originals)
+            parsed.originals.append(json.dumps(text)[1:-1].encode())
+            holder[key] = f"{stem}{index}."
+        else:
             continue
-        index = _index_of(parsed, holder, key, text)
-        if index is None:
+        if is_fetched:
+            yield ImagePart(index, where, "", memoryview(b""), part, text)
             continue
-        media_type, mark, data = _split_data_url(parsed.originals[index], text)
-        if mark and media_type.startswith("image/"):
+        media_type, data = _split_data_url(parsed.originals[index], text)
+        if media_type.startswith("image/"):
             yield ImagePart(index, where, media_type, data, part)
 
 
@@ -197,49 +191,18 @@ def _image_parts(payload: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]
                     yield f"{name}[{i}].content[{j}]", part
 
 
-def _index_of(parsed: ParsedBody, holder: dict[str, Any], key: str, text: str) -> int | None:
-    """The index of the original of `text`. A data URL that was not cut (it had escapes) is cut now."""
-    stem = _stem(parsed.nonce)
-    if text.startswith(stem):
-        return int(text[len(stem) : -1])
-    if not text.startswith("data:image/"):
-        return None
-    return _stash(parsed, holder, key, text)
-
-
-def _stash(parsed: ParsedBody, holder: dict[str, Any], key: str, text: str) -> int:
-    """Replace `text` by a placeholder; return the index of its original."""
-    parsed.originals.append(json.dumps(text)[1:-1].encode())
-    holder[key] = _placeholder(parsed.nonce, len(parsed.originals) - 1)
-    return len(parsed.originals) - 1
-
-
-def _split_data_url(original: Buffer, text: str) -> tuple[str, bool, memoryview]:
-    """(media type, whether it is base64, the base64 text) of a data URL; `text`: decoded, if it had escapes."""
+def _split_data_url(original: Buffer, text: str) -> tuple[str, memoryview]:
+    """(media type, the base64 text) of a data URL; "" if it is not base64. `text`: decoded, if it had escapes."""
     view = memoryview(text.encode(errors="replace") if isinstance(original, bytes) else original)
     head = bytes(view[: _MAX_MEDIA_TYPE_BYTES + len(_BASE64_MARK)])
     at = head.find(_BASE64_MARK)
     media_type = head[len("data:") : max(at, 0)].decode("latin-1").partition(";")[0].strip().lower()
-    return media_type, at > 0, view[at + len(_BASE64_MARK) :]
-
-
-def _placeholder(nonce: str, index: int) -> str:
-    return f"{_stem(nonce)}{index}."
-
-
-def _stem(nonce: str) -> str:
-    return f"data:,{nonce}-"
-
-
-def _prepend_member(body: bytes, member: bytes) -> list[Buffer]:
-    """`body`, a non-empty JSON object, with one more member in front."""
-    brace = body.index(b"{") + 1
-    return [body[:brace] + member, memoryview(body)[brace:]]
+    return media_type, view[at + len(_BASE64_MARK) :]
 
 
 def _fill(parsed: ParsedBody, text: bytes, replaced: Mapping[int, tuple[str, Buffer]]) -> Iterator[Buffer]:
     """`text` with each placeholder replaced by its replacement, or else by its original."""
-    pieces = re.split(rb"%b(\d+)\." % re.escape(_stem(parsed.nonce)).encode(), text)
+    pieces = re.split(rb"%b(\d+)\." % re.escape(parsed.stem).encode(), text)
     yield pieces[0]
     for number, after in zip(pieces[1::2], pieces[2::2], strict=True):
         index = int(number)

@@ -17,37 +17,26 @@ from dataclasses import replace
 from typing import Any, Final
 
 from sidecar.events import Usage
+from sidecar.relay.request_body import parse_object
 
 # What ends an event. No form is a prefix of another, so chunking cannot matter.
 _EVENT_END: Final = re.compile(rb"\n\r?\n|\r\r")
 _LINES: Final = re.compile(rb"\r\n|\r|\n")
-# Inside a JSON text the quotes would be escaped, so this is always a key.
-_USAGE_KEY: Final = b'"usage"'
+_USAGE_KEY: Final = b'"usage"'  # inside a JSON text the quotes would be escaped, so this is always a key
 _OPENING_ROLES: Final = (b'"role":"assistant","content":""', b'"role": "assistant", "content": ""')
-# An incomplete event is held back up to this; usage events have below 4 KiB.
-_MAX_HELD_BYTES: Final = 64 << 10
-# Of an event or body, kept to read its usage.
-_MAX_KEPT_BYTES: Final = 1 << 20
-# Anthropic's.
-_USAGE_EVENTS: Final = (b"message_delta",)
+_MAX_HELD_BYTES: Final = 64 << 10  # an incomplete event is held back up to this; usage events have below 4 KiB
+_MAX_KEPT_BYTES: Final = 1 << 20  # of an event or body, kept to read its usage
 # Events whose usage does not cover the output yet: Anthropic's, and those of the responses API.
 _OPENING_EVENTS: Final = ("message_start", "response.created", "response.queued", "response.in_progress")
-_NAMED_EVENT_ROUTES: Final = ("messages", "responses")
 _PROMPT_KEYS: Final = ("prompt_tokens", "input_tokens")
 _COMPLETION_KEYS: Final = ("completion_tokens", "output_tokens")
-# Anthropic's, of the prompt.
-_CACHE_READ_KEY: Final = "cache_read_input_tokens"
-_CACHE_CREATION_KEY: Final = "cache_creation_input_tokens"
 _decoder: Final = json.JSONDecoder()
 
 Price = Callable[[Usage], int]  # milli-MU
 
 
 class SSE:
-    """One stream of server-sent events.
-
-    `hide_usage`: remove the usage-only event; `price`: the `mu_milli` that a usage gets.
-    """
+    """One stream of server-sent events. `hide_usage`: remove the usage-only event; `price`: a usage's `mu_milli`."""
 
     def __init__(self, hide_usage: bool, price: Price | None = None) -> None:
         self._hide_usage = hide_usage
@@ -89,9 +78,7 @@ class SSE:
 
         Unless it is that of the whole answer, its output is at least what was counted.
         """
-        first, last = _usage_in(self._first), _usage_in(self._last)
-        if first is None or last is None:
-            return None
+        (_, first), (_, last) = _find_usage(self._first), _find_usage(self._last)
         usage = _parse_usage(last)
         if usage is None or not usage.prompt_tokens or _count_of(last, *_PROMPT_KEYS) is None:
             usage = _parse_usage({**first, **{name: value for name, value in last.items() if value}})
@@ -112,27 +99,21 @@ class SSE:
                 event = event[: len(event) - len(event.lstrip(b"\r\n"))]  # keep the blank lines before it
                 unsent = min(unsent, len(event))
             elif self._price is not None and unsent == len(event):
-                event = _add_price(event, self._price)
+                if _USAGE_KEY in event and not _parse_event(event)[0]:  # OpenAI's events have no name
+                    event = add_price(event, self._price)
                 unsent = len(event)
             if unsent > 0:
                 out.append(event[-unsent:])
             self._held = min(self._held, len(self._open) - match.end())
             start = match.end()
         del self._open[:start]
-        if released := self._release_long():
-            out.append(released)
-        return out[0] if len(out) == 1 and isinstance(out[0], bytes) else b"".join(out)
-
-    def _release_long(self) -> bytes:
-        """Release a long incomplete event, and drop its beginning if it is longer than any usage."""
-        released = b""
-        if len(self._open) > _MAX_HELD_BYTES:
-            released = self._unsent()
+        if len(self._open) > _MAX_HELD_BYTES and self._held:  # too long to be held
+            out.append(self._unsent())
             self._held = 0
-        if len(self._open) > _MAX_KEPT_BYTES:
+        if len(self._open) > _MAX_KEPT_BYTES:  # longer than any usage: its beginning is dropped
             self._overlong = True
             del self._open[: len(self._open) - _MAX_KEPT_BYTES // 2]
-        return released
+        return out[0] if len(out) == 1 and isinstance(out[0], bytes) else b"".join(out)
 
     def _unsent(self) -> bytes:
         return bytes(self._open[len(self._open) - self._held :])
@@ -163,7 +144,7 @@ def error_event(error: dict[str, str], route: str) -> bytes:
 
     OpenAI's look for `error` in the data, Anthropic's for an event of that name, the responses API for both.
     """
-    if route not in _NAMED_EVENT_ROUTES:
+    if route not in ("messages", "responses"):
         return b"data: %b\n\n" % json.dumps({"error": error}).encode()
     data = {"type": "error", "code": error["code"], "message": error["message"], "error": error}
     return b"event: error\ndata: %b\n\n" % json.dumps(data).encode()
@@ -171,14 +152,14 @@ def error_event(error: dict[str, str], route: str) -> bytes:
 
 def usage_of(text: bytes) -> Usage | None:
     """The last `usage` object in a JSON text that may lack its beginning; OpenAI's or Anthropic's names."""
-    usage = _usage_in(text)
-    return None if usage is None else _parse_usage(usage)
+    return _parse_usage(_find_usage(text)[1])
 
 
 def add_price(text: bytes, price: Price) -> bytes:
     """`text` with `mu_milli` as first member of its last usage object, if there is one."""
-    brace, usage = _usage_at(text), usage_of(text)
-    if brace is None or usage is None:
+    brace, found = _find_usage(text)
+    usage = _parse_usage(found)
+    if usage is None:
         return text
     return b'%b"mu_milli":%d,%b' % (text[: brace + 1], price(usage), text[brace + 1 :])
 
@@ -190,33 +171,29 @@ class BodyTail:
         self._bytes = bytearray()
 
     def feed(self, chunk: bytes) -> None:
-        """Add bytes."""
         self._bytes += chunk
         if len(self._bytes) > 2 * _MAX_KEPT_BYTES:
             del self._bytes[:-_MAX_KEPT_BYTES]
 
     @property
     def usage(self) -> Usage | None:
-        """The usage of the complete body."""
         return usage_of(bytes(self._bytes))
 
 
-def _usage_at(text: bytes) -> int | None:
-    """Index of the last `usage` object in a JSON text."""
-    at = text.rfind(_USAGE_KEY)
+def _find_usage(text: bytes) -> tuple[int, dict[str, Any]]:
+    """The last `usage` object in a JSON text, after the index of its brace; (-1, {}) if there is none."""
+    at = len(text)
     for _ in range(8):  # `"usage": null`, or a string that reads so
-        if at < 0:
-            return None
+        if (at := text.rfind(_USAGE_KEY, 0, at)) < 0:
+            break
         head = text[at + len(_USAGE_KEY) : at + len(_USAGE_KEY) + 16].lstrip()
         if head.startswith(b":") and head[1:].lstrip().startswith(b"{"):
-            return text.index(b"{", at)
-        at = text.rfind(_USAGE_KEY, 0, at)
-    return None
-
-
-def _add_price(event: bytes, price: Price) -> bytes:
-    """An event with its usage's price, if it has a usage and is one of OpenAI's, which have no name."""
-    return add_price(event, price) if _USAGE_KEY in event and not _parse_event(event)[0] else event
+            brace = text.index(b"{", at)
+            try:
+                return brace, _decoder.raw_decode(text[brace : brace + _MAX_HELD_BYTES].decode(errors="replace"))[0]
+            except (ValueError, RecursionError):
+                break
+    return -1, {}
 
 
 def _count_plain_events(chunk: bytes) -> int:
@@ -251,41 +228,24 @@ def _parse_event(event: bytes) -> tuple[bytes, bytes]:
 
 def _is_output(name: bytes, data: bytes) -> bool:
     if name:
-        return name.endswith(b"delta") and name not in _USAGE_EVENTS
+        return name.endswith(b"delta") and name != b"message_delta"  # Anthropic's, of a usage
     return not any(role in data for role in _OPENING_ROLES)
 
 
 def _is_usage_only(data: bytes) -> bool:
     if b'"choices":[]' not in data and b'"choices": []' not in data:
         return False
-    try:
-        event = json.loads(data)
-    except (ValueError, RecursionError):
-        return False
-    return isinstance(event, dict) and event.get("choices") == [] and isinstance(event.get("usage"), dict)
+    event = parse_object(data) or {}
+    return event.get("choices") == [] and isinstance(event.get("usage"), dict)
 
 
 def _is_final(name: bytes, data: bytes) -> bool:
     """Whether an event's usage covers the whole answer, not only what came so far."""
-    try:
-        event = json.loads(data)
-    except (ValueError, RecursionError):
-        return False
-    if not isinstance(event, dict) or (name.decode("latin-1") or event.get("type")) in _OPENING_EVENTS:
+    event = parse_object(data)
+    if event is None or (name.decode("latin-1") or event.get("type")) in _OPENING_EVENTS:
         return False
     choices = event.get("choices")
     return not isinstance(choices, list) or all(isinstance(c, dict) and c.get("finish_reason") for c in choices)
-
-
-def _usage_in(text: bytes) -> dict[str, Any] | None:
-    brace = _usage_at(text)
-    if brace is None:
-        return None
-    try:
-        usage, _ = _decoder.raw_decode(text[brace : brace + _MAX_HELD_BYTES].decode(errors="replace"))
-    except (ValueError, RecursionError):
-        return None
-    return usage if isinstance(usage, dict) else None
 
 
 def _parse_usage(usage: dict[str, Any]) -> Usage | None:
@@ -294,10 +254,10 @@ def _parse_usage(usage: dict[str, Any]) -> Usage | None:
         return None
     details = usage.get("prompt_tokens_details") or usage.get("input_tokens_details")
     within = _count_of(details, "cached_tokens") if isinstance(details, dict) else None
-    cached = (_count_of(usage, _CACHE_READ_KEY) if within is None else within) or 0
+    cached = (_count_of(usage, "cache_read_input_tokens") if within is None else within) or 0
     # Anthropic's `input_tokens` leave out what was read from the cache or put into it; OpenAI's, with details, hold all
     whole = isinstance(details, dict) or "prompt_tokens" in usage
-    beyond = 0 if whole else cached + (_count_of(usage, _CACHE_CREATION_KEY) or 0)
+    beyond = 0 if whole else cached + (_count_of(usage, "cache_creation_input_tokens") or 0)
     return Usage((prompt or 0) + beyond, completion or 0, cached)
 
 

@@ -14,15 +14,12 @@ from typing import Final
 
 from yarl import URL
 
-NO_DOMAINS: Final = "off"
 _LINK: Final = re.compile(r"\s*https?:", re.IGNORECASE)
 MAX_LINK_CHARS: Final = 8192
-# All that IANA has assigned.
-_UNICAST: Final = ipaddress.IPv6Network("2000::/3")
+_UNICAST: Final = ipaddress.IPv6Network("2000::/3")  # all that IANA has assigned
 _NAT64: Final = ipaddress.IPv6Network("64:ff9b::/96")
 _TEREDO: Final = ipaddress.IPv6Network("2001::/32")
-# Of 6to4, deprecated by RFC 7526.
-_RELAYS: Final = ipaddress.IPv4Network("192.88.99.0/24")
+_RELAYS: Final = ipaddress.IPv4Network("192.88.99.0/24")  # of 6to4, deprecated by RFC 7526
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,12 +38,11 @@ class AllowedDomain:
 
 def parse_domains(text: str) -> tuple[AllowedDomain, ...]:
     """The domains of --image-urls: `img.example.com`, `*.example.com` (all below), with a port or without; or `off`."""
-    return () if text == NO_DOMAINS else tuple(_parse_domain(entry.strip()) for entry in text.split(","))
-
-
-def _parse_domain(entry: str) -> AllowedDomain:
-    host, _, port = entry.partition(":")
-    return AllowedDomain(host.removeprefix("*."), host.startswith("*."), int(port) if port else None)
+    entries = [] if text == "off" else [entry.strip().partition(":") for entry in text.split(",")]
+    return tuple(
+        AllowedDomain(host.removeprefix("*."), host.startswith("*."), int(port) if port else None)
+        for host, _, port in entries
+    )
 
 
 def is_link(text: str) -> bool:

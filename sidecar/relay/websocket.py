@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Final
+from collections.abc import Awaitable, Callable
+from typing import Any, Final
 
 import aiohttp
 from aiohttp import web
@@ -68,16 +69,12 @@ async def _both_ways(client: web.WebSocketResponse, engine: aiohttp.ClientWebSoc
 
 
 async def _pass(source: Socket, sink: Socket) -> None:
+    kinds = aiohttp.WSMsgType
+    send: dict[aiohttp.WSMsgType, Callable[[Any], Awaitable[None]]]
+    send = {kinds.TEXT: sink.send_str, kinds.BINARY: sink.send_bytes, kinds.PING: sink.ping, kinds.PONG: sink.pong}
     async for message in source:
-        match message.type:
-            case aiohttp.WSMsgType.TEXT:
-                await sink.send_str(message.data)
-            case aiohttp.WSMsgType.BINARY:
-                await sink.send_bytes(message.data)
-            case aiohttp.WSMsgType.PING:
-                await sink.ping(message.data)
-            case aiohttp.WSMsgType.PONG:
-                await sink.pong(message.data)
+        if message.type in send:
+            await send[message.type](message.data)
 
 
 def _close_code(closed: Socket) -> int:

@@ -23,18 +23,20 @@ pre { overflow: auto; max-height: 30rem; padding: .6rem .8rem; border: 1px solid
 .soft { opacity: .75; }
 summary { cursor: pointer; }
 """
-POLICY: Final = (
-    "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
-    f"style-src 'sha256-{base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()}'"
-)
-HEADERS: Final = {
-    "Content-Security-Policy": POLICY,
-    "Cache-Control": "no-store",
-    "Referrer-Policy": "no-referrer",
-    "X-Content-Type-Options": "nosniff",
-    "Vary": "Accept",
-}
 
+
+def source_hash(block: bytes) -> str:
+    """A script or style as a source of a Content-Security-Policy."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(block).digest()).decode()}'"
+
+
+def page_headers(allowed: str) -> dict[str, str]:
+    """Response headers of a page that may load only what is `allowed`."""
+    policy = f"default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; {allowed}"
+    return {"Content-Security-Policy": policy, "Referrer-Policy": "no-referrer", "X-Content-Type-Options": "nosniff"}
+
+
+HEADERS = page_headers(f"style-src {source_hash(STYLE.encode())}") | {"Cache-Control": "no-store", "Vary": "Accept"}
 _SHOWN: Final = ("at", "verdict", "reason", "detail", "summary", "complete", "processes")
 
 

@@ -1,11 +1,12 @@
 """Hands what happens in the control process to every report that counts it: metrics, spans, usage records.
 
-Rules: an event is matched once for all reports; nothing here waits, and nothing here decides.
+Nothing here waits, and nothing here decides.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 from sidecar.events import AbortRequests, Admitted, CanaryResult, Event, FirstToken, ImagePrepared, RequestSize, Verdict
 from sidecar.load.ledger import Settlement
@@ -15,58 +16,44 @@ from sidecar.report.usage_store import UsageStore
 
 MS_PER_HOUR = 3_600_000
 
-PriceTerms = Callable[[RequestSize], Iterable[tuple[str, float]]]
 
-
+@dataclass(frozen=True, slots=True)
 class FanOut:
     """The reports of one control process. `price_terms` splits the price of a request by cause, in ms."""
 
-    def __init__(
-        self,
-        metrics: Metrics,
-        tracing: Tracing,
-        usage: UsageStore | None,
-        price_terms: PriceTerms,
-        unit_ms: float,
-        dollars_per_gpu_hour: float,
-    ) -> None:
-        self.metrics = metrics
-        self._tracing = tracing
-        self._usage = usage
-        self._price_terms = price_terms
-        self._dollars_per_mu = dollars_per_gpu_hour / MS_PER_HOUR * unit_ms
+    metrics: Metrics
+    tracing: Tracing
+    usage: UsageStore | None
+    price_terms: Callable[[RequestSize], Iterable[tuple[str, float]]]
+    unit_ms: float
+    dollars_per_gpu_hour: float
 
     def on_event(self, event: Event) -> None:
         """An event of a relay, other than the end of a request."""
-        match event:
-            case Admitted():
-                self._tracing.admitted(event)
-            case FirstToken():
-                self._tracing.first_token(event)
-            case ImagePrepared():
-                self.metrics.observe(event)
-                self._tracing.imaged(event)
-            case _:
-                pass
+        if isinstance(event, Admitted):
+            self.tracing.admitted(event)
+        elif isinstance(event, FirstToken):
+            self.tracing.first_token(event)
+        elif isinstance(event, ImagePrepared):
+            self.metrics.observe(event)
+            self.tracing.imaged(event)
 
     def on_settlement(self, settlement: Settlement, wall: float) -> None:
-        """A request ended."""
         admitted, settled, mu = settlement.admitted, settlement.settled, settlement.mu
-        self._tracing.settled(settled, mu, lambda: self._price_terms(settlement.work) if mu else ())
+        self.tracing.settled(settled, mu, lambda: self.price_terms(settlement.work) if mu else ())
         first_at, later_tokens = settled.first_at, settlement.delivered - 1
+        dollars = mu * (self.dollars_per_gpu_hour / MS_PER_HOUR * self.unit_ms)
         self.metrics.settled(
-            settlement.tenant,
-            settlement.model,
-            settled.outcome,
-            mu=mu,
-            seconds=settled.at - admitted.at,
-            ttft=None if first_at is None else first_at - admitted.at,
-            tpot=None if first_at is None or later_tokens < 1 else (settled.at - first_at) / later_tokens,
-            overhead=None if settled.sent_at is None else settled.overhead,
-            dollars=mu * self._dollars_per_mu,
+            *(settlement.tenant, settlement.model, settled.outcome, mu, dollars),
+            request=settled.at - admitted.at,
+            time_to_first_token=None if first_at is None else first_at - admitted.at,
+            time_per_output_token=None
+            if first_at is None or later_tokens < 1
+            else (settled.at - first_at) / later_tokens,
+            relay_overhead=None if settled.sent_at is None else settled.overhead,
         )
-        if self._usage is not None:
-            self._usage.add(settlement, wall)
+        if self.usage is not None:
+            self.usage.add(settlement, wall)
 
     def on_decision(self, record: CanaryResult | Verdict | AbortRequests) -> None:
         """A canary ended, the verdict changed, or requests are to be aborted."""

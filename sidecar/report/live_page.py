@@ -1,8 +1,6 @@
 """The live page: one HTML document, and its feed of server-sent events.
 
-Rules:
 - A snapshot is rendered once for all readers, and only if there are readers.
-- Everything is bounded: readers, events queued for each of them, points of history, rows of a table.
 - A slow reader skips snapshots. One that reads nothing for `write_timeout_s` is disconnected.
 - Numbers are finite JSON; a value that could not be read comes with its reason.
 """
@@ -10,14 +8,10 @@ Rules:
 from __future__ import annotations
 
 import asyncio
-import base64
-import hashlib
 import json
 import math
 import re
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 from importlib.resources import files
 from typing import Any, Final
@@ -25,25 +19,20 @@ from typing import Any, Final
 from aiohttp import web
 
 from sidecar.readings import Absent, Failed, Value
+from sidecar.report.diagnosis_page import page_headers, source_hash
 from sidecar.snapshot import Snapshot
 
 MAX_READERS: Final = 32
-# Per reader.
-MAX_QUEUED_EVENTS: Final = 3
-# Rows of the table; the largest users come first.
-MAX_TENANTS: Final = 50
+MAX_QUEUED_EVENTS: Final = 3  # per reader
+MAX_TENANTS: Final = 50  # rows of the table; the largest users come first
 HISTORY_S: Final = 600
-# So that the history covers its window, however often snapshots are published.
-MIN_POINT_INTERVAL_S: Final = 0.5
+MIN_POINT_INTERVAL_S: Final = 0.5  # so that the history covers its window, however often snapshots are published
 
 # The columns of the history. A value of None is drawn as a gap.
 POINT_COLUMNS: Final = (
     *("t", "state", "reason", "progress_age", "allowed", "mu_in_flight", "mu_per_minute", "utilization"),
     *("tokens_per_second", "in_flight", "waiting", "gpu"),
 )
-
-
-# --- the document ---
 
 
 @cache
@@ -60,35 +49,17 @@ def html() -> bytes:
 @cache
 def headers() -> dict[str, str]:
     """Response headers of the page. Only its own scripts and style may run, by their hashes."""
-    policy = {
-        "default-src": "'none'",
-        "script-src": _hashes("script"),
-        "style-src": _hashes("style"),
-        "connect-src": "'self'",
-        "img-src": "data:",
-        "base-uri": "'none'",
-        "form-action": "'none'",
-        "frame-ancestors": "'none'",
-    }
-    return {
-        "Content-Security-Policy": "; ".join(f"{key} {value}" for key, value in policy.items()),
-        "Cache-Control": "no-cache",
-        "Referrer-Policy": "no-referrer",
-        "X-Content-Type-Options": "nosniff",
-    }
+    return page_headers(
+        f"script-src {_hashes('script')}; style-src {_hashes('style')}; connect-src 'self'; img-src data:"
+    ) | {"Cache-Control": "no-cache"}
 
 
 def _hashes(tag: str) -> str:
-    blocks = re.findall(rf"<{tag}>(.*?)</{tag}>".encode(), html(), re.DOTALL)
-    return " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(block).digest()).decode()}'" for block in blocks)
+    return " ".join(map(source_hash, re.findall(rf"<{tag}>(.*?)</{tag}>".encode(), html(), re.DOTALL)))
 
 
 async def index(_request: web.Request) -> web.Response:
-    """`GET /`."""
     return web.Response(body=html(), content_type="text/html", charset="utf-8", headers=headers())
-
-
-# --- rendering: snapshot -> JSON ---
 
 
 def render(snapshot: Snapshot) -> dict[str, Any]:
@@ -148,9 +119,6 @@ def _event(name: str, data: Any) -> bytes:
     return f"event: {name}\ndata: {json.dumps(data, separators=(',', ':'), allow_nan=False)}\n\n".encode()
 
 
-# --- the feed ---
-
-
 class PageFeed:
     """Server-sent events: first `history` ({"columns", "points"}), then one `snapshot` for each `publish`."""
 
@@ -163,12 +131,15 @@ class PageFeed:
 
     @property
     def readers(self) -> int:
-        """The number of connected pages."""
         return len(self._readers)
 
     def publish(self, snapshot: Snapshot) -> None:
         """Add the snapshot to the history, and send it to all readers. Never waits."""
-        self._remember(snapshot)
+        self._last, points = snapshot, self._points
+        if not points or snapshot.at - points[-1][0] >= MIN_POINT_INTERVAL_S:
+            points.append((snapshot.at, point(snapshot)))
+            while points[0][0] < snapshot.at - HISTORY_S:
+                points.popleft()
         if self._readers:
             event = _event("snapshot", render(snapshot))
             for reader in self._readers:
@@ -187,47 +158,27 @@ class PageFeed:
             return web.Response(status=503, headers={"Retry-After": "5"}, text=text)
         response = web.StreamResponse(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
         response.content_type = "text/event-stream"
-        with self._reader() as reader:
-            try:
-                await self._send(request, response, reader)
-            except TimeoutError:
-                if request.transport is not None:
-                    request.transport.abort()  # else its buffer is kept until TCP gives up
-            except ConnectionError:
-                pass  # the page was closed
+        reader: asyncio.Queue[bytes | None] = asyncio.Queue(MAX_QUEUED_EVENTS)
+        self._readers.add(reader)
+        try:
+            event: bytes | None = self._opening()
+            await response.prepare(request)
+            while event is not None:
+                async with asyncio.timeout(self._write_timeout_s):
+                    await response.write(event)
+                event = await reader.get()
+        except TimeoutError:
+            if request.transport is not None:
+                request.transport.abort()  # else its buffer is kept until TCP gives up
+        except ConnectionError:
+            pass  # the page was closed
+        finally:
+            self._readers.discard(reader)
         return response
-
-    async def _send(
-        self, request: web.Request, response: web.StreamResponse, reader: asyncio.Queue[bytes | None]
-    ) -> None:
-        event: bytes | None = self._opening()
-        await response.prepare(request)
-        while event is not None:
-            async with asyncio.timeout(self._write_timeout_s):
-                await response.write(event)
-            event = await reader.get()
 
     def _opening(self) -> bytes:
         history = _event("history", {"columns": POINT_COLUMNS, "points": [row for _, row in self._points]})
         return history + (_event("snapshot", render(self._last)) if self._last else b"")
-
-    @contextmanager
-    def _reader(self) -> Iterator[asyncio.Queue[bytes | None]]:
-        reader: asyncio.Queue[bytes | None] = asyncio.Queue(MAX_QUEUED_EVENTS)
-        self._readers.add(reader)
-        try:
-            yield reader
-        finally:
-            self._readers.discard(reader)
-
-    def _remember(self, snapshot: Snapshot) -> None:
-        self._last = snapshot
-        points = self._points
-        if points and snapshot.at - points[-1][0] < MIN_POINT_INTERVAL_S:
-            return
-        points.append((snapshot.at, point(snapshot)))
-        while points[0][0] < snapshot.at - HISTORY_S:
-            points.popleft()
 
 
 def _offer(reader: asyncio.Queue[bytes | None], event: bytes | None) -> None:

@@ -11,11 +11,17 @@ from sidecar.readings import Absent, GpuSample, Reading, Value
 from sidecar.snapshot import PriceUse, Snapshot
 
 MU: Final = ("in_flight", "max_in_flight", "per_minute", "max_per_minute")
+# Of a GPU: the key, and the field of GpuSample.
+GPU_READINGS: Final = (
+    *(("utilization", "utilization"), ("memory_used_bytes", "memory_used"), ("memory_total_bytes", "memory_total")),
+    *(("power_watts", "power"), ("energy_joules", "energy"), ("temperature_celsius", "temperature")),
+    *(("sm_clock_hertz", "sm_clock"), ("slowdowns", "slowdowns"), ("processes", "processes")),
+)
 
 
 def render(snapshot: Snapshot, unit: str = "") -> dict[str, Any]:
     """The body of `GET /load`. `unit` "milli": MU as integer thousandths, for consumers that count in integers."""
-    load = snapshot.load
+    load, gpus = snapshot.load, snapshot.gpus
     mu: dict[str, Any] = {name: getattr(load, f"mu_{name}") for name in MU}
     if unit == "milli":
         mu = {name: round(1000 * value) for name, value in mu.items()}
@@ -28,7 +34,7 @@ def render(snapshot: Snapshot, unit: str = "") -> dict[str, Any]:
             "delivered_total": load.tokens_delivered_total,
         },
         "requests": {"in_flight": load.requests_in_flight, "waiting": load.requests_waiting},
-        **_gpus(snapshot.gpus),
+        **(_entry("gpu", gpus) if not isinstance(gpus, Value) else {"gpu": [_gpu(gpu) for gpu in gpus.value]}),
         "coefficients": {
             "fingerprint": load.coefficients_fingerprint,
             "stale": load.coefficients_stale,
@@ -41,28 +47,19 @@ def render(snapshot: Snapshot, unit: str = "") -> dict[str, Any]:
 def _parts(snapshot: Snapshot) -> dict[str, Any]:
     """The shares whose maximum is the utilization."""
     parts: dict[str, Any] = {}
+    engine = snapshot.engine
+    reading = Absent("not reported by the engine") if isinstance(engine, Value) else engine
     for name, share in snapshot.load.parts:
-        parts[name] = share
-        if share is None:
-            engine = snapshot.engine
-            parts |= _entry(name, Absent("not reported by the engine") if isinstance(engine, Value) else engine)
+        parts |= {name: share} if share is not None else _entry(name, reading)
     return parts
 
 
 def _prices(prices: PriceUse) -> dict[str, Any]:
     """The coefficients: source, margin, the terms of one MU in ms, and the re-fit."""
-    shadow = prices.shadow
-    if shadow is None:
-        refit: dict[str, Any] = {"shadow": None, "shadow_absent": f"{prices.windows} windows of work so far"}
-    else:
-        refit = {
-            "shadow": {
-                **dict(shadow.coefficients),
-                "max_per_minute": shadow.mu_max_per_minute,
-                "windows": shadow.windows,
-                "error": shadow.error,
-            }
-        }
+    refit: dict[str, Any] = {"shadow": None, "shadow_absent": f"{prices.windows} windows of work so far"}
+    if (shadow := prices.shadow) is not None:
+        found = {"max_per_minute": shadow.mu_max_per_minute, "windows": shadow.windows, "error": shadow.error}
+        refit = {"shadow": dict(shadow.coefficients) | found}
     return {
         "source": prices.source,
         "margin": prices.margin,
@@ -73,34 +70,15 @@ def _prices(prices: PriceUse) -> dict[str, Any]:
     }
 
 
-def _gpus(reading: Reading[tuple[GpuSample, ...]]) -> dict[str, Any]:
-    if isinstance(reading, Value):
-        return {"gpu": [_gpu(gpu) for gpu in reading.value]}
-    return _entry("gpu", reading)
-
-
 def _gpu(gpu: GpuSample) -> dict[str, Any]:
-    return {
-        "index": gpu.index,
-        "mig": gpu.mig,
-        "name": gpu.name,
-        **_entry("utilization", gpu.utilization),
-        **_entry("memory_used_bytes", gpu.memory_used),
-        **_entry("memory_total_bytes", gpu.memory_total),
-        **_entry("power_watts", gpu.power),
-        **_entry("energy_joules", gpu.energy),
-        **_entry("temperature_celsius", gpu.temperature),
-        **_entry("sm_clock_hertz", gpu.sm_clock),
-        **_entry("slowdowns", gpu.slowdowns),
-        **_entry("processes", gpu.processes),
-    }
+    shown: dict[str, Any] = {"index": gpu.index, "mig": gpu.mig, "name": gpu.name}
+    for key, field in GPU_READINGS:
+        shown |= _entry(key, getattr(gpu, field))
+    return shown
 
 
 def _entry(key: str, reading: Reading[Any]) -> dict[str, Any]:
-    match reading:
-        case Value(value=value):
-            return {key: value}
-        case Absent(reason=reason):
-            return {key: None, f"{key}_absent": reason}
-        case _:
-            return {key: None, f"{key}_absent": f"failed: {reading.error}"}
+    if isinstance(reading, Value):
+        return {key: reading.value}
+    why = reading.reason if isinstance(reading, Absent) else f"failed: {reading.error}"
+    return {key: None, f"{key}_absent": why}

@@ -6,8 +6,7 @@ Rules:
 - All forms carry the same numbers.
 - Rate and utilization are means over the same ten seconds, so their quotient is a capacity.
 - The rate is in milli-MU per second, not in requests. Envoy truncates the quotient to an integer, so engines of 1.9 and
-  1.1 requests per second would be equal; and small requests would make an engine look faster. The weight of an engine
-  at its flow limit is therefore its capacity in milli-MU per second.
+  1.1 requests per second would be equal; and small requests would make an engine look faster.
 - Clients reject a report with a rate or utilization of 0 and keep the old weight. So an idle engine reports an epsilon
   of both, in the same ratio.
 - eps is the rate times the share of failed requests. A value that could not be read is left out.
@@ -27,33 +26,27 @@ from sidecar.report import orca_proto
 from sidecar.snapshot import Load
 
 MIN_UTILIZATION: Final = 0.001
-# If not even the capacity is known.
-MIN_RPS: Final = 1e-3
+MIN_RPS: Final = 1e-3  # if not even the capacity is known
 MILLI_PER_MU: Final = 1000.0
+BIN_PREFIX: Final = "BIN "
 
 
 @dataclass(frozen=True, slots=True)
 class OrcaReport:
-    """An `xds.data.orca.v3.OrcaLoadReport`; `named` are its named_metrics."""
+    """An `xds.data.orca.v3.OrcaLoadReport` in the three forms of the header; `named` are its named_metrics."""
 
     fields: dict[str, float]
     named: dict[str, float]
 
     def json(self) -> str:
-        """The header's value as `JSON {...}`."""
         return "JSON " + json.dumps({**self.fields, "named_metrics": self.named})
 
     def text(self) -> str:
-        """The header's value as `TEXT key=value, ...`."""
         named = {f"named_metrics.{name}": value for name, value in self.named.items()}
         return "TEXT " + ", ".join(f"{name}={value:.10g}" for name, value in {**self.fields, **named}.items())
 
     def binary(self) -> str:
-        """The header's value as `BIN ` and base64."""
         return BIN_PREFIX + base64.b64encode(orca_proto.encode(self.fields, self.named)).decode()
-
-
-BIN_PREFIX: Final = "BIN "
 
 
 def message(binary: str) -> bytes:
@@ -73,7 +66,7 @@ class MovingMean:
         seconds = 0.0 if self._at is None else min(now - self._at, RECENT_WINDOW_S)
         self._at = now
         self._sum.add(pressure * seconds, now)
-        return self._sum.sum(now) / RECENT_WINDOW_S
+        return self._sum.per_second(now)
 
 
 def report(load: Load, engine: Reading[EngineSample], pressure: float) -> OrcaReport:

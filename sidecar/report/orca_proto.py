@@ -14,16 +14,9 @@ from google.protobuf import descriptor_pb2, descriptor_pool, duration_pb2, messa
 SERVICE: Final = "xds.service.orca.v3.OpenRcaService"
 METHOD: Final = "StreamCoreMetrics"
 # Name -> number; all are doubles.
-FIELDS: Final = {
-    "cpu_utilization": 1,
-    "mem_utilization": 2,
-    "rps_fractional": 6,
-    "eps": 7,
-    "application_utilization": 9,
-}
-# Field numbers of a map<string, double> and of a google.protobuf.Duration.
-NAMED_METRICS: Final = 8
-REPORT_INTERVAL: Final = 1
+FIELDS = {"cpu_utilization": 1, "mem_utilization": 2, "rps_fractional": 6, "eps": 7, "application_utilization": 9}
+NAMED_METRICS: Final = 8  # the number of a map<string, double>
+REPORT_INTERVAL: Final = 1  # of a google.protobuf.Duration
 
 _REPORT: Final = "xds.data.orca.v3.OrcaLoadReport"
 _REQUEST: Final = "xds.service.orca.v3.OrcaLoadReportRequest"
@@ -63,7 +56,6 @@ Request: Final[Any] = message_factory.GetMessageClass(_POOL.FindMessageTypeByNam
 
 
 def encode(fields: dict[str, float], named: dict[str, float]) -> bytes:
-    """A report on the wire."""
     return bytes(Report(**fields, named_metrics=named).SerializeToString(deterministic=True))
 
 

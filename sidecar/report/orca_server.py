@@ -3,7 +3,7 @@
 Rules:
 - gRPC's threads live in this process only, so that its clients can delay neither control nor relay.
 - The control process sends the load once a second over the socket of the relays, and knows nothing about clients.
-- Streams are bounded in number, requests in bytes. A client chooses its interval, at least MIN_INTERVAL_S.
+- A client chooses its interval, at least MIN_INTERVAL_S.
 - A stale load is not sent, so that the last report expires at the client.
 - SIGTERM ends every stream with UNAVAILABLE.
 """
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import os
 import signal
 import time
@@ -24,15 +23,12 @@ from sidecar.events import Command, Event, LoadReport, LoadSubscribed
 from sidecar.report import orca, orca_proto
 from sidecar.runtime.channel import Channel
 
-# Envoy reconnects after three of its intervals without a report.
-MIN_INTERVAL_S: Final = 0.1
+MIN_INTERVAL_S: Final = 0.1  # Envoy reconnects after three of its intervals without a report
 DEFAULT_INTERVAL_S: Final = 1.0
 MAX_REPORT_AGE_S: Final = 10.0
 MAX_STREAMS: Final = 256
 MAX_REQUEST_BYTES: Final = 4096
 SHUTDOWN_GRACE_S: Final = 2.0
-
-_log = logging.getLogger("sidecar")
 
 
 class LatestReport:
@@ -40,10 +36,8 @@ class LatestReport:
 
     def __init__(self, path: str) -> None:
         self._path = path
-        self._lost = asyncio.Event()
-        self._news = asyncio.Event()
-        self._message = b""
-        self._at = 0.0
+        self._lost, self._news = asyncio.Event(), asyncio.Event()
+        self._message, self._at = b"", 0.0
 
     async def run(self) -> None:
         """Stay connected until cancelled."""
@@ -115,14 +109,10 @@ async def start(address: tuple[str, int], latest: LatestReport, ended: asyncio.E
             ending.cancel()
         await context.abort(grpc.StatusCode.UNAVAILABLE, "draining")
 
-    server = aio.server(
-        options=(("grpc.max_receive_message_length", MAX_REQUEST_BYTES), ("grpc.so_reuseport", 1)),
-        maximum_concurrent_rpcs=MAX_STREAMS,
-    )
-    method = grpc.unary_stream_rpc_method_handler(stream)  # bytes in, bytes out
-    server.add_generic_rpc_handlers(
-        (grpc.method_handlers_generic_handler(orca_proto.SERVICE, {orca_proto.METHOD: method}),)
-    )
+    options = ("grpc.max_receive_message_length", MAX_REQUEST_BYTES), ("grpc.so_reuseport", 1)
+    server = aio.server(options=options, maximum_concurrent_rpcs=MAX_STREAMS)
+    methods = {orca_proto.METHOD: grpc.unary_stream_rpc_method_handler(stream)}  # bytes in, bytes out
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(orca_proto.SERVICE, methods),))
     host, port = address
     try:
         server.add_insecure_port(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")

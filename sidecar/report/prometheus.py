@@ -1,7 +1,6 @@
 """Metrics pages: the sidecar's series as text, and one page of the engine's series and the sidecar's.
 
-Rules: a page is rendered at most once a second and format, however often it is scraped. The client chooses a format
-that the library knows; an invalid `Accept` header gets plain text, never an error.
+A page is rendered at most once a second and format, however often it is scraped.
 """
 
 from __future__ import annotations
@@ -15,8 +14,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, choose_encoder, generate_latest
 
 PLAIN_CONTENT_TYPE: Final = CONTENT_TYPE_PLAIN_0_0_4
-# A client may name any version, so the number of formats has no other bound.
-MAX_CACHED_FORMATS: Final = 4
+MAX_CACHED_FORMATS: Final = 4  # a client may name any version, so their number has no other bound
 
 _OWN_SERIES = re.compile(r"^(# (HELP|TYPE|UNIT) )?(sidecar_|DCGM_FI_)[^\n]*\n", re.MULTILINE)
 _EOF = re.compile(r"^# EOF *$\n?", re.MULTILINE)
@@ -28,16 +26,14 @@ class MetricsPages:
     def __init__(
         self, registry: CollectorRegistry, *, seconds: float = 1.0, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self._registry = registry
-        self._seconds = seconds
-        self._clock = clock
+        self._registry, self._seconds, self._clock = registry, seconds, clock
         self._kept: dict[str, tuple[float, bytes]] = {}
 
     def render(self, accept: str = "") -> tuple[bytes, str]:
         """The page and its Content-Type for an `Accept` header."""
         try:
             encoder, content_type = choose_encoder(accept)
-        except (TypeError, ValueError):  # a version that is not a number
+        except (TypeError, ValueError):  # a version that is not a number: plain text, never an error
             encoder, content_type = generate_latest, PLAIN_CONTENT_TYPE
         now = self._clock()
         kept = self._kept.get(content_type)
@@ -50,7 +46,6 @@ class MetricsPages:
         return page, content_type
 
     def text(self) -> str:
-        """The page as plain text, for `merge_pages`."""
         return self.render()[0].decode()
 
 

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from opentelemetry.trace import SpanContext
 
 Attributes = dict[str, str | int | float | bool]
+Clock = Callable[[], float]
+Nanoseconds = Callable[[float], int]
 # Returns (name, ms) of each term of a price; called only if there is a span.
 Terms = Callable[[], Iterable[tuple[str, float]]]
 
@@ -36,8 +38,6 @@ _OPERATIONS: Final = {"chat": "chat", "completions": "text_completion", "embeddi
 
 @dataclass(slots=True)
 class _OpenSpan:
-    """An open request."""
-
     admitted: Admitted
     trace: Trace
     first_at: float | None = None
@@ -50,22 +50,13 @@ class Tracing:
     `endpoint` is the base URL of an OTLP/HTTP collector, with or without /v1/traces.
     """
 
-    def __init__(
-        self,
-        endpoint: str,
-        version: str,
-        *,
-        clock: Callable[[], float] = time.monotonic,
-        wall: Callable[[], float] = time.time,
-    ) -> None:
+    def __init__(self, endpoint: str, version: str, *, clock: Clock = time.monotonic, wall: Clock = time.time) -> None:
         self._clock, self._wall = clock, wall
         self._open: OrderedDict[str, _OpenSpan] = OrderedDict()
-        # Images precede the admission of their request.
-        self._early: OrderedDict[str, list[ImagePrepared]] = OrderedDict()
+        self._early: OrderedDict[str, list[ImagePrepared]] = OrderedDict()  # images precede their request's admission
         self._exporter = _Exporter(endpoint, version) if endpoint else None
 
     def admitted(self, event: Admitted) -> None:
-        """Begin a span if the request is traced and sampled."""
         images = self._early.pop(event.id, [])
         if self._exporter is None or event.trace is None or not event.trace.sampled:
             return
@@ -74,12 +65,10 @@ class Tracing:
             self._open.popitem(last=False)
 
     def first_token(self, event: FirstToken) -> None:
-        """Record the time of the first token."""
         if (request := self._open.get(event.id)) is not None:
             request.first_at = event.at
 
     def imaged(self, event: ImagePrepared) -> None:
-        """Record an image, as a span under the request's."""
         if self._exporter is None or not event.id:
             return
         request = self._open.get(event.id)
@@ -100,9 +89,11 @@ class Tracing:
             return int((at + offset) * 1e9)
 
         for image in request.images:
-            self._exporter.image(child(request.trace), request.trace, image, ns)
-        attributes = request_attributes(request.admitted, request.first_at, event, mu) | price_attributes(terms())
-        self._exporter.request(request, event, attributes, ns)
+            self._exporter.image(request.trace, image, ns)
+        price = {f"sidecar.gpu_ms.{name}": ms for name, ms in terms() if ms}
+        first_at = event.first_at if event.first_at is not None else request.first_at
+        attributes = request_attributes(request.admitted, first_at, event, mu) | price
+        self._exporter.request(request, first_at, event, attributes, ns)
 
     async def close(self, seconds: float = 3.0) -> bool:
         """Export queued spans within `seconds`. False if the collector did not accept them in time."""
@@ -111,14 +102,8 @@ class Tracing:
         return await self._exporter.close(seconds) if self._exporter is not None else True
 
 
-def price_attributes(terms: Iterable[tuple[str, float]]) -> Attributes:
-    """Pure: the terms of a price as attributes, without those that are 0."""
-    return {f"sidecar.gpu_ms.{name}": ms for name, ms in terms if ms}
-
-
 def request_attributes(admitted: Admitted, first_at: float | None, settled: Settled, mu: float | None) -> Attributes:
     """Pure: the attributes of a request's span, without unknown ones."""
-    first = settled.first_at if settled.first_at is not None else first_at
     usage = settled.usage
     known: dict[str, str | int | float | bool | None] = {
         "gen_ai.operation.name": _OPERATIONS.get(admitted.route, admitted.route),
@@ -128,7 +113,7 @@ def request_attributes(admitted: Admitted, first_at: float | None, settled: Sett
         "gen_ai.usage.input_tokens": usage.prompt_tokens if usage else None,
         "gen_ai.usage.output_tokens": usage.completion_tokens if usage else None,
         "gen_ai.usage.cache_read.input_tokens": usage.cached_tokens if usage else None,
-        "gen_ai.server.time_to_first_token": first - admitted.at if first is not None else None,
+        "gen_ai.server.time_to_first_token": first_at - admitted.at if first_at is not None else None,
         "http.response.status_code": settled.status or None,
         "error.type": (settled.error or settled.outcome) if settled.outcome != "ok" else None,
         "sidecar.tenant": printable(admitted.tenant),
@@ -138,17 +123,6 @@ def request_attributes(admitted: Admitted, first_at: float | None, settled: Sett
         "sidecar.delivered_tokens": settled.delivered_tokens,
     }
     return {name: value for name, value in known.items() if value is not None}
-
-
-def image_attributes(image: ImagePrepared) -> Attributes:
-    """Pure: the attributes of an image's span, including seconds by stage."""
-    return {
-        "sidecar.image.format": image.format,
-        "sidecar.image.outcome": image.outcome,
-        "sidecar.image.bytes_in": image.bytes_in,
-        "sidecar.image.bytes_out": image.bytes_out,
-        **{f"sidecar.image.{stage}_seconds": seconds for stage, seconds in image.stages},
-    }
 
 
 class _Exporter:
@@ -172,36 +146,37 @@ class _Exporter:
         self._scope = InstrumentationScope("sidecar", version)
         self._processor = BatchSpanProcessor(OTLPSpanExporter(endpoint=url, timeout=5), max_queue_size=MAX_QUEUED_SPANS)
 
-    def request(self, request: _OpenSpan, settled: Settled, attributes: Attributes, ns: Callable[[float], int]) -> None:
+    def request(
+        self, request: _OpenSpan, first_at: float | None, settled: Settled, attributes: Attributes, ns: Nanoseconds
+    ) -> None:
         """The SERVER span, from its first image or its admission to its settlement."""
         from opentelemetry.sdk.trace import Event
         from opentelemetry.trace import SpanKind
-        from opentelemetry.trace.status import Status, StatusCode
 
-        first = settled.first_at if settled.first_at is not None else request.first_at
         trace, model = request.trace, attributes["gen_ai.request.model"]
         self._end(
+            # A bad request that the engine rejected (4xx) is no error of the server.
+            settled.outcome in FAILED_OUTCOMES and not 400 <= settled.status < 500,
             name=f"{attributes['gen_ai.operation.name']} {model}",
             context=_context(trace, trace.span_id),
             parent=_context(trace, trace.parent_id, remote=True) if trace.parent_id else None,
             kind=SpanKind.SERVER,
             attributes=attributes,
-            events=(Event("first_token", timestamp=ns(first)),) if first is not None else (),
-            status=Status(StatusCode.ERROR if _is_fault(settled) else StatusCode.UNSET),
+            events=(Event("first_token", timestamp=ns(first_at)),) if first_at is not None else (),
             start_time=ns(min((request.admitted.at, *(i.at - i.seconds for i in request.images)))),
             end_time=ns(settled.at),
         )
 
-    def image(self, own: Trace, parent: Trace, image: ImagePrepared, ns: Callable[[float], int]) -> None:
-        """An INTERNAL span under the request's."""
-        from opentelemetry.trace.status import Status, StatusCode
-
+    def image(self, parent: Trace, image: ImagePrepared, ns: Nanoseconds) -> None:
+        """An INTERNAL span under the request's, with seconds by stage."""
+        own, names = child(parent), ("format", "outcome", "bytes_in", "bytes_out")
         self._end(
+            image.outcome in ("rejected", "failed"),
             name="prepare image",
             context=_context(own, own.span_id),
             parent=_context(parent, parent.span_id),
-            attributes=image_attributes(image),
-            status=Status(StatusCode.ERROR if image.outcome in ("rejected", "failed") else StatusCode.UNSET),
+            attributes={f"sidecar.image.{name}": getattr(image, name) for name in names}
+            | {f"sidecar.image.{stage}_seconds": seconds for stage, seconds in image.stages},
             start_time=ns(image.at - image.seconds),
             end_time=ns(image.at),
         )
@@ -213,15 +188,13 @@ class _Exporter:
         await asyncio.to_thread(thread.join, seconds)
         return not thread.is_alive()
 
-    def _end(self, **span: Any) -> None:
+    def _end(self, is_error: bool, **span: Any) -> None:
         from opentelemetry.sdk.trace import ReadableSpan
+        from opentelemetry.trace.status import Status, StatusCode
 
-        self._processor.on_end(ReadableSpan(resource=self._resource, instrumentation_scope=self._scope, **span))
-
-
-def _is_fault(settled: Settled) -> bool:
-    """True if it is an error of the server, not a bad request that the engine rejected (4xx)."""
-    return settled.outcome in FAILED_OUTCOMES and not 400 <= settled.status < 500
+        status = Status(StatusCode.ERROR if is_error else StatusCode.UNSET)
+        whole = ReadableSpan(resource=self._resource, instrumentation_scope=self._scope, status=status, **span)
+        self._processor.on_end(whole)
 
 
 def _context(trace: Trace, span_id: str, *, remote: bool = False) -> SpanContext:

@@ -8,7 +8,6 @@ Rules:
   that the previous control process may not have recorded.
 - Minutes older than a day are summed up to hours. Rows beyond the bounds of age or size are dropped, oldest first,
   pending ones too.
-- A damaged file is renamed, whenever the damage shows.
 - No content, and no names except labels.
 - `write` does disk I/O: call it off the event loop, one at a time.
 """
@@ -29,15 +28,19 @@ USAGE_FILE: Final = "usage.db"
 SCHEMA_VERSION: Final = 1
 MINUTE_S, HOUR_S, DAY_S = 60, 3600, 86_400
 TIDY_INTERVAL_S: Final = HOUR_S
-# How long ids are kept; relays replay settlements that are about a second old.
-SEEN_IDS_S: Final = 120
-# About 6 MB.
-MAX_PENDING_ROWS: Final = 20_000
+SEEN_IDS_S: Final = 120  # relays replay settlements that are about a second old
+MAX_PENDING_ROWS: Final = 20_000  # about 6 MB
+
+# The values of `sidecar usage --by`, and their SQL.
+GROUP_COLUMNS: Final[Mapping[str, str]] = {
+    **{name: name for name in ("tenant", "model", "outcome")},
+    "day": "strftime('%Y-%m-%d', at, 'unixepoch')",
+    "hour": "strftime('%Y-%m-%dT%H:00Z', at, 'unixepoch')",
+}
 
 _log = logging.getLogger(__name__)
 
-# Start of the minute (seconds since 1970), tenant, model, outcome.
-Key = tuple[int, str, str, str]
+Key = tuple[int, str, str, str]  # start of the minute (seconds since 1970), tenant, model, outcome
 
 
 @dataclass(slots=True)
@@ -54,7 +57,6 @@ class UsageSums:
     seconds: float = 0.0
 
     def add(self, other: UsageSums) -> None:
-        """Add another's sums."""
         for name in NAMES:
             setattr(self, name, getattr(self, name) + getattr(other, name))
 
@@ -84,7 +86,6 @@ class PendingUsage:
         return bool(self.ids)
 
     def add(self, other: PendingUsage) -> None:
-        """Add another batch."""
         for key, sums in other.sums.items():
             self.sums.setdefault(key, UsageSums()).add(sums)
         self.ids |= other.ids
@@ -95,11 +96,8 @@ class UsageStore:
 
     def __init__(self, folder: Path, unit_ms: float, days: int, max_bytes: int) -> None:
         self.path = folder / USAGE_FILE
-        self._unit_ms = unit_ms
-        self._days = days
-        self._max_bytes = max_bytes
-        self._pending = PendingUsage()
-        self._tidied = 0.0
+        self._unit_ms, self._days, self._max_bytes = unit_ms, days, max_bytes
+        self._pending, self._tidied = PendingUsage(), 0.0
         self._seen = _seen(self.path)  # by the previous process
 
     def add(self, settlement: Settlement, wall: float) -> None:
@@ -107,17 +105,9 @@ class UsageStore:
         if settlement.admitted.id in self._seen:
             return
         key = int(wall) // MINUTE_S * MINUTE_S, settlement.tenant, settlement.model, settlement.settled.outcome
-        work = settlement.work
-        sums = UsageSums(
-            requests=1,
-            mu=settlement.mu,
-            gpu_seconds=settlement.mu * self._unit_ms / 1000,
-            input_tokens=work.uncached + work.cached,
-            cached_tokens=work.cached,
-            output_tokens=settlement.delivered,
-            images=work.images,
-            seconds=settlement.settled.at - settlement.admitted.at,
-        )
+        work, mu, seconds = settlement.work, settlement.mu, settlement.settled.at - settlement.admitted.at
+        tokens = work.uncached + work.cached, work.cached, settlement.delivered
+        sums = UsageSums(1, mu, mu * self._unit_ms / 1000, *tokens, work.images, seconds)
         self._pending.add(PendingUsage({key: sums}, {settlement.admitted.id: int(wall)}))
 
     def take(self) -> PendingUsage:
@@ -143,15 +133,15 @@ class UsageStore:
             self._write(taken, wall)
 
     def _write(self, taken: PendingUsage, wall: float) -> None:
-        with contextlib.closing(_connect(self.path)) as db:
-            with _transaction(db):
+        with _opened(self.path) as db:
+            with db:
+                db.execute("BEGIN IMMEDIATE")
                 db.executemany(_UPSERT, [(*key, *astuple(sums)) for key, sums in taken.sums.items()])
                 db.executemany("INSERT OR REPLACE INTO seen VALUES (?, ?)", taken.ids.items())
                 db.execute("DELETE FROM seen WHERE at < ?", (int(wall) - SEEN_IDS_S,))
+            # Also when full, but at most once a minute: clients can create tenants quickly.
             since = wall - self._tidied
-            if since >= TIDY_INTERVAL_S or (
-                since >= MINUTE_S and _used_bytes(db) > self._max_bytes
-            ):  # clients can create tenants quickly
+            if since >= TIDY_INTERVAL_S or (since >= MINUTE_S and _used_bytes(db) > self._max_bytes):
                 self._tidied = wall
                 try:
                     tidy(db, wall, self._days, self._max_bytes)
@@ -178,17 +168,16 @@ def _bound_rows(sums: dict[Key, UsageSums]) -> dict[Key, UsageSums]:
 def tidy(db: sqlite3.Connection, wall: float, days: int, max_bytes: int) -> None:
     """Sum old minutes up to hours, drop rows that are too old, and the oldest tenth while the file is too large."""
     aged = int(wall - DAY_S) // HOUR_S * HOUR_S
-    with _transaction(db):
+    with db:
+        db.execute("BEGIN IMMEDIATE")
         db.execute("DELETE FROM usage WHERE at < ?", (int(wall) - days * DAY_S,))
-        old = db.execute(
-            f"SELECT at / {HOUR_S} * {HOUR_S}, tenant, model, outcome, {_SUMMED} FROM usage"
-            " WHERE at < ? GROUP BY 1, 2, 3, 4",
-            (aged,),
-        ).fetchall()
+        hours = f"SELECT at / {HOUR_S} * {HOUR_S}, tenant, model, outcome, {_SUMMED} FROM usage"
+        old = db.execute(f"{hours} WHERE at < ? GROUP BY 1, 2, 3, 4", (aged,)).fetchall()
         db.execute("DELETE FROM usage WHERE at < ?", (aged,))
         db.executemany(_UPSERT, old)
     while _used_bytes(db) > max_bytes and (count := db.execute("SELECT count(*) FROM usage").fetchone()[0]) > 1:
-        with _transaction(db):
+        with db:
+            db.execute("BEGIN IMMEDIATE")
             row = db.execute("SELECT at FROM usage ORDER BY at LIMIT 1 OFFSET ?", (count // 10,)).fetchone()
             db.execute("DELETE FROM usage WHERE at <= ?", row)
     db.execute("PRAGMA incremental_vacuum")
@@ -198,16 +187,18 @@ def read(path: Path, since: float, until: float, by: tuple[str, ...]) -> list[tu
     """Sums of [since, until), grouped by keys of GROUP_COLUMNS, largest first. Raises OSError or sqlite3.Error."""
     if not path.is_file():
         raise FileNotFoundError(path)
-    groups = ", ".join(GROUP_COLUMNS[name] for name in by) or "'all'"
-    numbers = ", ".join(str(i + 1) for i in range(max(len(by), 1)))
-    query = f"SELECT {groups}, {_SUMMED} FROM usage WHERE at >= ? AND at < ? GROUP BY {numbers} ORDER BY {_order(by)}"
-    db = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=5)
-    try:
-        found = db.execute(query, (int(since), int(until))).fetchall()
-    finally:
-        db.close()
     width = max(len(by), 1)
+    groups = ", ".join(GROUP_COLUMNS[name] for name in by) or "'all'"
+    numbers = ", ".join(str(i + 1) for i in range(width))
+    order = ", ".join([*(str(i + 1) for i, name in enumerate(by) if name in ("day", "hour")), "sum(mu) DESC"])
+    query = f"SELECT {groups}, {_SUMMED} FROM usage WHERE at >= ? AND at < ? GROUP BY {numbers} ORDER BY {order}"
+    with contextlib.closing(_connect_to_read(path, timeout=5)) as db:
+        found = db.execute(query, (int(since), int(until))).fetchall()
     return [(row[:width], UsageSums(*row[width:])) for row in found]
+
+
+def _connect_to_read(path: Path, timeout: float) -> sqlite3.Connection:
+    return sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=timeout)
 
 
 def _seen(path: Path) -> frozenset[str]:
@@ -215,58 +206,26 @@ def _seen(path: Path) -> frozenset[str]:
     if not path.is_file():
         return frozenset()
     try:
-        with contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=1)) as db:
+        with contextlib.closing(_connect_to_read(path, timeout=1)) as db:
             return frozenset(id for (id,) in db.execute("SELECT id FROM seen"))
     except sqlite3.Error:
         return frozenset()
 
 
-# The values of `sidecar usage --by`, and their SQL.
-GROUP_COLUMNS: Final[Mapping[str, str]] = {
-    "tenant": "tenant",
-    "model": "model",
-    "outcome": "outcome",
-    "day": "strftime('%Y-%m-%d', at, 'unixepoch')",
-    "hour": "strftime('%Y-%m-%dT%H:00Z', at, 'unixepoch')",
-}
-
-
-def _order(by: tuple[str, ...]) -> str:
-    times = [str(i + 1) for i, name in enumerate(by) if name in ("day", "hour")]
-    return ", ".join([*times, "sum(mu) DESC"])
-
-
-def _connect(path: Path) -> sqlite3.Connection:
-    db = sqlite3.connect(path, timeout=5, isolation_level=None)
-    try:
-        db.execute("PRAGMA auto_vacuum = INCREMENTAL")
-        db.execute("PRAGMA journal_mode = WAL")
-        db.execute("PRAGMA synchronous = NORMAL")
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[sqlite3.Connection]:
+    with contextlib.closing(sqlite3.connect(path, timeout=5, isolation_level=None)) as db:
+        for setting in ("auto_vacuum = INCREMENTAL", "journal_mode = WAL", "synchronous = NORMAL"):
+            db.execute(f"PRAGMA {setting}")
         version = db.execute("PRAGMA user_version").fetchone()[0]
         if version not in (0, SCHEMA_VERSION):
             raise sqlite3.DatabaseError(f"usage records of unknown version {version}")
-        db.execute(_SCHEMA)
-        db.execute(_SEEN)
-        db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-    except BaseException:
-        db.close()
-        raise
-    return db
-
-
-@contextlib.contextmanager
-def _transaction(db: sqlite3.Connection) -> Iterator[None]:
-    db.execute("BEGIN IMMEDIATE")
-    try:
-        yield
-    except BaseException:
-        db.execute("ROLLBACK")
-        raise
-    db.execute("COMMIT")
+        for statement in (_SCHEMA, _SEEN, f"PRAGMA user_version = {SCHEMA_VERSION}"):
+            db.execute(statement)
+        yield db
 
 
 def _used_bytes(db: sqlite3.Connection) -> int:
-    pages, free, size = (
-        db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("page_count", "freelist_count", "page_size")
-    )
-    return int((pages - free) * size)
+    names = "page_count", "freelist_count", "page_size"
+    pages, free, size = (int(db.execute(f"PRAGMA {name}").fetchone()[0]) for name in names)
+    return (pages - free) * size

@@ -1,9 +1,7 @@
 """Records between the control process and one relay process, over a connected Unix socket.
 
-Rules:
 - `send` never waits and never raises; the queue is bounded.
-- If the other side does not read, Delivered records are dropped first (their sums are repeated in Settled), then all;
-  `dropped` counts both.
+- If the other side does not read, Delivered records are dropped first (their sums are repeated in Settled), then all.
 - Records are gathered for GATHER_INTERVAL_S and written at once: a system call for each of a short request's three
   would cost more than all of the request's own work.
 """
@@ -13,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Callable
+from contextlib import suppress
 from typing import cast
 
 from sidecar.events import Command, Delivered, Event
@@ -23,8 +22,7 @@ MAX_QUEUED_DELIVERED_BYTES = 4 * 1024 * 1024
 MAX_QUEUED_BYTES = 64 * 1024 * 1024
 # Events carry their own times, and nothing made of them is finer.
 GATHER_INTERVAL_S = 0.01
-# Records beyond which they are written at once.
-MAX_GATHERED = 256
+MAX_GATHERED = 256  # records beyond which they are written at once
 RECONNECT_INTERVAL_S = 0.2
 
 
@@ -38,17 +36,12 @@ class Channel(asyncio.Protocol):
         self._transport: asyncio.WriteTransport | None = None
         self._gathered: list[Event | Command] = []
         self._timer: asyncio.TimerHandle | None = None
-        self.dropped = 0
-        self.undecodable = 0
 
     @classmethod
     async def open(
         cls, sock: socket.socket, on_record: Callable[[Event | Command], None], on_close: Callable[[], None]
     ) -> Channel:
-        """Take over `sock`.
-
-        `on_record` is called for each record in order; `on_close` once, when the other side is gone.
-        """
+        """Take over `sock`. `on_record` is called for each record in order; `on_close` once the other side is gone."""
         sock.setblocking(False)
         loop = asyncio.get_running_loop()
         _, channel = await loop.create_unix_connection(lambda: cls(on_record, on_close), sock=sock)
@@ -74,7 +67,6 @@ class Channel(asyncio.Protocol):
     def send(self, record: Event | Command) -> None:
         """Queue one record."""
         if self._transport is None or self._transport.is_closing():
-            self.dropped += 1
             return
         self._gathered.append(record)
         if len(self._gathered) >= MAX_GATHERED:
@@ -94,20 +86,14 @@ class Channel(asyncio.Protocol):
             self._timer = None
         records, self._gathered = self._gathered, []
         if self._transport is None or self._transport.is_closing():
-            self.dropped += len(records)
             return
         queued = self._transport.get_write_buffer_size()
         lines: list[bytes] = []
         for record in records:
-            if queued > MAX_QUEUED_BYTES or (queued > MAX_QUEUED_DELIVERED_BYTES and isinstance(record, Delivered)):
-                self.dropped += 1
-                continue
-            try:
-                lines.append(codec.encode(record))
-            except UnicodeEncodeError:  # one record must not take the others of its batch with it
-                self.dropped += 1
-                continue
-            queued += len(lines[-1])
+            if queued <= (MAX_QUEUED_DELIVERED_BYTES if isinstance(record, Delivered) else MAX_QUEUED_BYTES):
+                with suppress(UnicodeEncodeError):  # one record must not take the others of its batch with it
+                    lines.append(codec.encode(record))
+                    queued += len(lines[-1])
         if lines:
             self._transport.write(b"".join(lines))
 
@@ -121,14 +107,9 @@ class Channel(asyncio.Protocol):
         *lines, rest = self._buffer.split(b"\n")
         self._buffer = rest if len(rest) <= codec.MAX_LINE_BYTES else bytearray()
         for line in lines:
-            try:
-                record = codec.decode(bytes(line))
-            except codec.WireError:
-                self.undecodable += 1
-                continue
-            self._on_record(record)
+            with suppress(codec.WireError):
+                self._on_record(codec.decode(bytes(line)))
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None
-        self._write()  # counts what could not be sent
         self._on_close()

@@ -1,7 +1,6 @@
 """Events and commands as lines of JSON: `["Admitted", {...}]`.
 
-A line is bounded, checked against the record's field types, and decoded without pickle. Any other line raises
-WireError; the caller counts and drops it.
+A line is bounded, checked against the record's field types, and decoded without pickle.
 """
 
 from __future__ import annotations

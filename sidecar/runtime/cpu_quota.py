@@ -1,7 +1,7 @@
-"""How many CPUs this process may use: the cgroup's quota, or the scheduler's affinity mask.
+"""How many CPUs this process may use.
 
-Rules: files are read once, at start; nothing raises. The container's quota counts: libraries that ask the host start
-one thread per core of the whole machine, which then wait for one another.
+The container's quota counts: libraries that ask the host start one thread per core of the whole machine, which then
+wait for one another.
 """
 
 from __future__ import annotations
@@ -16,24 +16,12 @@ CGROUP_ROOT = Path("/sys/fs/cgroup")
 def quota(root: Path = CGROUP_ROOT) -> int:
     """CPUs, at least 1: affinity mask or quota (v2 `cpu.max`, v1 `cpu.cfs_quota_us`) rounded up, the smaller one."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    limits = [limit for limit in (_v2(root / "cpu.max"), _v1(root / "cpu")) if limit is not None]
-    return max(1, min([allowed, *limits]))
-
-
-def _v2(path: Path) -> int | None:
-    quota_us, _, period_us = _read(path).partition(" ")
-    return _whole(quota_us, period_us)
-
-
-def _v1(directory: Path) -> int | None:
-    return _whole(_read(directory / "cpu.cfs_quota_us"), _read(directory / "cpu.cfs_period_us"))
-
-
-def _whole(quota_us: str, period_us: str) -> int | None:
-    """CPUs of a quota; None without one (`max`, -1, no file)."""
-    if not quota_us.isdigit() or not period_us.isdigit() or int(period_us) == 0:
-        return None
-    return math.ceil(int(quota_us) / int(period_us))
+    v2 = _read(root / "cpu.max").partition(" ")[::2]
+    v1 = _read(root / "cpu" / "cpu.cfs_quota_us"), _read(root / "cpu" / "cpu.cfs_period_us")
+    for quota_us, period_us in (v2, v1):
+        if quota_us.isdigit() and period_us.isdigit() and int(period_us):  # else `max`, -1 or no file: no quota
+            allowed = min(allowed, math.ceil(int(quota_us) / int(period_us)))
+    return max(1, allowed)
 
 
 def _read(path: Path) -> str:

@@ -6,7 +6,6 @@
     SIGTERM   (or SIGINT) to control, which withdraws readiness, and the relays, which finish their streams; after the
               last relay SIGUSR1 ends control, and with it the container; a control that dies before is still replaced
 
-Rules:
 - One thread, no event loop, no file, no network: it waits in one place, for a signal. So forking it is sound, and
   little can kill it.
 - It owns the listening sockets, so that no connection is refused while a process is replaced.
@@ -25,6 +24,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -35,8 +35,7 @@ WATCHED: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD, signal.SIGUSR1)
 STEADY_S: Final = 10.0
 # Pauses before restarts; the first restart comes without one.
 MIN_PAUSE_S, MAX_PAUSE_S = 0.1, 5.0
-# Control and the image server get so long to end.
-END_TIMEOUT_S: Final = 5.0
+END_TIMEOUT_S: Final = 5.0  # control and the image server get so long to end
 
 _log = logging.getLogger(__name__)
 
@@ -47,15 +46,12 @@ SERVING: Final = ("relay", "reports")
 
 @dataclass(frozen=True, slots=True)
 class Role:
-    """One process to keep alive. `run` gets how often it was restarted, and returns its exit code.
-
-    `sockets`: the listening sockets that it keeps; the others are closed in it.
-    """
+    """One process to keep alive. `run` gets how often it was restarted, and returns its exit code."""
 
     kind: Kind
     name: str
     run: Callable[[int], int]
-    sockets: tuple[socket.socket, ...]
+    sockets: tuple[socket.socket, ...]  # the listening sockets that it keeps; the others are closed in it
 
 
 @dataclass(slots=True)
@@ -76,10 +72,7 @@ def pause_after(lived: float, before: float) -> float:
 
 
 class Supervisor:
-    """Keeps `roles` alive; the first of them is control.
-
-    `grace`: seconds from SIGTERM until whatever still lives is killed.
-    """
+    """Keeps `roles` alive; the first is control. `grace`: seconds from SIGTERM until whatever still lives is killed."""
 
     def __init__(self, roles: Iterable[Role], grace: float) -> None:
         self._children = [_Child(role) for role in roles]
@@ -91,10 +84,7 @@ class Supervisor:
         self._status: int | None = None  # set when the container is to end
 
     def run(self) -> int:
-        """Supervise until SIGTERM has ended everything, or until the first start failed.
-
-        Returns the container's exit code.
-        """
+        """Supervise until SIGTERM has ended all, or the first start failed. Returns the container's exit code."""
         signal.pthread_sigmask(signal.SIG_BLOCK, WATCHED)
         prctl(SET_CHILD_SUBREAPER, 1)
         gc.collect()
@@ -138,16 +128,11 @@ class Supervisor:
             self._control.due = 0.0
 
     def _reap(self, now: float) -> None:
-        while True:
-            try:
-                pid, status = os.waitpid(-1, os.WNOHANG)
-            except ChildProcessError:
-                return
-            if not pid:
-                return
-            for child in self._children:
-                if child.pid == pid:  # any other was an orphan of a child
-                    self._ended(child, os.waitstatus_to_exitcode(status), now)
+        with suppress(ChildProcessError):  # none is left
+            while (ended := os.waitpid(-1, os.WNOHANG))[0]:
+                for child in self._children:
+                    if child.pid == ended[0]:  # any other was an orphan of a child
+                        self._ended(child, os.waitstatus_to_exitcode(ended[1]), now)
 
     def _ended(self, child: _Child, code: int, now: float) -> None:
         pid, child.pid = child.pid, 0
@@ -179,8 +164,8 @@ class Supervisor:
 
     def _next(self) -> float | None:
         """When something is due even if no signal comes."""
-        times = [child.due for child in self._children if child.due is not None]
-        return min([*times, *([] if self._deadline is None else [self._deadline])], default=None)
+        times = self._deadline, *(child.due for child in self._children)
+        return min((time for time in times if time is not None), default=None)
 
     # --- processes ---
 
@@ -204,7 +189,9 @@ class Supervisor:
         try:
             die_with(parent)
             prctl(SET_NAME, f"sidecar {child.role.name}".encode()[:15])
-            self._close_but(child.role.sockets)
+            for sock in [sock for other in self._children for sock in other.role.sockets]:
+                if sock not in child.role.sockets:
+                    sock.close()
             status = child.role.run(child.restarts)
         except BaseException:  # noqa: BLE001  the border of the process
             traceback.print_exc()
@@ -212,12 +199,6 @@ class Supervisor:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(status)
-
-    def _close_but(self, kept: tuple[socket.socket, ...]) -> None:
-        for child in self._children:
-            for sock in child.role.sockets:
-                if sock not in kept:
-                    sock.close()
 
     def _end_all(self) -> None:
         """The image server may end by itself; the others are killed."""
@@ -230,12 +211,9 @@ class Supervisor:
                 for child in self._children:
                     _kill(child, signal.SIGKILL)
             _wait(until if time.monotonic() < until else None, time.monotonic())
-            self._collect()
-
-    def _collect(self) -> None:
-        for child in self._children:
-            if child.pid and os.waitpid(child.pid, os.WNOHANG)[0]:
-                child.pid = 0
+            for child in self._children:
+                if child.pid and os.waitpid(child.pid, os.WNOHANG)[0]:
+                    child.pid = 0
 
 
 def _wait(until: float | None, now: float) -> signal.struct_siginfo | None:

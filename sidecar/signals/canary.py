@@ -1,8 +1,8 @@
 """The canary: the smallest piece of the engine's own work, read to its end.
 
-- One at a time, at the cost of one token. A short hash of the response is kept, never the text.
-- It goes to the engine directly, so that a relay in trouble does not look like an engine in trouble.
-- It is never counted as a tenant's work.
+- A short hash of the response is kept, never the text.
+- It goes to the engine directly, so that a relay in trouble does not look like an engine in trouble, and is never
+  counted as a tenant's work.
 - It makes no engine load a model: if none is known to be loaded, none is asked.
 - A form that never passed with this model in this process of the engine proves nothing, whatever its answer.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import InitVar, dataclass
 from typing import Any, Final
 
 import aiohttp
@@ -32,11 +33,10 @@ MAX_LIST_BYTES: Final = 16 << 20
 NO_TIMEOUT: Final = aiohttp.ClientTimeout(total=None)
 # What Text Embeddings Inference answers to a failed inference, and to what its model cannot.
 FAILED_DEPENDENCY: Final = 424
-Clock = Callable[[], float]
-Asleep = Callable[[], Awaitable[bool]]
 Ended = tuple[str, str, CanaryAnswer | None, bool]  # outcome, detail, the answer that passed, known
 
 
+@dataclass(eq=False)
 class CanarySignal:
     """Sends canaries. `send` never raises; the caller sends one at a time.
 
@@ -44,49 +44,37 @@ class CanarySignal:
     `is_idle` tells whether the engine says that nothing runs.
     """
 
-    def __init__(
-        self,
-        session: aiohttp.ClientSession,
-        engine: str,
-        kind: EngineKind,
-        headers: dict[str, str],
-        *,
-        model: str = "",
-        priority: int | None = None,
-        asleep: Asleep | None = None,
-        is_idle: Callable[[], bool] = lambda: False,
-        clock: Clock = time.monotonic,
-    ) -> None:
-        self._session = session
-        self._engine = engine
-        self._kind = kind
-        self._headers = headers
-        self._chosen = model
-        # A name that the engine always takes need not be looked up.
-        self._fixed = Choice() if model else Choice(kind.canary_model, lasts=bool(kind.canary_model))
-        self._choice = self._fixed
+    session: aiohttp.ClientSession
+    engine: str
+    kind: EngineKind
+    headers: dict[str, str]
+    model: str = ""
+    priority: InitVar[int | None] = None
+    asleep: Callable[[], Awaitable[object]] | None = None
+    is_idle: Callable[[], bool] = lambda: False
+
+    def __post_init__(self, priority: int | None) -> None:
+        self._forms = CanaryForms(self.kind, priority)
         self._missing: set[str] = set()  # lists of models that are not there
-        self._forms = CanaryForms(kind, priority)
         self._sent: tuple[CanaryForm, str] | None = None  # the last form and its model
         self._refusals = ""  # of the forms that never passed
-        self._asleep = asleep
-        self._is_idle = is_idle
-        self._clock = clock
+        self.forget_model()
 
     async def send(self, allowed: float, used: str = "", route: str = "") -> CanaryResult:
-        """Send one canary; it is starved if its answer has not ended after `allowed` seconds.
+        """Send one canary, starved after `allowed` seconds.
 
         `used`, `route`: model and route of the last request of a user that was answered.
         """
-        started, self._sent = self._clock(), None
+        started, self._sent = time.monotonic(), None
 
         def ended(outcome: str, detail: str, answer: CanaryAnswer | None = None, known: bool = False) -> CanaryResult:
+            took = started, time.monotonic(), allowed
             of = (answer.prompt_tokens, answer.digest, self._choice.model) if answer else (0, "", "")
-            return CanaryResult(outcome, started, self._clock(), allowed, detail, *of, known)  # type: ignore[arg-type]
+            return CanaryResult(outcome, *took, detail, *of, known)  # type: ignore[arg-type]
 
         try:
             async with asyncio.timeout(allowed):
-                if self._asleep is not None and await self._asleep():
+                if self.asleep is not None and await self.asleep():
                     return ended("moot", "the engine is asleep; a request would wake it")
                 if refusal := await self._choose(used):
                     return ended(*refusal)
@@ -139,11 +127,11 @@ class CanarySignal:
 
     async def _ask(self, form: CanaryForm, choice: Choice) -> tuple[int, CanaryAnswer, bytes]:
         """Send one request; an error inside a response of status 200 counts as its status. The bytes are an error's."""
-        more = {**choice.fields, **(self._kind.idle_fields if self._is_idle() else {})}
-        fields = canary_request.body(self._kind, form, choice.model, more)
+        more = {**choice.fields, **(self.kind.idle_fields if self.is_idle() else {})}
+        fields = canary_request.body(self.kind, form, choice.model, more)
         body = {"data": _upload(fields)} if form.row.is_upload else {"json": fields}
-        url = self._engine + form.path
-        async with self._session.post(url, headers=self._headers, timeout=NO_TIMEOUT, **body) as response:
+        url = self.engine + form.path
+        async with self.session.post(url, headers=self.headers, timeout=NO_TIMEOUT, **body) as response:
             if response.status != 200:
                 text = await response.content.read(MAX_ERROR_BYTES) if response.status == 400 else b""
                 return response.status, CanaryAnswer(), text
@@ -153,23 +141,23 @@ class CanarySignal:
 
     async def _choose(self, used: str) -> Ended | None:
         """Choose a model, each time where what is loaded can change. Returns the outcome when there is none."""
-        if self._choice.lasts and self._kind.series:  # of a server that is not known nothing lasts
+        if self._choice.lasts and self.kind.series:  # of a server that is not known nothing lasts
             return None
         known = self._forms.has_passed
-        for path in self._kind.model_paths:
+        for path in self.kind.model_paths:
             if path in self._missing:
                 continue
-            async with self._session.get(self._engine + path, headers=self._headers) as response:
+            async with self.session.get(self.engine + path, headers=self.headers) as response:
                 if response.status == 200:
-                    self._choice = choose(await read_body(response, MAX_LIST_BYTES), self._chosen, used)
+                    self._choice = choose(await read_body(response, MAX_LIST_BYTES), self.model, used)
                     return self._no_model(self._choice, known)
             if response.status != MISSING_STATUS or known:
                 break
             self._missing.add(path)
         else:
             self._missing.clear()  # the next canary looks again
-        self._choice = Choice(self._chosen)
-        if self._chosen:
+        self._choice = Choice(self.model)
+        if self.model:
             return None
         status, detail = response.status, f"HTTP {response.status} on {path}"
         if status in canary_request.BUSY:
@@ -197,7 +185,9 @@ class CanarySignal:
 
     def forget_model(self) -> None:
         """Choose again: the engine may serve another model now."""
-        self._choice = self._fixed
+        # A name that the engine always takes need not be looked up.
+        always = "" if self.model else self.kind.canary_model
+        self._choice = Choice(always, lasts=bool(always))
 
 
 def _upload(fields: dict[str, Any]) -> aiohttp.FormData:

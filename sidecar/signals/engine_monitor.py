@@ -17,7 +17,7 @@ import aiohttp
 from sidecar.engines import metrics_parser, registry
 from sidecar.engines.engine_type import MODELS, EngineKind
 from sidecar.engines.registry import KINDS
-from sidecar.readings import Absent, EngineIdentity, EngineSample, Reading, Value
+from sidecar.readings import EngineIdentity, EngineSample, Reading, Value
 from sidecar.settings import Settings
 from sidecar.signals.canary import CanarySignal
 from sidecar.signals.identify import MISSING_STATUS, ProbeAnswers, probe_engine, request_pages
@@ -30,7 +30,6 @@ PROBE_RETRY_INTERVAL_S: Final = 1.0
 REQUEST_TIMEOUT_S: Final = 5.0
 # Between questions for the models of an engine that names none; it doubles from PROBE_RETRY_INTERVAL_S.
 MAX_IDENTITY_INTERVAL_S: Final = 60.0
-# Responses that identify nothing, after which the kind is `openai`.
 MAX_INCONCLUSIVE_ATTEMPTS: Final = 3
 
 _log = logging.getLogger(__name__)
@@ -48,8 +47,8 @@ class EngineMonitor:
         self._session = session
         self._settings = chosen
         self._headers = {"authorization": f"Bearer {chosen.engine_key}"} if chosen.engine_key else {}
-        self._scrape: ScrapeSignal | None = None
-        self._sleep: SleepSignal | None = None
+        self.scrape = ScrapeSignal("", None, absent="the engine has not answered yet")
+        self._sleep = SleepSignal(session, "", (), {})
         self._restarted = asyncio.Event()
         self.kind: EngineKind | None = None if chosen.engine_kind == "auto" else KINDS[chosen.engine_kind]
         self.canary: CanarySignal | None = None
@@ -64,7 +63,7 @@ class EngineMonitor:
 
     def read(self) -> Reading[EngineSample]:
         """The last reading of the engine's metrics, without waiting."""
-        return self._scrape.read() if self._scrape else Absent("the engine has not answered yet")
+        return self.scrape.read()
 
     @property
     def resting(self) -> str:
@@ -72,26 +71,18 @@ class EngineMonitor:
         reading = self.read()
         if isinstance(reading, Value) and reading.value.sleeping:
             return "engine_sleeping"
-        return self._sleep.read() if self._sleep else ""
+        return self._sleep.read()
 
     @property
     def unanswered(self) -> bool:
         """Whether the engine accepts connections and does not respond: its API or all of it hangs."""
-        return self._scrape is not None and self._scrape.unanswered
+        return self.scrape.unanswered
 
     @property
     def canary_disturbs(self) -> bool:
         """Whether a canary costs this engine's users something: then only a suspicion is worth one."""
         kind = self.kind
         return kind is not None and (kind.canary_disturbs or (kind.slots_cache and self.identity.slots == 1))
-
-    def page(self) -> str | None:
-        """The engine's metrics page; None if there is none or it is stale."""
-        return self._scrape.page() if self._scrape else None
-
-    def last_page(self, max_bytes: int) -> tuple[float, str] | None:
-        """(age in seconds, first `max_bytes`) of the engine's last metrics page, however old."""
-        return self._scrape.last_page(max_bytes) if self._scrape else None
 
     def engine_restarted(self) -> None:
         """Recognise the engine again: a new process may differ in kind, model and accepted canaries."""
@@ -111,8 +102,8 @@ class EngineMonitor:
             self._restarted.clear()
             await self._set_up()
             async with asyncio.TaskGroup() as group:
-                readers = [group.create_task(signal.run()) for signal in (self._scrape, self._sleep) if signal]
-                readers.append(group.create_task(self._identify(self.kind)))
+                work = self.scrape.run(), self._sleep.run(), self._identify(self.kind)
+                readers = [group.create_task(reading) for reading in work]
                 await self._restarted.wait()
                 for reader in readers:
                     reader.cancel()
@@ -126,22 +117,13 @@ class EngineMonitor:
                 _log.info("engine %s: recognised as %s", self._settings.engine, name)
             self.kind = KINDS[name]
         assert self.kind is not None
-        kind, url = self.kind, self._settings.engine
+        kind, url, model = self.kind, self._settings.engine, self._settings.canary_model
         sleep = self._sleep = SleepSignal(self._session, url, kind.signs, self._headers)
-        self.canary = CanarySignal(
-            self._session,
-            url,
-            kind,
-            self._headers,
-            model=self._settings.canary_model,
-            priority=await self._priority(kind),
-            asleep=partial(_is_asleep, sleep) if kind.wakes else None,
-            is_idle=self._is_idle,
-        )
-        page = kind.metrics_path if kind.series else ""
-        self._scrape = ScrapeSignal(
-            url + (page or kind.contact_path),
-            partial(_parse, kind) if page else None,
+        priority, asleep = await self._priority(kind), sleep.poll if kind.wakes else None
+        self.canary = CanarySignal(self._session, url, kind, self._headers, model, priority, asleep, self._is_idle)
+        self.scrape = ScrapeSignal(
+            url + (kind.metrics_path if kind.series else kind.contact_path),
+            partial(metrics_parser.parse, kind=kind) if kind.series else None,
             headers=self._headers,
             contact=url + kind.contact_path if kind.page_hangs else "",
             sleep_state=sleep.read if kind.wakes else None,
@@ -171,18 +153,17 @@ class EngineMonitor:
 
     async def _recognise(self) -> str:
         """The engine's kind; `openai` after MAX_INCONCLUSIVE_ATTEMPTS."""
-        attempts = 0
+        url, attempts = self._settings.engine, 0
         while True:
-            url = self._settings.engine
             answers = await probe_engine(self._session, url, self._headers, REQUEST_TIMEOUT_S, self._missing)
             self._note_missing(answers)
-            name = registry.recognise(answers.pages)
-            status = answers.status[MODELS]
+            name, status = registry.recognise(answers.pages), answers.status[MODELS]
             attempts += status not in registry.LOADING_STATUSES
-            is_last = attempts >= MAX_INCONCLUSIVE_ATTEMPTS or registry.is_foreign(answers.pages)
-            if name == "openai" and is_last and status in (401, 403):
-                _log.warning("engine %s requires an API key; set --engine-key", url)
-            if name != "openai" or is_last:
+            if name != "openai" or registry.is_foreign(answers.pages):
+                return name
+            if attempts >= MAX_INCONCLUSIVE_ATTEMPTS:
+                if status in (401, 403):
+                    _log.warning("engine %s requires an API key; set --engine-key", url)
                 return name
             await asyncio.sleep(PROBE_RETRY_INTERVAL_S)
 
@@ -205,11 +186,3 @@ class EngineMonitor:
 
     def _note_missing(self, answers: ProbeAnswers) -> None:
         self._missing |= {path for path, status in answers.status.items() if status == MISSING_STATUS}
-
-
-async def _is_asleep(sleep: SleepSignal) -> bool:
-    return bool(await sleep.poll())
-
-
-def _parse(kind: EngineKind, page: bytes, at: float) -> EngineSample:
-    return metrics_parser.parse(page, kind)

@@ -2,7 +2,6 @@
 
 - Everything here blocks, and reading /proc of a process in trouble can hang: call it on a thread that may be abandoned.
 - Command lines are never read, because they may contain a key.
-- Processes and threads are bounded.
 - Without permission over a process the kernel still shows its state, CPU time and memory.
 """
 
@@ -12,7 +11,7 @@ import os
 import re
 import socket
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
@@ -26,8 +25,7 @@ from sidecar.signals.process_state import ROLES, EngineProcess, ProcessLook, Thr
 from sidecar.signals.stack_dump import PERMISSION_HINT
 
 MAX_PROCESSES: Final = 32
-# Per process.
-MAX_THREADS: Final = 64
+MAX_THREADS: Final = 64  # per process
 PROC: Final = Path("/proc")
 SHARE_HINT: Final = "set shareProcessNamespace: true on the pod (sidecar manifests --stack-dumps on)"
 _ENGINES: Final = re.compile(r"VLLM::|vllm|sglang|text-generation|llama-server", re.IGNORECASE)
@@ -67,22 +65,16 @@ def find_listeners(port: int) -> tuple[set[int], bool]:
     return {pid for pid in pids if pid}, bool(pids)
 
 
-def look(process: EngineProcess, clock: Callable[[], float] = time.monotonic) -> ProcessLook | Failed:
+def look(process: EngineProcess) -> ProcessLook | Failed:
     """The state of a process now. Never raises."""
     directory = PROC / str(process.pid)
     try:
         fields = _read_stat(directory / "stat")[1]
         if int(fields[19]) != process.started:
             return Failed("it has ended; its pid belongs to another process now")
-        return ProcessLook(
-            at=clock(),
-            state=fields[0],
-            wchan=_read_wchan(directory / "wchan"),
-            threads=int(fields[17]),
-            cpu=_cpu_seconds(fields),
-            rss=int(fields[21]) * _PAGE_BYTES,
-            by_thread=tuple(_read_threads(directory / "task")),
-        )
+        state, threads, rss = fields[0], int(fields[17]), int(fields[21]) * _PAGE_BYTES
+        wchan, by_thread = _read_wchan(directory / "wchan"), tuple(_read_threads(directory / "task"))
+        return ProcessLook(time.monotonic(), state, wchan, threads, _cpu_seconds(fields), rss, by_thread)
     except FileNotFoundError:
         return Failed("it has ended")
     except (OSError, ValueError, IndexError) as e:

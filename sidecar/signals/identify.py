@@ -56,10 +56,9 @@ async def request_pages(
     for path in paths:
         try:
             async with session.get(engine + path, headers=headers, timeout=timeout) as response:
-                body = await read_body(response, MAX_PAGE_BYTES) if response.status == 200 else b""
-                answers.status[path] = response.status
                 if response.status == 200:
-                    answers.pages[path] = body
+                    answers.pages[path] = await read_body(response, MAX_PAGE_BYTES)
+                answers.status[path] = response.status
         except TimeoutError:
             answers.status[path], answers.error = 0, f"no answer in {timeout_s:.0f} s"
         except (aiohttp.ClientError, OSError, ValueError) as e:

@@ -10,10 +10,7 @@ from pathlib import Path
 from typing import Final
 from urllib.parse import urlsplit
 
-# A state in /proc/net/tcp.
-_LISTEN: Final = "0A"
-_TABLES: Final = ("/proc/net/tcp", "/proc/net/tcp6")
-_BOOT_ID_FILE: Final = "/proc/sys/kernel/random/boot_id"
+_LISTEN: Final = "0A"  # a state in /proc/net/tcp
 
 
 def host_and_port(url: str) -> tuple[str, int]:
@@ -33,13 +30,13 @@ def listening_inodes(engine: str) -> tuple[int, ...]:
 def listening_rows(port: int) -> list[list[str]]:
     """Rows of /proc/net/tcp that listen on a port: `sl local_address rem_address st ... uid timeout inode`."""
     # Addresses are hexadecimal, with their port after a colon.
-    rows = (line.split() for table in _TABLES for line in _read(table).splitlines()[1:])
+    rows = (line.split() for table in ("tcp", "tcp6") for line in _read(f"/proc/net/{table}").splitlines()[1:])
     return [row for row in rows if len(row) > 9 and row[3] == _LISTEN and int(row[1].rpartition(":")[2], 16) == port]
 
 
 def read_boot_id() -> str:
     """The kernel's id of this boot; empty if unknown."""
-    return _read(_BOOT_ID_FILE).strip()
+    return _read("/proc/sys/kernel/random/boot_id").strip()
 
 
 def _read(path: str) -> str:

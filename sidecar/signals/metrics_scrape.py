@@ -11,6 +11,8 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, field
 from typing import Final
 
 import aiohttp
@@ -19,62 +21,46 @@ from sidecar.readings import Absent, EngineSample, Failed, Reading, Value
 from sidecar.signals.http_body import BodyTooLong, read_body
 from sidecar.signals.identify import MAX_PAGE_BYTES
 
-PageParser = Callable[[bytes, float], EngineSample]
-
 # A page older than this many periods is no longer merged into the relay's page.
 MAX_PAGE_AGE_PERIODS: Final = 5
-
-_REMEDIES: Final = {
-    401: "; set --engine-key",
-    403: "; set --engine-key",
-    404: "; start the engine with its metrics on (SGLang: --enable-metrics, llama.cpp: --metrics)",
-    501: "; start the engine with its metrics on (SGLang: --enable-metrics, llama.cpp: --metrics)",
-}
+_REMEDIES: Final = (
+    ((401, 403), "; set --engine-key"),
+    ((404, 501), "; start the engine with its metrics on (SGLang: --enable-metrics, llama.cpp: --metrics)"),
+)
 
 _log = logging.getLogger(__name__)
 
 
 class _BadStatus(Exception):
-    """The engine responded with another status than 200."""
-
-    def __init__(self, status: int) -> None:
-        super().__init__(status)
-        self.status = status
+    """The engine responded with this status instead of 200."""
 
 
+@dataclass(eq=False)
 class ScrapeSignal:
     """Scrapes `url`, the metrics page, once per `period` seconds while `run` runs.
 
-    `parse(page, at)` returns the sample and raises ValueError on garbage. It is None for an engine kind without
-    metrics: then any response from `url` will do. If the page can hang together with the engine, `contact` is a second
-    URL: the API counts as blocked only if that does not respond either. `headers` are sent with each scrape (API keys).
-    The engine is not scraped while `sleep_state()` is not "".
+    `parse(page)` returns the sample and raises ValueError on garbage. It is None for an engine kind without metrics:
+    then any response from `url` will do, and the reading is `absent`. If the page can hang together with the engine,
+    `contact` is a second URL: the API counts as blocked only if that does not respond either. The engine is not scraped
+    while `sleep_state()` is not "".
     """
 
-    def __init__(
-        self,
-        url: str,
-        parse: PageParser | None,
-        *,
-        contact: str = "",
-        headers: Mapping[str, str] | None = None,
-        period: float = 1.0,
-        timeout: float = 2.0,
-        max_bytes: int = MAX_PAGE_BYTES,
-        sleep_state: Callable[[], str] | None = None,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self._url = url
-        self._parse = parse
-        self._contact = contact
+    url: str
+    parse: Callable[[bytes], EngineSample] | None
+    absent: str = "this engine has no metrics page"
+    contact: str = ""
+    headers: Mapping[str, str] = field(default_factory=dict)
+    period: float = 1.0
+    timeout: float = 2.0
+    max_bytes: int = MAX_PAGE_BYTES
+    sleep_state: Callable[[], str] | None = None
+    clock: Callable[[], float] = time.monotonic
+
+    def __post_init__(self) -> None:
         # Compression on loopback costs both sides more than it saves.
-        self._headers = {"Accept": "text/plain;version=0.0.4", "Accept-Encoding": "identity", **(headers or {})}
-        self._period = period
-        self._timeout = aiohttp.ClientTimeout(total=timeout)
-        self._max_bytes = max_bytes
-        self._sleep_state = sleep_state
-        self._clock = clock
-        self._reading: Reading[EngineSample] = Absent("not read yet" if parse else "this engine has no metrics page")
+        self._headers = {"Accept": "text/plain;version=0.0.4", "Accept-Encoding": "identity", **self.headers}
+        self._timeout = aiohttp.ClientTimeout(total=self.timeout)
+        self._reading: Reading[EngineSample] = Absent("not read yet" if self.parse else self.absent)
         self._page: tuple[float, bytes] | None = None
         self.unanswered = False  # the last scrape timed out although the port accepted its connection
 
@@ -84,7 +70,7 @@ class ScrapeSignal:
 
     def page(self) -> str | None:
         """The last good page as text; None if there is none or it is stale."""
-        if self._page is None or self._clock() - self._page[0] > MAX_PAGE_AGE_PERIODS * self._period:
+        if self._page is None or self.clock() - self._page[0] > MAX_PAGE_AGE_PERIODS * self.period:
             return None
         return self._page[1].decode("utf-8", "replace")
 
@@ -92,54 +78,55 @@ class ScrapeSignal:
         """(age in seconds, first `max_bytes` as text) of the last good page, however old."""
         if self._page is None:
             return None
-        return self._clock() - self._page[0], self._page[1][:max_bytes].decode("utf-8", "replace")
+        return self.clock() - self._page[0], self._page[1][:max_bytes].decode("utf-8", "replace")
 
     async def run(self) -> None:
         """Poll until cancelled."""
         async with aiohttp.ClientSession(timeout=self._timeout, connector=aiohttp.TCPConnector(limit=1)) as session:
             while True:
-                started = self._clock()
+                started = self.clock()
                 await self.poll(session)
                 # A slow engine is not scraped back to back.
-                await asyncio.sleep(max(self._period / 2, started + self._period - self._clock()))
+                await asyncio.sleep(max(self.period / 2, started + self.period - self.clock()))
 
     async def poll(self, session: aiohttp.ClientSession) -> Reading[EngineSample]:
         """Scrape once; store and return the reading."""
-        if self._sleep_state is not None and self._sleep_state():
+        if self.sleep_state is not None and self.sleep_state():
             self.unanswered = False
             self._store(Absent("the engine is asleep; a scrape would wake it"))
             return self._reading
-        started = self._clock()
+        started = self.clock()
         try:
             page = await self._fetch(session)
-            if self._parse is not None:
-                sample = self._parse(page, started)
-                self._page = (self._clock(), page)  # after parsing: garbage would break the merged page
-                self._store(Value(sample, at=started, seconds=self._clock() - started))
+            if self.parse is not None:
+                sample = self.parse(page)
+                self._page = (self.clock(), page)  # after parsing: garbage would break the merged page
+                self._store(Value(sample, at=started, seconds=self.clock() - started))
             self.unanswered = False
         except Exception as e:  # noqa: BLE001 - no page and no parser may end the control process
             self.unanswered = isinstance(e, TimeoutError) and not await self._contact_responds(session)
-            if self._parse is not None:
+            if self.parse is not None:
                 self._store(Failed(self._explain(e)))
         return self._reading
 
     async def _contact_responds(self, session: aiohttp.ClientSession) -> bool:
-        if not self._contact:
+        if not self.contact:
             return False
         try:
-            async with session.get(self._contact, headers=self._headers, timeout=self._timeout, allow_redirects=False):
+            async with self._get(session, self.contact):
                 return True
         except (aiohttp.ClientError, OSError):
             return False
 
     async def _fetch(self, session: aiohttp.ClientSession) -> bytes:
-        async with session.get(
-            self._url, headers=self._headers, timeout=self._timeout, allow_redirects=False
-        ) as response:
+        async with self._get(session, self.url) as response:
             if response.status != 200:
                 response.close()
                 raise _BadStatus(response.status)
-            return await read_body(response, self._max_bytes)
+            return await read_body(response, self.max_bytes)
+
+    def _get(self, session: aiohttp.ClientSession, url: str) -> AbstractAsyncContextManager[aiohttp.ClientResponse]:
+        return session.get(url, headers=self._headers, timeout=self._timeout, allow_redirects=False)
 
     def _store(self, reading: Reading[EngineSample]) -> None:
         if isinstance(reading, Failed) and reading != self._reading:
@@ -148,12 +135,13 @@ class ScrapeSignal:
 
     def _explain(self, error: Exception) -> str:
         match error:
-            case _BadStatus(status=status):
-                return f"the metrics page answered {status}" + _REMEDIES.get(status, "")
+            case _BadStatus(args=[status]):
+                remedy = next((remedy for statuses, remedy in _REMEDIES if status in statuses), "")
+                return f"the metrics page answered {status}{remedy}"
             case BodyTooLong():
-                return f"the metrics page is over {self._max_bytes} bytes"
+                return f"the metrics page is over {self.max_bytes} bytes"
             case TimeoutError():
-                return f"the metrics page did not answer in {self._timeout.total:g} s"
+                return f"the metrics page did not answer in {self.timeout:g} s"
             case aiohttp.ClientConnectorError():
                 return "the engine refuses connections"
             case aiohttp.ClientError() | OSError():

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 
 import psutil
 
 from sidecar.readings import Failed, ProcessSample, Reading, Value
 
 
-def sample(pid: int, clock: Callable[[], float] = time.monotonic) -> Reading[ProcessSample]:
+def sample(pid: int) -> Reading[ProcessSample]:
     """Resident bytes, CPU seconds so far (user and system) and thread count of `pid`. Never raises."""
-    started = clock()
+    started = time.monotonic()
     try:
         process = psutil.Process(pid)
         with process.oneshot():
@@ -24,5 +23,5 @@ def sample(pid: int, clock: Callable[[], float] = time.monotonic) -> Reading[Pro
         return Failed(f"no permission to read process {pid}; run the sidecar as the same user")
     except OSError as e:
         return Failed(f"process {pid} could not be read: {e.strerror}")
-    ended = clock()
+    ended = time.monotonic()
     return Value(result, at=ended, seconds=ended - started)

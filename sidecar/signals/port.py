@@ -9,21 +9,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable
+from typing import Final
 
 from sidecar.signals.listening_socket import host_and_port
+
+CONNECT_TIMEOUT_S: Final = 5.0
 
 
 class PortSignal:
     """Connects once per `period` and disconnects. `refused_since` is None while connections are accepted."""
 
-    def __init__(
-        self, engine: str, *, period: float = 1.0, timeout: float = 5.0, clock: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, engine: str) -> None:
         self._host, self._port = host_and_port(engine)
-        self.period = period  # the caller may change it
-        self._timeout = timeout
-        self._clock = clock
+        self.period = 1.0  # seconds; the caller may change it
         self.refused_since: float | None = None
         self.opened = asyncio.Event()  # set by the first accepted connection
 
@@ -36,13 +34,11 @@ class PortSignal:
     async def poll(self) -> None:
         """Connect once."""
         try:
-            async with asyncio.timeout(self._timeout):
-                _, writer = await asyncio.open_connection(self._host, self._port)
+            _, writer = await asyncio.wait_for(asyncio.open_connection(self._host, self._port), CONNECT_TIMEOUT_S)
         except ConnectionRefusedError:
-            if self.refused_since is None:
-                self.refused_since = self._clock()
+            self.refused_since = self.refused_since or time.monotonic()
             return
-        except (OSError, TimeoutError):
+        except OSError:  # TimeoutError included
             return  # unknown: neither open nor refused
         self.refused_since = None
         self.opened.set()

@@ -8,10 +8,11 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import threading
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from typing import Any, Final, TypeVar
 
 from sidecar.readings import Absent, Failed
@@ -19,11 +20,9 @@ from sidecar.signals import engine_processes, stack_dump
 from sidecar.signals.process_state import EngineProcess, ProcessEvidence, ProcessLook, find_symptom, summarize
 
 ROUND_INTERVAL_S: Final = 5.0
-# For all dumps of a round together.
-DUMPS_TIMEOUT_S: Final = 4.0
+DUMPS_TIMEOUT_S: Final = 4.0  # for all dumps of a round together
 PROC_TIMEOUT_S: Final = 2.0
-# The core, eight workers, an API, and some more.
-MAX_DUMPED_PROCESSES: Final = 12
+MAX_DUMPED_PROCESSES: Final = 12  # the core, eight workers, an API, and some more
 # The sidecar has few cores, and must not take those of the engine.
 MAX_CONCURRENT_DUMPS: Final = 2
 
@@ -42,67 +41,56 @@ class HangProofThread:
         """The result of `call`, or why there is none in time."""
         if self._busy:
             return Failed("/proc still hangs since an earlier look: a process of the engine is blocked in the kernel")
-        loop = asyncio.get_running_loop()
-        done: asyncio.Future[T | Failed] = loop.create_future()
-
-        def finish(result: T | Failed) -> None:
-            self._busy = False
-            if not done.done():
-                done.set_result(result)
+        done = concurrent.futures.Future[T | Failed]()
 
         def work() -> None:
             try:
                 result: T | Failed = call()
             except Exception as e:  # noqa: BLE001 - any error becomes part of the evidence
                 result = Failed(f"the engine's processes could not be examined ({type(e).__name__})")
-            with suppress(RuntimeError):  # the loop is closed
-                loop.call_soon_threadsafe(finish, result)
+            self._busy = False
+            with suppress(concurrent.futures.InvalidStateError):  # nobody waits any more
+                done.set_result(result)
 
         self._busy = True
         threading.Thread(target=work, name="engine-processes", daemon=True).start()
         try:
-            async with asyncio.timeout(self._timeout_s):
-                return await done
+            return await asyncio.wait_for(asyncio.wrap_future(done), self._timeout_s)
         except TimeoutError:
             return Failed(f"/proc hangs for {self._timeout_s:.0f} s: a process of the engine is blocked in the kernel")
 
 
+@dataclass(eq=False, slots=True)
 class ProcessExaminer:
     """Examines the processes behind an engine's URL. `locate_py_spy` returns its path or None."""
 
-    def __init__(
-        self,
-        engine: str,
-        interval_s: float = ROUND_INTERVAL_S,
-        locate_py_spy: Callable[[], str | None] = stack_dump.locate,
-    ) -> None:
-        self._engine = engine
-        self._interval_s = interval_s
-        self._locate_py_spy = locate_py_spy
-        self._thread = HangProofThread()
+    engine: str
+    interval_s: float = ROUND_INTERVAL_S
+    locate_py_spy: Callable[[], str | None] = stack_dump.locate
+    _thread: HangProofThread = field(default_factory=HangProofThread, init=False)
 
     async def examine(self, store: Store) -> None:
         """Do both rounds and store the evidence after each. Raises only what `store` raises."""
         loop = asyncio.get_running_loop()
         began = loop.time()
-        found = await self._thread.run(lambda: engine_processes.find(self._engine))
+        found = await self._thread.run(lambda: engine_processes.find(self.engine))
         if not isinstance(found, tuple):
             reason = found.reason if isinstance(found, Absent) else found.error
             await store({"summary": reason, "processes": _format_missing(found), "complete": True})
             return
         evidence = await self._round(tuple(ProcessEvidence(process) for process in found))
         await store(_format_bundle(evidence, complete=False))
-        await asyncio.sleep(max(0.0, began + self._interval_s - loop.time()))
+        await asyncio.sleep(max(0.0, began + self.interval_s - loop.time()))
         await store(_format_bundle(await self._round(evidence), complete=True))
 
     async def _round(self, evidence: tuple[ProcessEvidence, ...]) -> tuple[ProcessEvidence, ...]:
         """Add a look and a dump of each process."""
         processes = tuple(item.process for item in evidence)
         looks = await self._thread.run(lambda: tuple(engine_processes.look(process) for process in processes))
-        dumps = await dump_all(processes[:MAX_DUMPED_PROCESSES], self._locate_py_spy())
+        dumps = await dump_all(processes[:MAX_DUMPED_PROCESSES], self.locate_py_spy())
+        each = [looks] * len(processes) if isinstance(looks, Failed) else looks
         return tuple(
-            item.with_round(looks if isinstance(looks, Failed) else looks[i], dumps.get(item.process.pid))
-            for i, item in enumerate(evidence)
+            item.with_round(look, dumps.get(item.process.pid)) for item, look in zip(evidence, each, strict=True)
         )
 
 

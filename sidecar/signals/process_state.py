@@ -16,12 +16,10 @@ from sidecar.readings import Failed
 # CPU use, in cores, above which a process spins, and below which it sleeps.
 MIN_SPINNING_CORES: Final = 0.8
 MAX_ASLEEP_CORES: Final = 0.05
-# Rank of what healthy processes do, too.
-ORDINARY_RANK: Final = 4
+ORDINARY_RANK: Final = 4  # rank of what healthy processes do, too
 
 Role = Literal["core", "worker", "api", "other"]
-# The order of interest for an operator.
-ROLES: Final[tuple[Role, ...]] = ("core", "worker", "api", "other")
+ROLES: Final[tuple[Role, ...]] = ("core", "worker", "api", "other")  # the order of interest for an operator
 
 # The kernel keeps 15 characters of a name.
 _NAMES: Final = (
@@ -127,9 +125,8 @@ def find_symptom(evidence: ProcessEvidence) -> tuple[int, str]:
         return 1, f"uninterruptible (D) in {last.wchan or 'the kernel'}: waiting for a driver or a disk"
     cores = _used_cores(looks)
     if cores is None:
-        return ORDINARY_RANK, {"R": "running", "S": "asleep"}.get(last.state, f"state {last.state}") + _format_wait(
-            last
-        )
+        state = {"R": "running", "S": "asleep"}.get(last.state, f"state {last.state}")
+        return ORDINARY_RANK, state + _format_wait(last)
     if cores >= MIN_SPINNING_CORES:
         return 3, f"spinning at {cores:.0%} CPU" + _format_place(evidence, _busiest_thread(looks))
     if cores >= MAX_ASLEEP_CORES:

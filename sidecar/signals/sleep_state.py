@@ -11,6 +11,7 @@ import asyncio
 import json
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Final
 
 import aiohttp
@@ -20,52 +21,43 @@ from sidecar.signals.http_body import read_body
 
 SLEEP_POLL_INTERVAL_S: Final = 2.0
 SLEEP_POLL_TIMEOUT_S: Final = 2.0
-# Without a response for this long, the last state is dropped.
 SLEEP_STATE_STALE_S: Final = 10.0
 # llama.cpp's /props contains a chat template.
 MAX_SLEEP_ANSWER_BYTES: Final = 1 << 20
 MISSING_STATUSES: Final = (401, 403, 404, 405, 501)
 
 
+@dataclass(eq=False, slots=True)
 class SleepSignal:
     """Polls the `signs` of the engine at base URL `engine`."""
 
-    def __init__(
-        self,
-        session: aiohttp.ClientSession,
-        engine: str,
-        signs: tuple[KindSign, ...],
-        headers: Mapping[str, str],
-        *,
-        period: float = SLEEP_POLL_INTERVAL_S,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self._session = session
-        self._engine = engine
-        self._signs = signs
-        self._headers = headers
-        self._period = period
-        self._clock = clock
-        self._state, self._at = "", 0.0
+    session: aiohttp.ClientSession
+    engine: str
+    signs: tuple[KindSign, ...]
+    headers: Mapping[str, str]
+    period: float = SLEEP_POLL_INTERVAL_S
+    clock: Callable[[], float] = time.monotonic
+    _state: str = field(default="", init=False)
+    _at: float = field(default=0.0, init=False)
 
     def read(self) -> str:
         """The reason code of the sleep or pause; "" if the engine is awake, has no such sign, or no longer responds."""
-        return self._state if self._clock() - self._at <= SLEEP_STATE_STALE_S else ""
+        return self._state if self.clock() - self._at <= SLEEP_STATE_STALE_S else ""
 
     async def run(self) -> None:
         """Poll until cancelled, or until no sign is left."""
-        while self._signs:
+        while self.signs:
             await self.poll()
-            await asyncio.sleep(self._period)
+            await asyncio.sleep(self.period)
 
     async def poll(self) -> str:
         """Poll each sign once."""
-        for sign in self._signs:
+        for sign in self.signs:
             asleep = await self._request(sign)
             if asleep is None:
                 return self.read()
             if asleep:
-                self._state, self._at = sign.means, self._clock()
+                self._state, self._at = sign.means, self.clock()
                 return self._state
         self._state = ""
         return ""
@@ -74,9 +66,9 @@ class SleepSignal:
         """Whether one sign is set; None without a usable response."""
         timeout = aiohttp.ClientTimeout(total=SLEEP_POLL_TIMEOUT_S)
         try:
-            async with self._session.get(self._engine + sign.path, headers=self._headers, timeout=timeout) as response:
+            async with self.session.get(self.engine + sign.path, headers=self.headers, timeout=timeout) as response:
                 if response.status in MISSING_STATUSES:
-                    self._signs = tuple(other for other in self._signs if other != sign)
+                    self.signs = tuple(other for other in self.signs if other != sign)
                     return False
                 if response.status != 200:
                     return None

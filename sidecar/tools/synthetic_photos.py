@@ -27,14 +27,10 @@ def photo(width: int, height: int, seed: int = 0, *, quality: int = 90, exif_ori
     """A JPEG (4:2:0) of `width` x `height` pixels. `exif_orientation` 1..8 is written as EXIF, 0 writes none."""
     from PIL import Image
 
-    image = Image.fromarray(pixels(width, height, seed))
-    out = io.BytesIO()
-    extra: dict[str, Any] = {}
-    if exif_orientation:
-        exif = Image.Exif()
-        exif[0x0112] = exif_orientation
-        extra["exif"] = exif
-    image.save(out, "JPEG", quality=quality, **extra)
+    out, exif = io.BytesIO(), Image.Exif()
+    exif[0x0112] = exif_orientation
+    extra = {"exif": exif} if exif_orientation else {}
+    Image.fromarray(pixels(width, height, seed)).save(out, "JPEG", quality=quality, **extra)
     return out.getvalue()
 
 

@@ -72,12 +72,10 @@ def main(settings: UsageSettings) -> int:
     path, until = Path(settings.state_dir) / USAGE_FILE, time.time() + 60
     since, by = until - 60 - parse_span(settings.since), tuple(filter(None, settings.by.split(",")))
     try:
-        found = read(path, since, until, by)
-        outcomes = read(path, since, until, ("outcome",))
+        found, outcomes = (read(path, since, until, names) for names in (by, ("outcome",)))
     except FileNotFoundError:
-        raise NoUsageRecords(
-            f"--state-dir: no usage records in {settings.state_dir}; name the state directory of a sidecar"
-        ) from None
+        why = f"no usage records in {settings.state_dir}; name the state directory of a sidecar"
+        raise NoUsageRecords(f"--state-dir: {why}") from None
     except (OSError, sqlite3.Error) as e:
         raise NoUsageRecords(f"--state-dir: the usage records {path} cannot be read: {e}") from None
     wasted = sum(sums.gpu_seconds for (outcome,), sums in outcomes if outcome != "ok")
@@ -95,15 +93,12 @@ def line(by: tuple[str, ...], key: tuple[Any, ...], sums: UsageSums, price: floa
 
 def summary(rows: Sequence[Row], wasted: float, price: float) -> str:
     """The last line: the total and its wasted share."""
-    total = UsageSums()
-    for _, sums in rows:
-        total.add(sums)
-    if not total.requests:
+    requests, mu, seconds = (sum(getattr(s, name) for _, s in rows) for name in ("requests", "mu", "gpu_seconds"))
+    if not requests:
         return "no requests in this time"
-    share = wasted / total.gpu_seconds if total.gpu_seconds else 0.0
-    cost = f", ${total.gpu_seconds / 3600 * price:.2f}" if price else ""
-    used = f"{total.requests} requests, {total.mu:.1f} MU, {total.gpu_seconds:.0f} GPU seconds{cost}"
-    return f"{used}; {share:.1%} wasted (not ok)"
+    cost = f", ${seconds / 3600 * price:.2f}" if price else ""
+    share = wasted / seconds if seconds else 0.0
+    return f"{requests} requests, {mu:.1f} MU, {seconds:.0f} GPU seconds{cost}; {share:.1%} wasted (not ok)"
 
 
 def as_table(rows: Sequence[dict[str, Any]], total: str) -> None:

@@ -57,9 +57,8 @@ async def test_one_errand_of_a_name_at_a_time_and_none_after_the_end(caplog: pyt
     tasks, broken = BackgroundTasks(), list[str]()
     for expected in (True, False):
         assert tasks.start("state", asyncio.Event().wait(), broken.append) is expected  # type: ignore[arg-type]
-    assert tasks.is_running("state")
     await tasks.close()
-    assert not tasks.start("state", breaks()) and not tasks.is_running("state")
+    assert not tasks.start("state", breaks()) and not tasks.start("other", breaks())
     assert not broken and not caplog.records
 
 
@@ -78,12 +77,12 @@ async def ticker(tmp_path: Path) -> AsyncIterator[ControlLoop]:
     chosen = load(Settings, {"engine": "http://127.0.0.1:9"}, {})
     async with AsyncExitStack() as stack:
         session = await stack.enter_async_context(aiohttp.ClientSession())
-        made, signals, _ = process.build(chosen, cost_model.Coefficients(), StateDir(str(tmp_path)), session, stack)
+        made = process.build(chosen, cost_model.Coefficients(), StateDir(str(tmp_path)), session, stack)
 
         async def impossible() -> bool:
             raise TypeError
 
-        signals.engine.canary = CanarySignal(session, chosen.engine, OPENAI, {}, model="model", asleep=impossible)
+        made.engine.canary = CanarySignal(session, chosen.engine, OPENAI, {}, model="model", asleep=impossible)
         yield made
 
 

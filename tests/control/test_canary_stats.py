@@ -4,26 +4,23 @@ from __future__ import annotations
 
 import pytest
 
-from sidecar.control.canary_stats import CanaryStats
-from sidecar.control.state import ControlState
+from sidecar.control.state import ControlState, add_canary
 from sidecar.events import CanaryResult, RequestSize
 from sidecar.health.garbage import MIN_CANARIES, STRIKES
 from sidecar.health.monitor import TickReadings
 from sidecar.load import cost_model
 from sidecar.readings import Absent
 from sidecar.settings import Settings
+from sidecar.snapshot import CanaryUse
 
 
 def test_a_canary_costs_what_its_tokens_cost() -> None:
     """Each canary that passed adds its prompt and its token, in MU and tokens; an embedding has no output."""
     co = cost_model.Coefficients()
-    canaries = CanaryStats(co)
-    canaries.add(CanaryResult("ok", 0.0, 1.0, 8.0, prompt_tokens=16, digest="a"))
-    canaries.add(CanaryResult("ok", 0.0, 1.0, 8.0, prompt_tokens=2))
-    assert canaries.use(garbage=False).tokens == 19
-    assert canaries.use(garbage=False).mu == pytest.approx(
-        cost_model.mu(RequestSize(16, output=1), co) + cost_model.mu(RequestSize(2), co)
-    )
+    use = add_canary(CanaryUse(), CanaryResult("ok", 0.0, 1.0, 8.0, prompt_tokens=16, digest="a"), co)
+    use = add_canary(use, CanaryResult("ok", 0.0, 1.0, 8.0, prompt_tokens=2), co)
+    assert (use.passed, use.tokens) == (2, 19)
+    assert use.mu == pytest.approx(cost_model.mu(RequestSize(16, output=1), co) + cost_model.mu(RequestSize(2), co))
 
 
 def ended(outcome: str, *, known: bool = False) -> CanaryResult:

@@ -43,10 +43,10 @@ def fitted(prior: Coefficients, seen: Iterable[WorkWindow]) -> Refit:
 
 def error(refit: Refit, seen: Iterable[WorkWindow]) -> float:
     """Mean log error on windows that were not learned."""
-    shadow = refit.shadow()
-    assert shadow
+    co = refit.shadow()
+    assert co
     step, token = PRIOR_STEP_SHARE * refit.times[STEP_INDEX], (1 - PRIOR_STEP_SHARE) * refit.times[STEP_INDEX + 1]
-    co, shared = shadow.co, step / (step + token)
+    shared = step / (step + token)
     errors = []
     for window in seen:
         x = dict(zip(WINDOW_TERMS, window.work, strict=True))
@@ -65,7 +65,7 @@ def test_the_refit_converges_on_known_coefficients(prior: Coefficients, shared: 
     shadow = refit.shadow()
     assert shadow
     d = TRUE.d * (1 - shared + shared * TRUE.batch / prior.batch)  # at the batch that the prior holds for
-    assert cost_model.unit_ms(shadow.co) == pytest.approx(cost_model.unit_ms(replace(TRUE, d=d)), rel=0.12)
+    assert cost_model.unit_ms(shadow) == pytest.approx(cost_model.unit_ms(replace(TRUE, d=d)), rel=0.12)
 
 
 def test_a_term_that_the_traffic_does_not_show_keeps_its_share() -> None:
@@ -73,7 +73,7 @@ def test_a_term_that_the_traffic_does_not_show_keeps_its_share() -> None:
     refit = fitted(replace(TRUE, g=0.025, h=2.0), windows(TRUE, 200, seed=3, images=False))
     shadow = refit.shadow()
     assert shadow
-    assert 0.5 < shadow.co.g / 0.025 < 2.0
+    assert 0.5 < shadow.g / 0.025 < 2.0
 
 
 numbers = st.floats(0, 1e12) | st.sampled_from([0.0, 1e-12, 1e300, math.inf, math.nan])
@@ -108,7 +108,7 @@ def test_one_odd_window_pulls_with_a_bounded_gain(seed: int, odd: float) -> None
     after = refit.shadow()
     assert before
     assert after
-    assert cost_model.unit_ms(after.co) == pytest.approx(cost_model.unit_ms(before.co), rel=0.1)
+    assert cost_model.unit_ms(after) == pytest.approx(cost_model.unit_ms(before), rel=0.1)
 
 
 # --- the alarm ---
@@ -264,7 +264,7 @@ def test_a_slower_scheduler_is_found(rate: float) -> None:
     assert upkeep.margin == pytest.approx(0.5)
     shadow = upkeep.refit.shadow()
     assert shadow
-    assert shadow.co.a > 0.05
+    assert shadow.a > 0.05
 
 
 WORK = RequestSize(1000, output=100)

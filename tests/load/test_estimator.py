@@ -99,7 +99,7 @@ def test_a_price_is_the_units_price() -> None:
 
 def test_the_tables_are_bounded() -> None:
     """The least recently used mean is evicted first, and starts again from its start value."""
-    means: DecayedMeans[int] = DecayedMeans(1.0, limit=2)
+    means = DecayedMeans(1.0, limit=2)
     for key in (1, 2, 1, 3):
         means.add(key, 100.0)
     assert [means.get(key) > 1.0 for key in (1, 2, 3)] == [True, False, True]

@@ -50,7 +50,7 @@ def test_a_request_holds_its_estimate_releases_its_prefill_and_settles_on_usage(
     assert done is not None and done.work == RequestSize(600, 400, 50)
     assert done.mu == cost_model.mu(RequestSize(600, 400, 50), CO)
     assert ledger.in_flight() == type(ledger.in_flight())(0.0, 0, 0, 0, 0)
-    assert ledger.mu_per_minute(3.0) == pytest.approx(done.mu)
+    assert ledger.flow.sum(3.0) == pytest.approx(done.mu)
     assert ledger.delivered_total == 50
 
 

@@ -13,10 +13,12 @@ from aiohttp import web
 
 from sidecar.events import Event, Settled
 from sidecar.load.cost_model import Coefficients
+from sidecar.load.estimator import Estimator
 from sidecar.relay import engine_io
 from sidecar.relay.client_io import CLIENT_STALL_S
 from sidecar.relay.concurrency import MAX_QUEUED
 from sidecar.relay.handler import Relay
+from sidecar.relay.pricing.charge import Pricing
 from sidecar.settings import Settings
 
 from ..waiting import PATIENCE
@@ -132,9 +134,10 @@ async def rig() -> AsyncIterator[Callable[..., Awaitable[Rig]]]:
             client_stall: float = CLIENT_STALL_S,
             **settings: Any,
         ) -> Rig:
-            ways = {"preprocess": preprocess, "fetch": fetch, "is_shm_ready": shm, "pricing": pricing}
+            ways = {"images": images, "preprocess": preprocess, "fetch": fetch, "is_shm_ready": shm}
             ways |= {"max_queued": max_queued, "client_stall": client_stall}
-            return await stack.enter_async_context(_rig(engine, images, ways, kind, settings))
+            own = Settings(engine=engine, engine_kind=kind, **settings)
+            return await stack.enter_async_context(_rig(own, pricing or Pricing(Estimator(Coefficients())), ways))
 
         yield start
 
@@ -146,12 +149,9 @@ async def emitted() -> EmittedEvents:
 
 
 @asynccontextmanager
-async def _rig(
-    engine: str, images: Any, ways: dict[str, Any], kind: str, settings: dict[str, Any]
-) -> AsyncIterator[Rig]:
+async def _rig(own: Settings, pricing: Pricing, ways: dict[str, Any]) -> AsyncIterator[Rig]:
     emitted = EmittedEvents()
-    own = Settings(engine=engine, **settings)
-    relay = Relay(own, Coefficients(), emitted, engine_kind=kind, images=images, **ways)
+    relay = Relay(own, emitted, pricing, **ways)
     server = web.Server(
         relay.handle,
         handler_cancellation=True,

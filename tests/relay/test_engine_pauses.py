@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import closing
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from aiohttp import web
 
 from sidecar.events import Directing, EnginePauseChanged, Event, Settled
 from sidecar.relay.engine_io import MAX_REPEATED_BYTES
-from sidecar.relay.engine_pauses import PAUSE_ROUTES, PauseCalls, is_partial, route_of
+from sidecar.relay.engine_pauses import PAUSE_ROUTES, PauseCall, is_partial, route_of
 from sidecar.tools.scripted_engine.server import EngineSettings, ScriptedEngine
 
 from ..waiting import PATIENCE
@@ -236,7 +237,7 @@ def test_what_an_answer_means(path: str, status: int, orders: list[bool]) -> Non
     """Only a 2xx takes an order or its opposite; a call that lasts as long as the stop is neither."""
     emitted: list[Event] = []
     route = route_of("POST", path)
-    with PauseCalls(emitted.append, lambda: 1.0).call(route) as call:
+    with closing(PauseCall(emitted.append, lambda: 1.0, 1, route)) as call:
         call.sent()
         call.answered(status)
     assert route is not None
@@ -248,7 +249,7 @@ def test_what_an_answer_means(path: str, status: int, orders: list[bool]) -> Non
 def test_an_answer_that_comes_before_the_body_was_sent_ends_the_call() -> None:
     """What is written of the body afterwards begins nothing."""
     emitted: list[Event] = []
-    with PauseCalls(emitted.append, lambda: 1.0).call(route_of("POST", "/update_weights")) as call:
+    with closing(PauseCall(emitted.append, lambda: 1.0, 1, route_of("POST", "/update_weights"))) as call:
         call.answered(413)
         call.sent()
     assert emitted == []

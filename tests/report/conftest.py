@@ -19,10 +19,10 @@ from sidecar import events, readings, snapshot
 from sidecar.report import live_page
 
 from ..waiting import PATIENCE
+from .snapshots import GPU, SNAPSHOT
 
 Script = Callable[..., Any]
 WALL = 1_763_694_000.0  # when the scripted story begins
-GIB = 1 << 30
 
 # --- scripted snapshots ---
 
@@ -34,47 +34,15 @@ def verdict(
 
 
 def moment(at: float = 600.0, **changed: Any) -> snapshot.Snapshot:
-    """A snapshot of a busy engine at `at`, with the given fields replaced."""
-    load = snapshot.Load(
-        mu_in_flight=3.21,
-        mu_max_in_flight=12.0,
-        mu_per_minute=41.0,
-        mu_max_per_minute=100.0,
-        utilization=0.41,
-        limited_by="flow",
-        prefill_tokens_in_flight=5120,
-        decode_tokens_in_flight=900,
-        tokens_delivered_total=1_234_567,
-        tokens_per_second=812.0,
-        requests_in_flight=7,
-        requests_waiting=2,
-        requests_per_second=2.5,
-        coefficients_fingerprint="default-8b-h100",
-        coefficients_source="default",
-        coefficients_stale=False,
-    )
-    gpu = readings.GpuSample(
-        0,
-        "NVIDIA H200",
-        "GPU-1",
-        readings.Value(0.93, at),
-        readings.Value(121 * GIB, at),
-        readings.Value(141 * GIB, at),
-        readings.Value(640.0, at),
-        readings.Absent("not supported under MIG"),
-        ((31, 2),),
-    )
-    whole = snapshot.Snapshot(
+    """The shared snapshot at `at`, with all that the page shows, and with the given fields replaced."""
+    cold = readings.Absent("not supported under MIG")
+    gpu = replace(GPU, power=readings.Value(640.0, at), temperature=cold, xid_errors=((31, 2),))
+    whole = replace(
+        SNAPSHOT,
         at=at,
         at_wall=WALL + at,
         version="0.1.0",
-        engine_kind="vllm",
-        draining=False,
         verdict=verdict(),
-        progress_age=0.12,
-        silence_allowed=20.0,
-        silence_ruled_by="predicted",
-        load=load,
         tenants=(
             snapshot.TenantUse(
                 "acme", 4, 2.2, 812.5, 1900, 820_000, (("ok", 1880), ("client_cancelled", 14), ("stalled", 6))
@@ -94,12 +62,9 @@ def moment(at: float = 600.0, **changed: Any) -> snapshot.Snapshot:
         ),
         gpus=readings.Value((gpu,), at),
         own=readings.Value(readings.ProcessSample(17, 48 << 20, 21.5, 5), at),
-        own_lag=0.0011,
         relays=(snapshot.RelayUse(0, 21, 0, 5, 0.0009, 0.4), snapshot.RelayUse(1, 22, 1, 4, 0.0013, 0.7)),
         canary=events.CanaryResult("ok", at - 61.0, at - 60.8, 8.0),
-        canary_outstanding_since=None,
         changes=(verdict(), verdict("idle", "no_work", since=-30.0)),
-        diagnoses=(),
     )
     return replace(whole, **changed)
 

@@ -18,7 +18,7 @@ from sidecar.report.metrics import MAX_PAIRS_PER_TENANT, METRICS, Metrics
 from sidecar.report.prometheus import MetricsPages
 from sidecar.snapshot import CanaryUse
 
-from .test_reports import SNAPSHOT
+from .snapshots import SNAPSHOT
 
 # Users' dashboards and routers depend on these; a change here breaks them.
 CONTRACT = re.findall(
@@ -54,7 +54,7 @@ def key(name: str, **labels: str) -> tuple[str, frozenset[tuple[str, str]]]:
 
 
 def settle(meters: Metrics, tenant: str = "acme", model: str = "llama", **more: float) -> None:
-    meters.settled(tenant, model, "ok", mu=more.pop("mu", 0.5), seconds=more.pop("seconds", 2.0), **more)
+    meters.settled(tenant, model, "ok", **{"mu": 0.5, "request": 2.0, **more})
 
 
 @pytest.mark.parametrize("written", CONTRACT)
@@ -80,9 +80,9 @@ def test_the_contract_here_is_the_written_one(requires: Callable[[str], Path]) -
 def test_a_settled_request_is_counted_by_tenant_model_and_outcome() -> None:
     """Requests, MU and dollars add up per label set, and times go into their histograms."""
     meters = Metrics(max_tenants=5)
-    settle(meters, mu=0.5, ttft=0.2, tpot=0.012, overhead=0.0003, dollars=0.01)
+    settle(meters, dollars=0.01, time_to_first_token=0.2, time_per_output_token=0.012, relay_overhead=0.0003)
     settle(meters, mu=0.25, dollars=0.02)
-    meters.settled("acme", "llama", "client_cancelled", mu=0.1, seconds=1.0)
+    meters.settled("acme", "llama", "client_cancelled", mu=0.1, request=1.0)
     got = series(meters)
     ok = {"tenant": "acme", "model": "llama", "outcome": "ok"}
     assert got[key("sidecar_requests_total", **ok)] == 2
@@ -109,7 +109,7 @@ def test_a_histogram_is_cumulative_and_complete(values: list[float]) -> None:
     """Each bucket counts the values up to its bound, +Inf counts all, and the sum is right."""
     meters = Metrics(max_tenants=5)
     for value in values:
-        settle(meters, seconds=value)
+        settle(meters, request=value)
     got = series(meters)
     buckets = {dict(labels)["le"]: n for (name, labels), n in got.items() if name == "sidecar_request_seconds_bucket"}
     assert all(n == sum(v <= float(le) for v in values) for le, n in buckets.items())
@@ -147,7 +147,7 @@ def test_clients_cannot_multiply_series() -> None:
     limit = 5
     meters = Metrics(max_tenants=limit)
     for n in range(1000):
-        meters.settled(f"tenant {n}" * 20, f"model {n % 97}", OUTCOMES[n % 6], mu=1.0, seconds=1.0)
+        meters.settled(f"tenant {n}" * 20, f"model {n % 97}", OUTCOMES[n % 6], mu=1.0, request=1.0)
     requests = {labels: v for (name, labels), v in series(meters).items() if name == "sidecar_requests_total"}
     clients = {(dict(labels)["tenant"], dict(labels)["model"]) for labels in requests}
     assert len(clients) <= limit * MAX_PAIRS_PER_TENANT + 1

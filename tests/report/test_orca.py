@@ -23,35 +23,15 @@ from sidecar.control.relay_pool import RelayPool
 from sidecar.errors import StartError
 from sidecar.events import LoadReport, LoadSubscribed
 from sidecar.launch.preflight import reserve
-from sidecar.readings import EngineSample, Failed, Reading, Value
+from sidecar.readings import EngineSample, Failed, Value
 from sidecar.report import orca, orca_proto, orca_server
 from sidecar.report.orca_proto import Report as OrcaLoadReport
 from sidecar.report.orca_proto import Request as OrcaLoadReportRequest
 from sidecar.runtime.channel import Channel
-from sidecar.snapshot import Load
 
 from ..waiting import PATIENCE
+from .snapshots import ENGINE, LOAD
 
-LOAD = Load(
-    mu_in_flight=3.2,
-    mu_max_in_flight=12.0,
-    mu_per_minute=41.0,
-    mu_max_per_minute=100.0,
-    utilization=0.41,
-    limited_by="flow",
-    prefill_tokens_in_flight=5120,
-    decode_tokens_in_flight=900,
-    tokens_delivered_total=123456,
-    tokens_per_second=500.0,
-    requests_in_flight=7,
-    requests_waiting=2,
-    requests_per_second=0.7,
-    coefficients_fingerprint="llama-h100",
-    coefficients_source="file",
-    coefficients_stale=False,
-    recent_mu_per_second=0.5,
-)
-ENGINE: Reading[EngineSample] = Value(EngineSample(running=5, waiting=3, kv_usage=0.3), 99.0, 0.004)
 FORMS = pytest.mark.parametrize(
     "form", [orca.OrcaReport.json, orca.OrcaReport.text, orca.OrcaReport.binary], ids=lambda f: f.__name__
 )
@@ -202,7 +182,7 @@ class Control:
 
     def publish(self, utilization: float) -> None:
         r = orca.report(replace(LOAD, recent_mu_per_second=0.0), ENGINE, utilization)
-        self.pool.send(LoadReport(r.json(), r.text(), "idle", "", r.binary()))
+        self.pool.publish(LoadReport(r.json(), r.text(), "idle", "", r.binary()))
 
 
 @pytest.fixture

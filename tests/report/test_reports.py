@@ -13,84 +13,26 @@ from prometheus_client import openmetrics, parser
 from prometheus_client.openmetrics import parser as openmetrics_parser
 
 from sidecar.events import STATES, AbortRequests, CanaryResult, ImagePrepared, Verdict
-from sidecar.readings import Absent, EngineSample, Failed, GpuSample, ProcessSample, Value
+from sidecar.readings import Absent, Failed, Value
 from sidecar.report import load_json, prometheus
 from sidecar.report.metrics import METRICS, Metrics
 from sidecar.report.prometheus import PLAIN_CONTENT_TYPE, MetricsPages, merge_pages
-from sidecar.snapshot import CanaryUse, ImageUse, Load, PriceUse, RelayUse, ShadowUse, Snapshot
+from sidecar.snapshot import ShadowUse, Snapshot
 
-LOAD = Load(
-    mu_in_flight=3.2,
-    mu_max_in_flight=12.0,
-    mu_per_minute=41.0,
-    mu_max_per_minute=100.0,
-    utilization=0.41,
-    limited_by="flow",
-    prefill_tokens_in_flight=5120,
-    decode_tokens_in_flight=900,
-    tokens_delivered_total=123456,
-    tokens_per_second=500.0,
-    requests_in_flight=7,
-    requests_waiting=2,
-    requests_per_second=0.7,
-    coefficients_fingerprint="llama-h100",
-    coefficients_source="file",
-    coefficients_stale=False,
-    parts=(("stock", 0.27), ("flow", 0.41), ("kv", 0.3), ("queue", None)),
-)
-GPU = GpuSample(
-    0,
-    "H100",
-    "GPU-0",
-    Value(0.93, 99.0),
-    Value(1 << 30, 99.0),
-    Value(80 << 30, 99.0),
-    Value(640.5, 99.0),
-    Value(61.0, 99.0),
-    ((79, 2),),
-    None,
-    Value(9.5e6, 99.0),
-    Value(1_980_000_000, 99.0),
-    Value(("power_cap",), 99.0),
-    Value(2, 99.0),
-)
-SNAPSHOT = Snapshot(
-    at=100.0,
-    at_wall=1_700_000_000.0,
-    version="1.2.3",
-    engine_kind="vllm",
-    draining=False,
-    verdict=Verdict("progressing", "bytes_delivered", "", 90.0, 1_699_999_990.0),
-    progress_age=0.25,
-    silence_allowed=8.0,
-    silence_ruled_by="floor",
-    load=LOAD,
-    tenants=(),
-    images=ImageUse((), (), 0, 0),
-    images_device="off",
-    engine=Value(EngineSample(running=5, waiting=3, kv_usage=0.3), 99.0, 0.004),
-    gpus=Value((GPU,), 99.0, 0.002),
-    own=Value(ProcessSample(1, 50_000_000, 3.0, 4), 99.0, 0.0001),
-    own_lag=0.001,
-    relays=(RelayUse(0, 10, 0, 7, 0.002, 0.5), RelayUse(1, 11, 0, 0, 0.003, 0.5)),
-    canary=None,
-    canary_outstanding_since=None,
-    changes=(),
-    diagnoses=(),
-    canaries=CanaryUse(usable=True),
-    prices=PriceUse("calibrated", margin=0.2, terms=(("decode", 60.0),), line=(("alpha", 0.1),), windows=3),
-)
+from .snapshots import GPU, SNAPSHOT
+
 ENGINE_PAGE = """# HELP vllm:num_requests_waiting Waiting.
 # TYPE vllm:num_requests_waiting gauge
 vllm:num_requests_waiting{model_name="llama"} 3.0
 """
+SECONDS = {"request": 2.0, "time_to_first_token": 0.2, "time_per_output_token": 0.01, "relay_overhead": 0.0003}
 
 
 def full() -> Metrics:
     """Metrics with at least one series each."""
     meters = Metrics(max_tenants=5)
     meters.update(SNAPSHOT)
-    meters.settled("acme", "llama", "ok", mu=0.5, seconds=2.0, ttft=0.2, tpot=0.01, overhead=0.0003, dollars=0.01)
+    meters.settled("acme", "llama", "ok", 0.5, 0.01, **SECONDS)
     meters.observe(ImagePrepared("r", 1.0, "jpeg", "ok", 0.03, (("decode", 0.006),), 1000, 3000))
     meters.observe(CanaryResult("ok", 10.0, 10.1, 8.0))
     meters.observe(Verdict("progressing", "bytes_delivered", "", 1.0, 1.0))

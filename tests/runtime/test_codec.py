@@ -71,15 +71,15 @@ async def test_a_record_that_no_line_can_hold_costs_no_other() -> None:
         writer.send(record)
     writer.close()
     await closed.wait()
-    assert got == [RECORDS[0], RECORDS[1]] and writer.dropped == 1
+    assert got == [RECORDS[0], RECORDS[1]]
 
 
 async def test_channel_delivers_in_order_and_reports_the_end() -> None:
-    """Records arrive whole and in order; garbage between them is counted; the end is reported once."""
+    """Records arrive whole and in order; garbage between them is dropped; the end is reported once."""
     left, right = socket.socketpair()
     got: list[object] = []
     closed = asyncio.Event()
-    reader = await Channel.open(right, got.append, closed.set)
+    await Channel.open(right, got.append, closed.set)
     writer = await Channel.open(left, got.append, lambda: None)
     for record in RECORDS[:3]:
         writer.send(record)
@@ -89,7 +89,5 @@ async def test_channel_delivers_in_order_and_reports_the_end() -> None:
         writer.send(record)
     writer.close()
     await closed.wait()
+    writer.send(RECORDS[0])  # which raises nothing although nobody listens
     assert got == RECORDS
-    assert reader.undecodable == 1
-    writer.send(RECORDS[0])
-    assert writer.dropped == 1

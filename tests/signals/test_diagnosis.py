@@ -40,7 +40,7 @@ async def ticker(tmp_path: Path) -> AsyncIterator[ControlLoop]:
     async with AsyncExitStack() as stack:
         session = await stack.enter_async_context(aiohttp.ClientSession())
         chosen = load(Settings, {"engine": "http://127.0.0.1:9"}, {})
-        yield app.build(chosen, cost_model.Coefficients(), StateDir(str(tmp_path)), session, stack)[0]
+        yield app.build(chosen, cost_model.Coefficients(), StateDir(str(tmp_path)), session, stack)
 
 
 def content(ticker: ControlLoop) -> dict[str, Any]:
@@ -121,20 +121,18 @@ async def test_a_look_that_hangs_is_left_behind() -> None:
 
 async def test_a_remote_engine_is_said_to_be_remote(ticker: ControlLoop, tmp_path: Path) -> None:
     """The bundle is still written, with the reason why no process was examined."""
-    await diagnose(ticker.sinks.diagnoses, ProcessExaminer("http://192.0.2.1:8000"), content(ticker), ID)
+    await diagnose(ticker.diagnoses, ProcessExaminer("http://192.0.2.1:8000"), content(ticker), ID)
     read = kept(tmp_path)
     assert read["complete"] and "not on this machine" in read["summary"] and "absent" in read["processes"]
-    assert read["engine_metrics"] and ticker.sinks.diagnoses.summaries()[0].summary == read["summary"]
+    assert read["engine_metrics"] and ticker.diagnoses.summaries()[0].summary == read["summary"]
 
 
 async def test_a_kill_after_the_first_step_loses_little(ticker: ControlLoop, tmp_path: Path, py_spy: str) -> None:
     """If the examination is cancelled, the earlier evidence is on disk, and a later run reads it."""
     with victim() as engine:
-        task = asyncio.create_task(
-            diagnose(ticker.sinks.diagnoses, ProcessExaminer(engine.url, 600), content(ticker), ID)
-        )
+        task = asyncio.create_task(diagnose(ticker.diagnoses, ProcessExaminer(engine.url, 600), content(ticker), ID))
         async with asyncio.timeout(60):
-            while not any(taken.summary for taken in ticker.sinks.diagnoses.summaries()):  # noqa: ASYNC110  a file has no event
+            while not any(taken.summary for taken in ticker.diagnoses.summaries()):  # noqa: ASYNC110  a file has no event
                 await asyncio.sleep(0.02)
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
@@ -149,8 +147,8 @@ async def test_a_disk_that_cannot_be_written_is_logged(
 ) -> None:
     """No bundle, a line in the log, and nothing else."""
     (tmp_path / "diagnoses").write_text("in the way")
-    await diagnose(ticker.sinks.diagnoses, ProcessExaminer("http://192.0.2.1:8000"), content(ticker), ID)
-    assert "cannot write the diagnosis" in caplog.text and not ticker.sinks.diagnoses.summaries()
+    await diagnose(ticker.diagnoses, ProcessExaminer("http://192.0.2.1:8000"), content(ticker), ID)
+    assert "cannot write the diagnosis" in caplog.text and not ticker.diagnoses.summaries()
 
 
 def test_a_bundle_is_bounded() -> None:
@@ -165,7 +163,7 @@ def test_a_bundle_is_bounded() -> None:
 
 async def test_bundles_are_bounded_in_number_and_rewritten_in_place(ticker: ControlLoop, tmp_path: Path) -> None:
     """The newest KEPT stay; a second step replaces the first instead of being another bundle."""
-    store = ticker.sinks.diagnoses
+    store = ticker.diagnoses
     for i in range(MAX_BUNDLES + 2):
         for _ in range(2):
             store.take(content(ticker), f"20261121T1015{i:02d}-no_progress")
@@ -198,7 +196,7 @@ async def test_no_word_of_a_request_is_in_a_bundle(ticker: ControlLoop, py_spy: 
         0, Admitted("id-of-a-user", 1.0, "acme-tenant", "m", "chat", True, RequestSize(10, 0, 5), 0.1, None)
     )
     with victim("spin_here") as engine:
-        await diagnose(ticker.sinks.diagnoses, ProcessExaminer(engine.url, 0.2), content(ticker), ID)
+        await diagnose(ticker.diagnoses, ProcessExaminer(engine.url, 0.2), content(ticker), ID)
     text = json.dumps(kept(tmp_path))
     assert '"route": "chat"' in text and "spin_here" in text
     for word in ("a prompt of a user", "sk-secret", "id-of-a-user", "acme-tenant"):

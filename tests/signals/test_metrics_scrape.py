@@ -21,7 +21,7 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 Serve = Callable[[Handler], Awaitable[str]]
 
 
-def parse(page: bytes, at: float) -> EngineSample:
+def parse(page: bytes) -> EngineSample:
     """The smallest parser that keeps the contract: ValueError on garbage."""
     name, value = page.decode().split()
     if name != "running":
@@ -100,7 +100,7 @@ async def test_an_api_without_a_page_that_answers_nothing_is_seen(serve: Serve, 
     await signal.poll(session)
     assert signal.unanswered
     free.set()
-    signal = ScrapeSignal(signal._url, None)
+    signal = ScrapeSignal(signal.url, None)
     await signal.poll(session)
     assert not signal.unanswered
 
@@ -207,7 +207,7 @@ async def test_a_closed_port_and_a_broken_answer_are_failed(session: aiohttp.Cli
 async def test_a_parser_that_breaks_does_not_break_the_loop(serve: Serve, session: aiohttp.ClientSession) -> None:
     """An error that no parser should raise is a failed reading like any other."""
 
-    def broken(page: bytes, at: float) -> EngineSample:
+    def broken(page: bytes) -> EngineSample:
         raise KeyError(page)
 
     signal = ScrapeSignal(await serve(answering()), broken)

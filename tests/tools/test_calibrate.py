@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sidecar.__main__ import run
+from sidecar.errors import UsageError
 from sidecar.events import RequestSize
 from sidecar.load import cost_model
 from sidecar.load.cost_model import Coefficients
@@ -143,7 +144,7 @@ def test_what_others_took_is_left_out() -> None:
     """The lower quartile of a shape's turns counts: one disturbed turn of five changes nothing."""
     shape = GridShape(8, 0, 1)
     (row,) = fit.merge_turns((shape, Measured(RequestSize(8, output=1), ms)) for ms in (10.0, 10.0, 10.0, 10.0, 90.0))
-    assert row.measured.ms == 10 and row.spread == 0
+    assert row.ms == 10 and row.spread == 0
 
 
 @pytest.mark.parametrize("length", [MIN_LENGTH_TOKENS, 512, 4096, 16_384])
@@ -196,8 +197,8 @@ def test_the_engine_is_full_where_more_requests_gain_little() -> None:
 
 def test_a_context_that_is_too_short_is_refused() -> None:
     """Too short a context is rejected."""
-    with pytest.raises(ValueError, match="256"):
-        plan_shapes(MIN_LENGTH_TOKENS - 1, cached=False)
+    with pytest.raises(UsageError, match="256"):
+        min_length(MIN_LENGTH_TOKENS - 1, {})
 
 
 def test_a_journal_goes_on_and_belongs_to_one_engine(tmp_path: Path) -> None:
@@ -212,18 +213,21 @@ def test_a_journal_goes_on_and_belongs_to_one_engine(tmp_path: Path) -> None:
             (SearchStep(2, 0.5, 2.0, RequestSize(8, output=1)),),
         ),
     )
-    entry = CheckpointEntry(Measured(RequestSize(8, output=1), 2.5), 1.5)
+    entry = CheckpointEntry(RequestSize(8, output=1), 2.5, shape, 0, 1.5)
+    later = replace(entry, turn=1)
     journal = Checkpoint(out, {"model": "a"})
-    assert journal.read() == (None, {})
+    assert (journal.plan, journal.done) == (None, {})
     journal.begin(planned)
-    journal.add(shape, 0, entry)
+    journal.add(entry)
     with (tmp_path / "co.json.partial").open("a") as file:
         file.write('{"shape": {"uncached": 8}')
     again = Checkpoint(out, {"model": "a"})
-    assert again.read() == (planned, {(shape, 0): entry})
-    again.add(shape, 1, entry)
-    assert Checkpoint(out, {"model": "a"}).read() == (planned, {(shape, 0): entry, (shape, 1): entry})
-    assert Checkpoint(out, {"model": "b"}).read() == (None, {})
+    assert (again.plan, again.done) == (planned, {(shape, 0): entry})
+    again.add(later)
+    again = Checkpoint(out, {"model": "a"})
+    assert (again.plan, again.done) == (planned, {(shape, 0): entry, (shape, 1): later})
+    other = Checkpoint(out, {"model": "b"})
+    assert (other.plan, other.done) == (None, {})
     journal.close()
     assert not list(tmp_path.iterdir())
 
@@ -241,8 +245,7 @@ async def test_a_scripted_engine_is_calibrated(tmp_path: Path) -> None:
             engine=running.url, out=str(out), seconds=6, concurrency=2, context=2048, slo_seconds=2
         )
         found, journal = await calibrate(chosen, out)
-    planned, done = journal.read()
-    assert planned == found.plan and 0 in {turn for _, turn in done}
+    assert 0 in {turn for _, turn in journal.done}
     co = found.co
     assert co.d > 0.4 * 2.0 / 2, "two requests share a step of 2 ms; a busy machine makes it longer, never shorter"
     assert (
@@ -251,7 +254,7 @@ async def test_a_scripted_engine_is_calibrated(tmp_path: Path) -> None:
         and co.model == "scripted"
     )
     assert co.batch == 2 and co.engine.endswith("scripted")
-    assert any(row.shape.images for row in found.fitted) or planned.length < 1024
+    assert any(row.shape.images for row in found.fitted) or found.plan.length < 1024
     text = report.text(found, 2)
     assert (
         "held out: MAPE" in text
@@ -324,10 +327,8 @@ async def test_a_run_tells_of_others_that_come_meanwhile(monkeypatch: Any) -> No
         return 5.0
 
     async with ScriptedEngine(quick()) as running, aiohttp.ClientSession() as session:
-        target = PromptTarget(running.url, "scripted", ids=False)
-        sample = await traffic.CalibrationTraffic(session, target, background=traffic.BackgroundLoad(load)).run(
-            GridShape(16, 0, 8), 2, 0.2
-        )
+        target = PromptTarget(session, running.url, "scripted", ids=False)
+        sample = await traffic.CalibrationTraffic(target, load=load).run(GridShape(16, 0, 8), 2, 0.2)
     assert sample.others == 3
 
 
@@ -382,5 +383,5 @@ async def test_of_several_models_one_that_is_loaded_is_measured() -> None:
     """A server that loads on demand is not made to load another one."""
     server = OnDemand("a", "b", says=True, loaded="b")
     async with server.shown() as shown, aiohttp.ClientSession() as session:
-        assert (await capabilities.text_target(session, shown.url, "")).model == "b"
+        assert (await capabilities.text_target(PromptTarget(session, shown.url))).model == "b"
     assert server.loads == []

@@ -70,12 +70,13 @@ def test_containers_keep_our_environment_out(stage: DemoProcesses, monkeypatch: 
 
 def test_the_engine_is_probed_through_the_sidecar(stage: DemoProcesses) -> None:
     """Each of the engine's probes asks the admin port, and liveness keeps Kubernetes' threshold of three."""
-    container = stage.engine_container()
-    for spec, path in ((container.startup, "startupz"), (container.readiness, "readyz"), (container.liveness, "livez")):
-        assert spec is not None
-        assert spec.action.url == f"{processes.url(stage.admin)}/{path}"  # type: ignore[union-attr]
-    assert container.liveness is not None
-    assert container.liveness.failure_threshold == 3
+    probes = stage.engine_container().probes
+    admin = processes.url(stage.admin)
+    paths = {"startup": "startupz", "readiness": "readyz", "liveness": "livez"}
+    assert {kind: spec.url for kind, spec in probes.items()} == {
+        kind: f"{admin}/{path}" for kind, path in paths.items()
+    }
+    assert probes["liveness"].failure_threshold == 3
 
 
 def test_quick_settings_are_told_with_the_defaults() -> None:

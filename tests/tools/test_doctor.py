@@ -37,7 +37,7 @@ async def engine() -> AsyncIterator[ScriptedEngine]:
 
 
 async def of_engine(url: str, **chosen: Any) -> dict[str, DoctorFinding]:
-    return {f.name: f for f in await engine_checks.check(Settings(engine=url, **chosen))}
+    return await engine_checks.check(Settings(engine=url, **chosen))
 
 
 async def serve(stack: list[web.AppRunner], **answers: tuple[int, str]) -> str:
@@ -89,8 +89,8 @@ async def test_a_whole_world_has_nothing_to_mend(engine: ScriptedEngine, tmp_pat
     any_port = ("127.0.0.1", 0)
     chosen = Settings(engine=engine.url, state_dir=str(tmp_path / "state"), listen=any_port, admin=any_port)
     findings = await examine(chosen)
-    assert [f for f in findings if f.level == "fail"] == []
-    assert {f.name for f in findings} == {
+    assert [f for f in findings.values() if f.level == "fail"] == []
+    assert set(findings) == {
         "engine",
         "engine-kind",
         "engine-metrics",
@@ -362,7 +362,7 @@ def test_more_processes_than_cpus_is_a_warning() -> None:
 
 def test_text_is_aligned_and_remedies_follow() -> None:
     """One line each, the remedy below, a count at the end."""
-    lines = text([DoctorFinding("a", "ok", "well"), DoctorFinding("longer", "fail", "broken", "mend it")]).splitlines()
+    lines = text({"a": DoctorFinding("ok", "well"), "longer": DoctorFinding("fail", "broken", "mend it")}).splitlines()
     assert lines == [
         "ok      a       well",
         "fail    longer  broken",

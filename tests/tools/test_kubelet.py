@@ -5,106 +5,126 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 import sys
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
 from aiohttp import web
 
 from sidecar.tools.demo.kubelet import Container, Kubelet, KubeletEvent
-from sidecar.tools.demo.probe_policy import Backoff, Exec, HttpGet, Kind, Probe, ProbeSpec
+from sidecar.tools.demo.probe_policy import Backoff, Kind, Probe, ProbeSpec
 
 from ..waiting import PATIENCE
 
-TRUE = Exec(("/bin/true",))
 SLEEP = (sys.executable, "-c", "import time; time.sleep(600)")
-RESULTS = {"s": "success", "f": "failure", "u": "unknown"}
 
 
-def quick(action: HttpGet | Exec, failures: int = 3) -> ProbeSpec:
+def quick(url: str, failures: int = 3) -> ProbeSpec:
     """A probe with a short period and a timeout that a busy machine does not reach."""
-    return ProbeSpec(action, period=0.02, timeout=PATIENCE, failure_threshold=failures)
+    return ProbeSpec(url, period=0.02, timeout=PATIENCE, failure_threshold=failures)
 
 
-# kind, failure threshold, success threshold, results in, value after each, the index of the kill or None
-TABLE: list[tuple[Kind, int, int, str, str, int | None]] = [
-    ("liveness", 3, 1, "ff", "ss", None),
-    ("liveness", 3, 1, "fff", "ssf", 2),
-    ("liveness", 3, 1, "ffsff", "sssss", None),
-    ("liveness", 3, 1, "fuff", "sssf", 3),
-    ("liveness", 1, 1, "f", "f", 0),
-    ("readiness", 3, 1, "s", "s", None),
-    ("readiness", 3, 2, "ss", "fs", None),
-    ("readiness", 3, 2, "sfss", "fffs", None),
-    ("readiness", 2, 1, "sffffs", "ssfffs", None),
-    ("readiness", 2, 1, "sfsf", "ssss", None),
-    ("startup", 3, 1, "ffs", "uus", None),
-    ("startup", 3, 1, "fff", "uuf", 2),
-    ("startup", 2, 1, "fuf", "uuf", 2),
+@asynccontextmanager
+async def answering(**passes: Callable[[], bool]) -> AsyncIterator[str]:
+    """The URL of a server that answers each path with 200 while its function says so, else with 503."""
+
+    async def answer(request: web.Request) -> web.Response:
+        return web.Response(status=200 if passes[request.path[1:]]() else 503)
+
+    async with serving(answer) as url:
+        yield url
+
+
+@asynccontextmanager
+async def serving(answer: Callable[[web.Request], Awaitable[web.Response]]) -> AsyncIterator[str]:
+    app = web.Application()
+    app.router.add_get("/{path}", answer)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    try:
+        yield f"http://127.0.0.1:{runner.addresses[0][1]}"
+    finally:
+        await runner.cleanup()
+
+
+# kind, failure threshold, results in, whether it passes after each, the index of the kill or None
+TABLE: list[tuple[Kind, int, str, str, int | None]] = [
+    ("liveness", 3, "ff", "ss", None),
+    ("liveness", 3, "fff", "ssf", 2),
+    ("liveness", 3, "ffsff", "sssss", None),
+    ("liveness", 1, "f", "f", 0),
+    ("readiness", 3, "s", "s", None),
+    ("readiness", 2, "sffffs", "ssfffs", None),
+    ("readiness", 2, "sfsf", "ssss", None),
+    ("startup", 3, "ffs", "ffs", None),
+    ("startup", 3, "fff", "fff", 2),
+    ("startup", 2, "ff", "ff", 1),
 ]
 
 
-def _probe(kind: Kind, **spec: float) -> Probe:
-    probe = Probe(kind, ProbeSpec(TRUE, **spec))  # type: ignore[arg-type]
-    probe.container_started(0.0)
+def _probe(kind: Kind, failure_threshold: int = 3) -> Probe:
+    probe = Probe(kind, ProbeSpec("http://127.0.0.1:1/", failure_threshold=failure_threshold))
+    probe.container_started()
     return probe
 
 
-@pytest.mark.parametrize(("kind", "failures", "successes", "results", "values", "kill"), TABLE)
-def test_thresholds(kind: Kind, failures: int, successes: int, results: str, values: str, kill: int | None) -> None:
-    """A value changes after enough equal results in a row, errored probes do not count, and only some kinds kill."""
-    probe = _probe(kind, failure_threshold=failures, success_threshold=successes)
-    seen = [probe.observe(RESULTS[r], float(i)) for i, r in enumerate(results)]  # type: ignore[arg-type]
-    assert [d.value for d in seen] == [RESULTS[v] for v in values]
-    assert [i for i, d in enumerate(seen) if d.kill] == ([] if kill is None else [kill])
-
-
-def test_since_is_when_the_value_changed() -> None:
-    """A decision has the time since when its value holds, not of its last confirmation."""
-    probe = _probe("readiness", failure_threshold=2)
-    assert [probe.observe(r, at).since for r, at in (("success", 5.0), ("success", 6.0), ("failure", 7.0))] == [5, 5, 5]
-    assert probe.observe("failure", 8.0).since == 8.0
+@pytest.mark.parametrize(("kind", "failures", "results", "passes", "kill"), TABLE)
+def test_thresholds(kind: Kind, failures: int, results: str, passes: str, kill: int | None) -> None:
+    """A probe fails after enough failures in a row, passes with one success, and only some kinds kill."""
+    probe, seen = _probe(kind, failures), []
+    for result in results:
+        probe.observe(result == "s")
+        seen.append((probe.passed, probe.must_kill))
+    assert [passed for passed, _ in seen] == [p == "s" for p in passes]
+    assert [i for i, (_, must_kill) in enumerate(seen) if must_kill] == ([] if kill is None else [kill])
 
 
 @pytest.mark.parametrize(
-    ("kind", "delay", "now", "started", "due"),
+    ("kind", "started", "due"),
     [
-        ("liveness", 0, 0.0, True, True),
-        ("liveness", 0, 0.0, False, False),
-        ("readiness", 0, 0.0, False, False),
-        ("startup", 0, 0.0, False, True),
-        ("startup", 0, 0.0, True, False),
-        ("liveness", 3, 2.9, True, False),
-        ("liveness", 3, 3.0, True, True),
+        ("liveness", True, True),
+        ("liveness", False, False),
+        ("readiness", False, False),
+        ("startup", False, True),
+        ("startup", True, False),
     ],
 )
-def test_due(kind: Kind, delay: float, now: float, started: bool, due: bool) -> None:
-    """Start-up gates the other probes and then stops; none runs within its initial delay."""
-    assert _probe(kind, initial_delay=delay).due(now, started) is due
+def test_due(kind: Kind, started: bool, due: bool) -> None:
+    """Start-up gates the other probes and then stops."""
+    assert _probe(kind).due(started) is due
 
 
 def test_hold_after_a_kill_until_the_next_container() -> None:
     """After a kill nothing is probed until a new container, which starts with the initial value and count 0."""
     probe = _probe("liveness")
-    assert [probe.observe("failure", 1.0).kill for _ in range(3)] == [False, False, True]
-    assert not probe.due(2.0, True)
-    probe.container_ended(3.0)
-    assert probe.value == "failure"
-    probe.container_started(4.0)
-    assert probe.value == "success"
-    assert probe.due(4.0, True)
-    assert [probe.observe("failure", 5.0).kill for _ in range(3)] == [False, False, True]
+    for killed in (False, False, True):
+        probe.observe(False)
+        assert probe.must_kill is killed
+    assert not probe.due(True)
+    probe.container_ended()
+    assert not probe.passed
+    assert not probe.due(True)
+    probe.container_started()
+    assert probe.passed
+    assert probe.due(True)
+    for killed in (False, False, True):
+        probe.observe(False)
+        assert probe.must_kill is killed
 
 
 def test_a_crash_keeps_the_count() -> None:
     """As in kubelet, a container that exits by itself keeps the count: two failures before and one after make three."""
     probe = _probe("liveness")
-    probe.observe("failure", 1.0)
-    probe.observe("failure", 2.0)
-    probe.container_ended(3.0)
-    probe.container_started(3.0)
-    assert probe.observe("failure", 4.0).kill
+    probe.observe(False)
+    probe.observe(False)
+    probe.container_ended()
+    probe.container_started()
+    probe.observe(False)
+    assert probe.must_kill
 
 
 @pytest.mark.parametrize(
@@ -152,60 +172,54 @@ async def test_liveness_kills_and_restarts() -> None:
     async def live(_: web.Request) -> web.Response:
         return web.Response(status=next(codes, 200))
 
-    app = web.Application()
-    app.router.add_get("/livez", live)
-    runner = web.AppRunner(app)
-    await runner.setup()
-    site = web.TCPSite(runner, "127.0.0.1", 0)
-    await site.start()
-    port = runner.addresses[0][1]
     seen = Seen()
-    spec = quick(HttpGet(f"http://127.0.0.1:{port}/livez"))
-    async with Kubelet(Container(SLEEP, liveness=spec, grace=30), seen) as kubelet:
-        first = (await seen.kind("started")).pid
-        assert kubelet.ready
-        killing = await seen.kind("killing")
-        assert (killing.pid, killing.probe) == (first, "liveness")
-        assert (await seen.kind("exited")).detail == "signal SIGTERM"
-        second = await seen.kind("started")
-        assert second.pid != first
-        assert second.restarts == 1
+    async with serving(live) as url:
+        container = Container(SLEEP, {"liveness": quick(f"{url}/livez")}, grace=30)
+        async with Kubelet(container, seen) as kubelet:
+            first = (await seen.kind("started")).pid
+            assert kubelet.ready
+            killing = await seen.kind("killing")
+            assert (killing.pid, killing.probe) == (first, "liveness")
+            assert (await seen.kind("exited")).detail == "signal SIGTERM"
+            second = await seen.kind("started")
+            assert second.pid != first
+            assert second.restarts == 1
     failures = [(e.run, e.threshold, e.detail) for e in seen.all if e.kind == "probe_failed"]
     assert failures == [(1, 3, "HTTP 503"), (1, 3, "HTTP 503"), (2, 3, "HTTP 503"), (3, 3, "HTTP 503")]
     with pytest.raises(ProcessLookupError):
         os.kill(second.pid, 0)
-    await runner.cleanup()
 
 
-async def test_startup_gates_readiness(tmp_path: Path) -> None:
+async def test_startup_gates_readiness() -> None:
     """Readiness is probed only after the startup probe passed; the container becomes ready, and unready again."""
-    up, ready = tmp_path / "up", tmp_path / "ready"
-    ready.touch()
+    up, ready = asyncio.Event(), asyncio.Event()
+    ready.set()
     seen = Seen()
-    container = Container(
-        SLEEP,
-        startup=quick(Exec(("/usr/bin/test", "-e", str(up))), 100_000),
-        readiness=quick(Exec(("/usr/bin/test", "-e", str(ready))), 2),
-    )
-    async with Kubelet(container, seen) as kubelet:
-        await seen.until(lambda e: e.kind == "probe_failed" and e.run == 3)
-        assert {e.probe for e in seen.all if e.probe} == {"startup"}
-        assert not kubelet.started
-        up.touch()
-        await seen.kind("ready")
-        assert kubelet.started
-        ready.unlink()
-        await seen.kind("unready")
-        assert kubelet.started
-        assert not kubelet.ready
-    assert next(e.probe for e in seen.all if e.kind == "probe_passed") == "startup"
+    async with answering(up=up.is_set, ready=ready.is_set) as url:
+        probes: dict[Kind, ProbeSpec] = {
+            "startup": quick(f"{url}/up", 100_000),
+            "readiness": quick(f"{url}/ready", 2),
+        }
+        async with Kubelet(Container(SLEEP, probes), seen) as kubelet:
+            await seen.until(lambda e: e.kind == "probe_failed" and e.run == 3)
+            assert {e.probe for e in seen.all if e.probe} == {"startup"}
+            assert not kubelet.started
+            up.set()
+            await seen.kind("ready")
+            assert kubelet.started
+            ready.clear()
+            await seen.kind("unready")
+            assert kubelet.started
+            assert not kubelet.ready
 
 
 async def test_failed_startup_kills() -> None:
     """A container that fails its startup probe too often is killed."""
     seen = Seen()
-    spec = quick(Exec(("/bin/false",)), 2)
-    async with Kubelet(Container(SLEEP, startup=spec), seen):
+    async with (
+        answering(up=lambda: False) as url,
+        Kubelet(Container(SLEEP, {"startup": quick(f"{url}/up", 2)}), seen),
+    ):
         assert (await seen.kind("killing")).probe == "startup"
 
 
@@ -216,10 +230,11 @@ async def test_grace_then_sigkill(tmp_path: Path) -> None:
         "print(subprocess.Popen(['sleep', '600']).pid, flush=True); time.sleep(600)"
     )
     seen, log = Seen(), tmp_path / "log"
-    spec = quick(Exec(("/usr/bin/test", "!", "-s", str(log))), 1)
-    async with Kubelet(Container((sys.executable, "-c", script), liveness=spec, grace=0.2, log=log), seen):
-        assert (await seen.kind("exited")).detail == "signal SIGKILL"
-        await _gone(_first_number(log))
+    async with answering(silent=lambda: not log.exists() or not log.stat().st_size) as url:
+        probes: dict[Kind, ProbeSpec] = {"liveness": quick(f"{url}/silent", 1)}
+        async with Kubelet(Container((sys.executable, "-c", script), probes, grace=0.2, log=log), seen):
+            assert (await seen.kind("exited")).detail == "signal SIGKILL"
+            await _gone(_first_number(log))
 
 
 def _first_number(log: Path) -> int:
@@ -259,27 +274,21 @@ async def test_command_that_does_not_exist() -> None:
         await seen.kind("backing_off")
 
 
-async def test_exec_probe_outcomes(tmp_path: Path) -> None:
-    """A hung probe command fails at its timeout; one that cannot run is discarded and never kills."""
+async def test_a_hanging_answer_is_a_failure() -> None:
+    """A probe whose answer does not come fails at its timeout."""
     seen = Seen()
-    hanging = ProbeSpec(Exec(("/bin/sleep", "600")), failure_threshold=1, period=0.02, timeout=0.05)
-    async with Kubelet(Container(SLEEP, liveness=hanging), seen):
-        assert (await seen.kind("probe_failed")).detail == "no answer within 0.05 s"
-    seen = Seen()
-    absent = quick(Exec(("/nonexistent/probe",)), 1)
-    gate = tmp_path / "gate"
-    ticks = quick(Exec(("/bin/sh", "-c", f"echo >> {gate}; test $(wc -l < {gate}) -ge 5")))
-    async with Kubelet(Container(SLEEP, liveness=absent, readiness=ticks), seen):
-        await seen.kind("ready")
-    assert {e.probe for e in seen.all if e.kind == "probe_failed"} <= {"readiness"}
-    assert "killing" not in [e.kind for e in seen.all]
+    with socket.create_server(("127.0.0.1", 0)) as never_accepts:
+        url = f"http://127.0.0.1:{never_accepts.getsockname()[1]}/livez"
+        hanging = ProbeSpec(url, failure_threshold=1, period=0.02, timeout=0.05)
+        async with Kubelet(Container(SLEEP, {"liveness": hanging}), seen):
+            assert (await seen.kind("probe_failed")).detail == "no answer within 0.05 s"
 
 
 async def test_refused_connection_is_a_failure(unused_tcp_port: int) -> None:
-    """An HTTP probe of a closed port is a failure, not a discarded error."""
+    """A probe of a closed port is a failure."""
     seen = Seen()
-    spec = quick(HttpGet(f"http://127.0.0.1:{unused_tcp_port}/"), 1)
-    async with Kubelet(Container(SLEEP, liveness=spec), seen):
+    spec = quick(f"http://127.0.0.1:{unused_tcp_port}/", 1)
+    async with Kubelet(Container(SLEEP, {"liveness": spec}), seen):
         assert (await seen.kind("killing")).probe == "liveness"
 
 

@@ -118,7 +118,6 @@ async def test_requests_reach_the_relay() -> None:
         traffic = DemoTraffic(TrafficPlan(url, rate=500, in_flight=64, seed=5, model="scripted", pictures=PICTURES))
         await traffic.run(40)
     assert traffic.tally.outcomes == {"ok": 40}
-    assert traffic.tally.sent == 40
     assert traffic.tally.last_ok > 0
     asked = list(islice(plan_requests(5, 500, 2), 40))
     assert Counter(tenant for _, tenant, _ in got) == Counter(a.shape.tenant for a in asked)

@@ -51,8 +51,7 @@ def waiting() -> set[Path]:
 
 async def found(engine: Engine) -> DoctorFinding:
     """What `sidecar doctor` says of the hand-over."""
-    findings = await doctor.check(Settings(engine=engine.url, images="shm"))
-    return next(finding for finding in findings if finding.name == "images-shm")
+    return (await doctor.check(Settings(engine=engine.url, images="shm")))["images-shm"]
 
 
 async def test_a_vllm_without_the_plugin_gets_its_images_inline(

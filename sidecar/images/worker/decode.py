@@ -25,7 +25,8 @@ from sidecar.images.protocol import ImageLimits
 FORMATS: Final = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 RGB: Final = 3  # ImageReadMode.RGB
 ORIENTATION: Final = 0x0112
-WHITE: Final = (255, 255, 255)
+TRANSPOSED: Final = range(5, 9)  # orientations that swap rows and columns
+FLIPS: Final = {2: [2], 3: [1, 2], 4: [1], 6: [2], 7: [1, 2], 8: [1]}  # orientation -> axes that are flipped then
 
 
 class ImageRejected(Exception):
@@ -47,13 +48,11 @@ def decode(data: bytes, header: Header, limits: ImageLimits) -> Tensor:
 def check_size(height: int, width: int, limits: ImageLimits) -> None:
     """Raise ImageRejected for a size over a limit. A size of 0 x 0 is not known yet and passes."""
     if height * width > limits.max_pixels:
-        raise ImageRejected(
-            "image_too_many_pixels", f"it has {width} x {height} pixels and the limit is {limits.max_pixels} pixels"
-        )
+        text = f"it has {width} x {height} pixels and the limit is {limits.max_pixels} pixels"
+        raise ImageRejected("image_too_many_pixels", text)
     if max(height, width) > limits.max_side:
-        raise ImageRejected(
-            "image_too_long", f"a side has {max(height, width)} pixels and the limit is {limits.max_side}"
-        )
+        text = f"a side has {max(height, width)} pixels and the limit is {limits.max_side}"
+        raise ImageRejected("image_too_long", text)
 
 
 def orientation(data: bytes) -> int:
@@ -82,28 +81,13 @@ def _fast(data: bytes, header: Header) -> Tensor | None:
 
 def turn(pixels: Tensor, how: int) -> Tensor:
     """Rotate pixels (3, height, width) by an EXIF orientation: a transposition, then flips of the axes."""
-    if how not in TURNS:
-        return pixels
-    transposed, flips = TURNS[how]
-    turned = pixels.transpose(1, 2) if transposed else pixels
-    return turned.flip(flips) if flips else turned
+    turned = pixels.transpose(1, 2) if how in TRANSPOSED else pixels
+    return turned.flip(FLIPS[how]) if how in FLIPS else turned
 
 
 def turned(height: int, width: int, how: int) -> tuple[int, int]:
     """The size of an image of this size after it is rotated."""
-    return (width, height) if TURNS.get(how, (False, []))[0] else (height, width)
-
-
-# orientation -> (swap rows and columns first, axes to flip then)
-TURNS: Final[dict[int, tuple[bool, list[int]]]] = {
-    2: (False, [2]),
-    3: (False, [1, 2]),
-    4: (False, [1]),
-    5: (True, []),
-    6: (True, [2]),
-    7: (True, [1, 2]),
-    8: (True, [1]),
-}
+    return (width, height) if how in TRANSPOSED else (height, width)
 
 
 def _pillow(data: bytes, limits: ImageLimits) -> Tensor:
@@ -127,6 +111,6 @@ def _as_rgb(image: Any) -> Any:
     if image.mode not in ("RGBA", "LA", "PA") and "transparency" not in image.info:
         return image.convert("RGB")
     rgba = image if image.mode == "RGBA" else image.convert("RGBA")
-    flat = Image.new("RGB", rgba.size, WHITE)
+    flat = Image.new("RGB", rgba.size, "white")
     flat.paste(rgba, mask=rgba.getchannel("A"))
     return flat

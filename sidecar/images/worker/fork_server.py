@@ -34,11 +34,9 @@ PARENT_POLL_INTERVAL_S: Final = 1.0
 MIN_LIFE_S: Final = 1.0
 RESTART_PAUSE_S: Final = 0.25
 SIGNAL_TEXTS: Final[dict[int, str]] = {signal.SIGALRM: "past its deadline", signal.SIGKILL: "killed"}
-# Exit status of a GPU process that found no CUDA device (EX_CONFIG).
-NO_CUDA_STATUS: Final = 78
+NO_CUDA_STATUS: Final = 78  # exit status of a GPU process that found no CUDA device (EX_CONFIG)
 NO_CUDA_TEXT: Final = "--images-device cuda: no CUDA device is visible to the image worker; use --images-device cpu"
-# Pause before a lost GPU is retried.
-GPU_RETRY_S: Final = 60.0
+GPU_RETRY_S: Final = 60.0  # pause before a lost GPU is retried
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,11 +116,7 @@ class GpuProcess:
         if code == NO_CUDA_STATUS:
             self._start_at = math.inf
         else:
-            _log.warning(
-                "GPU process ended (%s); retrying in %g s",
-                SIGNAL_TEXTS.get(-code, f"exit status {code}"),
-                GPU_RETRY_S,
-            )
+            _log.warning("GPU process ended (%s); retrying in %g s", _describe_exit(code), GPU_RETRY_S)
 
 
 def preimport() -> None:
@@ -184,15 +178,16 @@ def _reap(workers: dict[int, float]) -> None:
     young = False
     for pid in list(workers):
         ended, status = os.waitpid(pid, os.WNOHANG)
-        if not ended:
-            continue
-        young = young or time.monotonic() - workers[pid] < MIN_LIFE_S
-        del workers[pid]
-        code = os.waitstatus_to_exitcode(status)
-        if code:
-            _log.warning("image worker ended (%s); starting another", SIGNAL_TEXTS.get(-code, f"exit status {code}"))
+        if ended:
+            young = time.monotonic() - workers.pop(pid) < MIN_LIFE_S or young
+            if code := os.waitstatus_to_exitcode(status):
+                _log.warning("image worker ended (%s); starting another", _describe_exit(code))
     if young:
         time.sleep(RESTART_PAUSE_S)
+
+
+def _describe_exit(code: int) -> str:
+    return SIGNAL_TEXTS.get(-code, f"exit status {code}")
 
 
 def _kill(workers: Sequence[int]) -> None:

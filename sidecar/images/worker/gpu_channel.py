@@ -21,17 +21,13 @@ from typing import Final
 
 from sidecar.images.protocol import FrameError
 
-# 12 MP take 36 MB; larger images are resized on the CPU. Untouched pages cost nothing.
-ARENA_BYTES: Final = 64 << 20
-# Ten times what the CPU needs for 1080p.
-GPU_TIMEOUT_S: Final = 0.25
-# First and longest pause after a failed request.
-GPU_BACKOFF_S: Final = (1.0, 30.0)
+ARENA_BYTES: Final = 64 << 20  # 12 MP take 36 MB; larger ones are resized on the CPU. Untouched pages cost nothing.
+GPU_TIMEOUT_S: Final = 0.25  # ten times what the CPU needs for 1080p
+GPU_BACKOFF_S: Final = (1.0, 30.0)  # first and longest pause after a failed request
 MAX_REQUEST_BYTES: Final = 8192
 OK, FULL = b"ok", b"full"
 SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
-# Appended to the image server's socket name: the socket of the GPU process.
-GPU_SOCKET_SUFFIX: Final = ".gpu"
+GPU_SOCKET_SUFFIX: Final = ".gpu"  # appended to the image server's socket name: the socket of the GPU process
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,10 +50,8 @@ def parse_request(text: bytes) -> GpuRequest:
     """Inverse of GpuRequest.to_json. Raises FrameError."""
     try:
         request = GpuRequest(**json.loads(text))
-        if (
-            all(type(size) is int and size > 0 for size in (request.height, request.width))
-            and type(request.spec) is str
-        ):
+        sizes = request.height, request.width
+        if all(type(size) is int and size > 0 for size in sizes) and type(request.spec) is str:
             return request
     except (ValueError, TypeError):
         pass
@@ -106,12 +100,11 @@ class GpuChannel:
             connection.send(request.to_json())
             self._answer_pending = True
             answer = self._receive_answer(connection, self._timeout_s)
-        except TimeoutError:
-            self._back_off()
-            return None
-        except OSError:
-            self._disconnect()
-            self._back_off()
+        except OSError as e:
+            if not isinstance(e, TimeoutError):
+                self._disconnect()
+            self._retry_at = self._now() + self._backoff_s
+            self._backoff_s = min(2 * self._backoff_s, GPU_BACKOFF_S[1])
             return None
         self._backoff_s = GPU_BACKOFF_S[0]
         return memoryview(self._memory)[:size] if answer == OK else None
@@ -140,10 +133,6 @@ class GpuChannel:
         connection.settimeout(self._timeout_s)
         self._answer_pending = False
         return answer
-
-    def _back_off(self) -> None:
-        self._retry_at = self._now() + self._backoff_s
-        self._backoff_s = min(2 * self._backoff_s, GPU_BACKOFF_S[1])
 
     def _disconnect(self) -> None:
         if self._connection is not None:

@@ -16,7 +16,6 @@ import logging
 import os
 import selectors
 import socket
-from collections import defaultdict
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -32,12 +31,9 @@ from sidecar.kernels.ragged import RaggedBatch, RaggedImage
 
 _log = logging.getLogger(__name__)
 
-# A GPU that hangs in the driver ends this process.
-BATCH_TIMEOUT_S: Final = 10.0
-# The first batch creates a CUDA context and compiles the kernel.
-FIRST_BATCH_TIMEOUT_S: Final = 180.0
-# Cached tables of values, one per model.
-MAX_TABLES: Final = 16
+BATCH_TIMEOUT_S: Final = 10.0  # a GPU that hangs in the driver ends this process
+FIRST_BATCH_TIMEOUT_S: Final = 180.0  # it creates a CUDA context and compiles the kernel
+MAX_TABLES: Final = 16  # cached tables of values, one per model
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,15 +72,17 @@ class GpuResizer:
     def process(self, requests: list[PendingRequest]) -> list[PendingRequest]:
         """Process the requests that fit into the budget, each into its arena. Returns those."""
         done: list[PendingRequest] = []
-        by_dtype: defaultdict[bool, list[PendingRequest]] = defaultdict(list)
-        for request in requests:
-            by_dtype[request.floats].append(request)
-        for floats, remaining in by_dtype.items():
-            value_bytes = 4 if floats else 1
+        for floats in (True, False):
+            remaining = [request for request in requests if request.floats == floats]
             while remaining:
-                fitting, batch = self._fitting(remaining, value_bytes)
-                if batch is not None and self._launch(fitting, batch, floats):
-                    done += fitting
+                fitting, batch = self._fitting(remaining, 4 if floats else 1)
+                try:
+                    with self._stream:
+                        if batch is not None:
+                            self._run(fitting, batch, floats)
+                            done += fitting
+                except torch.cuda.OutOfMemoryError:
+                    torch.cuda.empty_cache()
                 remaining = remaining[max(1, len(fitting)) :]
         return done
 
@@ -94,28 +92,16 @@ class GpuResizer:
         """The longest prefix of `requests` that fits into the budget, by halving; None if not even one does."""
         while requests:
             specs = list(dict.fromkeys(request.spec for request in requests))
-            batch = self._kernel.lay_out(
-                [replace(request.wanted, table=specs.index(request.spec)) for request in requests]
-            )
+            batch = self._kernel.lay_out([replace(r.wanted, table=specs.index(r.spec)) for r in requests])
             if batch.memory(value_bytes) + len(specs) * 768 * value_bytes <= self._budget:
                 return requests, batch
             requests = requests[: len(requests) // 2]
         return [], None
 
-    def _launch(self, requests: list[PendingRequest], batch: RaggedBatch, floats: bool) -> bool:
-        """Run one batch. False if the GPU has no memory for it."""
-        try:
-            with self._stream:
-                self._run(requests, batch, floats)
-        except torch.cuda.OutOfMemoryError:
-            torch.cuda.empty_cache()
-            return False
-        return True
-
     def _run(self, requests: list[PendingRequest], batch: RaggedBatch, floats: bool) -> None:
         kind = torch.float32 if floats else torch.uint8
-        sources, scratch = (self._empty(n, torch.uint8) for n in (batch.source_bytes, batch.scratch_bytes))
-        out = self._empty(batch.values, kind)
+        sizes = ((batch.source_bytes, torch.uint8), (batch.scratch_bytes, torch.uint8), (batch.values, kind))
+        sources, scratch, out = (torch.empty(n, dtype=dtype, device=self._name) for n, dtype in sizes)
         for at, request in zip(batch.sources, requests, strict=True):
             size = 3 * request.wanted.height * request.wanted.width
             sources[at : at + size].copy_(request.memory[:size])
@@ -136,9 +122,6 @@ class GpuResizer:
                 self._tables[spec] = table(spec)
         return torch.stack([self._tables[spec] for spec in specs]).to(self._name)
 
-    def _empty(self, size: int, kind: Any) -> Any:
-        return torch.empty(size, dtype=kind, device=self._name)
-
 
 def is_available() -> bool:
     """True if this process can use a CUDA device or its interpreter. Takes no device memory."""
@@ -157,13 +140,10 @@ def serve(path: str, limits: ImageLimits, memory_budget: int) -> int:
         try:
             _loop(listening, waiting, limits, memory_budget)
         except Exception as e:  # noqa: BLE001  CUDA's and Triton's errors have many types
-            _log.warning("cannot use the GPU (%s); resizing images on the CPU", _describe(e))
+            # the first line, which comes from a driver or a compiler, never from an image
+            why = f"{type(e).__name__}: {str(e).partition(chr(10))[0][:200]}"
+            _log.warning("cannot use the GPU (%s); resizing images on the CPU", why)
     return 1
-
-
-def _describe(error: Exception) -> str:
-    """The error's type and first line, which come from a driver or a compiler, never from an image."""
-    return f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
 
 
 def _loop(listening: socket.socket, waiting: selectors.BaseSelector, limits: ImageLimits, memory_budget: int) -> None:

@@ -18,10 +18,8 @@ from sidecar.kernels.grid import ROWS, TILES, Geometry, ImageView, ProcessorSpec
 
 DTYPES: Final = {"F32": torch.float32, "BF16": torch.bfloat16, "U8": torch.uint8}
 KERNEL_KINDS: Final[dict[str, Literal["uint8", "float32"]]] = {"F32": "float32", "U8": "uint8"}
-# Side of the largest tile that the compiled kernel lays out with vectors.
-MAX_VECTOR_TILE: Final = 16
-# A tile of fewer pixels is not worth a separate step.
-SMALL_TILE_PIXELS: Final = 1 << 12
+MAX_VECTOR_TILE: Final = 16  # side of the largest tile that the compiled kernel lays out with vectors
+SMALL_TILE_PIXELS: Final = 1 << 12  # a tile of fewer is not worth a separate step
 
 
 def prepare(pixels: Tensor, geometry: Geometry, spec: TileSpec) -> Tensor:
@@ -54,31 +52,22 @@ def canvas(resized_by_steps: dict[tuple[Size, ...], Tensor], view: ImageView, sp
 
 def _tiles(resized_by_steps: dict[tuple[Size, ...], Tensor], geometry: Geometry, spec: TileSpec) -> Tensor:
     """(tiles, 3, height, width)."""
-    height, width = geometry.views[0].tile
-    if (
-        len(geometry.views) == 1
-        and height == width <= MAX_VECTOR_TILE
-        and spec.dtype in KERNEL_KINDS
-        and not fused.missing()
-    ):
-        made = fused.cut(
-            canvas(resized_by_steps, geometry.views[0], spec).numpy(),
-            geometry.views[0].canvas,
-            (height, 1, 1),
-            spec,
-            KERNEL_KINDS[spec.dtype],
-        )
+    first = geometry.views[0]
+    height, width = first.tile
+    kind = None if fused.missing() else KERNEL_KINDS.get(spec.dtype)
+    if kind and len(geometry.views) == 1 and height == width <= MAX_VECTOR_TILE:
+        made = fused.cut(canvas(resized_by_steps, first, spec).numpy(), first.canvas, (height, 1, 1), spec, kind)
         return torch.from_numpy(made).view(-1, 3, height, width)
     out = torch.empty((geometry.tiles, 3, height, width), dtype=DTYPES[spec.dtype])
     at = 0
     for view in geometry.views:
         part = out[at : at + view.tiles]
-        if spec.dtype in KERNEL_KINDS and not fused.missing():
+        if kind:
             steps = (*view.before, view.size)
             # a result that another view starts from is made once
             is_shared = any(v.before[: len(steps)] == steps for v in geometry.views)
             source = _resized(resized_by_steps, steps if is_shared else view.before, spec).permute(1, 2, 0).contiguous()
-            fused.tiles(source.numpy(), view, spec, KERNEL_KINDS[spec.dtype], part.numpy())
+            fused.tiles(source.numpy(), view, spec, kind, part.numpy())
         else:
             cut(canvas(resized_by_steps, view, spec), view, spec, part)
         at += view.tiles

@@ -17,34 +17,20 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
-from sidecar.images.protocol import (
-    MAX_REPLY_BYTES,
-    PREFIX,
-    Frame,
-    FrameError,
-    ImageJob,
-    ImageLimits,
-    WorkerReady,
-    decode_header,
-    decode_prefix,
-    encode_head,
-)
+from sidecar.images import protocol
+from sidecar.images.protocol import Data, Frame, FrameError, ImageJob, ImageLimits, WorkerReady, encode_head
 from sidecar.images.worker import sandbox
 from sidecar.runtime.prctl import die_with
 
-Payload = bytes | bytearray | memoryview
-PrepareImage = Callable[[ImageJob, bytearray], tuple[Frame, Payload]]
+PrepareImage = Callable[[ImageJob, bytearray], tuple[Frame, Data]]
 
-# A relay must send or read within this time.
-CLIENT_TIMEOUT_S = 10.0
-# A new process then takes over, so that no leak of a codec grows forever.
-JOBS_PER_LIFE = 5_000
+CLIENT_TIMEOUT_S = 10.0  # in which a relay must send or read
+JOBS_PER_LIFE = 5_000  # a new process then takes over, so that no leak of a codec grows forever
 MAX_OPEN_FILES = 64
-# The worst case: Pillow's RGBA, its flattened copy, the tensor, and its fp32 patches.
-BYTES_PER_PIXEL = 40
-# Freed memory that stays with the process: 12 megapixels are 36 MB, their patches up to 23 MB.
-RETAINED_BYTES = 128 << 20
+BYTES_PER_PIXEL = 40  # the worst case: Pillow's RGBA, its flattened copy, the tensor, and its fp32 patches
+RETAINED_BYTES = 128 << 20  # freed memory that is kept: 12 megapixels are 36 MB, their patches up to 23 MB
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
 
 
@@ -60,22 +46,18 @@ def serve(listening: socket.socket, prepare: PrepareImage, limits: ImageLimits) 
 
 def _serve_one(connection: socket.socket, prepare: PrepareImage, limits: ImageLimits) -> None:
     connection.sendall(encode_head(WorkerReady()))
-    job, payload = receive(connection, payload_bound(limits))
+    # at most the largest image as base64, including line ends
+    job, payload = _receive(connection, limits.max_bytes * 3 // 2 + 1024)
     with deadline(job.seconds):
         answer, out = prepare(job, payload)
     connection.sendall(encode_head(answer, len(out)))
     connection.sendall(out)
 
 
-def payload_bound(limits: ImageLimits) -> int:
-    """Largest payload of a job: the largest image as base64, including line ends."""
-    return limits.max_bytes * 3 // 2 + 1024
-
-
-def receive(connection: socket.socket, bound: int = MAX_REPLY_BYTES) -> tuple[ImageJob, bytearray]:
+def _receive(connection: socket.socket, max_payload: int) -> tuple[ImageJob, bytearray]:
     """One job and its payload. Raises FrameError, or OSError if the relay has exited."""
-    header, size = decode_prefix(_read_exactly(connection, PREFIX.size), bound)
-    job = decode_header(_read_exactly(connection, header))
+    header, size = protocol.decode_prefix(_read_exactly(connection, protocol.PREFIX.size), max_payload)
+    job = protocol.decode_header(_read_exactly(connection, header))
     if not isinstance(job, ImageJob):
         raise FrameError("not a job")
     return job, _read_exactly(connection, size)
@@ -106,14 +88,12 @@ def confine(limits: ImageLimits) -> None:
     """Limit the process to what a worker needs."""
     _retain_freed_memory()
     _silence_stderr()
-    for what, maximum in (
-        (resource.RLIMIT_CORE, 0),
-        (resource.RLIMIT_FSIZE, 0),
-        (resource.RLIMIT_NOFILE, MAX_OPEN_FILES),
-    ):
-        _lower_limit(what, maximum)
+    _lower_limit(resource.RLIMIT_CORE, 0)
+    _lower_limit(resource.RLIMIT_FSIZE, 0)
+    _lower_limit(resource.RLIMIT_NOFILE, MAX_OPEN_FILES)
     if sys.platform == "linux":
-        _lower_limit(resource.RLIMIT_AS, _address_space_bytes() + memory_bound(limits))
+        pages = int(Path("/proc/self/statm").read_text("ascii").split()[0])  # of address space in use now
+        _lower_limit(resource.RLIMIT_AS, pages * resource.getpagesize() + memory_bound(limits))
 
 
 def bind_to(server: int) -> None:
@@ -147,12 +127,6 @@ def _silence_stderr() -> None:
 def memory_bound(limits: ImageLimits) -> int:
     """Bytes that one job may allocate."""
     return (256 << 20) + 4 * limits.max_bytes + BYTES_PER_PIXEL * limits.max_pixels
-
-
-def _address_space_bytes() -> int:
-    """Bytes of address space in use now (Linux)."""
-    with open("/proc/self/statm", encoding="ascii") as f:  # noqa: PTH123  one line, at start
-        return int(f.read().split()[0]) * resource.getpagesize()
 
 
 def _lower_limit(what: int, maximum: int) -> None:

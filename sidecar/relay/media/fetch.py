@@ -21,14 +21,11 @@ from yarl import URL
 from sidecar.errors import BadImage, ImagesBusy
 from sidecar.relay import url_policy
 
-# For one image with all its redirects; vLLM allows 5 for each try.
-FETCH_TIMEOUT_S: Final = 10.0
+FETCH_TIMEOUT_S: Final = 10.0  # for one image with all its redirects; vLLM allows 5 for each try
 MAX_REDIRECTS: Final = 3
-# Per relay process; each takes at most --image-max-bytes.
-MAX_CONCURRENT_FETCHES: Final = 16
+MAX_CONCURRENT_FETCHES: Final = 16  # per relay process; each takes at most --image-max-bytes
 READ_BYTES: Final = 64 << 10
-# One header line of the answer.
-MAX_HEADER_BYTES: Final = 8190
+MAX_HEADER_BYTES: Final = 8190  # one header line of the answer
 REQUEST_HEADERS: Final = {"accept": "image/*", "accept-encoding": "identity", "user-agent": "inference-sidecar"}
 REDIRECT_STATUSES: Final = (301, 302, 303, 307, 308)
 
@@ -82,10 +79,12 @@ class Fetcher:
             headers=REQUEST_HEADERS,
             auto_decompress=False,
             trust_env=False,
+            timeout=aiohttp.ClientTimeout(total=None),  # `fetch` limits the time of all redirects together
             read_bufsize=READ_BYTES,
             max_line_size=MAX_HEADER_BYTES,
             max_field_size=MAX_HEADER_BYTES,
         )
+        self.close = self._session.close
 
     async def fetch(self, link: str, where: str) -> bytearray:
         """The bytes behind `link`. Raises BadImage, or ImagesBusy if too many fetches run; `where` names the part."""
@@ -102,16 +101,12 @@ class Fetcher:
                 raise ImagesBusy("too many images are being fetched; try again shortly") from None
             raise _fetch_error(where) from None
 
-    async def close(self) -> None:
-        """Close the session."""
-        await self._session.close()
-
     async def _follow(self, url: URL, where: str) -> bytearray:
         for _ in range(1 + MAX_REDIRECTS):
             host = url.host or ""
             if url_policy.is_literal(host) and not self._is_permitted(host):
                 break
-            async with self._session.get(url, allow_redirects=False, timeout=_NO_TIMEOUT) as answer:
+            async with self._session.get(url, allow_redirects=False) as answer:
                 if answer.status == 200:
                     return await self._read(answer, where)
                 onward = answer.headers.get("location", "") if answer.status in REDIRECT_STATUSES else ""
@@ -133,9 +128,6 @@ class Fetcher:
             else:
                 return data
         raise BadImage(f"{where}: the image was refused: the limit is {self._max_bytes} bytes", "image_too_large")
-
-
-_NO_TIMEOUT: Final = aiohttp.ClientTimeout(total=None)  # `fetch` limits the time of all redirects together
 
 
 def _fetch_error(where: str) -> BadImage:

@@ -17,7 +17,6 @@ from sidecar.events import LoadReport
 from sidecar.relay import client_io, response
 from sidecar.relay.engine_io import BodyPayload
 
-_TOO_LARGE_STATUS, _MEDIA_TYPE_STATUS = 413, 415
 # How engines refuse an image format that they do not know: its name, the errors of Pillow, of Rust's `image` and of
 # stb, media types, URLs. A false match costs one more attempt.
 _FORMAT_REFUSAL: Final = re.compile(
@@ -64,9 +63,9 @@ class Refusals:
         if answer.ok:
             self._accepted[data.form] = max(data.size or 0, self._accepted.get(data.form, 0))
             return False
-        if answer.status in (_TOO_LARGE_STATUS, _MEDIA_TYPE_STATUS):
+        if answer.status in (413, 415):  # too large, media type
             return True
-        if response.is_stream(answer) or not (response.is_plain(answer) and response.is_short(answer)):
+        if response.is_stream(answer) or not response.can_change(answer):
             return False
         try:
             return _FORMAT_REFUSAL.search(await answer.read()) is not None

@@ -6,20 +6,20 @@ import asyncio
 import base64
 import hashlib
 import time
-from collections.abc import Awaitable, Callable
-from functools import partial
-from typing import TYPE_CHECKING, Final
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from sidecar.errors import BadImage, RequestError
 from sidecar.events import Event, ImagePrepared
 from sidecar.images.protocol import Data
+from sidecar.relay.admission import Admission
 from sidecar.relay.request_body import ImagePart
 
 if TYPE_CHECKING:  # a relay without images does not load them
     from sidecar.images.service import ImageService, PreparedImage
 
 Fetch = Callable[[str, str], Awaitable[Data]]  # a link and the part that has it -> the image
-
+T = TypeVar("T")
 
 # Images of one request. All of them are prepared at once, and four such requests fill the queue of the workers.
 MAX_IMAGES: Final = 16
@@ -27,37 +27,68 @@ MAX_IMAGES: Final = 16
 # While an engine starts it measures the GPU's memory, and fails if another process's use changes. A stalled or dead
 # engine will start again.
 GPU_VERDICTS: Final = ("idle", "progressing", "quiet", "suspect")
-INLINE: Final = "inline"
-SHM: Final = "shm"
 
 
 async def prepare(
     images: ImageService,
     parts: list[ImagePart],
     emit: Callable[[Event], None],
-    id: str,
-    tenant: str,
+    admission: Admission,
     *,
-    shm: bool = False,
-    fetch: Fetch | None = None,
-    passing: bool = False,
+    shm: bool,
+    fetch: Fetch | None,
+    passing: bool,
 ) -> list[PreparedImage]:
-    """All images of `tenant`'s request `id`, in order. Raises BadImage or ImagesBusy, and cancels the others.
+    """All images of a request, in order. Raises BadImage or ImagesBusy, and cancels the others.
 
     `shm`: pass them in shared memory; `fetch`: for those behind links, which are kept for `originals`; `passing`: only
     fetch and count them.
     """
     # a body bounds the images that it holds, but not those that are to be fetched
     check_count(sum(bool(part.link) for part in parts) if passing else len(parts))
-    prepare_one = partial(_prepare_one, images, emit, id, tenant, shm, fetch, passing)
+    id, tenant = admission.id, admission.tenant
+
+    async def prepare_one(part: ImagePart) -> PreparedImage:
+        started = time.monotonic()
+        fetched: tuple[tuple[str, float], ...] = ()
+        try:
+            data: Data = part.data
+            if part.link and fetch is not None:
+                data = await fetch(part.link, part.where)
+                fetched = (("fetch", time.monotonic() - started),)
+            if passing:
+                image = images.passed(data, part.where, not part.link)
+            else:
+                image = await images.inline(data, part.where, tenant, id if shm else "", not part.link)
+        except RequestError as e:
+            emit(failure(id, e, started, len(part.data) * 3 // 4))
+            raise
+        now, stages = time.monotonic(), (*fetched, *image.stages)
+        seconds = now - started if fetched else image.seconds
+        emit(ImagePrepared(id, now, image.format, image.outcome, seconds, stages, image.bytes_in, image.bytes_out))
+        if part.link:
+            part.data = memoryview(await asyncio.to_thread(base64.b64encode, data))
+        return image
+
     if len(parts) == 1:  # the usual request needs no task
         return [await prepare_one(parts[0])]
+    return await all_of(map(prepare_one, parts))
+
+
+async def all_of(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """The results, in order. Raises the first RequestError, and cancels the others."""
     try:
         async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(prepare_one(part)) for part in parts]
-    except* RequestError as group_error:
-        raise _first_error(group_error) from None
+            tasks = [group.create_task(one) for one in work]
+    except* RequestError as failed:
+        raise failed.exceptions[0] from None
     return [task.result() for task in tasks]
+
+
+def failure(id: str, error: RequestError, started: float, bytes_in: int) -> ImagePrepared:
+    """The event of images that could not be prepared."""
+    now, outcome = time.monotonic(), "rejected" if isinstance(error, BadImage) else "failed"
+    return ImagePrepared(id, now, "unknown", outcome, now - started, (), bytes_in, 0)
 
 
 def check_count(count: int) -> None:
@@ -87,17 +118,14 @@ def replacements(
 
 
 def form_of(prepared: list[PreparedImage]) -> str:
-    """The form in which a request's images were prepared: INLINE or SHM; "" if all pass."""
+    """The form in which a request's images were prepared: "inline" or "shm"; "" if all pass."""
     if any(image.url for image in prepared):
-        return SHM
-    return INLINE if any(image.base64 is not None for image in prepared) else ""
+        return "shm"
+    return "inline" if any(image.base64 is not None for image in prepared) else ""
 
 
 def originals(parts: list[ImagePart], prepared: list[PreparedImage]) -> dict[int, tuple[str, Data]]:
-    """Replacements that restore all images; those behind links as they were fetched.
-
-    Removes the names that `replacements` gave.
-    """
+    """Replacements that restore all images, those behind links as fetched. Removes the names from `replacements`."""
     for part in parts:
         if part.named:
             del part.part["uuid"]
@@ -113,54 +141,3 @@ def cache_name(key: bytes, tenant: str, content_hash: str) -> str:
     image and store a different one under it.
     """
     return hashlib.blake2b(f"{tenant}\0{content_hash}".encode(), key=key, digest_size=16).hexdigest()
-
-
-async def _prepare_one(
-    images: ImageService,
-    emit: Callable[[Event], None],
-    id: str,
-    tenant: str,
-    shm: bool,
-    fetch: Fetch | None,
-    passing: bool,
-    part: ImagePart,
-) -> PreparedImage:
-    started = time.monotonic()
-    fetched: tuple[tuple[str, float], ...] = ()
-    try:
-        data: Data = part.data
-        if part.link and fetch is not None:
-            data = await fetch(part.link, part.where)
-            fetched = (("fetch", time.monotonic() - started),)
-        image = (
-            images.passed(data, part.where, not part.link)
-            if passing
-            else await images.inline(data, part.where, tenant, id if shm else "", not part.link)
-        )
-    except RequestError as e:
-        now = time.monotonic()
-        outcome = "rejected" if isinstance(e, BadImage) else "failed"
-        emit(ImagePrepared(id, now, "unknown", outcome, now - started, (), len(part.data) * 3 // 4, 0))
-        raise
-    emit(
-        ImagePrepared(
-            id,
-            time.monotonic(),
-            image.format,
-            image.outcome,
-            time.monotonic() - started if fetched else image.seconds,
-            (*fetched, *image.stages),
-            image.bytes_in,
-            image.bytes_out,
-        )
-    )
-    if part.link:
-        part.data = memoryview(await asyncio.to_thread(base64.b64encode, data))
-    return image
-
-
-def _first_error(group: BaseExceptionGroup[RequestError]) -> BaseException:
-    error: BaseException = group
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error

@@ -13,15 +13,15 @@ bounded, too.
 
 from __future__ import annotations
 
-import asyncio
 import json
 import math
 import secrets
 import struct
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import replace
-from typing import Any, ClassVar, Final
+from itertools import chain
+from typing import Any, Final
 
 from aiohttp import BodyPartReader, web
 from aiohttp.http_exceptions import HttpProcessingError
@@ -30,49 +30,33 @@ from sidecar.errors import BadImage, BodyTooLarge, RequestError
 from sidecar.events import Event, ImagePrepared
 from sidecar.images import tensor_layout
 from sidecar.images.protocol import LAYOUT, TENSORS, Data
-from sidecar.images.service import ImageService, PreparedImage, PreparedTensors
-from sidecar.images.tensor_layout import ELEMENT_BYTES
-from sidecar.kernels.grid import Geometry, ProcessorSpec
+from sidecar.images.service import ImageService, PreparedTensors
+from sidecar.kernels.grid import ProcessorSpec
 from sidecar.relay import client_io, headers, request_body, url_policy
-from sidecar.relay.media.inline import check_count
+from sidecar.relay.media.inline import Fetch, all_of, check_count, failure
 from sidecar.settings import Settings
 
 SAFETENSORS: Final = "application/x-safetensors"
 JSON: Final = "application/json"
 HANDOFF_HEADER: Final = "x-sidecar-handoff"
-HALF_DTYPES: Final = ("BF16", "F16")
-# `values` -> safetensors dtype.
-DTYPES: Final = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-SHM: Final = "shm"
-# What aiohttp raises for a damaged multipart body.
-MULTIPART_ERRORS: Final = (ValueError, AssertionError, HttpProcessingError)
+DTYPES: Final = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # `values` -> safetensors dtype
 BASE64_MARK: Final = b";base64,"
-# A data URL before its base64 text.
-MAX_DATA_URL_HEAD_BYTES: Final = 256
+MAX_DATA_URL_HEAD_BYTES: Final = 256  # a data URL before its base64 text
 
 Source = tuple[Data, bool]  # an image, and whether it is base64 text
 Emit = Callable[[Event], None]
-Fetch = Callable[[str, str], Awaitable[Data]]  # a link, and what to call it -> the image
 
 
-class BadRequest(RequestError):
+class BadRequest(RequestError, code="bad_request"):
     """The request is not in one of the three forms."""
 
-    code = "bad_request"
 
-
-class NotAcceptable(RequestError):
+class NotAcceptable(RequestError, code="not_acceptable", status=406):
     """The client accepts no form that is available."""
 
-    code = "not_acceptable"
-    status: ClassVar[int] = 406
 
-
-class NotImplementedHere(RequestError):
+class NotImplementedHere(RequestError, code="handoff_not_implemented", status=501):
     """A hand-off that is unknown, or not available here."""
-
-    code = "handoff_not_implemented"
-    status: ClassVar[int] = 501
 
 
 async def preprocess(
@@ -84,8 +68,10 @@ async def preprocess(
     client_stall: float = client_io.CLIENT_STALL_S,
 ) -> web.StreamResponse:
     """Serve one request; emit one ImagePrepared per image. `fetch` gets images behind links. Raises RequestError."""
-    shm = is_shm(request.headers.get(HANDOFF_HEADER, ""))
-    want = TENSORS if shm else negotiate(request.headers.get("accept", ""))
+    handoff = request.headers.get(HANDOFF_HEADER, "")
+    if handoff not in ("", "shm"):
+        raise NotImplementedHere(f"{HANDOFF_HEADER}: {handoff[:16]!r} is not available; send shm, or omit the header")
+    want = TENSORS if handoff else negotiate(request.headers.get("accept", ""))
     if not images.spec.tensors:
         raise BadRequest("tensors are not available for this model: its processor resizes in floating point")
     spec = with_values(images.spec, request.query.get("values", ""))
@@ -98,11 +84,23 @@ async def preprocess(
     with images.tensor_budget.for_request() as reserve:
         prepared = images.tensors(sources, want=want, tenant=tenant, spec=spec, reserve=reserve)
         done = await _report(prepared, sources, emit)
+        layout = _layout(done, spec)
         if want == LAYOUT:
-            return web.json_response(layout(done, spec))
-        if shm:
-            return web.json_response(await export(images, spec, done))
-        return await _respond(request, done, spec, client_stall)
+            return web.json_response(layout)
+        head, size = _safetensors_head(layout)
+        if not handoff:
+            response = web.StreamResponse(headers={"content-type": SAFETENSORS, "content-length": str(size)})
+            await client_io.send(response.prepare(request))
+            await client_io.send(response.write(head))
+            await client_io.send_long(response, _pieces(done, spec), client_stall)
+            return response
+        file = await images.share(head, *chain.from_iterable(_pieces(done, spec)))
+        if file is None:
+            raise NotImplementedHere(
+                f"{HANDOFF_HEADER}: no shared memory available (see --image-cache-bytes); omit the header"
+            )
+        segment = {"name": f"{file.folder}/{file.name}", "format": "safetensors", "bytes": size}
+        return web.json_response(layout | {"segments": [segment]})
 
 
 def with_values(spec: ProcessorSpec, values: str) -> ProcessorSpec:
@@ -110,31 +108,12 @@ def with_values(spec: ProcessorSpec, values: str) -> ProcessorSpec:
     if values == "uint8":
         return replace(spec, do_rescale=False, do_normalize=False)
     wanted = DTYPES.get(values, spec.dtype if values == "" else "")
-    rounded = replace(spec, half=wanted) if wanted in HALF_DTYPES and spec.dtype == "F32" else spec
+    rounded = replace(spec, half=wanted) if wanted in ("BF16", "F16") and spec.dtype == "F32" else spec
     if rounded.dtype != wanted:
         raise BadRequest(
             "values: send uint8; or float32, bfloat16 or float16 if the model's processor makes float32; or omit it"
         )
     return rounded
-
-
-async def export(images: ImageService, spec: ProcessorSpec, done: Sequence[PreparedTensors]) -> dict[str, Any]:
-    """Write the tensors to a file in shared memory; return their layout and its name. Raises NotImplementedHere."""
-    parts = [safetensors_head(done, spec), *(piece for group in pieces(done, spec) for piece in group)]
-    file = await images.share(*parts)
-    if file is None:
-        raise NotImplementedHere(
-            f"{HANDOFF_HEADER}: no shared memory available (see --image-cache-bytes); omit the header"
-        )
-    segment = {"name": f"{file.folder}/{file.name}", "format": "safetensors", "bytes": sum(map(len, parts))}
-    return layout(done, spec) | {"segments": [segment]}
-
-
-def is_shm(wanted: str) -> bool:
-    """Whether the tensors go through shared memory, not in the body. Raises NotImplementedHere for another hand-off."""
-    if wanted not in ("", SHM):
-        raise NotImplementedHere(f"{HANDOFF_HEADER}: {wanted[:16]!r} is not available; send {SHM}, or omit the header")
-    return wanted == SHM
 
 
 def negotiate(accept: str) -> str:
@@ -148,70 +127,45 @@ def negotiate(accept: str) -> str:
     raise NotAcceptable(f"accept: send {SAFETENSORS} for tensors, or {JSON} for their layout only")
 
 
-def shapes(done: Sequence[PreparedTensors], spec: ProcessorSpec) -> dict[str, tuple[str, list[int]]]:
-    """Each tensor's safetensors dtype and shape, in writing order: 8-byte integers first."""
-    return spec.shapes(geometries(done, spec))
-
-
-def geometries(done: Sequence[PreparedTensors], spec: ProcessorSpec) -> list[Geometry]:
-    """The geometry of each image, by the same rules as in the worker."""
-    return [spec.geometry(*t.prepared.original) for t in done]
-
-
-def layout(done: Sequence[PreparedTensors], spec: ProcessorSpec) -> dict[str, Any]:
-    """The JSON form: names, shapes, dtypes, and a description of each image."""
+def _layout(done: list[PreparedTensors], spec: ProcessorSpec) -> dict[str, Any]:
+    """The JSON form: names, shapes, dtypes, and each image in its final size."""
+    shapes = spec.shapes([spec.geometry(*t.prepared.original) for t in done])
     return {
         "processor": spec.fingerprint,
-        "tensors": {name: {"dtype": dtype, "shape": shape} for name, (dtype, shape) in shapes(done, spec).items()},
-        "images": [describe(t.prepared) for t in done],
+        "tensors": {name: {"dtype": dtype, "shape": shape} for name, (dtype, shape) in shapes.items()},
+        "images": [
+            {
+                "format": image.format,
+                "height": image.height,
+                "width": image.width,
+                "grid_thw": list(image.grid),
+                "tokens": image.tokens,
+                "content_hash": image.content_hash,
+            }
+            for image in (t.prepared for t in done)
+        ],
     }
 
 
-def describe(image: PreparedImage) -> dict[str, Any]:
-    """One image, in its final size."""
-    return {
-        "format": image.format,
-        "height": image.height,
-        "width": image.width,
-        "grid_thw": list(image.grid),
-        "tokens": image.tokens,
-        "content_hash": image.content_hash,
-    }
-
-
-def safetensors_head(done: Sequence[PreparedTensors], spec: ProcessorSpec) -> bytes:
-    """A safetensors file up to its tensors: length and JSON header."""
-    images = json.dumps([describe(t.prepared) for t in done], separators=(",", ":"))  # metadata values are strings
-    header: dict[str, Any] = {"__metadata__": {"processor": spec.fingerprint, "images": images}}
+def _safetensors_head(layout: dict[str, Any]) -> tuple[bytes, int]:
+    """A safetensors file up to its tensors (length and JSON header), and the bytes of all of it."""
+    images = json.dumps(layout["images"], separators=(",", ":"))  # metadata values are strings
+    header: dict[str, Any] = {"__metadata__": {"processor": layout["processor"], "images": images}}
     at = 0
-    for name, (dtype, shape) in shapes(done, spec).items():
-        end = at + ELEMENT_BYTES[dtype] * math.prod(shape)
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [at, end]}
+    for name, tensor in layout["tensors"].items():
+        end = at + tensor_layout.ELEMENT_BYTES[tensor["dtype"]] * math.prod(tensor["shape"])
+        header[name] = {**tensor, "data_offsets": [at, end]}
         at = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the format requires aligned data
-    return struct.pack("<Q", len(text)) + text
+    return struct.pack("<Q", len(text)) + text, 8 + len(text) + at
 
 
-def pieces(done: Sequence[PreparedTensors], spec: ProcessorSpec) -> Iterator[list[Data]]:
+def _pieces(done: list[PreparedTensors], spec: ProcessorSpec) -> Iterator[list[Data]]:
     """The bytes of all tensors, in groups: integers first."""
-    images = geometries(done, spec)
+    images = [spec.geometry(*t.prepared.original) for t in done]  # by the same rules as in the worker
     yield from tensor_layout.integers(spec.integers(images).values())
     yield from tensor_layout.pieces([t.values for t in done], images, spec)
-
-
-async def _respond(
-    request: web.BaseRequest, done: list[PreparedTensors], spec: ProcessorSpec, client_stall: float
-) -> web.StreamResponse:
-    """Send the tensors. Raises ClientStalled if the client reads nothing for `client_stall` seconds."""
-    head = safetensors_head(done, spec)
-    response = web.StreamResponse(headers={"content-type": SAFETENSORS})
-    tensors = shapes(done, spec).values()
-    response.content_length = len(head) + sum(ELEMENT_BYTES[dtype] * math.prod(shape) for dtype, shape in tensors)
-    await client_io.start(response, request)
-    await client_io.write(response, head)
-    await client_io.send_long(response, pieces(done, spec), client_stall)
-    return response
 
 
 async def _report(work: Awaitable[list[PreparedTensors]], sources: list[Source], emit: Emit) -> list[PreparedTensors]:
@@ -220,9 +174,7 @@ async def _report(work: Awaitable[list[PreparedTensors]], sources: list[Source],
     try:
         done = await work
     except RequestError as e:
-        now = time.monotonic()
-        outcome = "rejected" if isinstance(e, BadImage) else "failed"
-        emit(ImagePrepared("", now, "unknown", outcome, now - started, (), sum(len(data) for data, _ in sources), 0))
+        emit(failure("", e, started, sum(len(data) for data, _ in sources)))
         raise
     for p in (t.prepared for t in done):
         emit(ImagePrepared("", time.monotonic(), p.format, p.outcome, p.seconds, p.stages, p.bytes_in, p.bytes_out))
@@ -230,14 +182,14 @@ async def _report(work: Awaitable[list[PreparedTensors]], sources: list[Source],
 
 
 async def _read_sources(request: web.BaseRequest, settings: Settings, fetch: Fetch | None) -> list[Source]:
-    """The request's images, at max_bytes MAX_IMAGES of them."""
+    """The request's images, at most MAX_IMAGES of them."""
     kind = request.content_type.lower()
     if kind.startswith("image/"):
         return [(await client_io.read(request, settings.image_max_bytes, "--image-max-bytes"), False)]
     if kind == "multipart/form-data":
         return await _read_parts(request, settings)
     if kind == JSON:
-        return await _fetch_links(parse_images(await client_io.read(request, settings.max_body_bytes)), fetch)
+        return await _fetch_links(_parse_images(await client_io.read(request, settings.max_body_bytes)), fetch)
     raise BadRequest(f"content-type: send {JSON}, multipart/form-data, or image/*")
 
 
@@ -252,15 +204,10 @@ async def _fetch_links(listed: list[Source | str], fetch: Fetch | None) -> list[
             raise BadImage(f"{where}: {text}", "image_url")
         return await fetch(source, where), False
 
-    try:
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(load(source, f"images[{i}]")) for i, source in enumerate(listed)]
-    except* RequestError as failed:
-        raise failed.exceptions[0] from None
-    return [task.result() for task in tasks]
+    return await all_of(load(source, f"images[{i}]") for i, source in enumerate(listed))
 
 
-def parse_images(body: bytes) -> list[Source | str]:
+def _parse_images(body: bytes) -> list[Source | str]:
     """The images of the JSON form, and the links among them. Raises BadRequest or BadImage."""
     parsed = request_body.extract_data_urls(body, secrets.token_hex(8))
     listed = (parsed.payload or {}).get("images")
@@ -268,7 +215,7 @@ def parse_images(body: bytes) -> list[Source | str]:
         raise BadRequest('the body must be a JSON object such as {"images": ["data:image/jpeg;base64,..."]}')
     check_count(len(listed))
     return [
-        text if url_policy.is_link(text) else (_base64_of(request_body.original(parsed, text), i), True)
+        text if url_policy.is_link(text) else (_base64_of(parsed.original(text), i), True)
         for i, text in enumerate(listed)
     ]
 
@@ -296,7 +243,7 @@ async def _read_parts(request: web.BaseRequest, settings: Settings) -> list[Sour
             found.append((await _read_part(part, settings.image_max_bytes, len(found)), False))
             if sum(len(data) for data, _ in found) > settings.max_body_bytes:  # its length may not be announced
                 raise BodyTooLarge(too_large)
-    except MULTIPART_ERRORS:
+    except (ValueError, AssertionError, HttpProcessingError):  # what aiohttp raises
         raise BadRequest("multipart: the body is cut off or has no boundary") from None
     return found
 

@@ -2,74 +2,84 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import islice
+from typing import Final
+
 from sidecar.events import LoadReport, Usage
+from sidecar.images import header_geometry
 from sidecar.kernels.grid import ProcessorSpec
 from sidecar.load.cost_model import settled_work
 from sidecar.load.estimator import Estimate, Estimator
 from sidecar.load.ledger import actual_work
 from sidecar.relay.admission import Admission
-from sidecar.relay.media.image_sizes import tokens_of
 from sidecar.relay.pricing.quota import Quota
 from sidecar.relay.pricing.tokenizer import TokenCounter
-from sidecar.relay.request_body import ParsedBody
+from sidecar.relay.request_body import ImagePart, ParsedBody
+
+MAX_IMAGES_READ: Final = 64
 
 
+@dataclass(frozen=True, slots=True)
 class Pricing:
     """One per relay process. None: no `quota` of tenants, no `counter` of tokens, no `spec` of an image processor."""
 
-    def __init__(
-        self,
-        estimator: Estimator,
-        quota: Quota | None = None,
-        counter: TokenCounter | None = None,
-        spec: ProcessorSpec | None = None,
-    ) -> None:
-        self._estimator = estimator
-        self._quota = quota
-        self._counter = counter
-        self._spec = spec
+    estimator: Estimator
+    quota: Quota | None = None
+    counter: TokenCounter | None = None
+    spec: ProcessorSpec | None = None
 
     def on_load_report(self, load: LoadReport) -> None:
-        """Pass a load report to the quota."""
-        if self._quota is not None:
-            self._quota.on_load_report(load)
+        if self.quota is not None:
+            self.quota.on_load_report(load)
 
     async def charge(self, admission: Admission, body: ParsedBody) -> None:
         """Charge the request to its tenant, before any work is done for it. Raises TenantLimited."""
-        if self._counter is not None and body.payload is not None:
-            admission.token_count = await self._counter.count(body.payload, body.text)
-        if self._spec is not None and body.images:
-            admission.image_tokens = tokens_of(body.images, self._spec)
-        if self._quota is not None:
-            estimate = self._estimate(admission, admission.image_tokens)
-            reserved = self._estimator.reserved_mu(admission.tenant, admission.shape, estimate.work)
-            admission.charge = self._quota.take(admission.tenant, estimate.mu, reserved)
+        if self.counter is not None and body.payload is not None:
+            admission.token_count = await self.counter.count(body.payload, body.text)
+        if self.spec is not None and body.images:
+            admission.image_tokens = tokens_of(body.images, self.spec)
+        if self.quota is not None:
+            estimate = self.estimate(admission, [])
+            reserved = self.estimator.reserved_mu(admission.tenant, admission.shape, estimate.work)
+            admission.charge = self.quota.take(admission.tenant, estimate.mu, reserved)
 
     def estimate(self, admission: Admission, image_tokens: list[int]) -> Estimate:
         """What the request is expected to take. `image_tokens`: those of prepared images, which are exact."""
-        return self._estimate(admission, image_tokens or admission.image_tokens)
+        counted = None if admission.token_count is None else admission.token_count.tokens
+        known = image_tokens or admission.image_tokens
+        return self.estimator.estimate(admission.tenant, admission.shape, known, counted)
 
     def price_milli(self, admission: Admission, usage: Usage) -> int:
         """The price of a usage in milli-MU, as it will settle."""
-        return round(1000 * self._estimator.mu(settled_work(admission.work, usage, 0)))
+        return round(1000 * self.estimator.mu(settled_work(admission.work, usage, 0)))
 
     def settle(self, admission: Admission) -> None:
         """The request has settled: correct its charge to what it used, and learn from it."""
         end = admission.settled
         if end is None:
             return
-        if self._quota is not None:
+        if self.quota is not None:
             started = end.first_at is not None
             work = actual_work(admission.work, end, started=started, delivered=end.delivered_tokens)
-            self._quota.settle(admission.charge, 0.0 if work is None else self._estimator.mu(work))
+            self.quota.settle(admission.charge, 0.0 if work is None else self.estimator.mu(work))
         if end.usage is not None and end.outcome == "ok":
-            counted = (
-                admission.token_count.tokens
-                if admission.token_count is not None and admission.token_count.exact
-                else None
-            )
-            self._estimator.learn(admission.tenant, admission.shape, end.usage, counted)
+            counted = admission.token_count
+            exact = counted.tokens if counted is not None and counted.exact else None
+            self.estimator.learn(admission.tenant, admission.shape, end.usage, exact)
 
-    def _estimate(self, admission: Admission, image_tokens: list[int]) -> Estimate:
-        counted = None if admission.token_count is None else admission.token_count.tokens
-        return self._estimator.estimate(admission.tenant, admission.shape, image_tokens, counted)
+
+def tokens_of(parts: Iterable[ImagePart], spec: ProcessorSpec) -> list[int]:
+    """The tokens of the images whose headers state their size, before anything is decoded.
+
+    One that the model's processor would refuse is left out, too. Sizes are taken as stored: a photo that is to be
+    rotated has the same number of tokens, or nearly.
+    """
+    found: list[int] = []
+    for part in islice(parts, MAX_IMAGES_READ):
+        if (header := header_geometry.read_size(part.data, is_base64=True)) is not None:
+            with suppress(ValueError):
+                found.append(spec.geometry(header.height, header.width).tokens)
+    return [tokens for tokens in found if tokens]

@@ -17,15 +17,13 @@ from typing import Final
 
 from sidecar.errors import TenantLimited, UsageError
 from sidecar.events import LoadReport
-from sidecar.load.tenant_limits import MAX_LIMITS_FILE_BYTES, LimitExceeded, TenantLimit, TenantLimits, parse
+from sidecar.load.tenant_limits import MAX_LIMITS_FILE_BYTES, TenantLimits, parse
 from sidecar.relay.pricing.tenant_accounts import TenantAccounts, TenantCharge
 
 FILE_CHECK_INTERVAL_S: Final = 2.0
 LOAD_REPORT_STALE_S: Final = 5.0
-# In OpenAI's errors.
-OPENAI_LIMIT_TYPES: Final = {"mu_per_minute": "tokens", "mu_in_flight": "requests"}
-# When to retry if open requests must end first.
-IN_FLIGHT_RETRY_S: Final = 1.0
+OPENAI_LIMIT_TYPES: Final = {"mu_per_minute": "tokens", "mu_in_flight": "requests"}  # in OpenAI's errors
+IN_FLIGHT_RETRY_S: Final = 1.0  # when to retry if open requests must end first
 
 _log = logging.getLogger(__name__)
 
@@ -36,6 +34,7 @@ class Quota:
     def __init__(self, path: str, accounts: TenantAccounts, workers: int, limits: TenantLimits) -> None:
         self._path = Path(path)
         self._accounts = accounts
+        self.close = accounts.close
         self._workers = workers
         self._stamp = _file_stamp(self._path)
         self._limits = limits
@@ -55,7 +54,12 @@ class Quota:
         if limit.spill_over and now - self._reported_at < LOAD_REPORT_STALE_S and mu <= self._spare:
             self._spare -= mu
             return self._accounts.spill(tenant, limit, high, now)
-        raise limit_error(taken, limit, mu, high)
+        if taken.what == "mu_per_minute":
+            text = f"rate limit of {limit.mu_per_minute:g} model units per minute reached; this request needs {mu:.3g}"
+        else:
+            text = f"limit of {limit.mu_in_flight:g} model units in flight reached; this request may need {high:.3g}"
+        wait = IN_FLIGHT_RETRY_S if taken.wait is None else taken.wait
+        raise TenantLimited(text, wait, OPENAI_LIMIT_TYPES[taken.what])
 
     def settle(self, charge: TenantCharge | None, mu: float) -> None:
         """Correct the charge of a request that has ended and used `mu`."""
@@ -92,10 +96,6 @@ class Quota:
             return False
         return True
 
-    def close(self) -> None:
-        """Unmap the accounts."""
-        self._accounts.close()
-
 
 def read_limits(path: str) -> TenantLimits:
     """The limits in a file. Raises UsageError."""
@@ -110,15 +110,6 @@ def read_limits(path: str) -> TenantLimits:
     if len(raw) > MAX_LIMITS_FILE_BYTES:
         raise UsageError(f"{name}: larger than {MAX_LIMITS_FILE_BYTES} bytes")
     return parse(text, name)
-
-
-def limit_error(why: LimitExceeded, limit: TenantLimit, mu: float, high: float) -> TenantLimited:
-    """The error for the client."""
-    if why.what == "mu_per_minute":
-        text = f"rate limit of {limit.mu_per_minute:g} model units per minute reached; this request needs {mu:.3g}"
-    else:
-        text = f"limit of {limit.mu_in_flight:g} model units in flight reached; this request may need {high:.3g}"
-    return TenantLimited(text, IN_FLIGHT_RETRY_S if why.wait is None else why.wait, OPENAI_LIMIT_TYPES[why.what])
 
 
 def _file_stamp(path: Path) -> tuple[int, int, int] | None:

@@ -27,20 +27,16 @@ from typing import Final
 from sidecar.load.tenant_limits import LimitExceeded, TenantLimit, TokenBucket, charge, check, refill
 
 ROWS: Final = 4096
-# Candidate rows of a tenant.
-ROW_PROBES: Final = 16
-# Microseconds are usual, but the holder can be descheduled.
-LOCK_TIMEOUT_S: Final = 0.05
+ROW_PROBES: Final = 16  # candidate rows of a tenant
+LOCK_TIMEOUT_S: Final = 0.05  # microseconds are usual, but the holder can be descheduled
 _LOCK_RETRY_S: Final = 0.0002
 # digest, level, at, rate, burst
 _ROW: Final = struct.Struct("=16sdddd")
 _ROW_NUMBERS: Final = struct.Struct("=dddd")
-_IN_FLIGHT: Final = struct.Struct("=d")
+_IN_FLIGHT_BYTES: Final = 8
 _EMPTY_DIGEST: Final = bytes(16)
-# Not the digest of any tenant.
-_SHARED_DIGEST: Final = b"shared by others"
-# Rounding may leave this much in flight.
-_ROUNDING_MU: Final = 1e-9
+_SHARED_DIGEST: Final = b"shared by others"  # not the digest of any tenant
+_ROUNDING_MU: Final = 1e-9  # rounding may leave this much in flight
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,26 +50,23 @@ class TenantCharge:
 
 
 def table_bytes(workers: int) -> int:
-    """Bytes of the table."""
-    return ROWS * (_ROW.size + _IN_FLIGHT.size * workers)
+    return ROWS * (_ROW.size + _IN_FLIGHT_BYTES * workers)
 
 
 class TenantAccounts:
-    """The table, mapped by relay process `index` of `workers`.
-
-    `path`: a file of `table_bytes(workers)` bytes, or "" for private memory.
-    """
+    """The table, as relay process `index` uses it. `path`: a file of `table_bytes(workers)` bytes; "": own memory."""
 
     def __init__(self, path: str, workers: int, index: int) -> None:
         self._workers, self._index = workers, index
         self._lock_timeout_s = LOCK_TIMEOUT_S
         self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC) if path else -1
         self._table = mmap.mmap(self._fd, table_bytes(workers))
-        first = self._offset(0)
-        self._table[first : first + ROWS * _IN_FLIGHT.size] = bytes(ROWS * _IN_FLIGHT.size)
+        first = ROWS * (_ROW.size + _IN_FLIGHT_BYTES * index)
+        self._table[first : first + ROWS * _IN_FLIGHT_BYTES] = bytes(ROWS * _IN_FLIGHT_BYTES)
+        self._in_flight = memoryview(self._table)[ROWS * _ROW.size :].cast("d")  # column after column
 
     def close(self) -> None:
-        """Unmap the table."""
+        self._in_flight.release()
         self._table.close()
         if self._fd >= 0:
             os.close(self._fd)
@@ -83,18 +76,18 @@ class TenantAccounts:
         with self._locked():
             row = self._row(tenant, limit, now)
             bucket = refill(self._bucket(row), limit, now)
-            refused = check(limit, bucket, self._in_flight(row), mu, high)
+            refused = check(limit, bucket, sum(self._in_flight[row::ROWS]), mu, high)
             if refused is not None:
                 return refused
             self._put(row, charge(bucket, limit, mu), limit)
-            self._put_own_in_flight(row, self._own_in_flight(row) + high)
+            self._add_in_flight(row, high)
             return TenantCharge(row, limit, mu, high)
 
     def spill(self, tenant: str, limit: TenantLimit, high: float, now: float) -> TenantCharge:
         """Admit a request over its tenant's limit: it is in flight, and takes nothing from the bucket."""
         with self._locked():
             row = self._row(tenant, limit, now)
-            self._put_own_in_flight(row, self._own_in_flight(row) + high)
+            self._add_in_flight(row, high)
             return TenantCharge(row, TenantLimit(), 0.0, high)
 
     def settle(self, charged: TenantCharge, mu: float, now: float) -> None:
@@ -103,7 +96,7 @@ class TenantAccounts:
             bucket = refill(self._bucket(charged.row), charged.limit, now)
             if charged.limit.mu_per_minute is not None:
                 self._put(charged.row, charge(bucket, charged.limit, mu - charged.mu), charged.limit)
-            self._put_own_in_flight(charged.row, self._own_in_flight(charged.row) - charged.high)
+            self._add_in_flight(charged.row, -charged.high)
 
     # --- rows ---
 
@@ -124,40 +117,25 @@ class TenantAccounts:
     def _is_free(self, row: int, now: float) -> bool:
         """Whether a row carries no information."""
         digest, level, at, rate, burst = _ROW.unpack_from(self._table, row * _ROW.size)
-        return digest == _EMPTY_DIGEST or (level + rate * (now - at) >= burst and self._in_flight(row) == 0)
+        return digest == _EMPTY_DIGEST or (level + rate * (now - at) >= burst and not any(self._in_flight[row::ROWS]))
 
     def _digest(self, row: int) -> bytes:
         return self._table[row * _ROW.size : row * _ROW.size + 16]
 
     def _bucket(self, row: int) -> TokenBucket:
-        _, level, at, _, _ = _ROW.unpack_from(self._table, row * _ROW.size)
-        return TokenBucket(level, at)
+        return TokenBucket(*_ROW.unpack_from(self._table, row * _ROW.size)[1:3])
 
     def _put(self, row: int, bucket: TokenBucket, limit: TenantLimit) -> None:
         _ROW_NUMBERS.pack_into(self._table, row * _ROW.size + 16, bucket.level, bucket.at, limit.rate, limit.burst)
 
-    def _in_flight(self, row: int) -> float:
-        """MU in flight of all processes."""
-        offsets = (self._offset(row, index) for index in range(self._workers))
-        return sum(float(_IN_FLIGHT.unpack_from(self._table, offset)[0]) for offset in offsets)
-
-    def _own_in_flight(self, row: int) -> float:
-        return float(_IN_FLIGHT.unpack_from(self._table, self._offset(row))[0])
-
-    def _put_own_in_flight(self, row: int, mu: float) -> None:
-        _IN_FLIGHT.pack_into(self._table, self._offset(row), mu if mu > _ROUNDING_MU else 0.0)
-
-    def _offset(self, row: int, index: int | None = None) -> int:
-        """Offset of a process's MU in flight in a row; by default of this process."""
-        column = self._index if index is None else index
-        return ROWS * _ROW.size + (column * ROWS + row) * _IN_FLIGHT.size
+    def _add_in_flight(self, row: int, mu: float) -> None:
+        at = self._index * ROWS + row
+        held = self._in_flight[at] + mu
+        self._in_flight[at] = held if held > _ROUNDING_MU else 0.0
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        if self._fd < 0 or self._workers == 1:
-            yield
-            return
-        held = self._lock()
+        held = self._fd >= 0 and self._workers > 1 and self._lock()
         try:
             yield
         finally:

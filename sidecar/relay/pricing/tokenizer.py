@@ -23,10 +23,8 @@ from sidecar.load.request_shape import leaves, prompts
 
 TOKENIZER_FILE: Final = "tokenizer.json"
 COUNT_TIMEOUT_S: Final = 0.005
-# Texts that wait for the thread; further ones are not counted.
-MAX_WAITING_COUNTS: Final = 8
-# These take 1 to 2 ms of a core.
-MAX_COUNTED_CHARS: Final = 4096
+MAX_WAITING_COUNTS: Final = 8  # texts that wait for the thread; further ones are not counted
+MAX_COUNTED_CHARS: Final = 4096  # these take 1 to 2 ms of a core
 WINDOW_COUNT: Final = 8
 
 _log = logging.getLogger(__name__)
@@ -52,10 +50,7 @@ class TokenCounter:
         self._waiting = 0
 
     async def count(self, payload: dict[str, Any], read: Callable[[str], str] = str) -> TokenCount | None:
-        """The tokens of a body's prompt text; None if they are not counted within the deadline.
-
-        `read` as for `request_shape.describe`.
-        """
+        """The tokens of a body's prompt text; None after the deadline. `read` as for `request_shape.describe`."""
         if self._waiting >= MAX_WAITING_COUNTS:
             return None
         texts = [leaf for leaf in leaves(prompts(payload), read) if isinstance(leaf, str)]

@@ -1,7 +1,6 @@
 """The names of the visible GPUs, or of their MIG slices, read once at startup.
 
-NVML can hang, and does not survive a fork. So it runs in a process of its own, which is killed after a timeout. Without
-a driver library no process is started.
+NVML can hang, and does not survive a fork. So it runs in a process of its own, which is killed after a timeout.
 """
 
 from __future__ import annotations

@@ -132,7 +132,7 @@ class GpuSignal:
                 samples.append(sampler.sample(device, started))
             except self._nvml.NVMLError as e:
                 lost += 1
-                samples.append(sampler.sample_lost(device, e))
+                samples.append(sampler.sample_lost(device, to_failed(e)))
         self._store(Value(tuple(samples), at=started, seconds=self._clock() - started))
         return lost < len(devices)
 

@@ -15,12 +15,10 @@ from typing import Any, Final, TypeVar
 from sidecar.readings import SLOWDOWNS, Absent, Failed, GpuSample, Reading, Value
 
 T = TypeVar("T")
-# Makes one NVML call.
-NvmlCall = Callable[..., Any]
+NvmlCall = Callable[..., Any]  # makes one NVML call
 
 PROCESS_LIST_INTERVAL_S: Final = 30.0
-# Per GPU; NVIDIA's have at most 7.
-MAX_SLICES: Final = 16
+MAX_SLICES: Final = 16  # per GPU; NVIDIA's have at most 7
 
 # NVML's codes as numbers, because pynvml is imported only if there is a driver.
 # Not supported, function not found.
@@ -59,19 +57,15 @@ _NO_UTILIZATION: Final = Absent("MIG: NVML has no utilisation for a slice")
 
 @dataclass(frozen=True, slots=True)
 class GpuDevice:
-    """One GPU, or one MIG slice of it, in one NVML session.
-
-    `handle` is NVML's; `error` is set if there is none. `whole` is the handle of the GPU that a slice belongs to, or
-    `handle` for a GPU without slices.
-    """
+    """One GPU, or one MIG slice of it, in one NVML session."""
 
     index: int
     name: str
     uuid: str
     handle: Any
-    whole: Any
+    whole: Any  # the handle of the GPU that a slice belongs to; `handle` for a GPU without slices
     mig: int | None = None
-    error: Exception | None = None
+    error: Exception | None = None  # why there is no handle
 
 
 class GpuSampler:
@@ -87,48 +81,32 @@ class GpuSampler:
         """All numbers of one device. Raises NVMLError if it no longer responds."""
         if device.error is not None:
             raise device.error
-        nvml, handle = self._nvml, device.handle
-        is_slice = device.mig is not None
+        nvml, handle, whole = self._nvml, device.handle, device.whole
         memory = self._read(now, nvml.nvmlDeviceGetMemoryInfo, lambda m: (int(m.used), int(m.total)), handle)
-        batch = {} if is_slice else self._read_batch(handle, now)
+        used, total = _pick(memory, 0), _pick(memory, 1)
+        temperature = self._read(now, nvml.nvmlDeviceGetTemperature, float, whole, nvml.NVML_TEMPERATURE_GPU)
+        clock = self._read(now, nvml.nvmlDeviceGetClockInfo, lambda megahertz: megahertz * 1_000_000, whole, SM_CLOCK)
+        # The older of the function's two names, which every driver has.
+        slowdowns = self._read(now, nvml.nvmlDeviceGetCurrentClocksThrottleReasons, _decode_slowdowns, whole)
+        processes = self._read_process_count(device, now)
+        utilization: Reading[float] = _NO_UTILIZATION
+        power: Reading[float] = _OF_THE_WHOLE
+        energy: Reading[float] = _OF_THE_WHOLE
+        if device.mig is None:
+            batch = self._read_batch(handle, now)
+            utilization = self._read(now, nvml.nvmlDeviceGetUtilizationRates, lambda rates: rates.gpu / 100, handle)
+            power = batch.get(POWER_FIELD) or self._read(now, nvml.nvmlDeviceGetPowerUsage, _from_milli, handle)
+            used_energy = nvml.nvmlDeviceGetTotalEnergyConsumption
+            energy = batch.get(ENERGY_FIELD) or self._read(now, used_energy, _from_milli, handle)
+        where, xids = (device.index, device.name, device.uuid), self._xids(device.index)
         return GpuSample(
-            index=device.index,
-            name=device.name,
-            uuid=device.uuid,
-            utilization=_NO_UTILIZATION if is_slice else self._read_utilization(handle, now),
-            memory_used=_pick(memory, 0),
-            memory_total=_pick(memory, 1),
-            power=_OF_THE_WHOLE if is_slice else _from_milli(batch.get(POWER_FIELD) or self._read_power(handle, now)),
-            temperature=self._read(now, nvml.nvmlDeviceGetTemperature, float, device.whole, nvml.NVML_TEMPERATURE_GPU),
-            xid_errors=self._xids(device.index),
-            mig=device.mig,
-            energy=_OF_THE_WHOLE
-            if is_slice
-            else _from_milli(batch.get(ENERGY_FIELD) or self._read_energy(handle, now)),
-            sm_clock=self._read(now, nvml.nvmlDeviceGetClockInfo, _to_hertz, device.whole, SM_CLOCK),
-            slowdowns=self._read_slowdowns(device.whole, now),
-            processes=self._read_process_count(device, now),
+            *where, utilization, used, total, power, temperature, xids, device.mig, energy, clock, slowdowns, processes
         )
 
-    def sample_lost(self, device: GpuDevice, error: Any) -> GpuSample:
+    def sample_lost(self, device: GpuDevice, why: Failed) -> GpuSample:
         """The sample of a device that does not respond: every number failed, its XID errors kept."""
-        reason = to_failed(error)
-        return GpuSample(
-            index=device.index,
-            name=device.name,
-            uuid=device.uuid,
-            utilization=reason,
-            memory_used=reason,
-            memory_total=reason,
-            power=reason,
-            temperature=reason,
-            xid_errors=self._xids(device.index),
-            mig=device.mig,
-            energy=reason,
-            sm_clock=reason,
-            slowdowns=reason,
-            processes=reason,
-        )
+        where, xids = (device.index, device.name, device.uuid), self._xids(device.index)
+        return GpuSample(*where, why, why, why, why, why, xids, device.mig, why, why, why, why)
 
     def _read(self, now: float, function: Callable[..., Any], convert: Callable[[Any], T], *args: Any) -> Reading[T]:
         try:
@@ -139,7 +117,7 @@ class GpuSampler:
             return Absent(f"NVML: {e}") if e.value in UNSUPPORTED_CODES else to_failed(e)
 
     def _read_batch(self, handle: Any, now: float) -> dict[int, Value[float]]:
-        """The fields of the batch that this driver has, in NVML's units."""
+        """The fields of the batch that this driver has."""
         try:
             fields = self._call(self._nvml.nvmlDeviceGetFieldValues, handle, BATCH_FIELDS)
         except self._nvml.NVMLError as e:
@@ -147,23 +125,10 @@ class GpuSampler:
                 raise
             return {}
         return {
-            int(field.fieldId): Value(float(getattr(field.value, VALUE_MEMBERS[field.valueType])), at=now)
+            int(field.fieldId): Value(_from_milli(getattr(field.value, VALUE_MEMBERS[field.valueType])), at=now)
             for field in fields
             if field.nvmlReturn == 0 and field.valueType in VALUE_MEMBERS
         }
-
-    def _read_utilization(self, handle: Any, now: float) -> Reading[float]:
-        return self._read(now, self._nvml.nvmlDeviceGetUtilizationRates, lambda rates: rates.gpu / 100, handle)
-
-    def _read_power(self, handle: Any, now: float) -> Reading[float]:
-        return self._read(now, self._nvml.nvmlDeviceGetPowerUsage, float, handle)
-
-    def _read_energy(self, handle: Any, now: float) -> Reading[float]:
-        return self._read(now, self._nvml.nvmlDeviceGetTotalEnergyConsumption, float, handle)
-
-    def _read_slowdowns(self, handle: Any, now: float) -> Reading[tuple[str, ...]]:
-        # The older of the function's two names, which every driver has.
-        return self._read(now, self._nvml.nvmlDeviceGetCurrentClocksThrottleReasons, decode_slowdowns, handle)
 
     def _read_process_count(self, device: GpuDevice, now: float) -> Reading[int]:
         read_at, reading = self._process_counts.get(device.uuid, (float("-inf"), Absent("not read yet")))
@@ -201,23 +166,18 @@ def _find_slices(nvml: Any, call: NvmlCall, index: int, whole: Any) -> list[GpuD
     return slices
 
 
-def decode_slowdowns(bits: int) -> tuple[str, ...]:
-    """NVML's reasons for lowered clocks, by name."""
-    return tuple(name for bit, name in REASON_BITS.items() if bits & bit)
-
-
 def to_failed(error: Any) -> Failed:
     """An NVML error as a reading, with its remedy."""
     remedy = REMEDIES.get(error.value)
     return Failed(f"NVML: {error}" + (f": {remedy}" if remedy else ""))
 
 
-def _to_hertz(megahertz: int) -> int:
-    return int(megahertz) * 1_000_000
+def _decode_slowdowns(bits: int) -> tuple[str, ...]:
+    return tuple(name for bit, name in REASON_BITS.items() if bits & bit)
 
 
-def _from_milli(reading: Reading[float]) -> Reading[float]:
-    return Value(reading.value / 1000, at=reading.at) if isinstance(reading, Value) else reading
+def _from_milli(number: float) -> float:
+    return number / 1000
 
 
 def _pick(pair: Reading[tuple[int, int]], index: int) -> Reading[int]:

@@ -1,1 +1,0 @@
-"""Useful work: what an engine completes within the SLO, and what it costs."""

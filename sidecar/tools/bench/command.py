@@ -12,8 +12,6 @@ import asyncio
 import json
 import sys
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
@@ -24,24 +22,25 @@ from sidecar.errors import UsageError
 from sidecar.flags import file_path, flag, integer, number, one_of, parser, text, url
 from sidecar.settings import require_writable
 from sidecar.tools.bench import report
-from sidecar.tools.bench.arrivals import NAMES, PROFILES, Profile, arrival_times, rate_for
+from sidecar.tools.bench.arrivals import PROFILES, arrival_times
 from sidecar.tools.bench.tally import BenchRow, sum_up
-from sidecar.tools.bench.traffic import BenchPlan, BenchRun
+from sidecar.tools.bench.traffic import BenchRun
 from sidecar.tools.calibrate.capabilities import text_target
-from sidecar.tools.calibrate.command import show_progress
 from sidecar.tools.calibrate.prompts import PromptTarget
-from sidecar.tools.calibrate.report import bar
+from sidecar.tools.calibrate.report import bar, show_progress
 from sidecar.tools.calibrate.shapes import GridShape
 from sidecar.tools.calibrate.traffic import EngineRefused
 
+# Arrivals in the time that the engine needs for a single request, unless a rate is given: as in the reference matrix.
+ARRIVALS_PER_LATENCY: Final = 6.4
 # Between progress lines in a log and on a terminal.
 PROGRESS_INTERVALS_S: Final = (10.0, 1.0)
 
 
-@parser("some of " + ",".join(NAMES), "NAMES")
+@parser("some of " + ",".join(PROFILES), "NAMES")
 def profiles(value: str) -> str:
     names = [name for name in value.split(",") if name]
-    if not names or set(names) - set(NAMES):
+    if not names or set(names) - set(PROFILES):
         raise ValueError
     return ",".join(names)
 
@@ -52,7 +51,7 @@ class BenchSettings:
 
     engine: str = flag("", url, "Base URL of the engine, or of a relay")
     engine_key: str = flag("", text, "Bearer key for the engine", secret=True)
-    profiles: str = flag(",".join(NAMES), profiles, "Runs, in order")
+    profiles: str = flag(",".join(PROFILES), profiles, "Runs, in order")
     rate: float = flag(
         0.0, number(0, 10_000), "Requests per second on average; 0: 6.4 for each that the engine answers one at a time"
     )
@@ -85,10 +84,8 @@ def main(settings: BenchSettings) -> int:
         exit_code = 1
     print(json.dumps([asdict(r) for r in rows], indent=1) if settings.format == "json" else report.table(rows))
     if settings.plot:
-        title = (
-            f"Useful work: {settings.input_tokens} in, {settings.output_tokens} out, p95 <= {settings.slo_seconds:g} s"
-        )
-        Path(settings.plot).write_text(report.plot(rows, title))
+        load = f"{settings.input_tokens} in, {settings.output_tokens} out"
+        Path(settings.plot).write_text(report.plot(rows, f"Useful work: {load}, p95 <= {settings.slo_seconds:g} s"))
         print(f"written: {settings.plot}", file=sys.stderr)
     return exit_code
 
@@ -96,57 +93,49 @@ def main(settings: BenchSettings) -> int:
 async def bench(settings: BenchSettings, rows: list[BenchRow]) -> None:
     """All runs; each appends to `rows`, also one that is cancelled. Raises EngineRefused."""
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
-        target = await text_target(session, settings.engine, settings.engine_key)
-        rate = settings.rate or rate_for(await measure_alone(session, target, settings))
+        target = await text_target(PromptTarget(session, settings.engine, key=settings.engine_key))
+        rate = settings.rate or ARRIVALS_PER_LATENCY / max(await measure_alone(target, settings), 1e-3)
         show_progress(f"{target.model}: {rate:.2f} requests a second", lasting=True)
-        for name in settings.profiles.split(","):
-            profile = PROFILES[NAMES.index(name)]
-            run = BenchRun(session, target, plan_run(settings, profile))
+        for profile in settings.profiles.split(","):
+            run = make_run(target, settings, profile)
             began, whole = time.monotonic(), False
+            progress = asyncio.create_task(keep_showing(run, profile, settings.seconds))
             try:
-                async with show_progress_of(run, name, settings):
-                    await run.run(arrival_times(profile, rate, settings.seconds, settings.seed))
+                await run.run(arrival_times(profile, rate, settings.seconds, settings.seed))
                 whole = True
             finally:
+                progress.cancel()
+                show_progress("")
                 price = settings.dollars_per_gpu_hour * settings.gpus
                 elapsed = time.monotonic() - began
-                rows.append(sum_up(name, rate, elapsed, run.records, settings.slo_seconds, price, whole=whole))
+                rows.append(sum_up(profile, rate, elapsed, run.records, settings.slo_seconds, price, whole=whole))
 
 
-def plan_run(settings: BenchSettings, profile: Profile) -> BenchPlan:
-    """The plan of one profile's run."""
-    shape = GridShape(settings.input_tokens, 0, settings.output_tokens)
-    return BenchPlan(shape, settings.max_open, 1 if profile.serving == "naive" else 0, settings.timeout, settings.seed)
+def make_run(target: PromptTarget, settings: BenchSettings, profile: str) -> BenchRun:
+    """The run of one profile."""
+    shape, naive = GridShape(settings.input_tokens, 0, settings.output_tokens), profile.endswith("-naive")
+    return BenchRun(target, shape, settings.max_open, settings.timeout, settings.seed, naive)
 
 
-async def measure_alone(session: aiohttp.ClientSession, target: PromptTarget, settings: BenchSettings) -> float:
+async def measure_alone(target: PromptTarget, settings: BenchSettings) -> float:
     """Seconds of a single request, the better of two. Raises EngineRefused."""
-    run = BenchRun(session, target, plan_run(settings, PROFILES[0]))
-    records = [await run.send_one(), await run.send_one()]
-    good = [record.seconds for record in records if record.ended == "completed"]
+    run = make_run(target, settings, PROFILES[0])
+    for _ in range(2):
+        await run.run([0.0])
+    good = [record.seconds for record in run.records if record.ended == "completed"]
     if not good:
-        raise EngineRefused(
-            f"a request of {settings.input_tokens} tokens in and {settings.output_tokens} out {records[-1].ended} "
-            "on the idle engine; see its log, and --input-tokens, --output-tokens, --timeout"
-        )
+        ended = run.records[-1].ended
+        what = f"a request of {settings.input_tokens} tokens in and {settings.output_tokens} out {ended}"
+        remedy = "see its log, and --input-tokens, --output-tokens, --timeout"
+        raise EngineRefused(f"{what} on the idle engine; {remedy}")
     return min(good)
 
 
-@asynccontextmanager
-async def show_progress_of(run: BenchRun, name: str, settings: BenchSettings) -> AsyncIterator[None]:
-    """Print progress lines while the block runs."""
+async def keep_showing(run: BenchRun, name: str, seconds: float) -> None:
+    """Print progress lines until cancelled."""
     began = time.monotonic()
-
-    async def show() -> None:
-        while True:
-            done = sum(record.ended == "completed" for record in run.records)
-            counts = f"{name}: {done} completed, {len(run.records) - done} not completed, {run.open} open"
-            show_progress(bar(time.monotonic() - began, settings.seconds, counts))
-            await asyncio.sleep(PROGRESS_INTERVALS_S[sys.stderr.isatty()])
-
-    task = asyncio.create_task(show())
-    try:
-        yield
-    finally:
-        task.cancel()
-        show_progress("")
+    while True:
+        done = sum(record.ended == "completed" for record in run.records)
+        counts = f"{name}: {done} completed, {len(run.records) - done} not completed, {run.open} open"
+        show_progress(bar(time.monotonic() - began, seconds, counts))
+        await asyncio.sleep(PROGRESS_INTERVALS_S[sys.stderr.isatty()])

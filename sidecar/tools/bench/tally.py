@@ -1,7 +1,6 @@
-"""Pure: the outcome of each request, and the sums of a run.
+"""Pure: the one outcome of each request, and the sums of a run.
 
-Each request has exactly one outcome. Quantiles are over completed requests only. The cost of the whole run is divided
-by the completed requests only. A request is useful if it is completed in a run that meets the SLO.
+Quantiles are over completed requests only, and the cost of the whole run is divided by these.
 """
 
 from __future__ import annotations
@@ -56,14 +55,7 @@ class BenchRow:
 
 
 def sum_up(
-    profile: str,
-    rate: float,
-    elapsed: float,
-    records: Sequence[BenchRecord],
-    slo: float,
-    price: float,
-    *,
-    whole: bool = True,
+    profile: str, rate: float, elapsed: float, records: list[BenchRecord], slo: float, price: float, whole: bool = True
 ) -> BenchRow:
     """Sum up one run. `slo`: limit in seconds on the completed requests' p95; `price`: dollars per hour of all GPUs."""
     ends = Counter(record.ended for record in records)
@@ -71,9 +63,7 @@ def sum_up(
     seconds = sorted(record.seconds for record in good)
     firsts = sorted(record.first for record in good if record.first is not None)
     tokens = sum(record.tokens for record in good)
-    p95 = quantile(seconds, 0.95)
-    lost = len(records) - len(good)
-    spent = price * elapsed / 3600
+    p95, lost, spent = quantile(seconds, 0.95), len(records) - len(good), price * elapsed / 3600
     return BenchRow(
         profile=profile,
         rate=rate,

@@ -1,1 +1,0 @@
-"""Measures the coefficients and the capacity of one (model, hardware) pair."""

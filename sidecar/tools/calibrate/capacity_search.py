@@ -7,19 +7,14 @@ measured on a full engine, where a request costs what it takes from others. The 
 from __future__ import annotations
 
 import itertools
+import math
 import time
-from collections.abc import Callable
 from typing import Final
 
 from sidecar.tools.calibrate.checkpoint import GridPlan, SearchStep
-from sidecar.tools.calibrate.shapes import (
-    MAX_LENGTH_TOKENS,
-    GridShape,
-    generating_shape,
-    largest_shape,
-    reference_shape,
-)
-from sidecar.tools.calibrate.traffic import CalibrationTraffic, EngineRefused, LatencySample
+from sidecar.tools.calibrate.report import show_progress
+from sidecar.tools.calibrate.shapes import GENERATING, LARGEST, MAX_LENGTH_TOKENS, GridShape, reference_shape, shape_of
+from sidecar.tools.calibrate.traffic import CalibrationTraffic, EngineRefused
 
 MAX_OPEN_REQUESTS: Final = 1024
 # Share of the highest rate at which the engine counts as full.
@@ -35,44 +30,53 @@ GRID_COST: Final = 6.0
 # Turns of the grid that must fit into the time.
 MIN_TURNS: Final = 4
 
-Progress = Callable[[str], None]
 
+async def make_plan(
+    traffic: CalibrationTraffic, span: tuple[int, int], slo: float, seconds: tuple[float, float], concurrency: int
+) -> GridPlan:
+    """Search, then find the length. `span`: shortest and longest allowed length; `seconds`: for search and for grid.
 
-async def search(
-    traffic: CalibrationTraffic, context: int, slo: float, seconds: float, limit: int, progress: Progress
-) -> tuple[SearchStep, ...]:
-    """At least one step, until p95 exceeds the SLO, `limit` requests are open, or the time is up."""
-    steps: list[SearchStep] = []
-    started = time.monotonic()
-    shape, count = await _fit_reference(traffic, context, seconds), 1
-    while count <= limit:
-        progress(f"{count} of {shape.name} open at all times")
-        sample = await traffic.run(shape, count, seconds / 12)
-        steps.append(summarise(sample))
-        if sample.p95() > slo or time.monotonic() - started + NEXT_STEP_LATENCIES * sample.p95() > seconds:
-            break
-        count *= 2
-    return tuple(steps)
+    `concurrency` 0: as many requests as fill the engine. Raises EngineRefused.
+    """
+    until = time.monotonic() + seconds[0]
+    shape = await _fit_reference(traffic, span[1], seconds[0])
+    steps = await _open_more(traffic, shape, MAX_OPEN_REQUESTS, seconds[0] / 12, slo, until)
+    at_once = concurrency or find_full_concurrency(steps)
+    length = await _find_length(traffic, span, at_once, seconds[1])
+    decode = await _open_more(traffic, shape_of(length, *GENERATING), at_once, 0.0, math.inf, math.inf)
+    return GridPlan(length, at_once, steps, decode)
 
 
 async def _fit_reference(traffic: CalibrationTraffic, context: int, seconds: float) -> GridShape:
     """The reference shape, scaled down until there is time for some steps."""
-    scale = 1.0
-    while True:
-        shape = reference_shape(context, scale)
-        if SEARCH_LATENCIES * await traffic.burst(shape, 1) <= seconds or scale <= MIN_SCALE:
-            return shape
+    shape, scale = reference_shape(context), 1.0
+    while SEARCH_LATENCIES * await traffic.burst(shape, 1) > seconds and scale > MIN_SCALE:
         scale /= 2
+        shape = reference_shape(context, scale)
+    return shape
 
 
-def summarise(sample: LatencySample) -> SearchStep:
-    """The step of a run. Raises EngineRefused if the engine also served other clients."""
-    if sample.others:
-        raise EngineRefused(
-            f"the engine also served {sample.others} requests of other clients; take it out of traffic and start again"
-        )
-    cost = sample.cost()
-    return SearchStep(sample.concurrency, round(sample.p95(), 4), round(1000 / cost.ms, 4), cost.work)
+async def _open_more(
+    traffic: CalibrationTraffic, shape: GridShape, limit: int, each: float, slo: float, until: float
+) -> tuple[SearchStep, ...]:
+    """Steps of 1, 2, 4, ... open requests up to `limit`, of `each` seconds or more.
+
+    The last one is the first whose p95 exceeds the SLO, or after which there is no time for another.
+    """
+    steps: list[SearchStep] = []
+    count = 1
+    while count <= limit:
+        show_progress(f"{count} of {shape.name} open at all times")
+        sample = await traffic.run(shape, count, each)
+        if sample.others:
+            clients = f"{sample.others} requests of other clients"
+            raise EngineRefused(f"the engine also served {clients}; take it out of traffic and start again")
+        cost = sample.cost()
+        steps.append(SearchStep(count, round(sample.p95(), 4), round(1000 / cost.ms, 4), cost.work))
+        if sample.p95() > slo or time.monotonic() + NEXT_STEP_LATENCIES * sample.p95() > until:
+            break
+        count *= 2
+    return tuple(steps)
 
 
 def find_full_concurrency(steps: tuple[SearchStep, ...]) -> int:
@@ -82,57 +86,22 @@ def find_full_concurrency(steps: tuple[SearchStep, ...]) -> int:
 
 
 def find_concurrency_at_slo(steps: tuple[SearchStep, ...], slo: float) -> float:
-    """Open requests at which p95 reaches the SLO, interpolated between the steps below and above it.
-
-    0 if no step exceeded it, or the first one did.
-    """
+    """Open requests at which p95 reaches the SLO, interpolated; 0 if no step exceeded it, or the first one did."""
     for below, over in itertools.pairwise(steps):
         if below.p95 <= slo < over.p95:
             return below.open + (over.open - below.open) * (slo - below.p95) / (over.p95 - below.p95)
     return 0.0
 
 
-async def find_length(
-    traffic: CalibrationTraffic, span: tuple[int, int], concurrency: int, seconds: float, progress: Progress
-) -> int:
+async def _find_length(traffic: CalibrationTraffic, span: tuple[int, int], concurrency: int, seconds: float) -> int:
     """Tokens of the longest shapes within `span`: doubled while the turns of the grid fit into `seconds`."""
     longest, limit = span[0], min(span[1], MAX_LENGTH_TOKENS)
     while longest < limit:
         tried = min(2 * longest, limit)
-        progress(f"{concurrency} of {largest_shape(tried).name} at once")
-        took = await traffic.burst(largest_shape(tried), concurrency)
+        largest = shape_of(tried, *LARGEST)
+        show_progress(f"{concurrency} of {largest.name} at once")
         # A turn keeps each shape's requests open for two rounds, of which the first does not count.
-        if 2 * GRID_COST * took * MIN_TURNS > seconds:
+        if 2 * GRID_COST * await traffic.burst(largest, concurrency) * MIN_TURNS > seconds:
             break
         longest = tried
     return longest
-
-
-async def measure_decode(
-    traffic: CalibrationTraffic, length: int, concurrency: int, progress: Progress
-) -> tuple[SearchStep, ...]:
-    """Steps of requests that only generate, up to the concurrency of the grid."""
-    shape, steps, count = generating_shape(length), [], 1
-    while count <= concurrency:
-        progress(f"{count} of {shape.name} open at all times")
-        steps.append(summarise(await traffic.run(shape, count, 0.0)))
-        count *= 2
-    return tuple(steps)
-
-
-async def make_plan(
-    traffic: CalibrationTraffic,
-    span: tuple[int, int],
-    slo: float,
-    seconds: tuple[float, float],
-    concurrency: int,
-    progress: Progress,
-) -> GridPlan:
-    """Search, then find the length. `span`: shortest and longest allowed length; `seconds`: for search and for grid.
-
-    `concurrency` 0: as many requests as fill the engine.
-    """
-    steps = await search(traffic, span[1], slo, seconds[0], MAX_OPEN_REQUESTS, progress)
-    at_once = concurrency or find_full_concurrency(steps)
-    longest = await find_length(traffic, span, at_once, seconds[1], progress)
-    return GridPlan(longest, at_once, steps, await measure_decode(traffic, longest, at_once, progress))

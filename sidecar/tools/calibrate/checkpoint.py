@@ -7,11 +7,11 @@ is ignored. A journal of another engine, model or setting is started again.
 from __future__ import annotations
 
 import contextlib
-import json
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+import msgspec
 
 from sidecar.events import RequestSize
 from sidecar.tools.calibrate.fit import Measured
@@ -42,10 +42,11 @@ class GridPlan:
 
 
 @dataclass(frozen=True, slots=True)
-class CheckpointEntry:
-    """One measurement, its duration in seconds, and the share in which the engine waited for a core."""
+class CheckpointEntry(Measured):
+    """One measurement of a shape, its duration in seconds, and the share in which the engine waited for a core."""
 
-    measured: Measured
+    shape: GridShape
+    turn: int
     seconds: float
     waited: float = 0.0
 
@@ -54,35 +55,29 @@ Done = dict[tuple[GridShape, int], CheckpointEntry]  # by shape and turn
 
 
 class Checkpoint:
-    """The journal of one calibration. `identity` is everything that a measurement depends on."""
+    """The journal of one calibration. `identity`: what it depends on; `plan` and `done`: what an earlier run left."""
 
     def __init__(self, out: Path, identity: dict[str, Any]) -> None:
+        self.plan: GridPlan | None = None
+        self.done: Done = {}
         self._path = out.with_name(out.name + ".partial")
-        self._identity = identity
-
-    def read(self) -> tuple[GridPlan | None, Done]:
-        """The plan and the measurements of an earlier run."""
-        try:
-            first, *lines = list(_objects(self._path.read_text()))
-            if first != self._identity:
-                raise ValueError("another calibration")
-            plan, done = read_plan(lines[0]) if lines else None, dict(map(read_entry, lines[1:]))
-        except (OSError, ValueError, KeyError, TypeError):
-            plan, done = None, {}
-        if plan is None:
-            self._write(json.dumps(self._identity), "w")
+        with contextlib.suppress(OSError, ValueError):
+            text = self._path.read_text()
+            if msgspec.json.decode(text.partition("\n")[0]) == identity:
+                self.plan, self.done = read(text)
+        if self.plan is None:
+            self._write(msgspec.json.encode(identity), "wb")
         else:
-            self._write("", "a")  # ends a line that was cut off
-        return plan, done
+            self._write(b"")  # ends a line that was cut off
 
     def begin(self, plan: GridPlan) -> None:
         """Write the plan."""
-        self._write(json.dumps(asdict(plan)), "a")
+        self._write(msgspec.json.encode(plan))
 
-    def add(self, shape: GridShape, turn: int, entry: CheckpointEntry) -> None:
+    def add(self, entry: CheckpointEntry) -> None:
         """Write one measurement."""
-        record = {"shape": asdict(shape), "turn": turn, "work": asdict(entry.measured.work), "ms": entry.measured.ms}
-        self._write(json.dumps({**record, "seconds": round(entry.seconds, 3), "waited": round(entry.waited, 4)}), "a")
+        self.done[entry.shape, entry.turn] = entry
+        self._write(msgspec.json.encode(entry))
 
     def close(self, kept: Path | None = None) -> None:
         """Remove the journal once the output is written; copy it to `kept` first."""
@@ -90,34 +85,17 @@ class Checkpoint:
             kept.write_text(self._path.read_text())
         self._path.unlink(missing_ok=True)
 
-    def _write(self, line: str, mode: str) -> None:
+    def _write(self, line: bytes, mode: Literal["ab", "wb"] = "ab") -> None:
         with self._path.open(mode) as file:
-            file.write(line + "\n")
+            file.write(line + b"\n")
 
 
 def read(text: str) -> tuple[GridPlan, Done]:
-    """Parse a complete file of measurements."""
-    _, plan, *entries = _objects(text)
-    return read_plan(plan), dict(map(read_entry, entries))
-
-
-def _objects(text: str) -> Iterator[dict[str, Any]]:
-    """The lines that are complete."""
-    for line in text.splitlines():
-        with contextlib.suppress(ValueError):
-            yield json.loads(line)
-
-
-def read_plan(raw: dict[str, Any]) -> GridPlan:
-    """Parse the second line."""
-    return GridPlan(raw["length"], raw["concurrency"], _steps(raw["steps"]), _steps(raw["decode"]))
-
-
-def _steps(raw: list[dict[str, Any]]) -> tuple[SearchStep, ...]:
-    return tuple(SearchStep(**step | {"work": RequestSize(**step["work"])}) for step in raw)
-
-
-def read_entry(raw: dict[str, Any]) -> tuple[tuple[GridShape, int], CheckpointEntry]:
-    """Parse a further line."""
-    entry = CheckpointEntry(Measured(RequestSize(**raw["work"]), raw["ms"]), raw["seconds"], raw["waited"])
-    return (GridShape(**raw["shape"]), raw["turn"]), entry
+    """The plan and the measurements of a file. Raises ValueError if it has no plan."""
+    _, plan, *lines = text.splitlines()
+    done: Done = {}
+    for line in lines:
+        with contextlib.suppress(msgspec.DecodeError):
+            entry = msgspec.json.decode(line, type=CheckpointEntry)
+            done[entry.shape, entry.turn] = entry
+    return msgspec.json.decode(plan, type=GridPlan), done

@@ -2,9 +2,8 @@
 
     sidecar calibrate --engine http://127.0.0.1:8000 --out coefficients.json
 
-The shapes run in several turns, each in a different order, with as many requests open as fill the engine. Some shapes
-are held out of the fit and show its accuracy. An interrupted calibration resumes. The file is for `sidecar run
---coefficients`.
+Some shapes are held out of the fit and show its accuracy. An interrupted calibration resumes. The file is for `sidecar
+run --coefficients`.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ import json
 import statistics
 import sys
 import time
-import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -28,11 +26,14 @@ from sidecar.flags import ENGINE_KINDS, existing_dir, file_path, flag, gpu, inte
 from sidecar.load import cost_model
 from sidecar.load.roofline import roofline
 from sidecar.settings import require_writable
-from sidecar.tools.calibrate import capacity_search, contention, fit, hardware, report
+from sidecar.tools.calibrate import contention, fit, hardware, report
 from sidecar.tools.calibrate.capabilities import EngineCapabilities, probe_capabilities
+from sidecar.tools.calibrate.capacity_search import find_concurrency_at_slo, make_plan
 from sidecar.tools.calibrate.checkpoint import Checkpoint, CheckpointEntry, Done, GridPlan
-from sidecar.tools.calibrate.shapes import GridShape, min_length, plan_shapes, shuffle_turn
-from sidecar.tools.calibrate.traffic import BackgroundLoad, CalibrationTraffic, EngineRefused
+from sidecar.tools.calibrate.prompts import PromptTarget
+from sidecar.tools.calibrate.report import show_progress
+from sidecar.tools.calibrate.shapes import min_length, plan_shapes, shuffle_turn
+from sidecar.tools.calibrate.traffic import CalibrationTraffic, EngineRefused
 
 # Shares of the time: for the search at the SLO, and at least for the grid, however long the search took.
 SEARCH_SHARE: Final = 0.2
@@ -82,68 +83,38 @@ def main(settings: CalibrateSettings) -> int:
     return 0
 
 
-@dataclass(frozen=True, slots=True)
-class Rig:
-    """Everything that a measurement needs."""
-
-    session: aiohttp.ClientSession
-    engine: EngineCapabilities
-    background: BackgroundLoad
-
-    def traffic(self, seed: int) -> CalibrationTraffic:
-        """Traffic whose prompts are new for each seed."""
-        return CalibrationTraffic(self.session, self.engine.target, seed, self.background)
-
-
 async def calibrate(settings: CalibrateSettings, out: Path) -> tuple[report.CalibrationReport, Checkpoint]:
-    """The whole measurement against the live engine."""
+    """The whole measurement against the live engine. Raises UsageError and EngineRefused."""
     started = time.monotonic()
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
-        engine = await probe_capabilities(
-            session, settings.engine, settings.engine_key, settings.engine_kind, settings.model, settings.context
-        )
+        target = PromptTarget(session, settings.engine, key=settings.engine_key)
+        engine = await probe_capabilities(target, settings.engine_kind, settings.model, settings.context)
         show_progress(f"{engine.target.model} on {engine.kind} {engine.version}, {engine.context} tokens of context")
         for note in engine.notes:
             show_progress(note, lasting=True)
         await wait_until_idle(engine)
-        pids = await asyncio.to_thread(contention.pids_of, settings.engine)
-        rig = Rig(session, engine, BackgroundLoad(engine.load, contention.Cores(pids) if pids else None))
+        cores = contention.Cores(await asyncio.to_thread(contention.pids_of, settings.engine))
+        # New prompts each time: the engine may have those of an interrupted calibration in its cache.
+        traffic = CalibrationTraffic(engine.target, time.time_ns(), engine.load, cores)
         journal = Checkpoint(out, identity(settings, engine))
-        grid_plan, done = journal.read()
-        seconds = settings.seconds * (1 - SEARCH_SHARE)
-        if grid_plan is None:
-            grid_plan = await make_plan(rig, settings)
-            journal.begin(grid_plan)
-            seconds = max(MIN_GRID_SHARE * settings.seconds, settings.seconds - (time.monotonic() - started))
-        await measure_grid(rig, grid_plan, journal, done, seconds)
+        plan = journal.plan
+        for_search, for_grid = settings.seconds * SEARCH_SHARE, settings.seconds * (1 - SEARCH_SHARE)
+        if plan is None:
+            span, seconds = (min_length(engine.context, engine.target.tokens), engine.context), (for_search, for_grid)
+            plan = await make_plan(traffic, span, settings.slo_seconds, seconds, settings.concurrency)
+            journal.begin(plan)
+            for_grid = max(MIN_GRID_SHARE * settings.seconds, settings.seconds - (time.monotonic() - started))
+        await measure_grid(traffic, engine, plan, journal, for_grid)
         show_progress("")
-        return build_report(grid_plan, done, settings, engine), journal
+        return build_report(plan, journal.done, settings, engine), journal
 
 
-async def make_plan(rig: Rig, settings: CalibrateSettings) -> GridPlan:
-    """Search for a plan. Raises UsageError if the context is too short."""
-    seconds = settings.seconds * SEARCH_SHARE, settings.seconds * (1 - SEARCH_SHARE)
-    try:
-        span = min_length(rig.engine.context, rig.engine.target.tokens), rig.engine.context
-        found = await capacity_search.make_plan(
-            rig.traffic(4), span, settings.slo_seconds, seconds, settings.concurrency, show_progress
-        )
-        shapes_of(found, rig.engine)
-    except ValueError as e:
-        raise UsageError(f"--context: {e}") from None
-    return found
-
-
-def shapes_of(grid_plan: GridPlan, engine: EngineCapabilities) -> list[GridShape]:
-    """The shapes of a plan."""
-    return plan_shapes(
-        grid_plan.length, cached=engine.cached, tokens=engine.target.tokens, max_images=engine.max_images
-    )
-
-
-async def measure_grid(rig: Rig, grid_plan: GridPlan, journal: Checkpoint, done: Done, seconds: float) -> None:
-    """Measure all shapes in at least two turns, and more while there is time. Fills `done`."""
-    shapes = shapes_of(grid_plan, rig.engine)
+async def measure_grid(
+    traffic: CalibrationTraffic, engine: EngineCapabilities, plan: GridPlan, journal: Checkpoint, seconds: float
+) -> None:
+    """Measure all shapes in at least two turns, and more while there is time."""
+    done = journal.done
+    shapes = plan_shapes(plan.length, cached=engine.cached, tokens=engine.target.tokens, max_images=engine.max_images)
     each = seconds / (MAX_TURNS * len(shapes))
     turn, turns = 0, MIN_TURNS
     while turn < turns:
@@ -151,23 +122,15 @@ async def measure_grid(rig: Rig, grid_plan: GridPlan, journal: Checkpoint, done:
             if (shape, turn) not in done:
                 spent = sum(entry.seconds for entry in done.values())
                 show_progress(report.bar(spent, seconds, f"turn {turn + 1}: {shape.name}"))
-                done[shape, turn] = await measure(rig, shape, grid_plan.concurrency, each, turn)
-                journal.add(shape, turn, done[shape, turn])
+                started = time.monotonic()
+                while (sample := await traffic.run(shape, plan.concurrency, each)).others:
+                    await wait_until_idle(engine)
+                    started = time.monotonic()
+                cost, took = sample.cost(), round(time.monotonic() - started, 3)
+                journal.add(CheckpointEntry(cost.work, cost.ms, shape, turn, took, round(sample.waited, 4)))
         turn += 1
         spent = sum(entry.seconds for entry in done.values())
         turns = max(MIN_TURNS, min(MAX_TURNS, int(seconds / (spent / turn))))
-
-
-async def measure(rig: Rig, shape: GridShape, concurrency: int, seconds: float, turn: int) -> CheckpointEntry:
-    """One shape's cost; repeated if the engine served others too. Raises EngineRefused if it keeps doing so."""
-    seed = zlib.crc32(f"{shape} {turn} {time.time_ns()}".encode())  # new prompts also when repeated
-    while True:
-        started = time.monotonic()
-        sample = await rig.traffic(seed).run(shape, concurrency, seconds)
-        if not sample.others:
-            return CheckpointEntry(sample.cost(), time.monotonic() - started, sample.waited)
-        await wait_until_idle(rig.engine)
-        seed += 1
 
 
 async def wait_until_idle(engine: EngineCapabilities) -> None:
@@ -176,53 +139,44 @@ async def wait_until_idle(engine: EngineCapabilities) -> None:
     while load := await engine.load():
         show_progress(f"the engine has {load:.0f} requests of other clients; waiting until it is idle")
         if time.monotonic() > until:
-            raise EngineRefused(
-                f"the engine serves {load:.0f} requests of other clients, which would distort the measurement; take it "
-                "out of traffic, then run the same command again to resume"
-            )
+            clients = f"{load:.0f} requests of other clients, which would distort the measurement"
+            remedy = "take it out of traffic, then run the same command again to resume"
+            raise EngineRefused(f"the engine serves {clients}; {remedy}")
         await asyncio.sleep(IDLE_CHECK_INTERVAL_S)
 
 
 def build_report(
-    grid_plan: GridPlan, done: Done, settings: CalibrateSettings, engine: EngineCapabilities
+    plan: GridPlan, done: Done, settings: CalibrateSettings, engine: EngineCapabilities
 ) -> report.CalibrationReport:
     """Fit the coefficients and measure the accuracy of the fit."""
-    rows = fit.merge_turns([(shape, entry.measured) for (shape, _), entry in done.items()])
+    rows = fit.merge_turns((entry.shape, entry) for entry in done.values())
     fitted, held_out = [r for r in rows if not r.shape.held_out], [r for r in rows if r.shape.held_out]
-    gpus = hardware.gpus_of(settings.engine, settings.gpu)
-    co = fit.fit([r.measured for r in fitted], choose_prior(settings, gpus))
-    worth = fit.accuracy([r.measured for r in held_out], co)
-    concurrency = capacity_search.find_concurrency_at_slo(grid_plan.steps, settings.slo_seconds)
+    count, gpu = hardware.gpus_of(settings.engine, settings.gpu)
+    config, machine = read_config(settings.model), hardware.text(settings.engine, (count, gpu))
+    prior = roofline(config, gpu, count) if config else cost_model.Coefficients()
+    co = fit.fit(fitted, prior)
+    worth = fit.accuracy(held_out, co)
+    concurrency = find_concurrency_at_slo(plan.steps, settings.slo_seconds)
+    today = datetime.datetime.now(datetime.UTC).date().isoformat()
+    source = f"calibrated {today}" + (f" on {machine}" if machine else "")
+    named = json.dumps([identity(settings, engine), source, *(getattr(co, name) for name in cost_model.TERMS)])
     co = replace(
         co,
-        source=describe_origin(hardware.text(settings.engine, gpus)),
+        source=source,
+        fingerprint=hashlib.blake2b(named.encode(), digest_size=6).hexdigest(),
         model=engine.target.model,
         engine=engine.version,
-        gpu=gpus[1],
+        gpu=gpu,
         flags=",".join(f"{name}={value}" for name, value in sorted(engine.flags.items())),
-        batch=float(grid_plan.concurrency),
+        batch=float(plan.concurrency),
         mape=round(worth.mape, 4),
         p90=round(worth.p90, 4),
         r2=round(worth.r2, 4),
-        mu_in_flight=round(concurrency * cost_model.mu(grid_plan.steps[0].work, co), 4),
+        mu_in_flight=round(concurrency * cost_model.mu(plan.steps[0].work, co), 4),
         slo_seconds=settings.slo_seconds,
     )
-    named = json.dumps([identity(settings, engine), co.source, *(getattr(co, name) for name in cost_model.TERMS)])
-    co = replace(co, fingerprint=hashlib.blake2b(named.encode(), digest_size=6).hexdigest())
     waited = statistics.median(entry.waited for entry in done.values())
-    return report.CalibrationReport(fitted, held_out, co, grid_plan, waited)
-
-
-def describe_origin(machine: str) -> str:
-    """Origin and date of the coefficients."""
-    today = datetime.datetime.now(datetime.UTC).date().isoformat()
-    return f"calibrated {today} on {machine}" if machine else f"calibrated {today}"
-
-
-def choose_prior(settings: CalibrateSettings, gpus: tuple[int, str]) -> cost_model.Coefficients:
-    """A roofline of the model if its directory is given, otherwise the documented default."""
-    config = read_config(settings.model)
-    return roofline(config, gpus[1], gpus[0]) if config else cost_model.Coefficients()
+    return report.CalibrationReport(fitted, held_out, co, plan, waited)
 
 
 def read_config(model: str) -> dict[str, Any]:
@@ -249,11 +203,3 @@ def identity(settings: CalibrateSettings, engine: EngineCapabilities) -> dict[st
         "seconds": settings.seconds,
         "slo_seconds": settings.slo_seconds,
     }
-
-
-def show_progress(line: str, *, lasting: bool = False) -> None:
-    """Print progress; on a terminal, each line overwrites the last."""
-    if sys.stderr.isatty():
-        print("\r\x1b[K" + line, end="\n" if lasting else "", file=sys.stderr, flush=True)
-    elif line:
-        print(line, file=sys.stderr, flush=True)

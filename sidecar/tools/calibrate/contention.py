@@ -29,7 +29,7 @@ class Cores:
 
     def __init__(self, pids: Iterable[int]) -> None:
         self._pids = tuple(pids)
-        self._began, self._before = time.monotonic(), self._read()
+        self.mark()
 
     def mark(self) -> None:
         """Start counting now."""
@@ -57,10 +57,6 @@ def pids_of(engine: str) -> tuple[int, ...]:
 
 def share(before: Times, after: Times, seconds: float) -> float:
     """The share of `seconds` between two readings that the busiest thread waited."""
-    differences = [
-        (ran - before[thread][0], waited - before[thread][1])
-        for thread, (ran, waited) in after.items()
-        if thread in before
-    ]
-    _, waited = max(differences, default=(0.0, 0.0))
+    shared = ((now, before[thread]) for thread, now in after.items() if thread in before)
+    _, waited = max(((now[0] - then[0], now[1] - then[1]) for now, then in shared), default=(0.0, 0.0))
     return min(MAX_WAITED_SHARE, max(0.0, waited / seconds)) if seconds > 0 else 0.0

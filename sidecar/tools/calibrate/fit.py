@@ -26,6 +26,8 @@ MAX_ROUNDS: Final = 4000
 REWEIGHTINGS: Final = 20
 TOLERANCE: Final = 1e-12
 
+Vector = Sequence[float]
+
 
 @dataclass(frozen=True, slots=True)
 class Measured:
@@ -36,11 +38,10 @@ class Measured:
 
 
 @dataclass(frozen=True, slots=True)
-class FitRow:
+class FitRow(Measured):
     """A shape over all turns: its cost, and the interquartile range of the turns as a share of the cost."""
 
     shape: GridShape
-    measured: Measured
     spread: float
 
 
@@ -52,6 +53,9 @@ class Accuracy:
     p90: float
     r2: float
 
+    def __str__(self) -> str:
+        return f"MAPE {self.mape:.1%}, P90 {self.p90:.1%}, R2 {self.r2:.3f}"
+
 
 def merge_turns(turns: Iterable[tuple[GridShape, Measured]]) -> list[FitRow]:
     """The lower quartile of each shape's turns, because other work on the machine only ever adds to a cost."""
@@ -62,7 +66,7 @@ def merge_turns(turns: Iterable[tuple[GridShape, Measured]]) -> list[FitRow]:
     for shape, several in shapes.items():
         costs = [m.ms for m in several]
         low, _, high = statistics.quantiles(costs, n=4, method="inclusive") if len(costs) > 1 else costs * 3
-        rows.append(FitRow(shape, Measured(several[0].work, low), (high - low) / low))
+        rows.append(FitRow(several[0].work, low, shape, (high - low) / low))
     return rows
 
 
@@ -71,41 +75,30 @@ def fit(measured: Sequence[Measured], prior: Coefficients | None = None) -> Coef
     if len(measured) < 4:
         raise ValueError("too few measurements to fit: at least four shapes are needed")
     prior = prior or Coefficients()
-    rows = [cost_model.features(m.work, prior) for m in measured]
-    shown = [any(r[j] for r in rows) for j in range(len(TERMS))]
-    scale = _scale(measured, prior)
+    rows, scale = [cost_model.features(m.work, prior) for m in measured], _scale(measured, prior)
     start = [getattr(prior, name) * scale for name in TERMS]
     solved = solve(rows, [m.ms for m in measured], start, RIDGE_PER_MEASUREMENT * len(measured))
-    values = {name: solved[j] if shown[j] else start[j] for j, name in enumerate(TERMS)}
-    return replace(prior, **values)  # type: ignore[arg-type]
+    return replace(prior, **dict(zip(TERMS, solved, strict=True)))  # type: ignore[arg-type]
 
 
 def _scale(measured: Sequence[Measured], prior: Coefficients) -> float:
     return math.exp(statistics.median(math.log(m.ms / cost_model.gpu_ms(m.work, prior)) for m in measured))
 
 
-def solve(rows: Sequence[Sequence[float]], costs: Sequence[float], prior: Sequence[float], ridge: float) -> list[float]:
+def solve(rows: Sequence[Vector], costs: Vector, prior: Vector, ridge: float) -> list[float]:
     """argmin over x >= 0 of sum(((row . x - cost) / cost)^2) + ridge * sum(((x - prior) / max(x, prior))^2)."""
     count = range(len(prior))
     relative = [[value / cost for value in r] for r, cost in zip(rows, costs, strict=True)]
     gram = [[sum(r[i] * r[j] for r in relative) for j in count] for i in count]
     target = [sum(r[i] for r in relative) for i in count]
-    x = _descend(
-        gram, target, prior, [0.0] * len(prior), list(prior)
-    )  # near a prior that is far off, the pull is steep
+    x = _descend(gram, target, prior, [0.0] * len(prior), prior)  # near a prior that is far off, the pull is steep
     for _ in range(REWEIGHTINGS if ridge else 0):
         pull = [ridge / max(x[i], prior[i]) ** 2 if prior[i] > 0 else 0.0 for i in count]
         x = _descend(gram, target, prior, pull, x)
     return x
 
 
-def _descend(
-    gram: Sequence[Sequence[float]],
-    target: Sequence[float],
-    prior: Sequence[float],
-    pull: Sequence[float],
-    start: list[float],
-) -> list[float]:
+def _descend(gram: Sequence[Vector], target: Vector, prior: Vector, pull: Vector, start: Vector) -> list[float]:
     """Coordinate descent on the quadratic form, with coordinates >= 0."""
     x, count = list(start), range(len(start))
     for _ in range(MAX_ROUNDS):
@@ -149,8 +142,7 @@ def variation(measured: Sequence[Measured], co: Coefficients) -> float:
 def _accuracy(pairs: Sequence[tuple[float, float]]) -> Accuracy:
     errors = sorted(abs(predicted - ms) / ms for ms, predicted in pairs)
     logs = [math.log(ms) for ms, _ in pairs]
-    mean = statistics.mean(logs)
-    spread = sum((x - mean) ** 2 for x in logs)
+    spread = len(logs) * statistics.pvariance(logs)
     left = sum((math.log(max(predicted, 1e-9)) - x) ** 2 for x, (_, predicted) in zip(logs, pairs, strict=True))
-    p90 = errors[min(len(errors) - 1, math.ceil(0.9 * len(errors)) - 1)]
+    p90 = errors[math.ceil(0.9 * len(errors)) - 1]
     return Accuracy(statistics.mean(errors), p90, 1 - left / spread if spread else 0.0)

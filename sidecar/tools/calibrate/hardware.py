@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Final
 from urllib.parse import urlsplit
@@ -27,18 +28,13 @@ def text(engine: str, gpus: tuple[int, str]) -> str:
     if not name:
         if urlsplit(engine).hostname not in LOCAL_HOSTS:
             return ""
-        count, name = os.cpu_count() or 1, processor(_cpuinfo())
+        count, name = os.cpu_count() or 1, _processor()
     return name if count == 1 else f"{count} x {name}"
 
 
-def processor(cpuinfo: str) -> str:
-    """The processor's name in /proc/cpuinfo."""
-    names = (line.partition(":")[2].strip() for line in cpuinfo.splitlines() if line.startswith("model name"))
-    return next(names, "processor")
-
-
-def _cpuinfo() -> str:
+def _processor() -> str:
     try:
-        return Path("/proc/cpuinfo").read_text()
+        found = re.search(r"(?m)^model name\s*: *(.+)", Path("/proc/cpuinfo").read_text())
     except OSError:
-        return ""
+        found = None
+    return found[1].strip() if found else "processor"

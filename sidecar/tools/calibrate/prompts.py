@@ -1,38 +1,43 @@
 """Build requests of a given shape, and read what they used from the response.
 
 Prompts are random and photos are new, so that nothing is cached by accident. The engine's `usage` is what counts.
-Photos need numpy and Pillow (the extra `images`).
 """
 
 from __future__ import annotations
 
 import base64
-import importlib.util
 import io
 import json
 import random
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Final
 
+import aiohttp
+
 from sidecar.events import RequestSize
 from sidecar.tools.calibrate.shapes import GridShape
+from sidecar.tools.synthetic_photos import pixels
 
-VOCABULARY: Final = "red blue tree house seven river stone light paper north glass winter"
+WORDS: Final = ["red", "blue", "tree", "house", "seven", "river", "stone", "light", "paper", "north", "glass", "winter"]
 # About the maximum, for a tokenizer that knows none of these words.
 TOKENS_PER_WORD: Final = 3
+_picture = cache(pixels)
 
 
 @dataclass(frozen=True, slots=True)
 class PromptTarget:
-    """The engine and its prompt format. `ids`: it accepts token ids, of which the first `vocabulary` are safe.
+    """The engine, a session to reach it, and its prompt format.
 
+    `ids`: it accepts token ids, of which the first `vocabulary` are safe.
     `tokens`: encoder tokens of one photo, by its longer side; empty if it accepts none.
     """
 
+    session: aiohttp.ClientSession
     url: str
-    model: str
+    model: str = ""
     key: str = ""
     ids: bool = True
     vocabulary: int = 256
@@ -44,12 +49,7 @@ class PromptTarget:
         return {"authorization": f"Bearer {self.key}"} if self.key else {}
 
 
-@dataclass(frozen=True, slots=True)
-class Prompt:
-    """One request: its path and its body."""
-
-    path: str
-    body: Mapping[str, Any]
+Prompt = tuple[str, dict[str, Any]]  # a request's path and body
 
 
 class Prompts:
@@ -70,40 +70,28 @@ class Prompts:
         """A request of this shape, a chat if it has a side. A photo takes milliseconds: call this on a thread."""
         if shape.side:
             return self._chat(shape)
-        return self._completion(self._prefix + self._tokens(shape.uncached), shape.output)
+        return self._completion(self._prefix[: shape.cached] + self._tokens(shape.uncached), shape.output)
 
     def _completion(self, tokens: list[int], output: int) -> Prompt:
         prompt = tokens if self._target.ids else self._text(tokens)
-        return Prompt("/v1/completions", {"prompt": prompt, **self._common(output)})
+        return "/v1/completions", {"prompt": prompt, **self._common(output)}
 
     def _chat(self, shape: GridShape) -> Prompt:
         urls = [photo_url(shape.side, self._shifts.getrandbits(32)) for _ in range(shape.images)]
         content = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
         words = self._text(self._tokens(max(1, shape.uncached // TOKENS_PER_WORD)))
         message = {"role": "user", "content": [*content, {"type": "text", "text": words}]}
-        return Prompt("/v1/chat/completions", {"messages": [message], **self._common(shape.output)})
+        return "/v1/chat/completions", {"messages": [message], **self._common(shape.output)}
 
     def _common(self, output: int) -> dict[str, Any]:
-        return {
-            "model": self._target.model,
-            "max_tokens": output,
-            "min_tokens": output,
-            "ignore_eos": True,
-            "temperature": 0.0,
-            "stream": False,
-        }
+        length = {"max_tokens": output, "min_tokens": output, "ignore_eos": True}
+        return {"model": self._target.model, **length, "temperature": 0.0, "stream": False}
 
     def _tokens(self, count: int) -> list[int]:
         return [self._random.randrange(self._target.vocabulary) for _ in range(count)]
 
     def _text(self, tokens: list[int]) -> str:
-        words = VOCABULARY.split()
-        return " ".join(words[token % len(words)] for token in tokens)
-
-
-def can_make_photos() -> bool:
-    """Whether the libraries are installed."""
-    return all(importlib.util.find_spec(name) for name in ("numpy", "PIL"))
+        return " ".join(WORDS[token % len(WORDS)] for token in tokens)
 
 
 def photo_url(side: int, seed: int) -> str:
@@ -111,17 +99,9 @@ def photo_url(side: int, seed: int) -> str:
     import numpy as np
     from PIL import Image
 
-    picture = _picture(side)
-    out = io.BytesIO()
+    out, picture = io.BytesIO(), _picture(side, side * 3 // 4, seed=side)
     Image.fromarray(np.roll(picture, divmod(seed, side), axis=(0, 1))).save(out, "JPEG", quality=90)
     return "data:image/jpeg;base64," + base64.b64encode(out.getvalue()).decode()
-
-
-@cache
-def _picture(side: int) -> Any:
-    from sidecar.tools.synthetic_photos import pixels
-
-    return pixels(side, side * 3 // 4, seed=side)
 
 
 def read_usage(answer: Any, shape: GridShape, target: PromptTarget) -> RequestSize:
@@ -138,9 +118,7 @@ def read_usage(answer: Any, shape: GridShape, target: PromptTarget) -> RequestSi
 
 def shorten_error(text: str) -> str:
     """An engine's error as one short line."""
-    try:
+    with suppress(ValueError, AttributeError):
         error = json.loads(text)
         text = str(error.get("error", {}).get("message") or error.get("message") or text)
-    except (ValueError, AttributeError):
-        pass
     return " ".join(text.split())[:200]

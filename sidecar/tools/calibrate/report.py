@@ -1,8 +1,9 @@
-"""Pure: the result of a calibration as text."""
+"""The result of a calibration as text, and lines of progress."""
 
 from __future__ import annotations
 
 import statistics
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -10,7 +11,7 @@ from typing import Final
 from sidecar.load import cost_model
 from sidecar.load.cost_model import Coefficients
 from sidecar.tools.calibrate.checkpoint import GridPlan
-from sidecar.tools.calibrate.fit import FitRow, Measured, accuracy, fit_line, line_accuracy, variation
+from sidecar.tools.calibrate.fit import FitRow, accuracy, fit_line, line_accuracy, variation
 
 BAR_CHARACTERS: Final = 24
 # Spread of the turns above which the machine is reported as busy with other work.
@@ -19,10 +20,7 @@ NOISY_SHARE: Final = 0.15
 
 @dataclass(frozen=True, slots=True)
 class CalibrationReport:
-    """Fitted and held-out shapes, and the result.
-
-    `waited`: the median share of the time in which the engine waited for a core.
-    """
+    """Fitted and held-out shapes, and the result. `waited`: the median share of the time without a core."""
 
     fitted: Sequence[FitRow]
     held_out: Sequence[FitRow]
@@ -30,36 +28,27 @@ class CalibrationReport:
     plan: GridPlan
     waited: float
 
-    @property
-    def variation(self) -> float:
-        """How much the capacity differs between shapes."""
-        return variation(_of([*self.fitted, *self.held_out]), self.co)
-
-    @property
-    def spread(self) -> float:
-        """How much the turns of one shape differ: the median over the shapes."""
-        return statistics.median(row.spread for row in (*self.fitted, *self.held_out))
-
-
-def _of(rows: Sequence[FitRow]) -> list[Measured]:
-    return [row.measured for row in rows]
-
 
 def text(found: CalibrationReport, slo: float) -> str:
     """The report."""
-    co = found.co
+    co, rows = found.co, [*found.fitted, *found.held_out]
+    varies, spread = variation(rows, co), statistics.median(row.spread for row in rows)
     noisy = "; the machine is busy with other work: measure again when it is idle"
     decode = ", ".join(f"{s.open} open {1000 / s.rate / s.work.output:.3g} ms" for s in found.plan.decode)
+    steps = ", ".join(
+        f"{s.open} open: {s.p95:.2f} s, {s.rate * cost_model.mu(s.work, co) * 60:.0f} MU per minute"
+        for s in found.plan.steps
+    )
     terms = ", ".join(f"{name} {getattr(co, name):.4g}" for name in cost_model.TERMS)
     lines = [
         *table(found),
         "",
         *held_out(found),
         f"capacity with {found.plan.concurrency} open: {cost_model.max_mu_per_minute(co):.1f} MU per minute, "
-        f"coefficient of variation over the shapes {found.variation:.1%}",
-        f"turns of one shape differ by {found.spread:.1%}; the engine waited for a core in {found.waited:.1%} of "
-        "the time, which is subtracted" + (noisy if max(found.spread, found.waited) > NOISY_SHARE else ""),
-        f"at p95 <= {slo:g} s: {_in_flight(found, slo)} ({_steps(found)})",
+        f"coefficient of variation over the shapes {varies:.1%}",
+        f"turns of one shape differ by {spread:.1%}; the engine waited for a core in {found.waited:.1%} of "
+        "the time, which is subtracted" + (noisy if max(spread, found.waited) > NOISY_SHARE else ""),
+        f"at p95 <= {slo:g} s: {_in_flight(found, slo)} ({steps})",
         f"a generated token: {decode}",
         f"1 MU = {cost_model.unit_ms(co):.1f} ms; {terms}",
     ]
@@ -68,31 +57,31 @@ def text(found: CalibrationReport, slo: float) -> str:
 
 def held_out(found: CalibrationReport) -> list[str]:
     """The errors on the held-out shapes; if photos were measured, also without and with them."""
-    fitted = fit_line(_of(found.fitted))
+    fitted = fit_line(found.fitted)
     kinds = [("held out", found.held_out)]
-    if any(row.shape.images for row in found.held_out):
-        kinds += [("of these text", [r for r in found.held_out if not r.shape.images])]
-        kinds += [("of these photos", [r for r in found.held_out if r.shape.images])]
-    lines = []
-    for name, rows in kinds:
-        ours, theirs = accuracy(_of(rows), found.co), line_accuracy(_of(rows), fitted)
-        lines.append(
-            f"{name}: MAPE {ours.mape:.1%}, P90 {ours.p90:.1%}, R2 {ours.r2:.3f}; "
-            f"alpha-beta line: MAPE {theirs.mape:.1%}, P90 {theirs.p90:.1%}, R2 {theirs.r2:.3f}"
-        )
-    return lines
+    if photos := [r for r in found.held_out if r.shape.images]:
+        kinds += [("of these text", [r for r in found.held_out if not r.shape.images]), ("of these photos", photos)]
+    return [
+        f"{name}: {accuracy(rows, found.co)}; alpha-beta line: {line_accuracy(rows, fitted)}" for name, rows in kinds
+    ]
 
 
 def table(found: CalibrationReport) -> list[str]:
     """One line for each shape, cheapest first."""
     rows = [("shape", "measured ms", "model ms", "error", "turns", "")]
     for kept, group in (("", found.fitted), ("held out", found.held_out)):
-        for row in sorted(group, key=lambda row: row.measured.ms):
-            ms, predicted = row.measured.ms, cost_model.gpu_ms(row.measured.work, found.co)
-            error, spread = f"{predicted / ms - 1:+.0%}", f"±{row.spread / 2:.0%}"
-            rows.append((row.shape.name, f"{ms:.1f}", f"{predicted:.1f}", error, spread, kept))
+        for row in sorted(group, key=lambda row: row.ms):
+            predicted = cost_model.gpu_ms(row.work, found.co)
+            error, spread = f"{predicted / row.ms - 1:+.0%}", f"±{row.spread / 2:.0%}"
+            rows.append((row.shape.name, f"{row.ms:.1f}", f"{predicted:.1f}", error, spread, kept))
+    return align(rows)
+
+
+def align(rows: Sequence[Sequence[str]], left: int = 0) -> list[str]:
+    """Lines of aligned cells, the first `left` of each to the left."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(cell.rjust(w) for cell, w in zip(r, widths, strict=True)).rstrip() for r in rows]
+    sides = [str.ljust] * left + [str.rjust] * (len(widths) - left)
+    return ["  ".join(side(cell, w) for side, cell, w in zip(sides, r, widths, strict=True)).rstrip() for r in rows]
 
 
 def _in_flight(found: CalibrationReport, slo: float) -> str:
@@ -103,15 +92,16 @@ def _in_flight(found: CalibrationReport, slo: float) -> str:
     return f"not reached in the time; by Little's law {cost_model.max_mu_in_flight(found.co, slo):.2f} MU in flight"
 
 
-def _steps(found: CalibrationReport) -> str:
-    return ", ".join(
-        f"{s.open} open: {s.p95:.2f} s, {s.rate * cost_model.mu(s.work, found.co) * 60:.0f} MU per minute"
-        for s in found.plan.steps
-    )
-
-
 def bar(done: float, of: float, what: str) -> str:
     """One line of progress, at most 100 %."""
     share = min(1.0, done / max(of, 1e-9))
     full = int(BAR_CHARACTERS * share)
     return f"[{'#' * full}{'.' * (BAR_CHARACTERS - full)}] {share:.0%} {what}"
+
+
+def show_progress(line: str, *, lasting: bool = False) -> None:
+    """Print progress; on a terminal, each line overwrites the last."""
+    if sys.stderr.isatty():
+        print("\r\x1b[K" + line, end="\n" if lasting else "", file=sys.stderr, flush=True)
+    elif line:
+        print(line, file=sys.stderr, flush=True)

@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
+from sidecar.errors import UsageError
+
 # Longer prompts take minutes to measure, and the square term is visible well before.
 MAX_LENGTH_TOKENS: Final = 16_384
 MIN_LENGTH_TOKENS: Final = 256
@@ -45,14 +47,8 @@ class GridShape:
 
 # (uncached, cached, output) as shares of the length, and whether the shape is held out.
 GRID: Final[tuple[tuple[float, float, float, bool], ...]] = (
-    (1 / 128, 0, 1 / 1024, False),
-    (1 / 8, 0, 1 / 1024, False),
-    (1 / 2, 0, 1 / 1024, False),
-    (7 / 8, 0, 1 / 1024, False),
-    (1 / 128, 0, 1 / 32, False),
-    (1 / 128, 0, 1 / 8, False),
-    (1 / 4, 0, 1 / 32, False),
-    (1 / 4, 0, 1 / 8, False),
+    *((uncached, 0, 1 / 1024, False) for uncached in (1 / 128, 1 / 8, 1 / 2, 7 / 8)),
+    *((uncached, 0, output, False) for uncached in (1 / 128, 1 / 4) for output in (1 / 32, 1 / 8)),
     (1 / 2, 0, 1 / 16, False),
     (3 / 4, 0, 1 / 8, False),
     (1 / 32, 1 / 2, 1 / 1024, False),
@@ -64,67 +60,49 @@ GRID: Final[tuple[tuple[float, float, float, bool], ...]] = (
     (1 / 3, 0, 3 / 32, True),
     (1 / 16, 3 / 8, 1 / 64, True),
 )
-# Mostly generation.
+# Mostly generation, with almost no prompt.
 GENERATING: Final = (1 / 128, 0, 1 / 16)
 # The slowest of the grid.
 LARGEST: Final = (3 / 4, 0, 1 / 8)
 
-# (images, index into PHOTO_SIDES_PX, output as a share of the length), and whether the shape is held out.
+# (images, side, output as a share of the length), and whether the shape is held out.
 PHOTO_GRID: Final[tuple[tuple[int, int, float, bool], ...]] = (
-    (1, 0, 1 / 1024, False),
-    (4, 0, 1 / 1024, False),
-    (1, 1, 1 / 1024, False),
-    (1, 2, 1 / 1024, False),
-    (4, 2, 1 / 1024, False),
-    (1, 0, 1 / 32, False),
-    (2, 0, 1 / 1024, True),
-    (2, 1, 1 / 1024, True),
-    (2, 2, 1 / 1024, True),
-    (2, 0, 1 / 64, True),
+    *((1, side, 1 / 1024, False) for side in PHOTO_SIDES_PX),
+    *((4, side, 1 / 1024, False) for side in PHOTO_SIDES_PX[::2]),
+    (1, PHOTO_SIDES_PX[0], 1 / 32, False),
+    *((2, side, 1 / 1024, True) for side in PHOTO_SIDES_PX),
+    (2, PHOTO_SIDES_PX[0], 1 / 64, True),
 )
 
 
 def plan_shapes(
     length: int, *, cached: bool, tokens: Mapping[int, int] | None = None, max_images: int = 4
 ) -> list[GridShape]:
-    """The shapes of up to `length` tokens. Raises ValueError if that is too short.
+    """The shapes of up to `length` tokens.
 
     `cached`: the engine reports cached tokens. `tokens`: of one photo, by its side, if the engine accepts photos.
     """
-    if length < MIN_LENGTH_TOKENS:
-        raise ValueError(
-            f"a context of {length} tokens is too short to measure; at least {MIN_LENGTH_TOKENS} are needed"
-        )
-    shapes = [_shape(length, *row) for row in GRID if cached or not row[1]]
-    for images, side_index, output, held_out in PHOTO_GRID if tokens else ():
-        side = PHOTO_SIDES_PX[side_index]
+    shapes = [shape_of(length, *row) for row in GRID if cached or not row[1]]
+    for images, side, output, held_out in PHOTO_GRID if tokens else ():
         shape = GridShape(PHOTO_TEXT_TOKENS, 0, max(1, int(output * length)), held_out, images, side)
-        if (
-            images <= max_images
-            and images * (tokens or {}).get(side, length) + 4 * PHOTO_TEXT_TOKENS + shape.output <= length
-        ):
+        used = images * (tokens or {}).get(side, length) + 4 * PHOTO_TEXT_TOKENS + shape.output
+        if images <= max_images and used <= length:
             shapes.append(shape)
     return shapes
 
 
-def _shape(length: int, uncached: float, cached: float, output: float, held_out: bool = False) -> GridShape:
+def shape_of(length: int, uncached: float, cached: float, output: float, held_out: bool = False) -> GridShape:
+    """A row of GRID in tokens."""
     return GridShape(max(8, int(uncached * length)), int(cached * length), max(1, int(output * length)), held_out)
 
 
 def min_length(context: int, tokens: Mapping[int, int]) -> int:
-    """The minimum length: with photos, one of each size and two of the smallest must fit."""
+    """The minimum length: with photos, one of each size and two of the smallest must fit. Raises UsageError."""
+    if context < MIN_LENGTH_TOKENS:
+        why = f"a context of {context} tokens is too short to measure; at least {MIN_LENGTH_TOKENS} are needed"
+        raise UsageError(f"--context: {why}")
     photos = max(2 * tokens[PHOTO_SIDES_PX[0]], *tokens.values()) + 5 * PHOTO_TEXT_TOKENS if tokens else 0
     return min(context, max(MIN_LENGTH_TOKENS, photos))
-
-
-def largest_shape(length: int) -> GridShape:
-    """The slowest shape of a plan."""
-    return _shape(length, *LARGEST)
-
-
-def generating_shape(length: int) -> GridShape:
-    """A shape that generates and has almost no prompt."""
-    return _shape(length, *GENERATING)
 
 
 def shuffle_turn(shapes: list[GridShape], turn: int) -> list[GridShape]:

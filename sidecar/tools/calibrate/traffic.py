@@ -2,9 +2,6 @@
 
 The cost of a request is its share of a loaded engine: mean latency divided by the number of open requests (Little's
 law). A single request would be charged for weights whose reading others share.
-
-A request has a timeout. An error of the engine ends the measurement and is reported. A run in which the engine also
-served other clients reports them and does not count.
 """
 
 from __future__ import annotations
@@ -27,7 +24,7 @@ from sidecar.tools.calibrate.fit import Measured
 from sidecar.tools.calibrate.prompts import Prompt, Prompts, PromptTarget, read_usage, shorten_error
 from sidecar.tools.calibrate.shapes import GridShape
 
-REQUEST_TIMEOUT_S: Final = 300.0
+REQUEST_TIMEOUT: Final = aiohttp.ClientTimeout(total=300.0)
 # The metrics page costs the engine milliseconds.
 LOAD_CHECK_INTERVAL_S: Final = 1.0
 # Consecutive checks with requests of other clients: a single one may show requests that were just cancelled.
@@ -40,14 +37,6 @@ class EngineRefused(SidecarError):
     """The engine cannot be calibrated."""
 
     code = "calibration_refused"
-
-
-@dataclass(frozen=True, slots=True)
-class BackgroundLoad:
-    """What is watched during a run: the engine's requests and its waiting for a core."""
-
-    load: Load | None = None
-    cores: Cores | None = None
 
 
 @dataclass(slots=True)
@@ -75,20 +64,17 @@ class LatencySample:
         return ranked[min(len(ranked) - 1, int(0.95 * len(ranked)))] * (1 - self.waited)
 
 
+@dataclass
 class CalibrationTraffic:
-    """Sends requests of given shapes."""
+    """Sends requests of given shapes. `load` and `cores` are watched during a run."""
 
-    def __init__(
-        self,
-        session: aiohttp.ClientSession,
-        target: PromptTarget,
-        seed: int = 0,
-        background: BackgroundLoad | None = None,
-    ) -> None:
-        self._session = session
-        self._target = target
-        self._prompts = Prompts(target, seed)
-        self._background = background or BackgroundLoad()
+    target: PromptTarget
+    seed: int = 0
+    load: Load | None = None
+    cores: Cores = field(default_factory=lambda: Cores(()))
+
+    def __post_init__(self) -> None:
+        self._prompts = Prompts(self.target, self.seed)
 
     async def once(self, shape: GridShape) -> RequestSize:
         """Send a single request. Raises EngineRefused."""
@@ -102,8 +88,8 @@ class CalibrationTraffic:
         await asyncio.gather(*(self.once(shape) for _ in range(number)))
         return time.monotonic() - started
 
-    async def run(self, shape: GridShape, concurrency: int, seconds: float, rounds: int = 1) -> LatencySample:
-        """Keep `concurrency` requests open for `seconds` and at least `rounds` counted rounds. Raises EngineRefused."""
+    async def run(self, shape: GridShape, concurrency: int, seconds: float) -> LatencySample:
+        """Keep `concurrency` requests open for `seconds`, until as many counted. Raises EngineRefused, in a group."""
         sample = LatencySample(concurrency)
         if shape.cached:
             await self._ask(self._prompts.lead(shape), shape)
@@ -117,35 +103,29 @@ class CalibrationTraffic:
                 started, counts = time.monotonic(), warm <= 0
                 work = await self._ask(prompt, shape)
                 warm -= 1
-                if warm == 0 and self._background.cores is not None:
-                    self._background.cores.mark()
+                if warm == 0:
+                    self.cores.mark()
                 if counts:
                     sample.latencies.append(time.monotonic() - started)
                     sample.works[work] += 1
-                if len(sample.latencies) >= rounds * concurrency and time.monotonic() >= until:
+                if len(sample.latencies) >= concurrency and time.monotonic() >= until:
                     enough.set()
 
-        workers = [asyncio.create_task(worker()) for _ in range(concurrency)]
-        watching, ended = asyncio.create_task(self._watch_background(sample)), asyncio.create_task(enough.wait())
-        try:
-            done, _ = await asyncio.wait([ended, *workers], return_when=asyncio.FIRST_COMPLETED)
-            for task in done:  # a worker ends only by failing
-                task.result()
-            if self._background.cores is not None:
-                sample.waited = self._background.cores.waited()
-        finally:
-            for task in (*workers, watching, ended):
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(worker()) for _ in range(concurrency)]
+            tasks.append(group.create_task(self._watch_others(sample)))
+            await enough.wait()
+            sample.waited = self.cores.waited()
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(*workers, watching, ended, return_exceptions=True)
         return sample
 
-    async def _watch_background(self, sample: LatencySample) -> None:
+    async def _watch_others(self, sample: LatencySample) -> None:
         """Record other clients' requests on the engine until cancelled."""
         seen = 0
-        while self._background.load is not None:
+        while self.load is not None:
             await asyncio.sleep(LOAD_CHECK_INTERVAL_S)
-            load = await self._background.load()
-            more = int((load or 0) - sample.concurrency)
+            more = int((await self.load() or 0) - sample.concurrency)
             seen = seen + 1 if more > 0 else 0
             if seen >= FOREIGN_CHECKS:
                 sample.others = max(sample.others, more)
@@ -156,20 +136,16 @@ class CalibrationTraffic:
         return self._prompts.next(shape)
 
     async def _ask(self, prompt: Prompt, shape: GridShape) -> RequestSize:
+        path, body = prompt
+        url, headers = self.target.url + path, self.target.headers
         try:
-            async with self._session.post(
-                self._target.url + prompt.path,
-                json=prompt.body,
-                headers=self._target.headers,
-                timeout=aiohttp.ClientTimeout(total=REQUEST_TIMEOUT_S),
-            ) as answer:
+            async with self.target.session.post(url, json=body, headers=headers, timeout=REQUEST_TIMEOUT) as answer:
                 text = await answer.text()
                 if answer.status != 200:
                     raise EngineRefused(f"the engine returned {answer.status}: {shorten_error(text)}")
-                return read_usage(json.loads(text), shape, self._target)
-        except (aiohttp.ClientError, OSError, TimeoutError) as e:
-            raise EngineRefused(
-                f"the connection to the engine failed ({type(e).__name__}); is it still running?"
-            ) from None
+                return read_usage(json.loads(text), shape, self.target)
+        except (aiohttp.ClientError, OSError) as e:
+            why = type(e).__name__
+            raise EngineRefused(f"the connection to the engine failed ({why}); is it still running?") from None
         except ValueError:
             raise EngineRefused("the engine's response is not JSON with a usage object") from None

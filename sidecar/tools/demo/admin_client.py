@@ -5,31 +5,25 @@ A request without an answer returns None and never raises. Verdict times are sec
 
 from __future__ import annotations
 
-from types import TracebackType
+import json
 from typing import Any, Final, Self
 
 import aiohttp
 from prometheus_client.parser import text_string_to_metric_families
 
 REQUEST_TIMEOUT: Final = aiohttp.ClientTimeout(total=5)
-CLIENT_ERRORS: Final = (aiohttp.ClientError, TimeoutError, ValueError)
 
 
 class AdminClient:
     """One session to one admin port, open inside `async with`."""
 
     def __init__(self, url: str) -> None:
-        self._url = url
-        self._http: aiohttp.ClientSession | None = None
+        self._http = aiohttp.ClientSession(url, timeout=REQUEST_TIMEOUT)
 
     async def __aenter__(self) -> Self:
-        self._http = aiohttp.ClientSession(self._url, timeout=REQUEST_TIMEOUT)
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        assert self._http
+    async def __aexit__(self, *_: object) -> None:
         await self._http.close()
 
     async def load(self) -> dict[str, Any] | None:
@@ -43,24 +37,21 @@ class AdminClient:
 
     async def model_units(self) -> dict[str, float] | None:
         """MU settled since the sidecar's start, by outcome, from its metrics page."""
-        page = await self._text("/metrics")
+        page = await self._get("/metrics")
         return None if page is None else units_by_outcome(page)
 
     async def _json(self, path: str) -> dict[str, Any] | None:
-        assert self._http
         try:
-            async with self._http.get(path) as response:
-                answer = await response.json()
-        except CLIENT_ERRORS:
+            answer = json.loads(await self._get(path) or "null")
+        except ValueError:
             return None
         return answer if isinstance(answer, dict) else None
 
-    async def _text(self, path: str) -> str | None:
-        assert self._http
+    async def _get(self, path: str) -> str | None:
         try:
-            async with self._http.get(path, headers={"Accept": "text/plain"}) as response:
+            async with self._http.get(path) as response:
                 return await response.text() if response.status == 200 else None
-        except CLIENT_ERRORS:
+        except (aiohttp.ClientError, TimeoutError, ValueError):
             return None
 
 

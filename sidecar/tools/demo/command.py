@@ -7,11 +7,11 @@ demo, the processes it started end with it. Their output goes to files, which ar
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import math
 import shutil
 import signal
 import time
-from collections.abc import Coroutine, Iterator
+from collections.abc import Coroutine
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -23,30 +23,25 @@ from sidecar.tools.demo import processes
 from sidecar.tools.demo.admin_client import AdminClient
 from sidecar.tools.demo.kubelet import EventKind, Kubelet, KubeletEvent
 from sidecar.tools.demo.processes import MODEL, DemoProcesses, url
-from sidecar.tools.demo.scorecard import Figures, Scorecard, summary
-from sidecar.tools.demo.traffic import OUTCOMES, DemoTraffic, TrafficPlan, load_pictures, make_pictures
+from sidecar.tools.demo.scorecard import Scorecard, summary
+from sidecar.tools.demo.traffic import OUTCOMES, DemoTraffic, TrafficPlan, TrafficTally, load_pictures, make_pictures
 
 WATCH_INTERVAL_S: Final = 0.25
 PROGRESS_INTERVAL_S: Final = 5.0
-# No stall is injected when less time than this remains to detect it, kill the engine and recover.
-RECOVERY_ROOM_S: Final = 20.0
-# Faults of the engine that stop all its tokens.
-STALLS: Final = ("freeze", "freeze_busy", "kv_deadlock", "livelock")
+RECOVERY_ROOM_S: Final = 20.0  # no stall without this time left to detect it, kill the engine and recover
+STALLS: Final = ("freeze", "freeze_busy", "kv_deadlock", "livelock")  # faults that stop all tokens of the engine
+SECONDS: Final = number(0, 86_400, "seconds")
 
 
 @dataclass(frozen=True, slots=True)
 class DemoSettings:
     """Settings of `sidecar demo`. Times are in seconds."""
 
-    seconds: float = flag(
-        0.0, number(0, 86_400, "seconds"), "End after this many seconds, with a summary; 0: on Ctrl-C"
-    )
+    seconds: float = flag(0.0, SECONDS, "End after this many seconds, with a summary; 0: on Ctrl-C")
     images: str = flag("", existing_dir, "Directory of photographs to send; default: made ones")
     listen: tuple[str, int] = flag(("127.0.0.1", 8080), address, "Where the relay listens")
     admin: tuple[str, int] = flag(("127.0.0.1", 9400), address, "Where probes, load, metrics and the page are")
-    stall_after: float = flag(
-        15.0, number(0, 86_400, "seconds"), "Seconds of service before each injected stall; 0: no stalls"
-    )
+    stall_after: float = flag(15.0, SECONDS, "Seconds of service before each injected stall; 0: no stalls")
     fault: str = flag("freeze", one_of(*STALLS), "How the engine is made to stall")
     rate: float = flag(4.0, number(0.1, 1000), "Requests per second, on average")
     in_flight: int = flag(32, integer(1, 10_000), "Most requests under way")
@@ -74,11 +69,10 @@ async def _main(settings: DemoSettings) -> int:
     return 1 if failures else 0
 
 
-# The log line of each engine event; None: not logged. Start-up and readiness probes fail normally while it loads.
-ENGINE_LINES: Final[dict[EventKind, str | None]] = {
+# The log line of each engine event.
+ENGINE_LINES: Final[dict[EventKind, str]] = {
     "started": "engine started (pid {event.pid}, restarts: {event.restarts})",
     "probe_failed": "{event.probe} probe failed {event.run}/{event.threshold}: {event.detail}",
-    "probe_passed": None,
     "ready": "engine ready: it has served a token and its probes pass",
     "unready": "engine not ready: it would receive no traffic",
     "killing": "engine killed by the kubelet: its {event.probe} probe failed too often",
@@ -123,25 +117,18 @@ class Demo:
 
     async def run(self) -> list[str]:
         """Run to the end and print the summary. Returns the failures, a line each."""
-        with _signals(self._stop):
-            async with (
-                AdminClient(url(self.stage.admin)) as admin,
-                Kubelet(self.stage.sidecar(), self._on_sidecar) as pod,
-            ):
-                await self._until_stopped(pod, self._run_scene(admin))
-                self._ending = True
-                return self._print_summary(await admin.model_units())
+        for signal_number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # SIGHUP: a closed terminal
+            asyncio.get_running_loop().add_signal_handler(signal_number, self._stop.set)
+        sidecar = Kubelet(self.stage.sidecar(), self._on_sidecar)
+        async with AdminClient(url(self.stage.admin)) as admin, sidecar as pod:
+            await self._until_stopped(self._run_scene(admin), pod.failed(), self._stop.wait())
+            return self._print_summary(await admin.model_units())
 
-    async def _until_stopped(self, pod: Kubelet, scene: Coroutine[Any, Any, None]) -> None:
+    async def _until_stopped(self, *work: Coroutine[Any, Any, object]) -> None:
         """Run the scene until the time is up, a signal arrives, or something fails."""
-        tasks = [
-            asyncio.create_task(scene, name="story"),
-            asyncio.create_task(pod.failed(), name="kubelet"),
-            asyncio.create_task(self._stop.wait(), name="stop"),
-        ]
-        left = self._left()
+        tasks = [asyncio.create_task(part) for part in work]
         try:
-            done, _ = await asyncio.wait(tasks, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+            done, _ = await asyncio.wait(tasks, timeout=self._left(), return_when=asyncio.FIRST_COMPLETED)
         finally:
             self._ending = True
             for task in tasks:
@@ -150,33 +137,26 @@ class Demo:
         for task in done:
             task.result()
 
-    def _left(self) -> float | None:
-        """Seconds until the end; None without a time limit."""
-        return max(0.0, self._began + self.settings.seconds - time.monotonic()) if self.settings.seconds else None
+    def _left(self) -> float:
+        """Seconds until the end."""
+        return max(0.0, self._began + (self.settings.seconds or math.inf) - time.monotonic())
 
     async def _run_scene(self, admin: AdminClient) -> None:
         """Run engine, traffic and stalls concurrently once the sidecar is up. Never returns."""
-        pictures = await self._pictures()
+        settings, pictures = self.settings, self._pictures_found if self.stage.images else []
+        if self.stage.images and not pictures:
+            pictures = await asyncio.to_thread(make_pictures, settings.seed)
         await self._sidecar_up.wait()
         async with Kubelet(self.stage.engine_container(), self._on_engine) as kubelet, asyncio.TaskGroup() as group:
             group.create_task(kubelet.failed())
             group.create_task(self._watch_verdicts(admin))
             await self._ready.wait()
-            settings = self.settings
-            self._traffic = DemoTraffic(
-                TrafficPlan(url(self.stage.relay), settings.rate, settings.in_flight, settings.seed, MODEL, pictures)
-            )
+            plan = TrafficPlan(url(self.stage.relay), settings.rate, settings.in_flight, settings.seed, MODEL, pictures)
+            self._traffic = DemoTraffic(plan)
             self.log(f"traffic: {settings.rate:g} requests/s on average, {len(pictures)} photographs available")
             group.create_task(self._traffic.run())
             group.create_task(self._progress(admin))
             group.create_task(self._stalls())
-
-    async def _pictures(self) -> list[str]:
-        if not self.stage.images:
-            return []
-        return self._pictures_found or await asyncio.to_thread(make_pictures, self.settings.seed)
-
-    # --- events of the kubelets ---
 
     def _on_sidecar(self, event: KubeletEvent) -> None:
         if self._ending:
@@ -191,9 +171,9 @@ class Demo:
     def _on_engine(self, event: KubeletEvent) -> None:
         if self._ending:
             return
-        line = ENGINE_LINES[event.kind]
-        if line and not (event.kind == "probe_failed" and event.probe != "liveness"):
-            self.log(line.format(event=event))
+        # start-up and readiness probes fail normally while it loads
+        if event.kind != "probe_failed" or event.probe == "liveness":
+            self.log(ENGINE_LINES[event.kind].format(event=event))
         if event.kind == "killing":
             self.card.killed(event.probe or "", event.at)
         elif event.kind == "exited":
@@ -201,8 +181,6 @@ class Demo:
         elif event.kind == "ready":
             self.card.ready(event.at)
             self._ready.set()
-
-    # --- concurrent tasks ---
 
     async def _watch_verdicts(self, admin: AdminClient) -> None:
         """Log verdict changes as they happen, and notice when a stall is detected and when it is over."""
@@ -212,27 +190,23 @@ class Demo:
                 seen = change["since"]
                 self._log_change(change)
             if self._traffic and self.card.served(self._traffic.tally.last_ok):
-                stall = self.card.stalls[-1]
-                self.log(
-                    f"RECOVERED: requests are served again, {_after(stall.injected, stall.recovered)} after the stall"
-                )
+                after = self._traffic.tally.last_ok - self.card.stalls[-1].injected
+                self.log(f"RECOVERED: requests are served again, {after:.1f} s after the stall")
                 self._recovered.set()
             await asyncio.sleep(WATCH_INTERVAL_S)
 
     def _log_change(self, change: dict[str, Any]) -> None:
         at = time.monotonic() - (time.time() - change["since"])
-        detected = self.card.verdict(change["verdict"], change["reason"], at)
         self.log(f"verdict: {change['verdict']} ({change['reason']}) {change['detail']}".rstrip())
-        if detected:
-            self.log(f"DETECTED: {_after(self.card.stalls[-1].injected, at)} after the stall was injected")
+        if self.card.verdict(change["verdict"], change["reason"], at):
+            self.log(f"DETECTED: {at - self.card.stalls[-1].injected:.1f} s after the stall was injected")
 
     async def _stalls(self) -> None:
         """Inject a stall after each `stall_after` seconds of service, while enough time remains to recover."""
         while self.settings.stall_after:
             self._recovered.clear()
             await asyncio.sleep(self.settings.stall_after)
-            left = self._left()
-            if left is not None and left < RECOVERY_ROOM_S:
+            if self._left() < RECOVERY_ROOM_S:
                 return
             self.log(f"STALL injected ({self.settings.fault}): the engine's port answers, but no tokens are generated")
             self.card.injected(time.monotonic())
@@ -260,17 +234,13 @@ class Demo:
                 mu = f"{load['mu']['in_flight']:.2f} MU in flight, {load['mu']['per_minute']:.0f} MU/min"
             self.log(f"{ok} requests ok, {others} not, {tally.open} in progress, {tally.pictures} images; {mu}")
 
-    # --- the end ---
-
     def _print_summary(self, mu: dict[str, float] | None) -> list[str]:
-        tally = self._traffic.tally if self._traffic else None
-        counts = {name: tally.outcomes[name] for name in OUTCOMES} if tally else {}
-        figures = Figures(counts, tally.pictures if tally else 0, mu, time.monotonic() - self._began)
+        tally = self._traffic.tally if self._traffic else TrafficTally()
+        counts = {name: tally.outcomes[name] for name in OUTCOMES}
         failures = self._broken + self.card.failures()
-        if tally is None:
+        if self._traffic is None:
             failures.append("the engine never became ready")
-        print("summary")
-        print("\n".join(summary(self.card, figures)))
+        print("summary", *summary(self.card, counts, tally.pictures, mu, time.monotonic() - self._began), sep="\n")
         if self.settings.stall_after and not self.card.stalls:
             print(f"  no stall was injected: one needs {self.settings.stall_after + RECOVERY_ROOM_S:g} s of service")
         for line in failures:
@@ -278,21 +248,3 @@ class Demo:
         praise = "all stalls detected, no false alarm" if self.card.stalls else "no false alarm"
         print("end" if failures else praise, flush=True)
         return failures
-
-
-@contextlib.contextmanager
-def _signals(stop: asyncio.Event) -> Iterator[None]:
-    """Stop the demo cleanly on Ctrl-C, SIGTERM and a closed terminal."""
-    loop = asyncio.get_running_loop()
-    which = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    for signal_number in which:
-        loop.add_signal_handler(signal_number, stop.set)
-    try:
-        yield
-    finally:
-        for signal_number in which:
-            loop.remove_signal_handler(signal_number)
-
-
-def _after(start: float, end: float | None) -> str:
-    return f"{(end or start) - start:.1f} s"

@@ -1,11 +1,11 @@
 """A kubelet for one container, here a child process: run, probe, kill and restart it. probe_policy.py decides.
 
-- HTTP: 200 <= code < 400 is success, on a new connection each time; exec: exit code 0; a timeout is a failure.
+- A probe is a GET on a new connection; 200 <= code < 400 is success, a timeout is a failure.
 - A kill is SIGTERM to the first process, then SIGKILL to all when it has exited or the grace period is over.
 - The container's processes never outlive the `async with`.
 
-Missing compared to the real kubelet: the random delay after its own start, and following redirects (any 3xx is
-success).
+Missing compared to the real kubelet: exec probes, initial delays, the random delay after its own start, and following
+redirects (any 3xx is success).
 """
 
 from __future__ import annotations
@@ -17,21 +17,17 @@ import signal
 import time
 from asyncio.subprocess import DEVNULL, STDOUT, Process
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import Final, Literal, Self
 
 import aiohttp
 
-from sidecar.tools.demo.probe_policy import Backoff, Decision, HttpGet, Kind, Probe, ProbeSpec, Result
+from sidecar.tools.demo.probe_policy import Backoff, Kind, Probe, ProbeSpec
 
-EventKind = Literal["started", "probe_failed", "probe_passed", "ready", "unready", "killing", "exited", "backing_off"]
+EventKind = Literal["started", "probe_failed", "ready", "unready", "killing", "exited", "backing_off"]
 
-# kubelet's maxProbeRetries: an errored probe (not a failed one) is retried at once.
-MAX_PROBE_ATTEMPTS: Final = 3
-# Bytes read of the response to an HTTP probe.
-MAX_BODY_BYTES: Final = 10 << 10
+MAX_BODY_BYTES: Final = 10 << 10  # read of the response to a probe
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +35,7 @@ class Container:
     """What to run and how to probe it. `log` receives stdout and stderr; None discards them."""
 
     command: tuple[str, ...]
-    startup: ProbeSpec | None = None
-    readiness: ProbeSpec | None = None
-    liveness: ProbeSpec | None = None
+    probes: Mapping[Kind, ProbeSpec] = field(default_factory=dict)
     grace: float = 30.0  # terminationGracePeriodSeconds
     backoff: float = 10.0
     backoff_cap: float = 300.0
@@ -51,7 +45,7 @@ class Container:
 
 @dataclass(frozen=True, slots=True)
 class KubeletEvent:
-    """An event as kubelet reports it. `run` of `threshold` results in a row for a probe."""
+    """An event as kubelet reports it. A probe has failed `run` times in a row of the `threshold` that it may."""
 
     kind: EventKind
     at: float
@@ -72,12 +66,7 @@ class Kubelet:
         self.restarts = 0
         self.pid = 0  # 0 while no container runs
         self._on_event = on_event
-        specs: dict[Kind, ProbeSpec | None] = {
-            "startup": container.startup,
-            "readiness": container.readiness,
-            "liveness": container.liveness,
-        }
-        self._probes: dict[Kind, Probe] = {kind: Probe(kind, spec) for kind, spec in specs.items() if spec}
+        self._probes = {kind: Probe(kind, spec) for kind, spec in container.probes.items()}
         self._was_ready = False
         self._task: asyncio.Task[None] | None = None
 
@@ -85,9 +74,7 @@ class Kubelet:
         self._task = asyncio.create_task(self._run(), name="kubelet")
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         assert self._task
         self._task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
@@ -109,10 +96,10 @@ class Kubelet:
         return self.started and self._has_passed("readiness")
 
     def _has_passed(self, kind: Kind) -> bool:
-        return kind not in self._probes or self._probes[kind].value == "success"
+        return kind not in self._probes or self._probes[kind].passed
 
     def _report(self, kind: EventKind, **more: object) -> None:
-        self._on_event(replace(KubeletEvent(kind, time.monotonic(), self.pid, self.restarts), **more))  # type: ignore[arg-type]
+        self._on_event(KubeletEvent(kind, time.monotonic(), self.pid, self.restarts, **more))  # type: ignore[arg-type]
 
     def _report_readiness(self) -> None:
         if self.ready != self._was_ready:
@@ -154,20 +141,14 @@ class Kubelet:
             self._ended(process.returncode)
 
     async def _start(self) -> Process:
-        container = self.container
-        with contextlib.ExitStack() as stack:
-            output = stack.enter_context(container.log.open("ab")) if container.log else DEVNULL
+        log, env = self.container.log, self.container.env
+        with log.open("ab") if log else contextlib.nullcontext(DEVNULL) as output:
             process = await asyncio.create_subprocess_exec(
-                *container.command,
-                stdin=DEVNULL,
-                stdout=output,
-                stderr=STDOUT,
-                env=container.env,
-                start_new_session=True,
+                *self.container.command, stdin=DEVNULL, stdout=output, stderr=STDOUT, env=env, start_new_session=True
             )
         self.pid = process.pid
         for probe in self._probes.values():
-            probe.container_started(time.monotonic())
+            probe.container_started()
         self._report("started")
         self._report_readiness()
         return process
@@ -186,7 +167,7 @@ class Kubelet:
 
     def _ended(self, code: int | None) -> None:
         for probe in self._probes.values():
-            probe.container_ended(time.monotonic())
+            probe.container_ended()
         detail = f"signal {signal.Signals(-code).name}" if code and code < 0 else f"exit code {code}"
         self._report("exited", detail=detail)
         self.pid = 0
@@ -194,66 +175,30 @@ class Kubelet:
 
     async def _probe(self, http: aiohttp.ClientSession, probe: Probe) -> Kind:
         """Probe at each tick. Returns when the container must be killed."""
-        tick = time.monotonic()
+        tick, spec = time.monotonic(), probe.spec
         while True:
-            if probe.due(time.monotonic(), self._has_passed("startup")):
-                result, detail = await _attempt(http, probe.spec)
-                decision = probe.observe(result, time.monotonic())
-                self._report_result(probe, result, decision, detail)
-                if decision.kill:
+            if probe.due(self._has_passed("startup")):
+                success, detail = await _get(http, spec)
+                probe.observe(success)
+                if not success:
+                    run, threshold = probe.failures, spec.failure_threshold
+                    self._report("probe_failed", probe=probe.kind, run=run, threshold=threshold, detail=detail)
+                self._report_readiness()
+                if probe.must_kill:
                     return probe.kind
-            period = probe.spec.period
-            tick += period * max(
-                1, (time.monotonic() - tick) // period
-            )  # a late tick runs at once, missed ones are skipped
+            # a late tick runs at once, missed ones are skipped
+            tick += spec.period * max(1, (time.monotonic() - tick) // spec.period)
             await asyncio.sleep(tick - time.monotonic())
 
-    def _report_result(self, probe: Probe, result: Result, decision: Decision, detail: str) -> None:
-        if result == "failure":
-            needed = probe.spec.failure_threshold
-            self._report("probe_failed", probe=probe.kind, run=decision.run, threshold=needed, detail=detail)
-        elif decision.value == "success" and decision.run == probe.spec.success_threshold:
-            self._report("probe_passed", probe=probe.kind, run=decision.run, threshold=decision.run, detail=detail)
-        self._report_readiness()
 
-
-async def _attempt(http: aiohttp.ClientSession, spec: ProbeSpec) -> tuple[Result, str]:
-    """One probe: its result and a short explanation."""
-    for _ in range(MAX_PROBE_ATTEMPTS):
-        if isinstance(spec.action, HttpGet):
-            result, detail = await _http_get(http, spec.action.url, spec.timeout)
-        else:
-            result, detail = await _exec(spec.action.command, spec.timeout)
-        if result != "unknown":
-            break
-    return result, detail
-
-
-async def _http_get(http: aiohttp.ClientSession, url: str, seconds: float) -> tuple[Result, str]:
+async def _get(http: aiohttp.ClientSession, spec: ProbeSpec) -> tuple[bool, str]:
+    """One probe: whether it succeeded, and a short explanation."""
     try:
-        async with http.get(url, timeout=aiohttp.ClientTimeout(total=seconds), allow_redirects=False) as response:
+        timeout = aiohttp.ClientTimeout(total=spec.timeout)
+        async with http.get(spec.url, timeout=timeout, allow_redirects=False) as response:
             await response.content.read(MAX_BODY_BYTES)
     except TimeoutError:
-        return "failure", f"no answer within {seconds:g} s"
+        return False, f"no answer within {spec.timeout:g} s"
     except aiohttp.ClientError as e:
-        return "failure", type(e).__name__
-    return ("success" if 200 <= response.status < 400 else "failure"), f"HTTP {response.status}"
-
-
-async def _exec(command: tuple[str, ...], seconds: float) -> tuple[Result, str]:
-    try:
-        process = await asyncio.create_subprocess_exec(
-            *command, stdin=DEVNULL, stdout=DEVNULL, stderr=DEVNULL, start_new_session=True
-        )
-    except OSError as e:
-        return "unknown", f"could not run: {e.strerror}"
-    try:
-        async with asyncio.timeout(seconds):
-            code = await process.wait()
-    except TimeoutError:
-        return "failure", f"no answer within {seconds:g} s"
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        await process.wait()
-    return ("success" if code == 0 else "failure"), f"exit code {code}"
+        return False, type(e).__name__
+    return 200 <= response.status < 400, f"HTTP {response.status}"

@@ -1,8 +1,8 @@
 """Pure: kubelet's rules for probes and restarts. Times are seconds on one monotonic clock.
 
 After kubelet (pkg/kubelet/prober/worker.go, client-go util/flowcontrol/backoff.go):
-- Liveness starts as success, readiness as failure, startup as unknown, again for each new container.
-- A threshold counts consecutive results; below it the value does not change; an errored probe is discarded.
+- Liveness starts as passed, readiness and startup do not, again for each new container.
+- A threshold counts consecutive failures; below it the value does not change.
 - The startup probe gates the other two and stops once it has passed. A failed startup or liveness probe kills the
   container, resets the count and pauses until there is a new one. A container that exits by itself does not reset the
   count, because the worker outlives it.
@@ -11,49 +11,20 @@ After kubelet (pkg/kubelet/prober/worker.go, client-go util/flowcontrol/backoff.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Final, Literal
 
 Kind = Literal["startup", "readiness", "liveness"]
-Result = Literal["success", "failure", "unknown"]
-
-INITIAL: Final[dict[Kind, Result]] = {"startup": "unknown", "readiness": "failure", "liveness": "success"}
-
-
-@dataclass(frozen=True, slots=True)
-class HttpGet:
-    """A probe by GET, on a new connection each time."""
-
-    url: str
-
-
-@dataclass(frozen=True, slots=True)
-class Exec:
-    """A probe by a command's exit code."""
-
-    command: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class ProbeSpec:
-    """A probe as in a pod's spec, with Kubernetes' defaults. Seconds and counts."""
+    """A probe by GET as in a pod's spec, with Kubernetes' defaults. Seconds and counts."""
 
-    action: HttpGet | Exec
-    initial_delay: float = 0
+    url: str
     period: float = 10
     timeout: float = 1
-    success_threshold: int = 1
     failure_threshold: int = 3
-
-
-@dataclass(frozen=True, slots=True)
-class Decision:
-    """The effect of one result: value and since when, equal results in a row, and whether to kill the container."""
-
-    value: Result
-    since: float
-    run: int
-    kill: bool = False
 
 
 class Probe:
@@ -62,46 +33,33 @@ class Probe:
     def __init__(self, kind: Kind, spec: ProbeSpec) -> None:
         self.kind: Final = kind
         self.spec: Final = spec
-        self._now = Decision(INITIAL[kind], 0.0, 0)
-        self._last: Result = "unknown"
-        self._held = True
-        self._container_since = 0.0
+        self.passed = False
+        self.failures = 0  # in a row
+        self._paused = True
 
     @property
-    def value(self) -> Result:
-        """The value after the thresholds."""
-        return self._now.value
+    def must_kill(self) -> bool:
+        """True from the failure that ends the container until there is a new one."""
+        return self.failures >= self.spec.failure_threshold and self.kind != "readiness"
 
-    def container_started(self, now: float) -> None:
+    def container_started(self) -> None:
         """A new container: reset to the initial value and resume probing."""
-        self._now = Decision(INITIAL[self.kind], now, self._now.run)
-        self._held, self._container_since = False, now
+        self.failures = 0 if self.must_kill else self.failures
+        self.passed, self._paused = self.kind == "liveness", False
 
-    def container_ended(self, now: float) -> None:
+    def container_ended(self) -> None:
         """The container has exited: fail, and pause until there is a new one."""
-        self._now = Decision("failure", now, self._now.run)
-        self._held = True
+        self.passed, self._paused = False, True
 
-    def due(self, now: float, started: bool) -> bool:
+    def due(self, started: bool) -> bool:
         """Whether to probe at this tick. `started`: the container has passed its startup probe, if it has one."""
-        waited = int(now - self._container_since) >= self.spec.initial_delay  # kubelet counts whole seconds
-        return not self._held and waited and started != (self.kind == "startup")
+        return not self._paused and not self.must_kill and started != (self.kind == "startup")
 
-    def observe(self, result: Result, now: float) -> Decision:
+    def observe(self, success: bool) -> None:
         """Count one result."""
-        if result == "unknown":
-            return self._now
-        run = self._now.run + 1 if result == self._last else 1
-        self._last = result
-        needed = self.spec.failure_threshold if result == "failure" else self.spec.success_threshold
-        if run < needed:
-            self._now = replace(self._now, run=run)
-            return self._now
-        since = self._now.since if result == self._now.value else now
-        decision = Decision(result, since, run, kill=result == "failure" and self.kind != "readiness")
-        self._held = decision.kill or self.kind == "startup"
-        self._now = Decision(result, since, 0 if self._held else run)
-        return decision
+        self.failures = 0 if success else self.failures + 1
+        if success or self.failures >= self.spec.failure_threshold:
+            self.passed = success
 
 
 class Backoff:

@@ -22,33 +22,25 @@ from typing import Final
 from sidecar.errors import StartError
 from sidecar.settings import ENV_PREFIX, Settings, format_key
 from sidecar.tools.demo.kubelet import Container
-from sidecar.tools.demo.probe_policy import HttpGet, ProbeSpec
+from sidecar.tools.demo.probe_policy import Kind, ProbeSpec
 
 Address = tuple[str, int]
 
 MODEL: Final = "scripted"
-# Below 32768, from where Linux takes ports for outgoing connections.
-PORT_RANGE: Final = (20_000, 32_000)
+PORT_RANGE: Final = (20_000, 32_000)  # below 32768, from where Linux takes ports for outgoing connections
 MAX_PORTS_TRIED: Final = 100
-# The `images` extra.
-IMAGE_MODULES: Final = ("torch", "torchvision", "PIL", "numpy")
+IMAGE_MODULES: Final = ("torch", "torchvision", "PIL", "numpy")  # the `images` extra
 
 # Shorter than the defaults of `sidecar run`, so that a stall is found within seconds instead of half a minute. The
 # engine stalls on purpose every minute, so nothing holds back a kill.
-QUICK_SETTINGS: Final[dict[str, str]] = {
-    "silence_floor": "3",
-    "canary_interval": "3",
-    "kill_interval": "0",
-    "useless_restarts": "0",
-}
+QUICK_SETTINGS: Final = {"silence_floor": "3", "canary_interval": "3", "kill_interval": "0", "useless_restarts": "0"}
 # Kubernetes' defaults: 10 s, 1 s (which a laptop busy with the demo may miss), 30 s, 10 s before the second restart.
 PROBE_PERIOD_S: Final = 1.0
 PROBE_TIMEOUT_S: Final = 2.0
 GRACE_S: Final = 5.0
 BACKOFF_S: Final = 2.0
 STARTUP_FAILURE_THRESHOLD: Final = 120
-# Start-up of the scripted engine: long enough to show that it is not mistaken for a stall.
-ENGINE_LOAD_S: Final = "2"
+ENGINE_LOAD_S: Final = "2"  # long enough to show that a start-up is not mistaken for a stall
 
 # The image processor of a Qwen2-VL: public numbers, and all that image preparation needs of a model.
 # Its images are small, so that the demo's photographs lose half of their pixels; others pass.
@@ -98,34 +90,23 @@ class DemoProcesses:
             "drain_seconds": "1",
             **QUICK_SETTINGS,
         }
-        health = HttpGet(f"{url(self.admin)}/healthz")
-        return Container(
-            command=_python("run", *_flags(flags)),
-            startup=ProbeSpec(
-                health, period=0.25, timeout=PROBE_TIMEOUT_S, failure_threshold=4 * STARTUP_FAILURE_THRESHOLD
-            ),
-            grace=2 * GRACE_S,
-            env=_environment(os.environ),
-            log=self.sidecar_log,
-        )
+        startup = ProbeSpec(f"{url(self.admin)}/healthz", 0.25, PROBE_TIMEOUT_S, 4 * STARTUP_FAILURE_THRESHOLD)
+        command = _command("run", flags)
+        return Container(command, {"startup": startup}, 2 * GRACE_S, env=_environment(), log=self.sidecar_log)
 
     def engine_container(self) -> Container:
         """The engine's container, probed through the sidecar."""
 
         def probe(path: str, failures: int) -> ProbeSpec:
-            action = HttpGet(f"{url(self.admin)}{path}")
-            return ProbeSpec(action, period=PROBE_PERIOD_S, timeout=PROBE_TIMEOUT_S, failure_threshold=failures)
+            return ProbeSpec(f"{url(self.admin)}{path}", PROBE_PERIOD_S, PROBE_TIMEOUT_S, failures)
 
-        return Container(
-            command=_python("engine", *_flags({"listen": format_address(self.engine), "load_seconds": ENGINE_LOAD_S})),
-            startup=probe("/startupz", STARTUP_FAILURE_THRESHOLD),
-            readiness=probe("/readyz", 1),
-            liveness=probe("/livez", 3),
-            grace=GRACE_S,
-            backoff=BACKOFF_S,
-            env=_environment(os.environ),
-            log=self.engine_log,
-        )
+        command = _command("engine", {"listen": format_address(self.engine), "load_seconds": ENGINE_LOAD_S})
+        probes: dict[Kind, ProbeSpec] = {
+            "startup": probe("/startupz", STARTUP_FAILURE_THRESHOLD),
+            "readiness": probe("/readyz", 1),
+            "liveness": probe("/livez", 3),
+        }
+        return Container(command, probes, GRACE_S, BACKOFF_S, env=_environment(), log=self.engine_log)
 
 
 def make(listen: Address, admin: Address) -> DemoProcesses:
@@ -134,14 +115,12 @@ def make(listen: Address, admin: Address) -> DemoProcesses:
     for name, wanted in (("listen", listen), ("admin", admin)):
         chosen[name] = find_free_address(wanted)
         if wanted[1] and chosen[name] != wanted:
-            notes.append(
-                f"{format_address(wanted)} is in use; {format_key(name)} is {format_address(chosen[name])} instead"
-            )
+            instead = f"{format_key(name)} is {format_address(chosen[name])} instead"
+            notes.append(f"{format_address(wanted)} is in use; {instead}")
     missing = [module for module in IMAGE_MODULES if importlib.util.find_spec(module) is None]
     if missing:
-        notes.append(
-            f"text only: {', '.join(missing)} not installed; for photographs: pip install 'inference-sidecar[images]'"
-        )
+        remedy = "for photographs: pip install 'inference-sidecar[images]'"
+        notes.append(f"text only: {', '.join(missing)} not installed; {remedy}")
     directory = Path(tempfile.mkdtemp(prefix="sidecar-demo-"))
     for name in ("model", "state"):
         (directory / name).mkdir()
@@ -188,14 +167,11 @@ def describe_quick_settings() -> str:
     )
 
 
-def _python(*args: str) -> tuple[str, ...]:
-    return (sys.executable, "-m", "sidecar", *args)
+def _command(name: str, values: Mapping[str, str]) -> tuple[str, ...]:
+    flags = [text for key, value in values.items() for text in (format_key(key), value)]
+    return (sys.executable, "-m", "sidecar", name, *flags)
 
 
-def _flags(values: Mapping[str, str]) -> list[str]:
-    return [text for name, value in values.items() for text in (format_key(name), value)]
-
-
-def _environment(ours: Mapping[str, str]) -> dict[str, str]:
-    kept = {key: value for key, value in ours.items() if not key.startswith(ENV_PREFIX)}
+def _environment() -> dict[str, str]:
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(ENV_PREFIX)}
     return {**kept, "PYTHONUNBUFFERED": "1"}

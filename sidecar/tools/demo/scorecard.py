@@ -21,7 +21,6 @@ class Stall:
 
     injected: float
     detected: float | None = None
-    reason: str = ""
     killed: float | None = None
     ready: float | None = None
     recovered: float | None = None
@@ -51,11 +50,12 @@ class Scorecard:
         """The verdict changed. True if this detected a stall."""
         if state not in ALARMS:
             return False
-        stall = self._stall_at(at)
+        # a verdict may be read after the recovery
+        stall = next((s for s in self.stalls if s.injected <= at and (s.recovered is None or at <= s.recovered)), None)
         if stall is None:
             self._alarm(f"verdict {state} ({reason})")
         elif stall.detected is None:
-            stall.detected, stall.reason = at, reason
+            stall.detected = at
             return True
         return False
 
@@ -63,10 +63,6 @@ class Scorecard:
         if not self._down and not self._alarmed:
             self.false_alarms.append(what)
             self._alarmed = True
-
-    def _stall_at(self, at: float) -> Stall | None:
-        """The stall at that time: a verdict may be read after the recovery."""
-        return next((s for s in self.stalls if s.injected <= at <= (at if s.recovered is None else s.recovered)), None)
 
     def killed(self, probe: str, at: float) -> None:
         """The kubelet kills the engine because of a probe."""
@@ -111,35 +107,23 @@ class Scorecard:
         return lines
 
 
-@dataclass(frozen=True, slots=True)
-class Figures:
-    """The numbers of a summary. `mu`: model units settled by the sidecar, by outcome; None if unknown."""
-
-    requests: Mapping[str, int]
-    pictures: int
-    mu: Mapping[str, float] | None
-    seconds: float
-
-
-def summary(card: Scorecard, figures: Figures) -> list[str]:
-    """The last lines of a demo."""
+def summary(
+    card: Scorecard, requests: Mapping[str, int], pictures: int, mu: Mapping[str, float] | None, seconds: float
+) -> list[str]:
+    """The last lines of a demo. `mu`: model units settled by the sidecar, by outcome; None if unknown."""
+    total = sum(requests.values())
+    by_outcome = ", ".join(f"{n} {name}" for name, n in requests.items() if n)
     rows = [
-        ("ran for", f"{figures.seconds:.0f} s"),
-        ("requests", _format_counts(figures.requests)),
-        ("images", f"{figures.pictures} in successful requests"),
-        ("model units", _format_units(figures.mu)),
+        ("ran for", f"{seconds:.0f} s"),
+        ("requests", f"{total}: {by_outcome}" if total else "0"),
+        ("images", f"{pictures} in successful requests"),
+        ("model units", _format_units(mu)),
         ("stalls injected", str(len(card.stalls))),
         ("time to detect", _format_durations(card, lambda s: s.detected, "not detected")),
         ("time to recover", _format_durations(card, lambda s: s.recovered, "not recovered")),
         ("false alarms", str(len(card.false_alarms))),
     ]
     return [f"  {name:<16} {value}" for name, value in rows]
-
-
-def _format_counts(counts: Mapping[str, int]) -> str:
-    total = sum(counts.values())
-    parts = ", ".join(f"{n} {name}" for name, n in counts.items() if n)
-    return f"{total}: {parts}" if total else "0"
 
 
 def _format_units(mu: Mapping[str, float] | None) -> str:
@@ -150,8 +134,5 @@ def _format_units(mu: Mapping[str, float] | None) -> str:
 
 
 def _format_durations(card: Scorecard, end: Callable[[Stall], float | None], missing: str) -> str:
-    lines = []
-    for stall in card.stalls:
-        at = end(stall)
-        lines.append(missing if at is None else f"{at - stall.injected:.1f} s")
-    return ", ".join(lines) or "-"
+    ends = ((stall.injected, end(stall)) for stall in card.stalls)
+    return ", ".join(missing if at is None else f"{at - start:.1f} s" for start, at in ends) or "-"

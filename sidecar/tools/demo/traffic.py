@@ -29,15 +29,13 @@ Route = Literal["chat/completions", "completions"]
 # The outcome of a request as its client sees it. "open": still in progress when the traffic ended.
 OUTCOMES: Final = ("ok", "rejected", "unavailable", "engine_error", "broken", "timed_out", "open", "skipped")
 UNAVAILABLE_STATUSES: Final = (502, 503, 504)
-# Until the end of the response.
-RESPONSE_TIMEOUT_S: Final = 120.0
+RESPONSE_TIMEOUT_S: Final = 120.0  # until the end of the response
+TENANT_HEADER: Final = "x-tenant-id"
 
 MEDIA_TYPES: Final = {".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".png": "image/png", ".webp": "image/webp"}
-# Of synthetic pictures.
-PICTURE_SIZES: Final = ((1280, 720), (1920, 1080), (768, 1024), (1600, 1200), (640, 480), (1080, 1440))
+SYNTHETIC_SIZES: Final = ((1280, 720), (1920, 1080), (768, 1024), (1600, 1200), (640, 480), (1080, 1440))
 MAX_PICTURES: Final = 32
-# The default limit of the relay.
-MAX_PICTURE_BYTES: Final = 20 << 20
+MAX_PICTURE_BYTES: Final = 20 << 20  # the default limit of the relay
 SAMPLE_TEXT: Final = "what does this say about the weather on that day and how would you put it in other words"
 
 
@@ -82,11 +80,6 @@ class TrafficTally:
     open: int = 0
     last_ok: float = 0.0  # monotonic time of the last successful request; 0 before the first
 
-    @property
-    def sent(self) -> int:
-        """Requests sent, including those in progress."""
-        return self.open + sum(n for outcome, n in self.outcomes.items() if outcome != "skipped")
-
 
 @dataclass(frozen=True, slots=True)
 class TrafficPlan:
@@ -98,7 +91,6 @@ class TrafficPlan:
     seed: int
     model: str
     pictures: Sequence[str] = ()
-    tenant_header: str = "x-tenant-id"
 
 
 def plan_requests(seed: int, rate: float, pictures: int) -> Iterator[PlannedRequest]:
@@ -108,13 +100,9 @@ def plan_requests(seed: int, rate: float, pictures: int) -> Iterator[PlannedRequ
     weights, words = [shape.weight for shape in shapes], SAMPLE_TEXT.split()
     while True:
         shape = rng.choices(shapes, weights)[0]
-        yield PlannedRequest(
-            gap=rng.expovariate(rate),
-            shape=shape,
-            prompt=" ".join(rng.choices(words, k=rng.randint(*shape.words))),
-            max_tokens=rng.randint(*shape.output),
-            pictures=tuple(rng.randrange(pictures) for _ in range(shape.pictures)),
-        )
+        gap, prompt = rng.expovariate(rate), " ".join(rng.choices(words, k=rng.randint(*shape.words)))
+        max_tokens, chosen = rng.randint(*shape.output), tuple(rng.randrange(pictures) for _ in range(shape.pictures))
+        yield PlannedRequest(gap, shape, prompt, max_tokens, chosen)
 
 
 def body(request: PlannedRequest, model: str, pictures: Sequence[str]) -> dict[str, Any]:
@@ -147,11 +135,8 @@ class DemoTraffic:
         """Send without end, or send `limit` requests and return when all have ended."""
         plan = self.plan
         timeout = aiohttp.ClientTimeout(total=RESPONSE_TIMEOUT_S)
-        connector = aiohttp.TCPConnector(limit=plan.in_flight)
-        async with (
-            aiohttp.ClientSession(plan.url, timeout=timeout, connector=connector) as http,
-            asyncio.TaskGroup() as group,
-        ):
+        session = aiohttp.ClientSession(plan.url, timeout=timeout, connector=aiohttp.TCPConnector(limit=plan.in_flight))
+        async with session as http, asyncio.TaskGroup() as group:
             due = time.monotonic()
             for request in islice(plan_requests(plan.seed, plan.rate, len(plan.pictures)), limit):
                 due += request.gap
@@ -181,7 +166,7 @@ class DemoTraffic:
 
     async def _answer(self, http: aiohttp.ClientSession, request: PlannedRequest) -> str:
         data = json.dumps(body(request, self.plan.model, self.plan.pictures)).encode()
-        headers = {"Content-Type": "application/json", self.plan.tenant_header: request.shape.tenant}
+        headers = {"Content-Type": "application/json", TENANT_HEADER: request.shape.tenant}
         async with http.post(f"/v1/{request.shape.route}", data=data, headers=headers) as response:
             done = failed = False
             async for line in response.content:
@@ -194,7 +179,7 @@ def make_pictures(seed: int) -> list[str]:
     """Some synthetic JPEGs as data URLs. Takes a second or two of CPU time; needs the `images` extra."""
     from sidecar.tools.synthetic_photos import photo
 
-    return [_data_url("image/jpeg", photo(*size, seed + i)) for i, size in enumerate(PICTURE_SIZES)]
+    return [_data_url("image/jpeg", photo(*size, seed + i)) for i, size in enumerate(SYNTHETIC_SIZES)]
 
 
 def load_pictures(directory: Path) -> list[str]:
@@ -202,9 +187,8 @@ def load_pictures(directory: Path) -> list[str]:
     files = sorted(path for path in directory.iterdir() if path.suffix.lower() in MEDIA_TYPES and path.is_file())
     files = [path for path in files if 0 < path.stat().st_size <= MAX_PICTURE_BYTES][:MAX_PICTURES]
     if not files:
-        raise UsageError(
-            f"--images: {directory} contains no {', '.join(MEDIA_TYPES)} file of up to {MAX_PICTURE_BYTES >> 20} MiB"
-        )
+        kinds = ", ".join(MEDIA_TYPES)
+        raise UsageError(f"--images: {directory} contains no {kinds} file of up to {MAX_PICTURE_BYTES >> 20} MiB")
     return [_data_url(MEDIA_TYPES[path.suffix.lower()], path.read_bytes()) for path in files]
 
 

@@ -5,10 +5,8 @@ Each request is sent once, with a timeout, by the code that `sidecar run` uses.
 
 from __future__ import annotations
 
-import os
 import re
 from typing import Final
-from urllib.parse import urlsplit
 
 import aiohttp
 import psutil
@@ -23,6 +21,7 @@ from sidecar.settings import Settings
 from sidecar.signals import engine_processes
 from sidecar.signals.canary import CanarySignal
 from sidecar.signals.identify import ProbeAnswers, probe_engine, request_pages
+from sidecar.signals.listening_socket import host_and_port
 from sidecar.tools.doctor.finding import DoctorFinding, Level
 
 # Of /v1/models and the metrics page.
@@ -31,85 +30,81 @@ TOKEN_TIMEOUT_S: Final = 60.0
 LOCAL_HOSTS: Final = ("127.0.0.1", "localhost", "::1")
 
 
-async def check(chosen: Settings) -> list[DoctorFinding]:
+async def check(chosen: Settings) -> dict[str, DoctorFinding]:
     """All findings about the engine. If it is unreachable, the others are omitted."""
+    if not chosen.engine:
+        remedy = "give the engine's base URL, e.g. --engine http://127.0.0.1:8000"
+        return {"engine": DoctorFinding("fail", "no --engine", remedy)}
     headers = {"authorization": f"Bearer {chosen.engine_key}"} if chosen.engine_key else {}
     async with aiohttp.ClientSession(headers=headers, cookie_jar=aiohttp.DummyCookieJar()) as session:
         met = await probe_engine(session, chosen.engine, headers, PAGE_TIMEOUT_S)
-        name = registry.recognise(met.pages) if chosen.engine_kind == "auto" else chosen.engine_kind
-        kind = registry.KINDS[name]
-        found = [_reached(met, kind)]
-        if found[0].level == "fail":
-            return found
-        pages = dict.fromkeys(([kind.metrics_path] if kind.series else []) + list(kind.identity_paths))
+        seen = registry.recognise(met.pages)
+        kind = registry.KINDS[seen if chosen.engine_kind == "auto" else chosen.engine_kind]
+        reached = _reached(met, kind)
+        if reached.level == "fail":
+            return {"engine": reached}
+        pages = dict.fromkeys([*([kind.metrics_path] if kind.series else []), *kind.identity_paths])
         unread = [path for path in pages if path not in met.status]
         await request_pages(met, session, chosen.engine, unread, headers, PAGE_TIMEOUT_S)
-        found += [_kind(met, name, chosen.engine_kind), _metrics(met, kind), await _canary(session, chosen, kind)]
-        found.append(await _rest(session, chosen, kind))
-        found.append(shared_memory(chosen, name))
-        found.append(prepared(chosen, met))
-    return [*found, threads(chosen.engine)]
+        return {
+            "engine": reached,
+            "engine-kind": _kind(seen, chosen.engine_kind),
+            "engine-metrics": _metrics(met, kind),
+            "canary": await _canary(session, chosen, kind),
+            "engine-rest": await _rest(session, chosen, kind),
+            "images-shm": shared_memory(chosen, kind.name),
+            "images-engine": prepared(chosen, met),
+            "engine-threads": threads(chosen.engine),
+        }
 
 
 def _reached(met: ProbeAnswers, kind: EngineKind) -> DoctorFinding:
     status = met.status[MODELS]
+    answers = f"{MODELS} answers {status}"
     if status == 404 and MODELS not in kind.model_paths:
-        return DoctorFinding("engine", "ok", f"answers as {kind.name} does, without a list of models")
+        return DoctorFinding("ok", f"answers as {kind.name} does, without a list of models")
     if status == 0:
-        return DoctorFinding("engine", "fail", met.error, "start the engine, or correct --engine")
+        return DoctorFinding("fail", met.error, "start the engine, or correct --engine")
     if status in (401, 403):
-        return DoctorFinding("engine", "fail", f"/v1/models answers {status}", "give the engine's key: --engine-key")
+        return DoctorFinding("fail", answers, "give the engine's key: --engine-key")
     if status != 200:
-        text = f"/v1/models answers {status}"
         return DoctorFinding(
-            "engine", "warn", text, "name the canary's model (--canary-model), or wait until the engine is up"
+            "warn", answers, "name the canary's model (--canary-model), or wait until the engine is up"
         )
-    names = _models(met.pages[MODELS])
+    names = [card["id"][:80] for card in model_list.listed(met.pages[MODELS])]
     if not names:
-        return DoctorFinding("engine", "warn", "/v1/models names no model", "name the canary's model: --canary-model")
-    return DoctorFinding(
-        "engine", "ok", "serves " + ", ".join(names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "")
-    )
+        return DoctorFinding("warn", "/v1/models names no model", "name the canary's model: --canary-model")
+    return DoctorFinding("ok", f"serves {', '.join(names[:3])}" + (f" and {len(names) - 3} more" if names[3:] else ""))
 
 
-def _models(page: bytes) -> list[str]:
-    return [card["id"][:80] for card in model_list.listed(page)]
-
-
-def _kind(met: ProbeAnswers, name: str, chosen: str) -> DoctorFinding:
-    seen = registry.recognise(met.pages)
-    if chosen != "auto" and seen not in (chosen, "openai"):
-        return DoctorFinding(
-            "engine-kind", "warn", f"chosen {chosen}, but it looks like {seen}", "leave --engine-kind at auto"
-        )
-    if name == "openai" and chosen == "auto":
+def _kind(seen: str, chosen: str) -> DoctorFinding:
+    if chosen not in ("auto", seen) and seen != "openai":
+        return DoctorFinding("warn", f"chosen {chosen}, but it looks like {seen}", "leave --engine-kind at auto")
+    if chosen != "auto":
+        return DoctorFinding("ok", f"{chosen} (as chosen)")
+    if seen == "openai":
         text = "not recognised: its metrics are not read, silence is judged by its responses alone"
         kinds = ", ".join(name for name, kind in registry.KINDS.items() if kind.series and name != "scripted")
-        return DoctorFinding("engine-kind", "warn", text, f"if it is one of {kinds}, set --engine-kind")
-    return DoctorFinding("engine-kind", "ok", name + ("" if chosen == "auto" else " (as chosen)"))
+        return DoctorFinding("warn", text, f"if it is one of {kinds}, set --engine-kind")
+    return DoctorFinding("ok", seen)
 
 
 def _metrics(met: ProbeAnswers, kind: EngineKind) -> DoctorFinding:
     if not kind.series:
-        return DoctorFinding("engine-metrics", "absent", f"none are read from the kind {kind.name}")
+        return DoctorFinding("absent", f"none are read from the kind {kind.name}")
     remedy = "start the engine with its metrics on (SGLang: --enable-metrics, llama.cpp: --metrics)"
     page = met.pages.get(kind.metrics_path)
     if page is None:
         status = met.status.get(kind.metrics_path, 0)
-        return DoctorFinding("engine-metrics", "warn", f"{kind.metrics_path} answers {status or met.error}", remedy)
+        return DoctorFinding("warn", f"{kind.metrics_path} answers {status or met.error}", remedy)
     try:
         read = metrics_parser.parse(page, kind)
     except ValueError:
-        return DoctorFinding("engine-metrics", "warn", f"{kind.metrics_path} is not Prometheus text", remedy)
+        return DoctorFinding("warn", f"{kind.metrics_path} is not Prometheus text", remedy)
     missing = [name for name in kind.series if getattr(read, name) is None]
-    level: Level = "warn" if read == EngineSample() else "ok"
     text = f"{len(kind.series) - len(missing)} of {len(kind.series)} series"
-    return DoctorFinding(
-        "engine-metrics",
-        level,
-        text + (f"; missing: {', '.join(missing)}" if missing else ""),
-        remedy if level == "warn" else "",
-    )
+    text += f"; missing: {', '.join(missing)}" if missing else ""
+    return DoctorFinding("warn", text, remedy) if read == EngineSample() else DoctorFinding("ok", text)
 
 
 _CANARY: Final[dict[str, tuple[Level, str]]] = {
@@ -129,11 +124,11 @@ async def _canary(session: aiohttp.ClientSession, chosen: Settings, kind: Engine
     signal = CanarySignal(session, chosen.engine, kind, {}, model=chosen.canary_model)
     result = await signal.send(TOKEN_TIMEOUT_S)
     if result.outcome == "ok":
-        return DoctorFinding("canary", "ok", f"one token in {result.ended - result.started:.2f} s from {result.detail}")
+        return DoctorFinding("ok", f"one token in {result.ended - result.started:.2f} s from {result.detail}")
     level, remedy = _CANARY[result.outcome]
     if result.outcome == "rejected" and re.search(r"HTTP 5(?!01)", result.detail):
         level, remedy = _CANARY["failed"]
-    return DoctorFinding("canary", level, f"{result.outcome}: {result.detail}", remedy)
+    return DoctorFinding(level, f"{result.outcome}: {result.detail}", remedy)
 
 
 async def _rest(session: aiohttp.ClientSession, chosen: Settings, kind: EngineKind) -> DoctorFinding:
@@ -142,59 +137,50 @@ async def _rest(session: aiohttp.ClientSession, chosen: Settings, kind: EngineKi
     await request_pages(met, session, chosen.engine, [sign.path for sign in kind.signs], {}, PAGE_TIMEOUT_S)
     read = [*(["its metrics page"] if kind.awake else []), *met.pages]
     if read:
-        return DoctorFinding("engine-rest", "ok", "sleep and pause are read from " + ", ".join(read))
+        return DoctorFinding("ok", "sleep and pause are read from " + ", ".join(read))
     text = "it does not publish sleep or pause: send such calls through the relay, or their silence looks like a hang"
-    return DoctorFinding("engine-rest", "absent", text)
+    return DoctorFinding("absent", text)
 
 
 def shared_memory(chosen: Settings, kind: str) -> DoctorFinding:
     """Whether this engine can receive images through shared memory, if that is configured."""
     if chosen.images != "shm":
-        return DoctorFinding("images-shm", "absent", f"not used with --images {chosen.images}")
+        return DoctorFinding("absent", f"not used with --images {chosen.images}")
     if kind != "vllm":
-        return DoctorFinding(
-            "images-shm", "warn", f"images go inline: {kind} takes none from shared memory", "--images inline"
-        )
+        return DoctorFinding("warn", f"images go inline: {kind} takes none from shared memory", "--images inline")
     seen = vllm_plugin.read_status(SHM_DIR)
     if seen.why:
-        return DoctorFinding("images-shm", "warn", f"images go inline: {SHM_DIR}: {seen.why}", vllm_plugin.REMEDY)
-    return DoctorFinding("images-shm", "ok", f"vLLM reads {SHM_DIR} with plugin {seen.version}")
+        return DoctorFinding("warn", f"images go inline: {SHM_DIR}: {seen.why}", vllm_plugin.REMEDY)
+    return DoctorFinding("ok", f"vLLM reads {SHM_DIR} with plugin {seen.version}")
 
 
 def prepared(chosen: Settings, met: ProbeAnswers) -> DoctorFinding:
     """Whether the engine takes prepared images, as far as it says; an engine that refuses one gets the original."""
     if chosen.images == "off":
-        return DoctorFinding("images-engine", "absent", "not used with --images off")
+        return DoctorFinding("absent", "not used with --images off")
     if not registry.identity(met.pages).prepared:
         remedy = "serve with vLLM's Python front end (without VLLM_USE_RUST_FRONTEND), or --images off"
-        return DoctorFinding("images-engine", "warn", registry.NO_PNM, remedy)
-    return DoctorFinding(
-        "images-engine", "ok", "it says nothing against prepared images; one that it refuses goes on as it came"
-    )
+        return DoctorFinding("warn", registry.NO_PNM, remedy)
+    return DoctorFinding("ok", "it says nothing against prepared images; one that it refuses goes on as it came")
 
 
 def threads(engine: str) -> DoctorFinding:
     """OMP_NUM_THREADS of the engine's process, if it is visible on this machine."""
-    url = urlsplit(engine)
-    pids = engine_processes.find_listeners(url.port or 80)[0] if url.hostname in LOCAL_HOSTS else set()
+    host, port = host_and_port(engine)
+    pids = engine_processes.find_listeners(port)[0] if host in LOCAL_HOSTS else set()
     if not pids:
-        return DoctorFinding("engine-threads", "absent", "the engine's process cannot be seen from here")
+        return DoctorFinding("absent", "the engine's process cannot be seen from here")
     try:
         process = psutil.Process(min(pids))
-        wanted, usable = process.environ().get("OMP_NUM_THREADS", ""), len(process.cpu_affinity() or [])
+        wanted, usable = process.environ().get("OMP_NUM_THREADS", ""), len(process.cpu_affinity())
     except psutil.Error:
-        return DoctorFinding("engine-threads", "absent", "the engine's environment may not be read from here")
-    usable = min(usable or os.cpu_count() or 1, cpu_quota.quota())
+        return DoctorFinding("absent", "the engine's environment may not be read from here")
+    usable = min(usable, cpu_quota.quota())
     remedy = f"set OMP_NUM_THREADS to the CPUs of its container (here {usable})"
     if not wanted.isdigit():
         return DoctorFinding(
-            "engine-threads",
-            "warn",
-            "OMP_NUM_THREADS is not set: libraries start a thread per core of the node",
-            remedy,
+            "warn", "OMP_NUM_THREADS is not set: libraries start a thread per core of the node", remedy
         )
     if int(wanted) > usable:
-        return DoctorFinding(
-            "engine-threads", "warn", f"OMP_NUM_THREADS is {wanted}, over the {usable} usable CPUs", remedy
-        )
-    return DoctorFinding("engine-threads", "ok", f"OMP_NUM_THREADS is {wanted}")
+        return DoctorFinding("warn", f"OMP_NUM_THREADS is {wanted}, over the {usable} usable CPUs", remedy)
+    return DoctorFinding("ok", f"OMP_NUM_THREADS is {wanted}")

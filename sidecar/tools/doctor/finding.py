@@ -12,7 +12,6 @@ Level = Literal["ok", "warn", "fail", "absent"]
 class DoctorFinding:
     """One check's result. `absent`: missing and not needed. `remedy`: what to do, empty if nothing."""
 
-    name: str
     level: Level
     what: str
     remedy: str = ""

@@ -48,13 +48,11 @@ def coefficients(chosen: Settings) -> DoctorFinding:
     try:
         co = preflight.choose_coefficients(chosen)
     except (SidecarError, OSError) as e:
-        return DoctorFinding("coefficients", "fail", str(e), "correct the file, or leave --coefficients away")
+        return DoctorFinding("fail", str(e), "correct the file, or leave --coefficients away")
     if not chosen.coefficients:
-        text = f"{co.source}; not measured"
-        return DoctorFinding(
-            "coefficients", "warn", text, "measure them with `sidecar calibrate`, and give --coefficients FILE"
-        )
-    return DoctorFinding("coefficients", "ok", f"{co.fingerprint} ({co.source})")
+        remedy = "measure them with `sidecar calibrate`, and give --coefficients FILE"
+        return DoctorFinding("warn", f"{co.source}; not measured", remedy)
+    return DoctorFinding("ok", f"{co.fingerprint} ({co.source})")
 
 
 def state_dir(chosen: Settings) -> DoctorFinding:
@@ -65,14 +63,14 @@ def state_dir(chosen: Settings) -> DoctorFinding:
         with tempfile.NamedTemporaryFile(dir=state.path) as file:
             skew = Path(file.name).stat().st_mtime - time.time()
     except (SidecarError, OSError) as e:
-        return DoctorFinding("state-dir", "fail", str(e), "mount an emptyDir there, or name another directory")
+        return DoctorFinding("fail", str(e), "mount an emptyDir there, or name another directory")
     if new:
         with contextlib.suppress(OSError):
             state.path.rmdir()
     if abs(skew) > VERDICT_STALE_S / 2:
         text = f"file times there are off by {skew:+.0f} s, so probes by file age cannot work"
-        return DoctorFinding("state-dir", "fail", text, "use an emptyDir, not a network volume")
-    return DoctorFinding("state-dir", "ok", f"{chosen.state_dir} is writable")
+        return DoctorFinding("fail", text, "use an emptyDir, not a network volume")
+    return DoctorFinding("ok", f"{chosen.state_dir} is writable")
 
 
 def ports(chosen: Settings) -> DoctorFinding:
@@ -83,90 +81,83 @@ def ports(chosen: Settings) -> DoctorFinding:
         if chosen.orca_grpc:
             preflight.reserve("orca-grpc", chosen.orca_grpc, "grpc", "orca").close()
     except SidecarError as e:
-        return DoctorFinding("ports", "fail", str(e), "or is a sidecar already running?")
-    return DoctorFinding("ports", "ok", f"{chosen.listen[1]} and {chosen.admin[1]} are free")
+        return DoctorFinding("fail", str(e), "or is a sidecar already running?")
+    return DoctorFinding("ok", f"{chosen.listen[1]} and {chosen.admin[1]} are free")
 
 
 def limits(chosen: Settings) -> DoctorFinding:
     """The file of tenant limits, if there is one."""
     if not chosen.tenant_limits:
-        return DoctorFinding("tenant-limits", "absent", "no --tenant-limits: tenants are not limited")
+        return DoctorFinding("absent", "no --tenant-limits: tenants are not limited")
     try:
         found = quota.read_limits(chosen.tenant_limits)
     except SidecarError as e:
-        return DoctorFinding("tenant-limits", "fail", str(e), "correct the file, or leave --tenant-limits away")
+        return DoctorFinding("fail", str(e), "correct the file, or leave --tenant-limits away")
     others = "each other one has the default" if found.default != TenantLimit() else "others have no limit"
-    return DoctorFinding("tenant-limits", "ok", f"tenants with limits of their own: {len(found.tenants)}; {others}")
+    return DoctorFinding("ok", f"tenants with limits of their own: {len(found.tenants)}; {others}")
 
 
 def tokenizer(chosen: Settings) -> DoctorFinding:
     """Whether prompt tokens are counted or estimated."""
     if not chosen.model or not (Path(chosen.model) / counting.TOKENIZER_FILE).is_file():
         text = f"prompt tokens are estimated: no --model directory with a {counting.TOKENIZER_FILE}"
-        return DoctorFinding("tokenizer", "absent", text)
+        return DoctorFinding("absent", text)
     if importlib.util.find_spec("tokenizers") is None:
         remedy = "pip install 'inference-sidecar[tokenizer]'"
-        return DoctorFinding("tokenizer", "absent", "prompt tokens are estimated: the extra is not installed", remedy)
+        return DoctorFinding("absent", "prompt tokens are estimated: the extra is not installed", remedy)
     counter = counting.load_counter(chosen.model)
     if counter is None:
-        text = f"{counting.TOKENIZER_FILE} cannot be read: prompt tokens are estimated"
-        return DoctorFinding("tokenizer", "warn", text, "correct the file")
+        what = f"{counting.TOKENIZER_FILE} cannot be read: prompt tokens are estimated"
+        return DoctorFinding("warn", what, "correct the file")
     counter.close()
-    return DoctorFinding("tokenizer", "ok", f"prompt tokens are counted by {counting.TOKENIZER_FILE}")
+    return DoctorFinding("ok", f"prompt tokens are counted by {counting.TOKENIZER_FILE}")
 
 
 def model(chosen: Settings) -> DoctorFinding:
     """The model's directory and its image processor."""
     if not chosen.model:
-        return DoctorFinding(
-            "model", "absent", "no --model: images pass through untouched", "give the model's directory: --model DIR"
-        )
+        what = "no --model: images pass through untouched"
+        return DoctorFinding("absent", what, "give the model's directory: --model DIR")
     spec = families.explain(chosen.model)
     if isinstance(spec, str):
         text = f"images pass through untouched: {spec}"
-        return DoctorFinding("model", "warn" if chosen.images != "off" else "absent", text)
+        return DoctorFinding("warn" if chosen.images != "off" else "absent", text)
     if not spec.inline:
         made = "its tensors by /v1/preprocess; in requests images pass" if spec.tensors else "images pass"
         text = f"image processor known: {made}, since no resized image gives what the original gives"
-        return DoctorFinding("model", "ok", text)
-    return DoctorFinding("model", "ok", f"image processor known ({type(spec).__name__.removesuffix('Spec')})")
+        return DoctorFinding("ok", text)
+    return DoctorFinding("ok", f"image processor known ({type(spec).__name__.removesuffix('Spec')})")
 
 
 def images(chosen: Settings) -> DoctorFinding:
     """Whether images can be prepared: the extra is installed and loads."""
     why = preflight.explain_images_off(chosen)
     if why:
-        asked = chosen.images in ("inline", "shm")
-        return DoctorFinding(
-            "images",
-            "fail" if asked else "absent",
-            f"off: {why}",
-            f"or --images off, instead of {chosen.images}" if asked else "",
-        )
+        if chosen.images not in ("inline", "shm"):
+            return DoctorFinding("absent", f"off: {why}")
+        return DoctorFinding("fail", f"off: {why}", f"or --images off, instead of {chosen.images}")
     command = (sys.executable, "-W", "ignore", "-c", _IMPORT_CODE)
+    within = TORCH_IMPORT_TIMEOUT_S
     try:
-        child = subprocess.run(
-            command, capture_output=True, text=True, errors="replace", timeout=TORCH_IMPORT_TIMEOUT_S
-        )
+        child = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=within)
     except subprocess.TimeoutExpired:
-        return DoctorFinding(
-            "images", "fail", f"torch does not load within {TORCH_IMPORT_TIMEOUT_S:.0f} s", "check disk and CPU limits"
-        )
+        return DoctorFinding("fail", f"torch does not load within {within:.0f} s", "check disk and CPU limits")
     if child.returncode:
         last = (child.stderr.strip().splitlines() or ["no message"])[-1]
         remedy = "install a pair that fits together: pip install -c constraints.txt 'inference-sidecar[images]'"
-        return DoctorFinding("images", "fail", f"torch and torchvision do not load: {last[:200]}", remedy)
+        return DoctorFinding("fail", f"torch and torchvision do not load: {last[:200]}", remedy)
     torch, torchvision, kernel, refused = child.stdout.split()
     text = f"{chosen.images}; torch {torch}, torchvision {torchvision}, kernel {kernel}"
     if kernel == "none":
+        text += ": the compiled kernel was not built"
         remedy = (
             "install a C++ compiler, then the package from source; until then torchvision is used, 2-3 times slower"
         )
-        return DoctorFinding("images", "warn", f"{text}: the compiled kernel was not built", remedy)
+        return DoctorFinding("warn", text, remedy)
     if refused != "-":
         text += f": its {refused} form gives other bits on this CPU and is not used"
-        return DoctorFinding("images", "warn", text, "please report the CPU's name; results are right, only slower")
-    return DoctorFinding("images", "ok", text)
+        return DoctorFinding("warn", text, "please report the CPU's name; results are right, only slower")
+    return DoctorFinding("ok", text)
 
 
 def gpu(chosen: Settings) -> DoctorFinding:
@@ -178,23 +169,19 @@ def gpu(chosen: Settings) -> DoctorFinding:
         time.sleep(0.05)
     asyncio.run(signal.stop())
     if isinstance(reading, Absent):
-        return DoctorFinding("gpu", "absent", reading.reason)
+        return DoctorFinding("absent", reading.reason)
     if isinstance(reading, Failed):
-        return DoctorFinding("gpu", "warn", reading.error, "see the message; the verdict works without it")
-    return DoctorFinding("gpu", "ok", ", ".join(f"{g.label}: {g.name}" for g in reading.value))
+        return DoctorFinding("warn", reading.error, "see the message; the verdict works without it")
+    return DoctorFinding("ok", ", ".join(f"{g.label}: {g.name}" for g in reading.value))
 
 
 def cpu(chosen: Settings) -> DoctorFinding:
     """The usable CPUs, and whether the settings fit them."""
     usable, wanted = cpu_quota.quota(), max(chosen.workers, chosen.image_workers if chosen.images != "off" else 0)
     if wanted > usable:
-        return DoctorFinding(
-            "cpu",
-            "warn",
-            f"{wanted} processes of one kind for {usable} usable CPUs",
-            "lower --workers or --image-workers",
-        )
-    return DoctorFinding("cpu", "ok", f"{usable} usable of {os.cpu_count()} on the node")
+        what = f"{wanted} processes of one kind for {usable} usable CPUs"
+        return DoctorFinding("warn", what, "lower --workers or --image-workers")
+    return DoctorFinding("ok", f"{usable} usable of {os.cpu_count()} on the node")
 
 
 def shm(chosen: Settings) -> DoctorFinding:
@@ -202,13 +189,9 @@ def shm(chosen: Settings) -> DoctorFinding:
     try:
         total = shutil.disk_usage(SHM_DIR).total
     except OSError:
-        return DoctorFinding("shm", "absent", f"no {SHM_DIR}")
+        return DoctorFinding("absent", f"no {SHM_DIR}")
     text = f"{SHM_DIR} has {total >> 20} MiB"
     if total < MIN_SHM_BYTES:
-        return DoctorFinding(
-            "shm",
-            "warn",
-            text + " here; an engine with tensor parallelism needs more in its container",
-            "mount an emptyDir of medium Memory there",
-        )
-    return DoctorFinding("shm", "ok", text)
+        text += " here; an engine with tensor parallelism needs more in its container"
+        return DoctorFinding("warn", text, "mount an emptyDir of medium Memory there")
+    return DoctorFinding("ok", text)

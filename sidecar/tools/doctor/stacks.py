@@ -19,24 +19,25 @@ def check(chosen: Settings) -> DoctorFinding:
 
 async def _check(engine: str) -> DoctorFinding:
     if not engine:
-        return DoctorFinding("stack-dumps", "absent", "no engine to examine")
+        return DoctorFinding("absent", "no engine to examine")
     found = await HangProofThread().run(lambda: engine_processes.find(engine))
     if not isinstance(found, tuple):
-        return DoctorFinding("stack-dumps", "absent", found.reason if isinstance(found, Absent) else found.error)
+        return DoctorFinding("absent", found.reason if isinstance(found, Absent) else found.error)
     py_spy = stack_dump.locate()
     if py_spy is None:
         what, _, remedy = stack_dump.INSTALL.partition(": ")
-        return DoctorFinding("stack-dumps", "absent", what, remedy)
-    return judge_dumps(found[:MAX_DUMPED_PROCESSES], await dump_all(found[:MAX_DUMPED_PROCESSES], py_spy))
+        return DoctorFinding("absent", what, remedy)
+    processes = found[:MAX_DUMPED_PROCESSES]
+    return judge_dumps(processes, await dump_all(processes, py_spy))
 
 
 def judge_dumps(processes: tuple[EngineProcess, ...], dumped: dict[int, str | Failed]) -> DoctorFinding:
     """The finding from one dump per process."""
     names = [p.name for p in processes if isinstance(dumped[p.pid], str)]
     if names:
-        return DoctorFinding("stack-dumps", "ok", f"{len(names)} of {len(processes)} processes: {', '.join(names[:4])}")
+        return DoctorFinding("ok", f"{len(names)} of {len(processes)} processes: {', '.join(names[:4])}")
     reasons = sorted({text.error for text in dumped.values() if isinstance(text, Failed)})
     if stack_dump.REFUSED in reasons:
         what, _, remedy = stack_dump.REFUSED.partition(": ")
-        return DoctorFinding("stack-dumps", "warn", f"the engine's processes are seen, but there is {what}", remedy)
-    return DoctorFinding("stack-dumps", "absent", "; ".join(reasons[:2]))
+        return DoctorFinding("warn", f"the engine's processes are seen, but there is {what}", remedy)
+    return DoctorFinding("absent", "; ".join(reasons[:2]))

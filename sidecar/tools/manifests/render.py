@@ -6,8 +6,7 @@ Every choice that may surprise is explained by a comment in the YAML.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from textwrap import dedent, indent
+from textwrap import indent
 from typing import Final
 
 from sidecar.health.probes import VERDICT_STALE_S
@@ -24,6 +23,67 @@ DRAIN_S: Final = 120
 # Until no client sends requests to a deleted pod.
 ENDPOINT_REMOVAL_S: Final = 10
 
+ANNOTATIONS: Final = f"""\
+annotations:
+  # The relay's page holds the engine's series and the sidecar's.
+  prometheus.io/scrape: "true"
+  prometheus.io/port: "{RELAY_PORT}"
+  prometheus.io/path: /metrics
+"""
+# For --stack-dumps.
+SHARED_PROCESSES: Final = """\
+# The sidecar sees the engine's processes, which py-spy needs.
+shareProcessNamespace: true
+"""
+ROOT: Final = """\
+# Set by --stack-dumps: root, as in the engines' images, because no other user receives an added capability. An
+# attacker who takes over the sidecar, e.g. with a malicious image, can then read the engine's memory with prompts and
+# keys.
+runAsUser: 0
+"""
+NOT_ROOT: Final = "runAsNonRoot: true\nrunAsUser: 65532\nrunAsGroup: 65532\n"
+POD_ENV: Final = """\
+- {name: POD_NAME, valueFrom: {fieldRef: {fieldPath: metadata.name}}}
+- {name: POD_UID, valueFrom: {fieldRef: {fieldPath: metadata.uid}}}
+- {name: POD_NAMESPACE, valueFrom: {fieldRef: {fieldPath: metadata.namespace}}}
+- {name: NODE_NAME, valueFrom: {fieldRef: {fieldPath: spec.nodeName}}}
+- name: OTEL_RESOURCE_ATTRIBUTES
+  value: k8s.pod.name=$(POD_NAME),k8s.namespace.name=$(POD_NAMESPACE),k8s.node.name=$(NODE_NAME)
+"""
+CONNECTOR: Final = """\
+# The image must contain the plugin (plugins/vllm in the sidecar's source), and the engine must run as root or as the
+# sidecar's user to read the images. Otherwise images go inline, and `sidecar doctor` reports why.
+- {name: VLLM_MEDIA_CONNECTOR, value: inference_sidecar}
+"""
+LIVENESS_PROBES: Final = {
+    "safe": f"""\
+# Fails only while the sidecar keeps reporting "stalled": it touches the file every second, and a file older than
+# {VERDICT_STALE_S:.0f} s passes. So neither a missing sidecar nor an image without stat kills an engine; only
+# three commands in a row that exceed timeoutSeconds would.
+livenessProbe:
+  exec: {{command: [sh, -c, {quote(shell.safe_liveness(STATE_DIR))}]}}
+  timeoutSeconds: 10
+  failureThreshold: 3
+""",
+    "http": f"""\
+# This fails closed: when the sidecar does not answer for periodSeconds * failureThreshold, a healthy engine is killed.
+# Use it only if the engine's image has no shell, and keep the threshold high enough for a restart of the sidecar.
+livenessProbe:
+  httpGet: {{path: /livez, port: {ADMIN_PORT}}}
+  timeoutSeconds: 5
+  failureThreshold: 6
+""",
+}
+MODELS_MOUNT: Final = "- {name: models, mountPath: /models, readOnly: true}\n"
+VOLUMES: Final = """\
+# In memory, so that a full disk cannot suppress the verdict. Room for the usage records (64 MiB, twice during
+# compaction) and ten diagnoses: a pod that exceeds the size is evicted.
+- {name: sidecar-state, emptyDir: {medium: Memory, sizeLimit: 192Mi}}
+- {name: sidecar-tmp, emptyDir: {medium: Memory, sizeLimit: 64Mi}}
+# The default of 64 MiB is too small for engines that share tensors between processes.
+- {name: engine-shm, emptyDir: {medium: Memory, sizeLimit: 8Gi}}
+"""
+
 
 def main(settings: ManifestSettings) -> int:
     """Print the manifests."""
@@ -33,38 +93,31 @@ def main(settings: ManifestSettings) -> int:
 
 def render(settings: ManifestSettings) -> str:
     """The YAML documents as text. Raises UsageError if two settings contradict each other."""
-    documents = [_deployment(settings), _service(settings)]
-    if settings.monitor == "podmonitor":
-        documents.append(_pod_monitor(settings))
-    return "---\n".join(documents)
+    monitor = [_pod_monitor(settings)] if settings.monitor == "podmonitor" else []
+    return "---\n".join([_deployment(settings), _service(settings), *monitor])
 
 
 def _deployment(settings: ManifestSettings) -> str:
     return f"""\
 apiVersion: apps/v1
 kind: Deployment
-metadata:
 {_metadata(settings)}
 spec:
   replicas: {settings.replicas}
 {_lines(2, _strategy(settings))}  # Longer than a start: {settings.startup_seconds} s of the startupProbe, after the
   # old pod's end and the pulling of images. The default, 600 s, reports every slow start as failed.
   progressDeadlineSeconds: {settings.startup_seconds + ROLLOUT_MARGIN_S}
-  selector:
-    matchLabels:
-      {_label(settings)}
+  selector: {{matchLabels: {_labels(settings)}}}
   template:
     metadata:
-      labels:
-        {_label(settings)}
-{_lines(6, _annotations(settings))}    spec:
+      labels: {_labels(settings)}
+{_lines(6, ANNOTATIONS if settings.monitor == "annotations" else "")}    spec:
       # {ENDPOINT_REMOVAL_S} s until clients stop sending, {DRAIN_S} s for open requests, then the sidecar's shutdown.
       terminationGracePeriodSeconds: {ENDPOINT_REMOVAL_S + DRAIN_S + 40}
       enableServiceLinks: false
       automountServiceAccountToken: false
-{_lines(6, _shared_processes(settings))}      securityContext:
-        seccompProfile:
-          type: RuntimeDefault
+{_lines(6, SHARED_PROCESSES if settings.stack_dumps == "on" else "")}\
+      securityContext: {{seccompProfile: {{type: RuntimeDefault}}}}
       initContainers:
 {_lines(8, _sidecar(settings))}      containers:
 {_lines(8, _engine(settings))}      volumes:
@@ -78,27 +131,21 @@ def _strategy(settings: ManifestSettings) -> str:
 # replica, nothing serves until the new pod is ready. With spare GPUs, use --max-surge 1.
 """
     if settings.max_surge:
-        note = (
-            "# Set by --max-surge: new pods need additional GPUs, and an old pod is deleted when a new one is ready.\n"
-        )
+        note = "# Set by --max-surge: new pods need more GPUs, and an old pod is deleted when a new one is ready.\n"
     rolling = f"{{maxSurge: {settings.max_surge}, maxUnavailable: {0 if settings.max_surge else 1}}}"
-    return f"{note}strategy:\n  type: RollingUpdate\n  rollingUpdate: {rolling}\n"
+    return f"{note}strategy: {{type: RollingUpdate, rollingUpdate: {rolling}}}\n"
 
 
 def _service(settings: ManifestSettings) -> str:
     return f"""\
 apiVersion: v1
 kind: Service
-metadata:
 {_metadata(settings)}
 spec:
-  selector:
-    {_label(settings)}
+  selector: {_labels(settings)}
   ports:
-    - name: http
-      port: 80
-      # A number: before Kubernetes 1.33, the port name of a native sidecar resolves to no endpoint.
-      targetPort: {RELAY_PORT}
+    # A number: before Kubernetes 1.33, the port name of a native sidecar resolves to no endpoint.
+    - {{name: http, port: 80, targetPort: {RELAY_PORT}}}
 """
 
 
@@ -106,119 +153,56 @@ def _pod_monitor(settings: ManifestSettings) -> str:
     return f"""\
 apiVersion: monitoring.coreos.com/v1
 kind: PodMonitor
-metadata:
 {_metadata(settings)}
 spec:
-  selector:
-    matchLabels:
-      {_label(settings)}
+  selector: {{matchLabels: {_labels(settings)}}}
   podMetricsEndpoints:
     # The relay's page holds the engine's series and the sidecar's.
-    - port: relay
-      path: /metrics
+    - {{port: relay, path: /metrics}}
 """
 
 
 def _metadata(settings: ManifestSettings) -> str:
-    namespace = [f"namespace: {quote(settings.namespace)}"] if settings.namespace else []
-    return indent("\n".join([f"name: {quote(settings.name)}", *namespace, "labels:", f"  {_label(settings)}"]), "  ")
+    namespace = f", namespace: {quote(settings.namespace)}" if settings.namespace else ""
+    return f"metadata: {{name: {quote(settings.name)}{namespace}, labels: {_labels(settings)}}}"
 
 
-def _label(settings: ManifestSettings) -> str:
+def _labels(settings: ManifestSettings) -> str:
     """The label that selects the objects."""
-    return f"app.kubernetes.io/name: {quote(settings.name)}"
-
-
-def _annotations(settings: ManifestSettings) -> str:
-    if settings.monitor != "annotations":
-        return ""
-    return f"""\
-annotations:
-  # The relay's page holds the engine's series and the sidecar's.
-  prometheus.io/scrape: "true"
-  prometheus.io/port: "{RELAY_PORT}"
-  prometheus.io/path: /metrics
-"""
+    return f"{{app.kubernetes.io/name: {quote(settings.name)}}}"
 
 
 def _sidecar(settings: ManifestSettings) -> str:
-    head = f"""\
+    dumps = settings.stack_dumps == "on"
+    # The engine's /dev/shm for prepared images, which the engine can read there; the default has only 64 MiB.
+    images = "- {name: engine-shm, mountPath: /dev/shm}\n" if settings.claim else ""
+    return f"""\
 # A native sidecar (Kubernetes 1.29 or later): it starts before the engine, is restarted on its own, and ends after it.
 - name: sidecar
   image: {quote(settings.sidecar_image)}
   restartPolicy: Always
   args: ["run"]
   env:
-"""
-    tail = f"""\
-  ports:
-    - name: relay
-      containerPort: {RELAY_PORT}
-    - name: admin
-      containerPort: {ADMIN_PORT}
+{_lines(4, _sidecar_env(settings))}  ports:
+    - {{name: relay, containerPort: {RELAY_PORT}}}
+    - {{name: admin, containerPort: {ADMIN_PORT}}}
   # The engine's container starts once this passes. /healthz covers the sidecar only.
-  startupProbe:
-    httpGet: {{path: /healthz, port: {ADMIN_PORT}}}
-    periodSeconds: 1
-    failureThreshold: 60
-  livenessProbe:
-    httpGet: {{path: /healthz, port: {ADMIN_PORT}}}
-    periodSeconds: 10
-    timeoutSeconds: 5
-    failureThreshold: 6
+  startupProbe: {{{_get("/healthz")}, periodSeconds: 1, failureThreshold: 60}}
+  livenessProbe: {{{_get("/healthz")}, periodSeconds: 10, timeoutSeconds: 5, failureThreshold: 6}}
   # The pod is ready when the engine can serve. Load alone never makes it unready.
-  readinessProbe:
-    httpGet: {{path: /readyz, port: {ADMIN_PORT}}}
-    periodSeconds: 2
-    timeoutSeconds: 2
-    failureThreshold: 1
+  readinessProbe: {{{_get("/readyz")}, periodSeconds: 2, timeoutSeconds: 2, failureThreshold: 1}}
   resources:
     # The CPU limit is the number of images prepared concurrently.
     requests: {{cpu: "{settings.sidecar_cpus}", memory: {SIDECAR_MEMORY}}}
     limits: {{cpu: "{settings.sidecar_cpus}", memory: {settings.sidecar_memory}}}
   securityContext:
-{_lines(4, _sidecar_user(settings))}    readOnlyRootFilesystem: true
+{_lines(4, ROOT if dumps else NOT_ROOT)}    readOnlyRootFilesystem: true
     allowPrivilegeEscalation: false
-    capabilities: {{drop: ["ALL"]{', add: ["SYS_PTRACE"]' if settings.stack_dumps == "on" else ""}}}
+    capabilities: {{drop: ["ALL"]{', add: ["SYS_PTRACE"]' if dumps else ""}}}
   volumeMounts:
     - {{name: sidecar-state, mountPath: {STATE_DIR}}}
     - {{name: sidecar-tmp, mountPath: /tmp}}
-"""
-    return (
-        head
-        + _lines(4, _sidecar_env(settings))
-        + tail
-        + _lines(4, _image_mount(settings) + _model_mount(settings, read_only=True))
-    )
-
-
-def _image_mount(settings: ManifestSettings) -> str:
-    """The engine's /dev/shm for prepared images, which the engine can read there; the default has only 64 MiB."""
-    return "- {name: engine-shm, mountPath: /dev/shm}\n" if settings.claim else ""
-
-
-def _shared_processes(settings: ManifestSettings) -> str:
-    if settings.stack_dumps == "off":
-        return ""
-    return """\
-# The sidecar sees the engine's processes, which py-spy needs.
-shareProcessNamespace: true
-"""
-
-
-def _sidecar_user(settings: ManifestSettings) -> str:
-    if settings.stack_dumps == "off":
-        return """\
-runAsNonRoot: true
-runAsUser: 65532
-runAsGroup: 65532
-"""
-    return """\
-# Set by --stack-dumps: root, as in the engines' images, because no other user receives an added capability. An
-# attacker who takes over the sidecar, e.g. with a malicious image, can then read the engine's memory with prompts and
-# keys.
-runAsUser: 0
-"""
+{_lines(4, images + (MODELS_MOUNT if settings.claim else ""))}"""
 
 
 def _sidecar_env(settings: ManifestSettings) -> str:
@@ -236,20 +220,16 @@ def _sidecar_env(settings: ManifestSettings) -> str:
         values["SIDECAR_MODEL"], note = settings.model, ""
     if settings.images == "shm":
         values["SIDECAR_IMAGES"] = "shm"
-    fields = {
-        "POD_NAME": "metadata.name",
-        "POD_UID": "metadata.uid",
-        "POD_NAMESPACE": "metadata.namespace",
-        "NODE_NAME": "spec.nodeName",
-    }
-    own = "".join(f"- {{name: {k}, valueFrom: {{fieldRef: {{fieldPath: {v}}}}}}}\n" for k, v in fields.items())
-    attributes = "k8s.pod.name=$(POD_NAME),k8s.namespace.name=$(POD_NAMESPACE),k8s.node.name=$(NODE_NAME)"
-    return _env(values.items()) + note + own + _env([("OTEL_RESOURCE_ATTRIBUTES", attributes)])
+    lines = (f"- {{name: {name}, value: {quote(value)}}}\n" for name, value in values.items())
+    return "".join(lines) + note + POD_ENV
 
 
 def _engine(settings: ManifestSettings) -> str:
     image, command, args = start(settings)
+    tries = -(-settings.startup_seconds // STARTUP_PERIOD_S)
     gpu = f', nvidia.com/gpu: "{settings.gpus}"' if settings.gpus else ""
+    size = f'{{cpu: "{settings.cpus}", memory: {settings.memory}{gpu}}}'
+    models = MODELS_MOUNT if settings.claim else "- {name: models, mountPath: /root/.cache/huggingface}\n"
     return f"""\
 - name: engine
   image: {image}
@@ -260,111 +240,39 @@ def _engine(settings: ManifestSettings) -> str:
     # By default, libraries start one thread per core of the node; this is the container's CPU limit.
     - name: OMP_NUM_THREADS
       valueFrom: {{resourceFieldRef: {{containerName: engine, resource: limits.cpu, divisor: "1"}}}}
-{_lines(4, _connector(settings))}  # Liveness does not count before the first token.
+{_lines(4, CONNECTOR if settings.images == "shm" else "")}  # Liveness does not count before the first token.
   # This probe may fail closed for its {settings.startup_seconds} s: without the sidecar nothing serves either.
   # The port is a number because a name refers to the same container only.
-  startupProbe:
-    httpGet: {{path: /startupz, port: {ADMIN_PORT}}}
-    periodSeconds: {STARTUP_PERIOD_S}
-    timeoutSeconds: 5
-    failureThreshold: {-(-settings.startup_seconds // STARTUP_PERIOD_S)}
-{_lines(2, LIVENESS_PROBES[settings.probe]())}  lifecycle:
+  startupProbe: {{{_get("/startupz")}, periodSeconds: {STARTUP_PERIOD_S}, timeoutSeconds: 5, failureThreshold: {tries}}}
+{_lines(2, LIVENESS_PROBES[settings.probe])}    periodSeconds: 5
+    # A stalled engine does not exit by itself: it is killed after this time, regardless of the pod's own.
+    terminationGracePeriodSeconds: 10
+  lifecycle:
     # On deletion, new requests stop first, then open ones finish while engine and sidecar still serve. A stalled engine
     # terminates at once.
     preStop:
-      exec:
-        command:
-          - sh
-          - -c
-          - {quote(shell.drain(STATE_DIR, ENDPOINT_REMOVAL_S, DRAIN_S))}
+      exec: {{command: [sh, -c, {quote(shell.drain(STATE_DIR, ENDPOINT_REMOVAL_S, DRAIN_S))}]}}
   resources:
-    requests: {{cpu: "{settings.cpus}", memory: {settings.memory}{gpu}}}
-    limits: {{cpu: "{settings.cpus}", memory: {settings.memory}{gpu}}}
+    requests: {size}
+    limits: {size}
   # The engines' images run as root and write to their home; if yours does not, add runAsNonRoot: true.
-  securityContext:
-    allowPrivilegeEscalation: false
-    capabilities: {{drop: ["ALL"]}}
+  securityContext: {{allowPrivilegeEscalation: false, capabilities: {{drop: ["ALL"]}}}}
   volumeMounts:
     - {{name: sidecar-state, mountPath: {STATE_DIR}, readOnly: true}}
     - {{name: engine-shm, mountPath: /dev/shm}}
-{_lines(4, _model_mount(settings, read_only=False))}"""
-
-
-def _connector(settings: ManifestSettings) -> str:
-    if settings.images != "shm":
-        return ""
-    return """\
-# The image must contain the plugin (plugins/vllm in the sidecar's source), and the engine must run as root or as the
-# sidecar's user to read the images. Otherwise images go inline, and `sidecar doctor` reports why.
-- {name: VLLM_MEDIA_CONNECTOR, value: inference_sidecar}
-"""
-
-
-def _safe_probe() -> str:
-    return f"""\
-# Fails only while the sidecar keeps reporting "stalled": it touches the file every second, and a file older than
-# {VERDICT_STALE_S:.0f} s passes. So neither a missing sidecar nor an image without stat kills an engine; only
-# three commands in a row that exceed timeoutSeconds would.
-livenessProbe:
-  exec:
-    command:
-      - sh
-      - -c
-      - {quote(shell.safe_liveness(STATE_DIR))}
-  periodSeconds: 5
-  timeoutSeconds: 10
-  failureThreshold: 3
-  # A stalled engine does not exit by itself: it is killed after this time, regardless of the pod's own.
-  terminationGracePeriodSeconds: 10
-"""
-
-
-def _http_probe() -> str:
-    return f"""\
-# This fails closed: when the sidecar does not answer for periodSeconds * failureThreshold, a healthy engine is killed.
-# Use it only if the engine's image has no shell, and keep the threshold high enough for a restart of the sidecar.
-# The port is a number because a name refers to the same container only.
-livenessProbe:
-  httpGet: {{path: /livez, port: {ADMIN_PORT}}}
-  periodSeconds: 5
-  timeoutSeconds: 5
-  failureThreshold: 6
-  # A stalled engine does not exit by itself: it is killed after this time, regardless of the pod's own.
-  terminationGracePeriodSeconds: 10
-"""
-
-
-LIVENESS_PROBES: Final[dict[str, Callable[[], str]]] = {"safe": _safe_probe, "http": _http_probe}
-
-
-def _model_mount(settings: ManifestSettings, *, read_only: bool) -> str:
-    if settings.claim:
-        return "- {name: models, mountPath: /models, readOnly: true}\n"
-    return "" if read_only else "- {name: models, mountPath: /root/.cache/huggingface}\n"
+{_lines(4, models)}"""
 
 
 def _volumes(settings: ManifestSettings) -> str:
-    models = (
-        f"- name: models\n  persistentVolumeClaim: {{claimName: {quote(settings.claim)}, readOnly: true}}\n"
-        if settings.claim
-        else "# Each pod downloads the models; with --claim they come from a volume.\n- name: models\n  emptyDir: {}\n"
-    )
-    memory = dedent("""\
-        # In memory, so that a full disk cannot suppress the verdict. Room for the usage records (64 MiB, twice during
-        # compaction) and ten diagnoses: a pod that exceeds the size is evicted.
-        - name: sidecar-state
-          emptyDir: {medium: Memory, sizeLimit: 192Mi}
-        - name: sidecar-tmp
-          emptyDir: {medium: Memory, sizeLimit: 64Mi}
-        # The default of 64 MiB is too small for engines that share tensors between processes.
-        - name: engine-shm
-          emptyDir: {medium: Memory, sizeLimit: 8Gi}
-        """)
-    return memory + models
+    models = "# Each pod downloads the models; with --claim they come from a volume.\n- {name: models, emptyDir: {}}\n"
+    if settings.claim:
+        claim = f"{{claimName: {quote(settings.claim)}, readOnly: true}}"
+        models = f"- {{name: models, persistentVolumeClaim: {claim}}}\n"
+    return VOLUMES + models
 
 
-def _env(values: Iterable[tuple[str, str]]) -> str:
-    return "".join(f"- {{name: {name}, value: {quote(value)}}}\n" for name, value in values)
+def _get(path: str) -> str:
+    return f"httpGet: {{path: {path}, port: {ADMIN_PORT}}}"
 
 
 def _lines(spaces: int, block: str) -> str:

@@ -10,12 +10,11 @@ from typing import Final
 
 from sidecar import __version__
 from sidecar.errors import UsageError
-from sidecar.flags import Parser, flag, integer, matching, one_of, parser, text
+from sidecar.flags import Parser, checked, flag, integer, matching, one_of, parser, text
 
 ENGINE_PORT: Final = 8000
 # The memory request of the sidecar; a lower limit is rejected.
 SIDECAR_MEMORY: Final = "512Mi"
-
 
 _LABEL: Final = r"[a-z]([a-z0-9-]{0,51}[a-z0-9])?"
 label = matching(_LABEL, "a lower-case DNS label")
@@ -26,14 +25,8 @@ optional_reference = matching(r"\S*", "an image")
 
 def quantity(least: str = "1") -> Parser:
     """A parser of Kubernetes quantities: 1k is 1000, 1Ki is 1024, 1K is invalid."""
-
-    def parse(value: str) -> str:
-        if amount(value) < amount(least):
-            raise ValueError
-        return value
-
     bound = f" of {least} or more" if least != "1" else ""
-    return Parser(f"a quantity{bound}, such as 64Gi", "SIZE", parse)
+    return checked(lambda value: amount(value) >= amount(least), f"a quantity{bound}, such as 64Gi", "SIZE")
 
 
 def amount(value: str) -> int:
@@ -57,43 +50,34 @@ def quote(value: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class EngineCommand:
-    """How to start an engine that only this pod can reach. `flags` may use {model} and {gpus}."""
+    """How to start an engine that only this pod can reach. `flags` may use {model}, {port} and {gpus}."""
 
     image: str
-    command: tuple[str, ...]
-    flags: tuple[str, ...]
-    many_gpus: tuple[str, ...] = ()
+    command: str
+    flags: str
+    many_gpus: str = ""
 
 
 # Only images that this project is tested with are named; the other engines need --image.
 KINDS: Final[dict[str, EngineCommand]] = {
     "vllm": EngineCommand(
         "vllm/vllm-openai:v0.32.0",
-        ("vllm", "serve"),
-        ("{model}", "--host=127.0.0.1", f"--port={ENGINE_PORT}", "--enable-prompt-tokens-details"),
-        ("--tensor-parallel-size={gpus}",),
+        "vllm serve",
+        "{model} --host=127.0.0.1 --port={port} --enable-prompt-tokens-details",
+        "--tensor-parallel-size={gpus}",
     ),
     "sglang": EngineCommand(
         "",
-        ("python3", "-m", "sglang.launch_server"),
-        ("--model-path={model}", "--host=127.0.0.1", f"--port={ENGINE_PORT}", "--enable-metrics"),
-        ("--tp-size={gpus}",),
+        "python3 -m sglang.launch_server",
+        "--model-path={model} --host=127.0.0.1 --port={port} --enable-metrics",
+        "--tp-size={gpus}",
     ),
     "tgi": EngineCommand(
-        "",
-        ("text-generation-launcher",),
-        ("--model-id={model}", "--hostname=127.0.0.1", f"--port={ENGINE_PORT}"),
-        ("--num-shard={gpus}",),
+        "", "text-generation-launcher", "--model-id={model} --hostname=127.0.0.1 --port={port}", "--num-shard={gpus}"
     ),
-    "llamacpp": EngineCommand(
-        "",
-        ("/app/llama-server",),
-        ("--model={model}", "--host=127.0.0.1", f"--port={ENGINE_PORT}", "--metrics"),
-    ),
+    "llamacpp": EngineCommand("", "/app/llama-server", "--model={model} --host=127.0.0.1 --port={port} --metrics"),
     "scripted": EngineCommand(
-        f"inference-sidecar:{__version__}",
-        ("sidecar", "engine"),
-        (f"--listen=127.0.0.1:{ENGINE_PORT}", "--served-model={model}"),
+        f"inference-sidecar:{__version__}", "sidecar engine", "--listen=127.0.0.1:{port} --served-model={model}"
     ),
 }
 
@@ -105,10 +89,7 @@ class ManifestSettings:
     name: str = flag("llm", label, "Name of the Deployment and its Service")
     namespace: str = flag("", optional_label, "Namespace; default: kubectl's own")
     engine_kind: str = flag(
-        "vllm",
-        one_of(*KINDS),
-        "Which engine it is",
-        expected="one of " + ", ".join(KINDS) + " (auto cannot be rendered)",
+        "vllm", one_of(*KINDS), "Which engine it is", expected=f"one of {', '.join(KINDS)} (auto cannot be rendered)"
     )
     model: str = flag("Qwen/Qwen2.5-VL-7B-Instruct", text, "The model: a hub's name, or a directory below /models")
     image: str = flag("", optional_reference, "The engine's image; default: the tested one, if any")
@@ -125,10 +106,9 @@ class ManifestSettings:
         integer(0, 10_000),
         "Pods that a rollout may add, each with GPUs of its own; 0: it replaces one pod after the other",
     )
+    # A cold start compiles for 10-20 minutes.
     startup_seconds: int = flag(
-        3600,  # a cold start compiles for 10-20 minutes
-        integer(60, 86_400, "seconds"),
-        "Longest time until the engine serves its first token",
+        3600, integer(60, 86_400, "seconds"), "Longest time until the engine serves its first token"
     )
     claim: str = flag(
         "", optional_label, "PersistentVolumeClaim with the models, mounted at /models; needed to prepare images"
@@ -157,12 +137,12 @@ def start(settings: ManifestSettings) -> tuple[str, str, str]:
     image = settings.image or kind.image
     if not image:
         raise UsageError(f"--image is missing; no image of {settings.engine_kind} is tested, so name the one you use")
-    if settings.model.startswith("/models/") != bool(settings.claim) or (
-        settings.model.startswith("/") and not settings.claim
-    ):
+    below = "/models/" if settings.claim else "/"
+    if settings.model.startswith(below) != bool(settings.claim):
         raise UsageError("--claim and a --model below /models, where that claim is mounted, go together")
     if settings.images == "shm" and not (settings.claim and settings.engine_kind == "vllm"):
         raise UsageError("--images shm needs vLLM and the model's directory: --claim and a --model below /models")
-    flags = (*kind.flags, *(kind.many_gpus if settings.gpus > 1 else ()))
-    args = [f.format(model=settings.model, gpus=settings.gpus) for f in flags] + shlex.split(settings.engine_args)
-    return quote(image), json.dumps(kind.command), "".join(f"- {quote(arg)}\n" for arg in args)
+    flags = f"{kind.flags} {kind.many_gpus if settings.gpus > 1 else ''}".split()
+    args = [flag.format(model=settings.model, port=ENGINE_PORT, gpus=settings.gpus) for flag in flags]
+    lines = (f"- {quote(arg)}\n" for arg in [*args, *shlex.split(settings.engine_args)])
+    return quote(image), json.dumps(kind.command.split()), "".join(lines)

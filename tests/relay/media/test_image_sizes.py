@@ -15,8 +15,7 @@ from sidecar.kernels import families
 from sidecar.kernels.grid import ProcessorSpec
 from sidecar.load.cost_model import Coefficients
 from sidecar.load.estimator import DEFAULT_IMAGE_TOKENS, Estimator
-from sidecar.relay.media.image_sizes import tokens_of
-from sidecar.relay.pricing.charge import Pricing
+from sidecar.relay.pricing.charge import Pricing, tokens_of
 from sidecar.relay.request_body import ImagePart
 from sidecar.tools.scripted_engine.server import EngineSettings, ScriptedEngine
 from tests.relay.work import FAST
