@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
-ENGINE_KINDS: Final = ("auto", "vllm", "sglang", "tgi", "llamacpp", "openai", "scripted")
+ENGINE_KINDS: Final = ("auto", "vllm", "sglang", "tgi", "llamacpp", "tei", "ollama", "openai", "scripted")
 MAX_SHOWN_CHOICES_CHARS: Final = 60
 
 

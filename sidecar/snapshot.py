@@ -89,12 +89,16 @@ class ImageUse:
 
 @dataclass(frozen=True, slots=True)
 class CanaryUse:
-    """The cost of the canaries that passed since the start; `garbage`: their answers differ from the usual ones."""
+    """The cost of the canaries that passed since the start; `garbage`: their answers differ from the usual ones.
+
+    `usable`: whether any passes in this process of the engine; None while that is not known.
+    """
 
     passed: int = 0
     mu: float = 0.0
     tokens: int = 0  # prompts and outputs
     garbage: bool = False
+    usable: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)

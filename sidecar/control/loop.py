@@ -154,6 +154,7 @@ class ControlLoop:
             diagnoses=self.diagnoses.summaries(),
             identity=engine.identity,
             is_fcfs=engine.kind is not None and engine.kind.is_fcfs,
+            canary_disturbs=engine.canary_disturbs,
         )
 
     def _on_verdict(self, wall: float) -> None:
@@ -215,16 +216,16 @@ class ControlLoop:
     # --- background tasks ---
 
     async def _canary(self, allowed: float) -> None:
-        canary, garbage = self.engine.canary, self.control.health.garbage
+        canary, health = self.engine.canary, self.control.health
+        garbage, last = health.garbage, health.canaries.last
         assert canary is not None
-        last = self.control.health.canaries.last
-        result = await canary.send(allowed, self.control.health.used_model)
+        result = await canary.send(allowed, health.used_model, health.used_route)
         before = garbage.found
         result = self.control.canary_ended(result)
         self._fan_out.on_decision(result)
         if garbage.found and not before:
             _log.warning("garbage_output: %s", GARBAGE)
-        is_known = result.outcome == "rejected" and last is not None and last.detail == result.detail
+        is_known = result.outcome in ("rejected", "moot") and last is not None and last.detail == result.detail
         if result.outcome not in ("ok", "refused") and not is_known:
             _log.warning("canary %s: %s", result.outcome, result.detail)
 

@@ -140,7 +140,7 @@ class ControlState:
             diagnoses=readings.diagnoses,
             kills=health.kill_policy.state.kills_total,
             handover=health.kill_policy.state.handover,
-            canaries=replace(self._canaries, garbage=health.garbage.found),
+            canaries=replace(self._canaries, garbage=health.garbage.found, usable=health.canary_usable),
             prices=self.coefficients.use(),
         )
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final
 
-COMPLETIONS: Final = "/v1/completions"
-CHAT: Final = "/v1/chat/completions"
-EMBEDDINGS: Final = "/v1/embeddings"
+from sidecar.engines.canary_rows import CHAT, COMPLETIONS, EMBEDDINGS, CanaryRow
+
+MODELS: Final = "/v1/models"
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +60,10 @@ class EngineKind:
     The engine sleeps while `awake` is 0. Any of `signs` may be missing (404); the first that is true counts.
     `is_fcfs`: of two requests of one model and priority, without a grammar or a transfer, the earlier is served first.
     `steps_compute`: `iterations` counts batches that were computed, so that a long prefill moves it.
-    `canary_paths` are tried in this order until one passes. `priority` puts a canary before all other requests; if the
+    `canaries` are tried in this order until one passes. `priority` puts a canary before all other requests; if the
     engine's settings decide that, `read_priority` derives it from the first of `info_paths` that responds.
+    `idle_fields` are members of a canary's body while nothing runs. `canary_disturbs`: each canary costs users a cache,
+    or keeps a model loaded; `slots_cache`: so it is where the engine has a single slot.
     """
 
     name: str
@@ -77,7 +79,12 @@ class EngineKind:
     signs: tuple[KindSign, ...] = ()
     wakes: bool = False  # a request wakes it, so its sleep state is polled before each canary
     canary_model: str = ""  # a name that it always accepts; else model_list.py chooses from its model list
-    canary_paths: tuple[str, ...] = (COMPLETIONS, CHAT, EMBEDDINGS)
+    canaries: tuple[CanaryRow, ...] = (COMPLETIONS, CHAT, EMBEDDINGS)
+    idle_fields: Mapping[str, Any] = field(default_factory=dict)
+    canary_disturbs: bool = False
+    slots_cache: bool = False
+    model_paths: tuple[str, ...] = (MODELS,)  # of the models that can be asked; the first that exists
+    identity_paths: tuple[str, ...] = ()  # what says its version and sizes, besides `model_paths`
     reports_usage: bool = True  # accepts stream_options.include_usage
     priority: int | None = None
     info_paths: tuple[str, ...] = ()

@@ -9,12 +9,18 @@
 - --api-key leaves /health and /v1/models open. It has no priorities.
 - Router mode (no model given): /v1/models lists all models with their `status`, and a POST loads the one that it names.
   GETs without a model load none (seen): /metrics is 400, /props the router's own.
+- Cache: a request goes to the idle slot whose prompt begins as its own does (server-context.cpp, get_available_slot).
+  With most models the smallest prompt shares its first token with every other one, so a canary would take the slot of a
+  user even where another is empty, and cut its cached prompt to one token; `cache_prompt: false` cuts it as well.
+  `id_slot` binds it to one slot. A request that is bound to a slot at work waits for it, so it is bound only while
+  nothing runs. With one slot each canary costs the user's prompt (seen) unless --cache-ram holds it.
 """
 
 from __future__ import annotations
 
 from typing import Final
 
+from sidecar.engines.canary_rows import CHAT, COMPLETIONS, EMBEDDINGS, RERANK, TRANSCRIPTION
 from sidecar.engines.engine_type import EngineKind, KindMark, KindSign, Series, plain
 
 LLAMACPP: Final = EngineKind(
@@ -35,6 +41,10 @@ LLAMACPP: Final = EngineKind(
     page_hangs=True,
     signs=(KindSign("/props", "is_sleeping", "engine_sleeping"),),
     wakes=True,
+    canaries=(COMPLETIONS, CHAT, EMBEDDINGS, RERANK, TRANSCRIPTION),
+    idle_fields={"id_slot": 0},
+    slots_cache=True,
+    identity_paths=("/props",),
     owner="llamacpp",
     prefix="llamacpp:",
     marks=(KindMark("/props", {"default_generation_settings": None}),),

@@ -7,6 +7,21 @@ from __future__ import annotations
 
 from typing import Final
 
-from sidecar.engines.engine_type import CHAT, COMPLETIONS, EMBEDDINGS, EngineKind
+from sidecar.engines.canary_rows import (
+    BARE_EMBEDDINGS,
+    BARE_RERANK,
+    CHAT,
+    CLASSIFY,
+    COMPLETIONS,
+    EMBEDDINGS,
+    RERANK,
+    TRANSCRIPTION,
+)
+from sidecar.engines.engine_type import MODELS, EngineKind
 
-OPENAI: Final = EngineKind("openai", canary_paths=(CHAT, COMPLETIONS, EMBEDDINGS), reports_usage=False)
+OPENAI: Final = EngineKind(
+    "openai",
+    canaries=(CHAT, COMPLETIONS, EMBEDDINGS, RERANK, TRANSCRIPTION, BARE_EMBEDDINGS, BARE_RERANK, CLASSIFY),
+    reports_usage=False,
+    model_paths=(MODELS, "/models"),  # Infinity has the second only
+)

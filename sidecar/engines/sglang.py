@@ -9,6 +9,8 @@
 - /health makes the engine generate a token and sleeps a second: it is never requested.
 - Pause: it is not published. /ready is 503 while paused, but also after a failed health check of its own. So a pause
   call that passes the relay is the only sign. The same holds for memory released by /release_memory_occupation.
+- With --disaggregation-mode a request without `bootstrap_room` is 400 (srt/managers/scheduler.py): its own health check
+  and its warm-up name a host that stands for no transfer, and so does the canary (canary_request.py).
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from __future__ import annotations
 import json
 from typing import Final
 
+from sidecar.engines.canary_rows import CHAT, CLASSIFY_V1, COMPLETIONS, EMBEDDINGS, RERANK, TRANSCRIPTION
 from sidecar.engines.engine_type import EngineKind, KindMark, KvCapacity, Series, plain
 
 FIRST_PRIORITY: Final = 1 << 30
@@ -53,6 +56,7 @@ SGLANG: Final = EngineKind(
     },
     capacity=KvCapacity("sglang:max_total_num_tokens"),
     rank="dp_rank",
+    canaries=(COMPLETIONS, CHAT, EMBEDDINGS, RERANK, CLASSIFY_V1, TRANSCRIPTION),
     info_paths=("/server_info", "/get_server_info"),
     read_priority=priority,
     owner="sglang",

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 from typing import Final
 
-from sidecar.engines.engine_type import CHAT, COMPLETIONS, EngineKind, KindMark, Series, plain
+from sidecar.engines.canary_rows import CHAT, COMPLETIONS
+from sidecar.engines.engine_type import EngineKind, KindMark, Series, plain
 
 TGI: Final = EngineKind(
     "tgi",
@@ -29,7 +30,8 @@ TGI: Final = EngineKind(
     contact_path="/info",
     is_fcfs=True,
     canary_model="tgi",
-    canary_paths=(COMPLETIONS, CHAT),
+    canaries=(COMPLETIONS, CHAT),
+    identity_paths=("/info",),
     prefix="tgi_",
     marks=(KindMark("/info", {"router": "text-generation-router"}),),
 )

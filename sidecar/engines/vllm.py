@@ -15,6 +15,16 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Final
 
+from sidecar.engines.canary_rows import (
+    CHAT,
+    CLASSIFY,
+    COMPLETIONS,
+    EMBEDDINGS,
+    POOLING,
+    RERANK,
+    SCORE,
+    TRANSCRIPTION_BOUNDED,
+)
 from sidecar.engines.engine_type import EngineKind, KindMark, KindSign, KvCapacity, Series, plain
 
 FIRST_PRIORITY: Final = -(1 << 30)
@@ -40,6 +50,8 @@ VLLM: Final = EngineKind(
         KindSign("/is_paused", "is_paused", "engine_paused"),
         KindSign("/is_sleeping", "is_sleeping", "engine_sleeping"),
     ),
+    canaries=(COMPLETIONS, CHAT, EMBEDDINGS, RERANK, CLASSIFY, SCORE, POOLING, TRANSCRIPTION_BOUNDED),
+    identity_paths=("/version", "/metrics"),
     priority=FIRST_PRIORITY,
     owner="vllm",
     prefix="vllm:",

@@ -62,6 +62,7 @@ CLOCK_JUMP_S: Final = 5.0
 HEARTBEAT_STALE_S: Final = 4.0
 MAX_VERDICT_CHANGES: Final = 50
 MAX_CANARIES: Final = 16
+UNUSABLE_CANARIES: Final = 3
 MAX_SAVED_CANARIES: Final = 64
 MAX_SAVED_PAUSES: Final = 64
 
@@ -187,7 +188,7 @@ class HealthMonitor:
         self.has_changed = False  # at the last tick, in a way that is to be reported
         self.is_trusted = False  # at the last tick nothing exempted, withheld or blocked judgement
         self.draining = False
-        self.used_model = ""  # of the last request that this engine process answered
+        self.used_model = self.used_route = ""  # of the last request that this engine process answered
         self.lag = 0.0
         self.evidence = self.progress.evidence((), now)
         self._clues = reasons.ClueHistory(start_at=now)
@@ -251,6 +252,7 @@ class HealthMonitor:
         if event.outcome == "ok":
             if admitted.expected.output:  # a canary asks for tokens, which embedding models do not give
                 self.used_model = admitted.model
+            self.used_route = admitted.route
             self.exemptions.served(admitted.at)
         if token_seconds is not None and event.outcome != "stalled":
             self.progress.learned.token_time(token_seconds)
@@ -507,7 +509,7 @@ class HealthMonitor:
         if state == "starting" and (before.state != "starting" or condition == "restarted"):
             self.canaries.forget_engine()
             self.refusals.served()
-            self.used_model = ""
+            self.used_model = self.used_route = ""
             self.partial_hangs.reset()
             self.exemptions.clear()
             self._clues.start_at = now

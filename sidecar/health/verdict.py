@@ -346,7 +346,7 @@ def _count(before: VerdictState, inputs: VerdictInputs) -> VerdictState:
     """Count a canary's end once, and forget stuck work when it moved or went away."""
     canary = inputs.canary
     if canary is not None and canary.ended > before.canary_seen:
-        rejected = before.rejected + 1 if canary.outcome == "rejected" else 0
+        rejected = {"rejected": before.rejected + 1, "moot": before.rejected}.get(canary.outcome, 0)
         lost_at = before.lost_at if before.lost_at is not None else canary.started
         lost = {"ok": None, "moot": before.lost_at, "refused": before.lost_at}.get(canary.outcome, lost_at)
         before = replace(before, canary_seen=canary.ended, rejected=rejected, lost_at=lost)

@@ -80,6 +80,7 @@ METRICS: Final = (
     Metric("sidecar_canaries_total", "Canaries by outcome.", ("outcome",)),
     Metric("sidecar_canary_mu_total", "Model units of passed canaries; they belong to no tenant."),
     Metric("sidecar_canary_tokens_total", "Tokens of passed canaries, prompts and outputs."),
+    Metric("sidecar_canary_usable", "1 if a canary has passed in this process of the engine, 0 if it takes none."),
     Metric("sidecar_garbage_output", "1 while the canary's answer differs from its usual answer. Informational."),
     Metric("sidecar_images_total", "Images by outcome.", ("format", "outcome")),
     Metric("sidecar_image_seconds", "Time of one image by stage; `total` includes queueing.", ("stage",), _IMAGE_S),
@@ -214,6 +215,8 @@ def gauges(snapshot: Snapshot) -> Iterator[MetricRow]:
     yield "sidecar_silence_allowed_seconds", (), snapshot.silence_allowed
     yield "sidecar_canary_mu_total", (), snapshot.canaries.mu
     yield "sidecar_canary_tokens_total", (), snapshot.canaries.tokens
+    if snapshot.canaries.usable is not None:
+        yield "sidecar_canary_usable", (), snapshot.canaries.usable
     yield "sidecar_garbage_output", (), snapshot.canaries.garbage
     yield "sidecar_loop_lag_seconds", ("control",), snapshot.own_lag
     for relay in snapshot.relays:

@@ -126,7 +126,7 @@ const engine = (read) => [reading(read, (sample) =>
   facts(ENGINE.map(([label, name, view]) => [label, sample[name] === null ? soft("not reported") : view(sample[name])])))];
 
 const CANARY = { ok: "a token came back", failed: "ended with an error", starved: "no token within the time allowed",
-  moot: "real work progressed meanwhile", refused: "no connection", busy: "the engine is full",
+  moot: "no evidence: real work progressed meanwhile, or nothing was sent", refused: "no connection", busy: "the engine is full",
   rejected: "the engine does not accept it" };
 function canary({ last, ago, outstanding, use }) {
   const pairs = outstanding === null ? [] : [["outstanding", bad(`for ${span(Math.max(0.001, outstanding))}`)]];
@@ -136,6 +136,7 @@ function canary({ last, ago, outstanding, use }) {
     ["took", `${span(last.ended - last.started)} of ${span(last.allowed)} allowed`]);
   if (last.detail) pairs.push(["detail", last.detail]);
   pairs.push(["cost so far", `${amount(use.passed)} passed, ${amount(use.mu)} MU, ${amount(use.tokens)} tokens`]);
+  if (use.usable === false) pairs.push(["usable", bad("no canary passes here: a hang is found by users' silence alone, and later")]);
   if (use.garbage) pairs.push(["answers", bad("unusual: the engine may compute garbage")]);
   return [facts(pairs)];
 }

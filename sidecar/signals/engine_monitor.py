@@ -15,12 +15,12 @@ from typing import Final
 import aiohttp
 
 from sidecar.engines import metrics_parser, registry
-from sidecar.engines.engine_type import EngineKind
+from sidecar.engines.engine_type import MODELS, EngineKind
 from sidecar.engines.registry import KINDS
 from sidecar.readings import EngineIdentity, EngineSample, Reading, Value
 from sidecar.settings import Settings
 from sidecar.signals.canary import CanarySignal
-from sidecar.signals.identify import LOADING_STATUSES, ProbeAnswers, probe_engine, request_pages
+from sidecar.signals.identify import MISSING_STATUS, ProbeAnswers, probe_engine, request_pages
 from sidecar.signals.metrics_scrape import ScrapeSignal
 from sidecar.signals.sleep_state import SleepSignal
 
@@ -28,7 +28,8 @@ from sidecar.signals.sleep_state import SleepSignal
 FIRST_CONNECT_TIMEOUT_S: Final = 0.5
 PROBE_RETRY_INTERVAL_S: Final = 1.0
 REQUEST_TIMEOUT_S: Final = 5.0
-IDENTITY_PATHS: Final = ("/v1/models", "/version", "/metrics")
+# Between questions for the models of an engine that names none; it doubles from PROBE_RETRY_INTERVAL_S.
+MAX_IDENTITY_INTERVAL_S: Final = 60.0
 MAX_INCONCLUSIVE_ATTEMPTS: Final = 3
 
 _log = logging.getLogger(__name__)
@@ -53,6 +54,7 @@ class EngineMonitor:
         self.canary: CanarySignal | None = None
         self.identity = EngineIdentity()
         self.processes = 0  # of the engine, as they followed each other
+        self._missing: set[str] = set()  # paths that this process answered 404
 
     @property
     def kind_name(self) -> str:
@@ -76,6 +78,12 @@ class EngineMonitor:
         """Whether the engine accepts connections and does not respond: its API or all of it hangs."""
         return self.scrape.unanswered
 
+    @property
+    def canary_disturbs(self) -> bool:
+        """Whether a canary costs this engine's users something: then only a suspicion is worth one."""
+        kind = self.kind
+        return kind is not None and (kind.canary_disturbs or (kind.slots_cache and self.identity.slots == 1))
+
     def engine_restarted(self) -> None:
         """Recognise the engine again: a new process may differ in kind, model and accepted canaries."""
         if self.canary is not None:
@@ -94,7 +102,7 @@ class EngineMonitor:
             self._restarted.clear()
             await self._set_up()
             async with asyncio.TaskGroup() as group:
-                work = self.scrape.run(), self._sleep.run(), self._identify()
+                work = self.scrape.run(), self._sleep.run(), self._identify(self.kind)
                 readers = [group.create_task(reading) for reading in work]
                 await self._restarted.wait()
                 for reader in readers:
@@ -102,6 +110,7 @@ class EngineMonitor:
 
     async def _set_up(self) -> None:
         """Recognise this engine process and create its signals."""
+        self._missing.clear()
         if self._settings.engine_kind == "auto":
             name = await self._recognise()
             if name != self.kind_name:
@@ -111,9 +120,7 @@ class EngineMonitor:
         kind, url, model = self.kind, self._settings.engine, self._settings.canary_model
         sleep = self._sleep = SleepSignal(self._session, url, kind.signs, self._headers)
         priority, asleep = await self._priority(kind), sleep.poll if kind.wakes else None
-        self.canary = CanarySignal(
-            self._session, url, kind, self._headers, model=model, priority=priority, asleep=asleep
-        )
+        self.canary = CanarySignal(self._session, url, kind, self._headers, model, priority, asleep, self._is_idle)
         self.scrape = ScrapeSignal(
             url + (kind.metrics_path if kind.series else kind.contact_path),
             partial(metrics_parser.parse, kind=kind) if kind.series else None,
@@ -122,29 +129,41 @@ class EngineMonitor:
             sleep_state=sleep.read if kind.wakes else None,
         )
 
-    async def _identify(self) -> None:
-        """Request models and version until the models are known; not every engine has a version."""
+    def _is_idle(self) -> bool:
+        reading = self.read()
+        return isinstance(reading, Value) and reading.value.running == 0
+
+    async def _identify(self, kind: EngineKind | None) -> None:
+        """Request models, version and sizes until the models are known; what is not there is asked for once."""
+        assert kind is not None
+        interval = PROBE_RETRY_INTERVAL_S
         while True:
-            identity = registry.identity(await self._request(*IDENTITY_PATHS))
+            pages: dict[str, bytes] = {}
+            for path in kind.model_paths:
+                if path not in self._missing and (pages := await self._request(path)):
+                    break
+            identity = registry.identity({**pages, **await self._request(*kind.identity_paths)})
             if identity.models:
                 if not identity.prepared and self._settings.images != "off":
                     _log.info("engine %s: %s", self._settings.engine, registry.NO_PNM)
                 self.identity = identity
                 return
-            await asyncio.sleep(PROBE_RETRY_INTERVAL_S)
+            await asyncio.sleep(interval)
+            interval = min(2 * interval, MAX_IDENTITY_INTERVAL_S)
 
     async def _recognise(self) -> str:
         """The engine's kind; `openai` after MAX_INCONCLUSIVE_ATTEMPTS."""
-        attempts = 0
+        url, attempts = self._settings.engine, 0
         while True:
-            answers = await probe_engine(self._session, self._settings.engine, self._headers, REQUEST_TIMEOUT_S)
-            name = registry.recognise(answers.pages)
-            attempts += answers.status["/v1/models"] not in LOADING_STATUSES
-            if name != "openai":
+            answers = await probe_engine(self._session, url, self._headers, REQUEST_TIMEOUT_S, self._missing)
+            self._note_missing(answers)
+            name, status = registry.recognise(answers.pages), answers.status[MODELS]
+            attempts += status not in registry.LOADING_STATUSES
+            if name != "openai" or registry.is_foreign(answers.pages):
                 return name
             if attempts >= MAX_INCONCLUSIVE_ATTEMPTS:
-                if answers.status["/v1/models"] in (401, 403):
-                    _log.warning("engine %s requires an API key; set --engine-key", self._settings.engine)
+                if status in (401, 403):
+                    _log.warning("engine %s requires an API key; set --engine-key", url)
                 return name
             await asyncio.sleep(PROBE_RETRY_INTERVAL_S)
 
@@ -158,6 +177,12 @@ class EngineMonitor:
         return kind.priority
 
     async def _request(self, *paths: str) -> dict[str, bytes]:
+        """The pages that are there, of these paths; those that were 404 before are not asked for again."""
         answers = ProbeAnswers()
-        await request_pages(answers, self._session, self._settings.engine, paths, self._headers, REQUEST_TIMEOUT_S)
+        there = [path for path in paths if path not in self._missing]
+        await request_pages(answers, self._session, self._settings.engine, there, self._headers, REQUEST_TIMEOUT_S)
+        self._note_missing(answers)
         return answers.pages
+
+    def _note_missing(self, answers: ProbeAnswers) -> None:
+        self._missing |= {path for path, status in answers.status.items() if status == MISSING_STATUS}

@@ -11,9 +11,9 @@ import aiohttp
 from sidecar.engines import registry
 from sidecar.signals.http_body import read_body
 
-LOADING_STATUSES: Final = (0, 500, 502, 503, 504)  # of the model list while the engine is loading
 # A large vLLM metrics page is 1-2 MiB.
 MAX_PAGE_BYTES: Final = 16 << 20
+MISSING_STATUS: Final = 404
 
 
 @dataclass(slots=True)
@@ -26,13 +26,20 @@ class ProbeAnswers:
 
 
 async def probe_engine(
-    session: aiohttp.ClientSession, engine: str, headers: Mapping[str, str], timeout_s: float
+    session: aiohttp.ClientSession,
+    engine: str,
+    headers: Mapping[str, str],
+    timeout_s: float,
+    missing: Iterable[str] = (),
 ) -> ProbeAnswers:
-    """Request what identifies the common kinds, and more if that is inconclusive."""
-    answers = ProbeAnswers()
-    await request_pages(answers, session, engine, registry.FIRST_PATHS, headers, timeout_s)
-    if answers.status["/v1/models"] not in LOADING_STATUSES and registry.recognise(answers.pages) == "openai":
-        await request_pages(answers, session, engine, registry.FURTHER_PATHS, headers, timeout_s)
+    """Request what identifies the engine, one path after the other, until nothing could decide more.
+
+    `missing`: paths that were 404 before, which are not asked for again. /v1/models always is.
+    """
+    answers = ProbeAnswers(status=dict.fromkeys(missing, MISSING_STATUS))
+    answers.status.pop("/v1/models", None)
+    while path := registry.next_path(answers.pages, answers.status):
+        await request_pages(answers, session, engine, (path,), headers, timeout_s)
     return answers
 
 

@@ -23,6 +23,41 @@ def test_a_canary_costs_what_its_tokens_cost() -> None:
     assert use.mu == pytest.approx(cost_model.mu(RequestSize(16, output=1), co) + cost_model.mu(RequestSize(2), co))
 
 
+def ended(outcome: str, *, known: bool = False) -> CanaryResult:
+    return CanaryResult(outcome, 1.0, 1.1, 8.0, known=known)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "usable"),
+    [
+        ("", None),
+        ("rejected rejected", None),
+        ("rejected rejected rejected", False),
+        ("rejected starved moot busy refused rejected", False),
+        ("moot busy refused moot", None),
+        ("rejected rejected ok", True),
+        ("rejected rejected rejected ok", True),
+        ("ok rejected rejected rejected", True),
+    ],
+)
+def test_an_engine_that_takes_no_canary_is_reported(outcomes: str, usable: bool | None) -> None:
+    """One that passed settles it for this process; three in a row that prove nothing say that none passes here."""
+    made = ControlState(Settings(engine="http://e"), cost_model.Coefficients(), 0.0, 0.0)
+    for outcome in outcomes.split():
+        made.canary_ended(ended(outcome))
+    shown = made.tick(TickReadings(NOTHING, NOTHING, NOTHING, (), None, "vllm"), 2.0, 2.0)
+    assert made.health.canary_usable is shown.canaries.usable is usable
+
+
+def test_another_process_of_the_engine_is_asked_anew() -> None:
+    """What passed in one process says nothing of the next."""
+    made = control()
+    assert made.health.canary_usable is True
+    for n in range(4, 24):  # the port is closed for a while
+        made.tick(TickReadings(NOTHING, NOTHING, NOTHING, (), 3.0 if n < 20 else None, "vllm"), n / 2, n / 2)
+    assert (made.health.verdict.state, made.health.canary_usable) == ("starting", None)
+
+
 NOTHING = Absent("x")
 
 

@@ -44,7 +44,7 @@ class Face:
 
     answers: Mapping[str, Answer]
     guarded: tuple[str, ...]
-    metrics: str  # the path's page, left out where metrics are off
+    metrics: str  # the path's page, left out where metrics are off; "": it has none
     off: Answer = (404, "")
 
 
@@ -85,12 +85,37 @@ FACES: dict[str, Face] = {
         "llamacpp.txt",
         (501, '{"error": {"code": 501, "type": "not_supported_error"}}'),
     ),
+    "tei": Face(
+        {
+            "/info": said(
+                model_id="org/model",
+                served_model_name="org/model",
+                model_type={"embedding": {"pooling": "cls"}},
+                tokenization_workers=4,
+                max_input_length=512,
+                version="1.9.3",
+            ),
+            "/embed": (200, "[[0.5, 0.25]]"),
+        },
+        ("/info", "/embed"),
+        "tei-1.9.txt",
+    ),
+    "ollama": Face(
+        {
+            "/v1/models": models("library", "tiny:latest"),
+            "/api/ps": said(models=[{"name": "tiny:latest", "model": "tiny:latest", "context_length": 8192}]),
+            "/api/version": said(version="0.22.0"),
+            "/api/generate": said(model="tiny:latest", response="2", done=True, done_reason="length"),
+        },
+        (),
+        "",
+    ),
 }
 
 
 @dataclass
 class Shown:
-    """A server with a face that can change. `asked` counts requests, `bodies` has the JSON bodies of posts, by path."""
+    """A server with a face that can change. `asked` counts requests, `bodies` has the bodies of posts, by path."""
 
     answers: dict[str, Answer]
     guarded: tuple[str, ...] = ()
@@ -117,7 +142,9 @@ class Shown:
         path = request.path
         self.asked[path] += 1
         if request.method == "POST":
-            self.bodies.setdefault(path, []).append(await request.json())
+            is_json = request.content_type == "application/json"
+            body = await request.json() if is_json else {k: _bytes(v) for k, v in (await request.post()).items()}
+            self.bodies.setdefault(path, []).append(body)
         if path.startswith(self.guarded or ("-",)) and request.headers.get("authorization") != KEY:
             return web.json_response({"error": "Unauthorized"}, status=401)
         if path in self.handlers:
@@ -126,10 +153,14 @@ class Shown:
         return web.Response(status=status, text=body)
 
 
+def _bytes(part: Any) -> Any:
+    return part.file.read() if isinstance(part, web.FileField) else part
+
+
 def shown(name: str, *, metrics: bool = True, key: bool = False) -> Shown:
     """The face of an engine, with its metrics on or off, with a key or without."""
     face = FACES[name]
-    answers = {**face.answers, "/metrics": page(face.metrics) if metrics else face.off}
+    answers = {**face.answers, "/metrics": page(face.metrics) if metrics and face.metrics else face.off}
     return Shown(answers, face.guarded if key else ())
 
 

@@ -60,6 +60,7 @@ READ = [
         EngineSample(7, 2, 0.9, 60, 90, 8, None, None, None, 4096, (RankSample(0, 3, 0, 40), RankSample(1, 4, 2, 50))),
     ),
     ("tgi-3.3.7.txt", "tgi", EngineSample(6, 3, None, 1400, 700, 7, 42, tokens_at_end=True)),
+    ("tei-1.9.txt", "tei", EngineSample(None, 3, None, 340, None, 9, 7)),
     ("llamacpp.txt", "llamacpp", EngineSample(1, 2, None, 512, 64, None, 70, tokens_at_end=True)),
 ]
 

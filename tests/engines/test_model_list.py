@@ -35,13 +35,17 @@ VLLM = (
         ((card("a"), card("b")), "", Choice(why=SEVERAL)),
         ((card("a"), card("b")), "b", Choice("b")),
         ((card("a"), card("b")), "gone", Choice(why=SEVERAL)),
-        ((card("a", "unloaded"),), "a", Choice(why=NONE_LOADED)),
+        ((card("a", "unloaded"),), "a", Choice(why=NONE_LOADED, is_unloaded=True)),
         ((card("a", "unloaded"), card("b", "loaded")), "", Choice("b")),
         ((card("a", "unloaded"), card("b", "loaded")), "a", Choice("b")),
         ((card("a", "loaded"), card("b", "loaded")), "b", Choice("b")),
         ((card("a", "loaded"), card("b", "loaded", aliases=["friend"])), "friend", Choice("friend")),
-        ((card("a", "loading"), card("b", "sleeping"), card("c", "downloading")), "b", Choice(why=NONE_LOADED)),
-        ((card("a"), card("b", "unloaded")), "a", Choice(why=NONE_LOADED)),
+        (
+            (card("a", "loading"), card("b", "sleeping"), card("c", "downloading")),
+            "b",
+            Choice(why=NONE_LOADED, is_unloaded=True),
+        ),
+        ((card("a"), card("b", "unloaded")), "a", Choice(why=NONE_LOADED, is_unloaded=True)),
         (VLLM, "adapter", Choice("base", lasts=True)),
         ((VLLM[2], VLLM[0]), "", Choice("base", lasts=True)),
         ((card("x", parent="gone"), card("y", parent="gone")), "", Choice(why=SEVERAL)),
@@ -82,3 +86,35 @@ def test_an_unknown_word_for_a_models_state_says_nothing() -> None:
     """A server with words of its own for a model that serves is asked as one that says nothing."""
     body = json.dumps({"data": [{"id": "a", "status": "ready"}]}).encode()
     assert choose(body).model == choose(body, chosen="a").model == "a"
+
+
+def loaded(*names: str, context: int = 4096) -> bytes:
+    return json.dumps({"models": [{"model": name, "context_length": context} for name in names]}).encode()
+
+
+@pytest.mark.parametrize(
+    ("names", "chosen", "used", "model"),
+    [
+        (("a:latest", "b:7b"), "", "", "a:latest"),
+        (("a:latest", "b:7b"), "", "b:7b", "b:7b"),
+        (("b:7b", "a:latest"), "", "a", "a:latest"),
+        (("a:latest",), "", "gone", "a:latest"),
+        (("b:7b", "a:latest"), "a", "b:7b", "a:latest"),
+    ],
+)
+def test_a_list_of_what_is_loaded_decides(names: tuple[str, ...], chosen: str, used: str, model: str) -> None:
+    """Ollama lists what is loaded: one of those is asked for, with its context, by its full name."""
+    assert choose(loaded(*names), chosen, used) == Choice(model, fields={"options": {"num_ctx": 4096}})
+
+
+@pytest.mark.parametrize(("names", "chosen"), [((), ""), ((), "a"), (("b:7b",), "a")])
+def test_what_is_not_on_that_list_is_not_asked_for(names: tuple[str, ...], chosen: str) -> None:
+    """None loaded, or not the one that an operator chose: no request."""
+    found = choose(loaded(*names), chosen, "a")
+    assert not found.model and found.is_unloaded and "loads none" in found.why
+
+
+def test_the_only_model_of_a_server_that_unloads_it_is_asked_for_once_it_is_used() -> None:
+    """An older llama-swap lists its one model whether it is loaded or not."""
+    cards = (card("a", owned_by="llama-swap"),)
+    assert not choose(body(*cards)).model and choose(body(*cards), used="a") == Choice("a")

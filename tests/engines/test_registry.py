@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from sidecar.engines import sglang
 from sidecar.engines.engine_type import EngineKind
-from sidecar.engines.registry import FURTHER_PATHS, KINDS, recognise
+from sidecar.engines.registry import FURTHER_PATHS, KINDS, identity, is_foreign, next_path, recognise
 from sidecar.flags import ENGINE_KINDS
 from sidecar.readings import EngineSample
 
@@ -27,8 +27,9 @@ def test_a_row_for_every_kind_of_the_setting() -> None:
 @pytest.mark.parametrize("kind", KINDS.values(), ids=lambda kind: kind.name)
 def test_every_row_is_whole(kind: EngineKind) -> None:
     """Paths begin with a slash, a canary can be sent, and a rest has a reason code that the verdict knows."""
-    paths = [kind.metrics_path, kind.contact_path, *kind.canary_paths, *kind.info_paths, *(s.path for s in kind.signs)]
-    assert all(path.startswith("/") for path in paths) and kind.canary_paths
+    paths = [kind.metrics_path, kind.contact_path, *kind.info_paths, *kind.identity_paths, *kind.model_paths]
+    paths += [*(row.path for row in kind.canaries), *(sign.path for sign in kind.signs)]
+    assert all(path.startswith("/") for path in paths) and kind.canaries
     assert {sign.means for sign in kind.signs} <= {"engine_sleeping", "engine_paused"}
     assert (kind.read_priority is None) == (not kind.info_paths)
 
@@ -95,3 +96,104 @@ def test_sglang_says_which_way_its_priorities_go(flags: object, priority: int | 
     """The canary's priority follows the server's flags; there is none if priorities are off or unknown."""
     assert sglang.priority(json.dumps(flags).encode()) == priority
     assert sglang.priority(b"no JSON") is None
+
+
+def asked(pages: dict[str, bytes], **status: int) -> list[str]:
+    """The paths that are asked for of a server with these pages; other paths are 404."""
+    met: dict[str, bytes] = {}
+    said: dict[str, int] = {}
+    while path := next_path(met, said):
+        said[path] = 200 if path in pages else status.get(path.strip("/").replace("/", "_"), 404)
+        met |= {path: pages[path]} if path in pages else {}
+    return list(said)
+
+
+@pytest.mark.parametrize(
+    ("pages", "paths"),
+    [
+        ({"/v1/models": models("vllm"), "/metrics": VLLM_LINE}, ["/v1/models"]),
+        ({"/v1/models": models("sglang")}, ["/v1/models"]),
+        ({"/v1/models": models("llamacpp")}, ["/v1/models"]),
+        ({"/v1/models": models("nvidia"), "/metrics": b"dynamo_requests 1\n"}, ["/v1/models", "/metrics"]),
+        ({"/v1/models": models("m"), "/metrics": b"tgi_queue_size 1\n"}, ["/v1/models", "/metrics"]),
+        ({"/v1/models": models("m")}, ["/v1/models", "/metrics", "/info"]),
+        ({"/metrics": b"te_queue_size 0\n"}, ["/v1/models", "/metrics"]),
+        ({}, ["/v1/models", "/metrics", *FURTHER_PATHS]),
+    ],
+    ids=["vllm", "sglang", "llama.cpp", "dynamo", "tgi", "tgi without metrics", "tei", "nothing"],
+)
+def test_no_more_is_asked_than_decides(pages: dict[str, bytes], paths: list[str]) -> None:
+    """A recognised engine gets no further request, and one that names a foreign owner none for a page that it lacks."""
+    assert asked(pages) == paths
+
+
+def test_an_engine_that_loads_is_left_alone() -> None:
+    """While the model list is 503 nothing else is asked."""
+    assert asked({}, v1_models=503) == ["/v1/models"]
+
+
+@pytest.mark.parametrize(
+    ("body", "foreign"), [(models("nvidia"), True), (models("m"), False), (b'{"data": []}', False), (b"", False)]
+)
+def test_a_foreign_owner_decides(body: bytes, foreign: bool) -> None:
+    """A list with an owner of no kind needs no second look; an empty one does."""
+    assert is_foreign({"/v1/models": body} if body else {}) is foreign
+
+
+def listed(**card: object) -> bytes:
+    return json.dumps({"data": [{"id": "m", **card}, {"id": "other"}]}).encode()
+
+
+@pytest.mark.parametrize(
+    ("pages", "max_context", "slots"),
+    [
+        ({"/v1/models": listed(max_model_len=4096)}, 4096, 0),
+        (
+            {
+                "/v1/models": listed(meta={"n_ctx_train": 131072}),
+                "/props": b'{"default_generation_settings": {"n_ctx": 8192}, "total_slots": 1}',
+            },
+            8192,
+            1,
+        ),
+        ({"/v1/models": listed(meta={"n_ctx_train": 131072})}, 131072, 0),
+        ({"/info": b'{"max_total_tokens": 2048, "max_input_length": null}'}, 2048, 0),
+        ({"/info": b'{"max_input_length": 512}'}, 512, 0),
+        ({"/api/ps": b'{"models": [{"model": "a", "context_length": 4096}, {"context_length": 8192}, 3]}'}, 8192, 0),
+        ({"/v1/models": listed(max_model_len="long"), "/props": b'{"total_slots": true}'}, 0, 0),
+        ({"/v1/models": listed(max_model_len=-1, meta=3), "/props": b'{"total_slots": 1e3}'}, 0, 0),
+        ({}, 0, 0),
+    ],
+)
+def test_the_sizes_of_an_engine_are_read(pages: dict[str, bytes], max_context: int, slots: int) -> None:
+    """The longest sequence and the slots are what the engine says, of any kind; what is no count is unknown."""
+    found = identity(pages)
+    assert (found.max_context, found.slots) == (max_context, slots)
+
+
+@pytest.mark.parametrize(
+    ("pages", "models_", "version"),
+    [
+        ({"/info": b'{"model_id": "a/b", "version": "1.9.3"}'}, ("a/b",), "1.9.3"),
+        ({"/info": b'{"served_model_name": "s", "model_id": "a/b"}'}, ("s", "a/b"), ""),
+        ({"/models": listed(), "/props": b'{"build_info": "b11549-abc"}'}, ("m", "other"), "b11549-abc"),
+        ({"/v1/models": listed(), "/version": b'{"version": "0.33.0"}'}, ("m", "other"), "0.33.0"),
+    ],
+)
+def test_models_and_version_are_read(pages: dict[str, bytes], models_: tuple[str, ...], version: str) -> None:
+    """Each engine's own way of naming them."""
+    assert (identity(pages).models, identity(pages).engine) == (models_, version)
+
+
+@given(
+    st.recursive(
+        st.none() | st.integers() | st.text(max_size=5),
+        lambda x: st.lists(x) | st.dictionaries(st.sampled_from(["data", "id", "meta", "models", "owned_by"]), x),
+    )
+)
+def test_any_json_is_an_identity(value: object) -> None:
+    """Pages of any shape are read without an exception."""
+    body = json.dumps(value).encode()
+    pages = dict.fromkeys(("/v1/models", "/models", "/info", "/props", "/version", "/api/ps", "/api/version"), body)
+    identity(pages)
+    next_path(pages, {"/v1/models": 200, "/metrics": 404})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from sidecar.events import STATES
@@ -12,11 +14,13 @@ from sidecar.health.verdict import (
     REJECTED_STARTS,
     STUCK_CYCLES,
     TABLE,
+    VerdictInputs,
     VerdictState,
     is_canary_due,
+    judge,
 )
 
-from .verdict_world import World, evidence
+from .verdict_world import KILL, World, evidence
 
 
 def test_the_table_has_a_row_forevery_condition_and_every_row_ends_in_a_state() -> None:
@@ -117,7 +121,7 @@ def test_an_engine_that_served_and_refuses_everything_is_unready_then_dead() -> 
 
 
 def test_a_process_that_replaced_another_has_a_deadline_to_serve() -> None:
-    """A supervisor in the container started it anew, and it never answers; the pod's own start is kubelet's to judge."""
+    """A supervisor in the container started it anew, and it never answers. The pod's own start is kubelet's."""
     first = World()
     assert first.tick(start_overdue=True).state == "starting"
     w = World().started()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sidecar.events import Verdict
 from sidecar.readings import EngineSample, GpuSample, ProcessSample, Reading, Value
-from sidecar.snapshot import ImageUse, Load, PriceUse, RelayUse, Snapshot
+from sidecar.snapshot import CanaryUse, ImageUse, Load, PriceUse, RelayUse, Snapshot
 
 LOAD = Load(
     mu_in_flight=3.2,
@@ -66,5 +66,6 @@ SNAPSHOT = Snapshot(
     canary_outstanding_since=None,
     changes=(),
     diagnoses=(),
+    canaries=CanaryUse(usable=True),
     prices=PriceUse("calibrated", margin=0.2, terms=(("decode", 60.0),), line=(("alpha", 0.1),), windows=3),
 )

@@ -135,7 +135,8 @@ def test_what_is_absent_says_why(site: Any, open_page: Callable[..., webdriver.C
             gpus=readings.Absent("no NVIDIA driver library"),
             engine=readings.Failed("connection refused"),
             images_device="off",
-            canary=None,
+            canary=events.CanaryResult("rejected", 1.0, 1.1, 8.0, "no canary passes here: HTTP 404 on /v1/completions"),
+            canaries=snapshot.CanaryUse(usable=False),
             progress_age=None,
             relays=(),
             tenants=(),
@@ -146,7 +147,9 @@ def test_what_is_absent_says_why(site: Any, open_page: Callable[..., webdriver.C
     await_text(driver, "#gpus", "absent: no NVIDIA driver library")
     assert text_of(driver, "#engine") == "could not be read: connection refused"
     assert "off" in text_of(driver, "#images")
-    assert "no result yet" in text_of(driver, "#canary")
+    assert "silence alone" in text_of(driver, "#canary")
+    site.publish(moment(canary=None))
+    await_text(driver, "#canary", "no result yet")
     assert "nothing outstanding" in text_of(driver, "#now-silence-of")
     assert "GPU busy not read" in text_of(driver, "#charts")
     assert text_of(driver, "#tenants") == "no request yet"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,9 @@ from sidecar.events import OUTCOMES, CanaryResult, ImagePrepared, Verdict
 from sidecar.labels import NONE, OTHER, BoundedLabels, printable
 from sidecar.report.metrics import MAX_PAIRS_PER_TENANT, METRICS, Metrics
 from sidecar.report.prometheus import MetricsPages
+from sidecar.snapshot import CanaryUse
+
+from .snapshots import SNAPSHOT
 
 # Users' dashboards and routers depend on these; a change here breaks them.
 CONTRACT = re.findall(
@@ -111,6 +115,14 @@ def test_a_histogram_is_cumulative_and_complete(values: list[float]) -> None:
     assert all(n == sum(v <= float(le) for v in values) for le, n in buckets.items())
     assert buckets["+Inf"] == got[key("sidecar_request_seconds_count")] == len(values)
     assert got[key("sidecar_request_seconds_sum")] == pytest.approx(sum(values))
+
+
+@pytest.mark.parametrize(("usable", "shown"), [(None, None), (True, 1.0), (False, 0.0)])
+def test_whether_a_canary_passes_is_a_gauge(usable: bool | None, shown: float | None) -> None:
+    """It is absent until it is known."""
+    meters = Metrics(max_tenants=5)
+    meters.update(replace(SNAPSHOT, canaries=CanaryUse(usable=usable)))
+    assert series(meters).get(key("sidecar_canary_usable")) == shown
 
 
 def test_images_canaries_and_verdict_changes_are_counted() -> None:

@@ -12,12 +12,14 @@ import aiohttp
 import pytest
 from aiohttp import web
 
+from sidecar.engines.canary_rows import silence
 from sidecar.engines.registry import KINDS
 from sidecar.signals.canary import CanarySignal
 from sidecar.signals.engine_monitor import open_session
 from sidecar.tools.scripted_engine.server import EngineSettings, ScriptedEngine
 
 from ..engines.engine_faces import TOKEN, OnDemand, Shown, models
+from ..engines.engine_faces import shown as shown_face
 from ..waiting import PATIENCE
 
 EMBEDDED = json.dumps({"object": "list", "data": [{"index": 0, "embedding": [0.5]}], "usage": {"prompt_tokens": 2}})
@@ -102,14 +104,14 @@ async def test_a_priority_that_is_taken_is_kept(canary: Callable[..., CanarySign
 @pytest.mark.parametrize(
     ("answer", "outcome"),
     [
-        ((500, ""), "failed"),
+        ((500, ""), "rejected"),
         ((503, ""), "busy"),
         ((429, ""), "busy"),
         ((401, ""), "rejected"),
         ((404, ""), "rejected"),
         ((200, ""), "rejected"),
         ((200, "data: [DONE]\n\n"), "rejected"),
-        ((200, 'data: {"error": {"message": "EngineCore died", "code": 500}}\n\n'), "failed"),
+        ((200, 'data: {"error": {"message": "EngineCore died", "code": 500}}\n\n'), "rejected"),
         ((200, "<html>"), "rejected"),
     ],
 )
@@ -119,16 +121,175 @@ async def test_an_answer_without_a_token_never_passes(
     """Rejections, empty streams, pages and errors inside a stream have outcomes of their own, and none is a pass."""
     async with engine(**{COMPLETIONS: answer}) as shown:
         result = await canary(shown).send(PATIENCE)
-        assert result.outcome == outcome and result.detail and not result.digest
+        assert result.outcome == outcome and result.detail and not result.digest and not result.known
 
 
-async def test_an_engine_that_served_tokens_fails_without_them(canary: Callable[..., CanarySignal]) -> None:
-    """A response without a token is a failure only if the engine has returned tokens before."""
+@pytest.mark.parametrize(
+    ("answer", "outcome"),
+    [
+        ((200, "data: [DONE]\n\n"), "failed"),
+        ((200, 'data: {"error": {"message": "EngineCore died", "code": 500}}\n\n'), "failed"),
+        ((500, ""), "failed"),
+        ((429, ""), "busy"),
+        ((503, ""), "busy"),
+        ((404, ""), "rejected"),
+        ((400, ""), "rejected"),
+        ((401, ""), "rejected"),
+        ((403, ""), "rejected"),
+    ],
+)
+async def test_what_passed_before_is_known(
+    canary: Callable[..., CanarySignal], answer: tuple[int, str], outcome: str
+) -> None:
+    """The same answers prove something once this form has passed, and the result says that it has."""
     async with engine(**{COMPLETIONS: (200, TOKEN)}) as shown:
         signal = canary(shown)
+        passed = await signal.send(PATIENCE)
+        assert (passed.outcome, passed.known) == ("ok", True)
+        shown.answers[COMPLETIONS] = answer
+        for _ in range(3):
+            result = await signal.send(PATIENCE)
+            assert (result.outcome, result.known) == (outcome, True)
+        shown.answers[COMPLETIONS] = (200, TOKEN)
         assert (await signal.send(PATIENCE)).outcome == "ok"
-        shown.answers[COMPLETIONS] = (200, "data: [DONE]\n\n")
-        assert (await signal.send(PATIENCE)).outcome == "failed"
+
+
+async def test_a_form_that_never_passed_proves_nothing(canary: Callable[..., CanarySignal]) -> None:
+    """A sound server that answers 500 to completions is asked to transcribe instead, and never again for a token."""
+    answers = {COMPLETIONS: (500, ""), "/v1/audio/transcriptions": (200, '{"text": ""}')}
+    async with engine(**answers) as shown:
+        signal = canary(shown)
+        first = await signal.send(PATIENCE)
+        assert (first.outcome, first.detail) == ("ok", "/v1/audio/transcriptions")
+        before = shown.asked.copy()
+        assert (await signal.send(PATIENCE)).outcome == "ok"
+        assert shown.asked - before == {"/v1/audio/transcriptions": 1}
+        sent = shown.bodies["/v1/audio/transcriptions"][0]
+        assert (sent["model"], sent["file"]) == ("served-name", silence())
+
+
+@pytest.mark.parametrize("answer", [(400, ""), (500, "")])
+async def test_refused_requests_at_the_start_are_bounded(
+    canary: Callable[..., CanarySignal], answer: tuple[int, str]
+) -> None:
+    """An engine that refuses all forms gets each a few times at most, and then none until it restarts."""
+    async with engine() as shown:
+        shown.answers |= dict.fromkeys((row.path for row in KINDS["vllm"].canaries), answer)
+        signal = canary(shown, priority=-9)
+        results = [await signal.send(PATIENCE) for _ in range(12)]
+        assert {(r.outcome, r.known) for r in results} == {("rejected", False)}
+        assert "no canary passes here" in results[-1].detail and COMPLETIONS in results[-1].detail
+        posts = sum(map(len, shown.bodies.values()))
+        assert posts <= 3 * 12
+        await signal.send(PATIENCE)
+        assert sum(map(len, shown.bodies.values())) == posts
+
+
+@pytest.mark.parametrize(
+    ("kind", "path", "answer"),
+    [
+        ("vllm", "/v1/rerank", {"results": [{"index": 0, "relevance_score": 0.1}]}),
+        ("vllm", "/v1/score", {"data": [{"index": 0, "score": 0.1}]}),
+        ("vllm", "/pooling", {"data": [{"index": 0, "data": [0.1]}]}),
+        ("vllm", "/classify", {"data": [{"index": 0, "label": "a", "probs": [1.0]}]}),
+        ("sglang", "/v1/rerank", [{"index": 0, "score": 0.1}]),
+        ("llamacpp", "/v1/rerank", {"results": [{"index": 0, "relevance_score": 0.1}]}),
+        ("openai", "/rerank", {"results": [{"index": 0, "relevance_score": 0.1}]}),
+        ("openai", "/v1/audio/transcriptions", {"text": ""}),
+    ],
+)
+async def test_every_family_of_models_takes_a_canary(
+    canary: Callable[..., CanarySignal], kind: str, path: str, answer: Any
+) -> None:
+    """An engine that does nothing but rerank, score, pool, classify or transcribe is asked just that."""
+    async with engine(**{path: (200, json.dumps(answer))}) as shown:
+        signal = canary(shown, kind)
+        assert [(r.outcome, r.detail) for r in [await signal.send(PATIENCE)]] == [("ok", path)]
+        assert (await signal.send(PATIENCE)).known
+
+
+async def test_what_users_use_is_asked_first(canary: Callable[..., CanarySignal]) -> None:
+    """A known route of users spares the engine all other forms."""
+    async with engine(**{"/v1/rerank": (200, '{"results": [{"relevance_score": 0.1}]}')}) as shown:
+        result = await canary(shown).send(PATIENCE, "served-name", "rerank")
+        assert (result.detail, list(shown.bodies)) == ("/v1/rerank", ["/v1/rerank"])
+
+
+async def test_a_transfer_that_is_missing_is_named(canary: Callable[..., CanarySignal]) -> None:
+    """SGLang whose prefill and decode are apart takes the canary that its own health check is; the cache stays out."""
+
+    async def apart(request: web.Request) -> web.Response:
+        if (await request.json()).get("bootstrap_room") is None:
+            text = '{"message": "Disaggregated request received without bootstrap room id.", "code": 400}'
+            return web.Response(status=400, text=text)
+        return web.Response(text=TOKEN)
+
+    async with engine() as shown:
+        shown.handlers[COMPLETIONS] = apart
+        signal = canary(shown, "sglang")
+        assert [(await signal.send(PATIENCE)).outcome for _ in range(2)] == ["ok", "ok"]
+        hosts = [body.get("bootstrap_host") for body in shown.bodies[COMPLETIONS]]
+        assert hosts == [None, "2.2.2.2", "2.2.2.2"]
+
+
+async def test_text_embeddings_inference_is_asked_as_it_is(canary: Callable[..., CanarySignal]) -> None:
+    """It has no model list, and answers 424 to what its model cannot; once that has passed, 424 is a failure."""
+    async with Shown({"/embed": (424, ""), "/rerank": (200, '[{"index": 0, "score": 0.9}]')}) as shown:
+        signal = canary(shown, "tei")
+        first = await signal.send(PATIENCE)
+        assert (first.outcome, first.detail) == ("ok", "/rerank") and "/v1/models" not in shown.asked
+        assert shown.bodies["/rerank"] == [{"query": "1", "texts": ["1"]}]
+        shown.answers["/rerank"] = (424, "")
+        assert [(r.outcome, r.known) for r in [await signal.send(PATIENCE)]] == [("failed", True)]
+
+
+async def test_ollama_loads_no_model_and_keeps_it_as_it_was(canary: Callable[..., CanarySignal]) -> None:
+    """It is asked for a model that is loaded, with the context that it was loaded with; without one, for nothing."""
+    async with shown_face("ollama") as shown:
+        signal = canary(shown, "ollama")
+        result = await signal.send(PATIENCE, "tiny")
+        assert (result.outcome, result.model, bool(result.digest)) == ("ok", "tiny:latest", True)
+        asked = shown.bodies["/api/generate"][0]
+        assert (asked["model"], asked["options"]["num_ctx"]) == ("tiny:latest", 8192)
+        shown.answers["/api/ps"] = (200, '{"models": []}')
+        result = await signal.send(PATIENCE, "tiny")
+        assert (result.outcome, result.known) == ("moot", False) and "loads none" in result.detail
+        assert len(shown.bodies["/api/generate"]) == 1
+
+
+async def test_infinity_is_asked_below_its_own_root(canary: Callable[..., CanarySignal]) -> None:
+    """A server without /v1 lists its models at /models; what is not there is not asked for again."""
+    answers = {"/models": models("infinity"), "/embeddings": (200, EMBEDDED)}
+    async with Shown(answers) as shown:
+        signal = canary(shown, "openai")
+        assert [(await signal.send(PATIENCE)).detail for _ in range(3)] == ["/embeddings"] * 3
+        assert (shown.asked["/v1/models"], shown.asked["/models"]) == (1, 3)
+
+
+async def test_a_list_that_empties_is_a_refusal_of_what_served(canary: Callable[..., CanarySignal]) -> None:
+    """A front end that lost its worker lists no model: that says something only after a canary has passed."""
+    answers = {"/v1/models": (200, '{"data": []}'), CHAT: (200, TOKEN)}
+    async with engine(**answers) as shown:
+        signal = canary(shown, "openai")
+        assert [(r.outcome, r.known) for r in [await signal.send(PATIENCE)]] == [("rejected", False)]
+        shown.answers["/v1/models"] = models("nvidia")
+        assert (await signal.send(PATIENCE)).outcome == "ok"
+        for lost in ((200, '{"data": []}'), (404, "")):
+            shown.answers["/v1/models"] = lost
+            assert [(r.outcome, r.known) for r in [await signal.send(PATIENCE)]] == [("rejected", True)]
+        shown.answers["/v1/models"] = (500, "")
+        assert [(r.outcome, r.known) for r in [await signal.send(PATIENCE)]] == [("rejected", False)]
+
+
+async def test_a_canary_is_bound_to_one_slot_while_nothing_runs(canary: Callable[..., CanarySignal]) -> None:
+    """llama.cpp would give it the slot of a user; at work it waits for no slot of its own."""
+    async with engine(**{COMPLETIONS: (200, TOKEN)}) as shown:
+        idle = True
+        signal = canary(shown, "llamacpp", is_idle=lambda: idle)
+        await signal.send(PATIENCE)
+        idle = False
+        await signal.send(PATIENCE)
+        assert [body.get("id_slot") for body in shown.bodies[COMPLETIONS]] == [0, None]
 
 
 async def test_a_renamed_model_is_learned_again(canary: Callable[..., CanarySignal]) -> None:
@@ -161,7 +322,15 @@ async def test_a_stream_that_never_ends_starves(canary: Callable[..., CanarySign
 
     async with engine() as shown:
         shown.handlers[COMPLETIONS] = begins
-        assert (await canary(shown).send(0.2)).outcome == "starved"
+        signal = canary(shown)
+        result = await signal.send(0.2)
+        assert (result.outcome, result.known) == ("starved", False)
+        shown.handlers.clear()
+        shown.answers[COMPLETIONS] = (200, TOKEN)
+        assert (await signal.send(PATIENCE)).outcome == "ok"
+        shown.handlers[COMPLETIONS] = begins
+        result = await signal.send(0.2)
+        assert (result.outcome, result.known) == ("starved", True)
 
 
 async def test_the_answer_of_a_healthy_engine_is_always_the_same(canary: Callable[..., CanarySignal]) -> None:
@@ -179,9 +348,12 @@ async def test_an_answer_without_end_is_bounded(
     canary: Callable[..., CanarySignal], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An endless response is abandoned at the limit."""
-    monkeypatch.setattr("sidecar.signals.canary.MAX_ANSWER_BYTES", 1000)
-    async with engine(**{COMPLETIONS: (200, TOKEN * 100)}) as shown:
-        assert (await canary(shown).send(PATIENCE)).outcome == "failed"
+    async with engine(**{COMPLETIONS: (200, TOKEN)}) as shown:
+        signal = canary(shown)
+        assert (await signal.send(PATIENCE)).outcome == "ok"
+        monkeypatch.setattr("sidecar.signals.canary.MAX_ANSWER_BYTES", 1000)
+        shown.answers[COMPLETIONS] = (200, TOKEN * 100)
+        assert (await signal.send(PATIENCE)).outcome == "failed"
 
 
 async def test_no_connection_is_refused(canary: Callable[..., CanarySignal]) -> None:
@@ -198,7 +370,7 @@ async def test_no_model_is_loaded_for_a_canary(canary: Callable[..., CanarySigna
     async with server.shown() as shown:
         signal = canary(shown, "llamacpp" if says else "openai")
         results = [await signal.send(PATIENCE) for _ in range(3)]
-    assert {(r.outcome, r.detail.startswith(why)) for r in results} == {("rejected", True)}
+    assert {(r.outcome, r.known, r.detail.startswith(why)) for r in results} == {("rejected", False, True)}
     assert server.loads == []
 
 
@@ -224,6 +396,9 @@ async def test_a_chosen_model_that_is_unloaded_is_not_loaded(canary: Callable[..
         assert (await signal.send(PATIENCE)).outcome == "rejected"
         server.loaded = "b"
         assert (await signal.send(PATIENCE)).outcome == "ok"
+        server.loaded = "a"
+        result = await signal.send(PATIENCE)
+        assert (result.outcome, result.known) == ("moot", False), "it has passed; without the model nothing is sent"
     assert server.loads == []
 
 

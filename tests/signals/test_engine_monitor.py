@@ -68,10 +68,59 @@ async def test_no_model_is_loaded_to_recognise_a_server(meet: Callable[..., Any]
 @pytest.mark.parametrize("name", FACES)
 async def test_each_engine_is_recognised(meet: Callable[..., Any], name: str, key: str, metrics: bool) -> None:
     """Each engine is recognised under any model name, with metrics on or off, with its key and if possible without."""
-    hidden = name == "sglang" and key == "missing" and not metrics  # nothing but /health and /ready is open then
+    hidden = name in ("sglang", "tei") and key == "missing" and not metrics  # nothing but health checks is open then
     async with shown(name, metrics=metrics, key=key != "none") as engine:
         contact = await meet(engine, **({"engine_key": "secret"} if key == "ours" else {}))
         assert contact.kind_name == ("openai" if hidden else name)
+
+
+async def test_a_foreign_engine_is_asked_for_nothing_that_it_lacks(meet: Callable[..., Any]) -> None:
+    """NVIDIA Dynamo counts each request without a route as a failure: it gets none, after a restart neither."""
+    async with Shown({"/v1/models": models("nvidia"), "/metrics": (200, "dynamo_requests 1\n")}) as engine:
+        contact = await meet(engine)
+        await until(lambda: contact.identity.models != ())
+        contact.engine_restarted()
+        await until(lambda: engine.asked["/metrics"] == 2)
+        assert contact.kind_name == "openai" and set(engine.asked) == {"/v1/models", "/metrics"}
+
+
+async def test_what_is_missing_is_asked_for_once(meet: Callable[..., Any]) -> None:
+    """A server that nothing identifies gets each mark once, although it is looked at again."""
+    async with Shown({"/v1/models": (200, '{"data": []}')}) as engine:
+        assert (await meet(engine)).kind_name == "openai"
+        assert engine.asked["/v1/models"] >= engine_monitor.MAX_INCONCLUSIVE_ATTEMPTS
+        assert {count for path, count in engine.asked.items() if path != "/v1/models"} == {1}
+
+
+@pytest.mark.parametrize(
+    ("name", "slots", "disturbs"),
+    [("llamacpp", 4, False), ("llamacpp", 1, True), ("ollama", 0, True), ("vllm", 0, False), ("tei", 0, False)],
+)
+async def test_a_canary_that_costs_users_a_cache_is_known(
+    meet: Callable[..., Any], name: str, slots: int, disturbs: bool
+) -> None:
+    """One slot with a prompt cache, and a model whose time to live each request renews, are left alone when idle."""
+    async with shown(name) as engine:
+        if slots:
+            engine.answers["/props"] = said(default_generation_settings={"n_ctx": 2048}, total_slots=slots)
+        contact = await meet(engine)
+        await until(lambda: contact.identity.models != ())
+        assert (contact.canary_disturbs, contact.identity.slots) == (disturbs, slots)
+
+
+async def test_an_idle_llama_gets_its_canaries_in_one_slot(meet: Callable[..., Any]) -> None:
+    """Where its metrics say that nothing runs, the canary keeps to a slot; while a request runs it is not bound."""
+    async with shown("llamacpp") as engine:
+        contact = await meet(engine)
+        await until(lambda: isinstance(contact.read(), Value))
+        await contact.canary.send(PATIENCE)
+        status, text = engine.answers["/metrics"]
+        busy = "llamacpp:requests_processing 1"
+        assert busy in text
+        engine.answers["/metrics"] = status, text.replace(busy, "llamacpp:requests_processing 0")
+        await until(lambda: isinstance(contact.read(), Value) and contact.read().value.running == 0)
+        await contact.canary.send(PATIENCE)
+        assert [body.get("id_slot") for body in engine.bodies["/v1/completions"]] == [None, 0]
 
 
 async def test_an_engine_that_wants_a_key_is_not_waited_for_for_ever(

@@ -22,7 +22,7 @@ from sidecar.tools.doctor.finding import DoctorFinding
 from sidecar.tools.doctor.report import CHECKS, examine, text
 from sidecar.tools.scripted_engine.server import EngineSettings, ScriptedEngine
 
-from ..engines.engine_faces import OnDemand
+from ..engines.engine_faces import OnDemand, shown
 from ..images.published import settings
 from ..waiting import PATIENCE
 
@@ -160,18 +160,42 @@ async def test_an_unknown_engine_is_taken_as_openai(servers: list[web.AppRunner]
 async def test_no_model_is_loaded_by_looking(says: bool, words: str) -> None:
     """Of a server that loads on demand nothing is asked that it would load a model for, and the report says so."""
     server = OnDemand("a", "b", says=says)
-    async with server.shown() as shown:
-        found = await of_engine(shown.url)
+    async with server.shown() as face:
+        found = await of_engine(face.url)
     assert server.loads == []
     assert found["engine"].what == "serves a, b"
     assert found["canary"].level == "warn" and words in found["canary"].what
 
 
+async def test_an_engine_that_takes_no_canary_is_said(servers: list[web.AppRunner]) -> None:
+    """A server that refuses each form gets a warning that names what it refused."""
+    found = await of_engine(await serve(servers, v1_models=(200, '{"data": [{"id": "m"}]}')))
+    assert found["canary"].level == "warn" and "no canary passes here: HTTP 404" in found["canary"].what
+
+
+@pytest.mark.parametrize("name", ["tei", "ollama"])
+async def test_engines_without_openai_routes_are_whole(name: str) -> None:
+    """Text Embeddings Inference has no list of models and Ollama no metrics: neither is a fault."""
+    async with shown(name) as engine:
+        found = await of_engine(engine.url)
+        assert (found["engine-kind"].what, found["canary"].level, found["engine"].level) == (name, "ok", "ok")
+        assert found["engine-metrics"].level == ("ok" if name == "tei" else "absent")
+
+
+async def test_an_unloaded_model_is_no_fault() -> None:
+    """Ollama with nothing loaded gets no canary, and the report says what would."""
+    async with shown("ollama") as engine:
+        engine.answers["/api/ps"] = (200, '{"models": []}')
+        found = await of_engine(engine.url)
+    assert found["canary"].level == "warn" and "no model is loaded" in found["canary"].what
+    assert "load a model" in found["canary"].remedy
+
+
 async def test_the_model_that_is_loaded_answers_the_canary() -> None:
     """It stays loaded, whatever stands before it in the list."""
     server = OnDemand("a", "b", says=True, loaded="b")
-    async with server.shown() as shown:
-        found = await of_engine(shown.url)
+    async with server.shown() as face:
+        found = await of_engine(face.url)
     assert (server.loads, found["canary"].level) == ([], "ok")
 
 

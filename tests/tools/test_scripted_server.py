@@ -298,10 +298,11 @@ async def test_it_is_recognised_and_takes_its_canary() -> None:
                 pages[path] = await response.read()
         assert recognise(pages) == "scripted"
         kind = KINDS["scripted"]
-        form = canary_request.CanaryForms(kind, kind.priority).forms()[0]
+        form = canary_request.CanaryForms(kind, kind.priority).next_form()
+        assert form is not None
         async with client.session.post(form.path, json=canary_request.body(kind, form, "scripted")) as response:
             assert response.status == 200
-            assert canary_request.read(await response.read(), form.path).token
+            assert canary_request.read(await response.read(), form.row).token
 
 
 async def test_start_up_with_an_open_port() -> None:

@@ -5,13 +5,14 @@ Each request is sent once, with a timeout, by the code that `sidecar run` uses.
 
 from __future__ import annotations
 
+import re
 from typing import Final
 
 import aiohttp
 import psutil
 
 from sidecar.engines import metrics_parser, model_list, registry
-from sidecar.engines.engine_type import EngineKind
+from sidecar.engines.engine_type import MODELS, EngineKind
 from sidecar.images import vllm_plugin
 from sidecar.images.shm_cache import SHM_DIR
 from sidecar.readings import EngineSample
@@ -37,11 +38,14 @@ async def check(chosen: Settings) -> dict[str, DoctorFinding]:
     headers = {"authorization": f"Bearer {chosen.engine_key}"} if chosen.engine_key else {}
     async with aiohttp.ClientSession(headers=headers, cookie_jar=aiohttp.DummyCookieJar()) as session:
         met = await probe_engine(session, chosen.engine, headers, PAGE_TIMEOUT_S)
-        reached, seen = _reached(met), registry.recognise(met.pages)
+        seen = registry.recognise(met.pages)
+        kind = registry.KINDS[seen if chosen.engine_kind == "auto" else chosen.engine_kind]
+        reached = _reached(met, kind)
         if reached.level == "fail":
             return {"engine": reached}
-        kind = registry.KINDS[seen if chosen.engine_kind == "auto" else chosen.engine_kind]
-        await request_pages(met, session, chosen.engine, ("/version",), headers, PAGE_TIMEOUT_S)
+        pages = dict.fromkeys([*([kind.metrics_path] if kind.series else []), *kind.identity_paths])
+        unread = [path for path in pages if path not in met.status]
+        await request_pages(met, session, chosen.engine, unread, headers, PAGE_TIMEOUT_S)
         return {
             "engine": reached,
             "engine-kind": _kind(seen, chosen.engine_kind),
@@ -54,9 +58,11 @@ async def check(chosen: Settings) -> dict[str, DoctorFinding]:
         }
 
 
-def _reached(met: ProbeAnswers) -> DoctorFinding:
-    status = met.status["/v1/models"]
-    answers = f"/v1/models answers {status}"
+def _reached(met: ProbeAnswers, kind: EngineKind) -> DoctorFinding:
+    status = met.status[MODELS]
+    answers = f"{MODELS} answers {status}"
+    if status == 404 and MODELS not in kind.model_paths:
+        return DoctorFinding("ok", f"answers as {kind.name} does, without a list of models")
     if status == 0:
         return DoctorFinding("fail", met.error, "start the engine, or correct --engine")
     if status in (401, 403):
@@ -65,7 +71,7 @@ def _reached(met: ProbeAnswers) -> DoctorFinding:
         return DoctorFinding(
             "warn", answers, "name the canary's model (--canary-model), or wait until the engine is up"
         )
-    names = [card["id"][:80] for card in model_list.listed(met.pages["/v1/models"])]
+    names = [card["id"][:80] for card in model_list.listed(met.pages[MODELS])]
     if not names:
         return DoctorFinding("warn", "/v1/models names no model", "name the canary's model: --canary-model")
     return DoctorFinding("ok", f"serves {', '.join(names[:3])}" + (f" and {len(names) - 3} more" if names[3:] else ""))
@@ -78,7 +84,8 @@ def _kind(seen: str, chosen: str) -> DoctorFinding:
         return DoctorFinding("ok", f"{chosen} (as chosen)")
     if seen == "openai":
         text = "not recognised: its metrics are not read, silence is judged by its responses alone"
-        return DoctorFinding("warn", text, "if it is vllm, sglang, tgi or llamacpp, set --engine-kind")
+        kinds = ", ".join(name for name, kind in registry.KINDS.items() if kind.series and name != "scripted")
+        return DoctorFinding("warn", text, f"if it is one of {kinds}, set --engine-kind")
     return DoctorFinding("ok", seen)
 
 
@@ -102,9 +109,10 @@ def _metrics(met: ProbeAnswers, kind: EngineKind) -> DoctorFinding:
 
 _CANARY: Final[dict[str, tuple[Level, str]]] = {
     "busy": ("warn", "the engine is full or starting; ask again"),
+    "moot": ("warn", "load a model, or ask again once users have"),
     "rejected": (
         "warn",
-        "set --canary-model or --engine-key, or load a model; without a canary the verdict on silence is `unknown`",
+        "set --canary-model or --engine-key, or load a model; without a canary silence alone is judged, and later",
     ),
     "starved": ("fail", "the engine does not serve; see its log"),
     "failed": ("fail", "the engine does not serve; see its log"),
@@ -118,6 +126,8 @@ async def _canary(session: aiohttp.ClientSession, chosen: Settings, kind: Engine
     if result.outcome == "ok":
         return DoctorFinding("ok", f"one token in {result.ended - result.started:.2f} s from {result.detail}")
     level, remedy = _CANARY[result.outcome]
+    if result.outcome == "rejected" and re.search(r"HTTP 5(?!01)", result.detail):
+        level, remedy = _CANARY["failed"]
     return DoctorFinding(level, f"{result.outcome}: {result.detail}", remedy)
 
 
