@@ -15,9 +15,10 @@ from typing import Any, Final, TypeVar, get_args
 import msgspec
 
 from sidecar.health.monitor import SavedHealth
+from sidecar.labels import OTHER
 from sidecar.load.drift import DriftState
 
-STATE_VERSION: Final = 3
+STATE_VERSION: Final = 4
 MAX_STATE_AGE_S: Final = 3600.0
 
 T = TypeVar("T")
@@ -56,12 +57,12 @@ def with_origin(content: dict[str, Any], origin: StateOrigin) -> dict[str, Any]:
 
 def load(raw: Any, here: StateOrigin, now: float) -> tuple[SavedState, bool]:
     """The state in a file's content, and whether it is of the engine process that runs now. Raises StateRejected."""
-    if not isinstance(raw, dict) or raw.get("version") != STATE_VERSION:
+    if not isinstance(raw, dict) or raw.get("version") not in (3, STATE_VERSION):
         raise StateRejected("it is of another version")
     try:
         origin, at = from_plain(StateOrigin, raw.get("place")), from_plain(float, raw.get("at"))
-        saved = from_plain(SavedState, raw.get("kept"))
-    except (TypeError, ValueError, OverflowError) as e:  # msgspec's ValidationError is a ValueError
+        saved = from_plain(SavedState, _upgraded(raw.get("kept")) if raw["version"] == 3 else raw.get("kept"))
+    except (TypeError, ValueError, LookupError, OverflowError) as e:  # msgspec's ValidationError is a ValueError
         raise StateRejected(f"it is damaged ({e})") from None
     if origin.boot != here.boot:
         raise StateRejected("it is of an earlier boot of this machine")
@@ -70,6 +71,16 @@ def load(raw: Any, here: StateOrigin, now: float) -> tuple[SavedState, bool]:
     if not 0 <= now - at <= MAX_STATE_AGE_S:
         raise StateRejected(f"it is {now - at:.0f} s old")
     return saved, bool(here.listener) and origin.listener == here.listener
+
+
+def _upgraded(kept: Any) -> Any:
+    """The content of a file of version 3, which counted kills without their reasons, as that of version 4."""
+    fleet = dict(kept["fleet"])
+    total, restarted_at, counted = fleet.pop("kills_total"), fleet.pop("restarted_at"), fleet.pop("counted")
+    del fleet["served_at"]
+    kills = [[OTHER, total]] if total else []
+    new = {"kills": kills, "level": fleet["useless"], "credited": 0}
+    return {**kept, "fleet": {**fleet, **new, "restarted": restarted_at is not None, "judged": counted}}
 
 
 def to_plain(value: Any) -> Any:

@@ -280,7 +280,7 @@ class HealthMonitor:
         )
         before, hold_before = self.state, self.kill_policy.reason
         self.state, condition = verdict.judge(before, inputs)
-        self.kill_policy.tick(self.state.state, self._proof(), readings.gpus, now)
+        self.kill_policy.tick(self.state.state, self._proof(), readings.gpus, now, cause=self.state.reason)
         self._forget_engine(before, condition, now)
         self.verdict = self._new_verdict(inputs, condition, before, hold_before, wall)
         return self.verdict
