@@ -14,6 +14,7 @@ from typing import Any, Final, TypeVar, get_args
 
 import msgspec
 
+from sidecar.health.kill_policy import PRICE_MIN
 from sidecar.health.monitor import SavedHealth
 from sidecar.labels import OTHER
 from sidecar.load.drift import DriftState
@@ -76,11 +77,10 @@ def load(raw: Any, here: StateOrigin, now: float) -> tuple[SavedState, bool]:
 def _upgraded(kept: Any) -> Any:
     """The content of a file of version 3, which counted kills without their reasons, as that of version 4."""
     fleet = dict(kept["fleet"])
-    total, restarted_at, counted = fleet.pop("kills_total"), fleet.pop("restarted_at"), fleet.pop("counted")
-    del fleet["served_at"]
-    kills = [[OTHER, total]] if total else []
-    new = {"kills": kills, "level": fleet["useless"], "credited": 0}
-    return {**kept, "fleet": {**fleet, **new, "restarted": restarted_at is not None, "judged": counted}}
+    total, restarted_at, useless = fleet.pop("kills_total"), fleet.pop("restarted_at"), fleet.pop("useless")
+    del fleet["served_at"], fleet["counted"]
+    new = {"kills": [[OTHER, total]] if total else [], "owed": PRICE_MIN * useless, "credited": 0}
+    return {**kept, "fleet": {**fleet, **new, "restarted": restarted_at is not None}}
 
 
 def to_plain(value: Any) -> Any:

@@ -1,13 +1,13 @@
 """Pure: whether a stalled engine may be killed now, or stays unready until an operator acts.
 
 A kill is liveness that begins to fail; kubelet restarts the container. Rules:
-- A restart helped if the engine served for ten minutes after it. One that helped is followed by the next at once: a
-  brake would cost more than the restart. Where it did not help, the interval to the next kill doubles, and every ten
-  minutes of service take one doubling back. Whatever makes the verdict wrong must not cause a storm of restarts, each
-  of which costs minutes of loading.
+- A kill is to be paid for by six minutes of service. While all are paid for, the next comes at once: a brake would cost
+  more than the restarts. As long as some are not, there is an interval between kills, which doubles with every six
+  minutes owed. Whatever makes the verdict wrong must not cause a storm of restarts, each of which costs minutes of
+  loading. Ten minutes of service without a break pay for everything: that restart helped.
 - Replicas that stall at once are killed one after another: each waits for its own share of the jitter.
-- After some restarts in a row that did not help, the engine is escalated to an operator, and tried again once an hour
-  until an attempt helps: an hour later the cause may be gone, and nobody may have come.
+- When the service of some restarts is owed, the engine is escalated to an operator, and tried again once an hour until
+  an attempt helps: an hour later the cause may be gone, and nobody may have come.
 - After an XID that only a reset of the GPU or a reboot repairs, no restart is requested until an operator resumes
   restarts or the engine was healthy for an hour.
 - A kill stands until the engine was seen to restart or to recover: liveness that continues to fail is no second kill.
@@ -18,6 +18,7 @@ A kill is liveness that begins to fail; kubelet restarts the container. Rules:
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Annotated, Final
@@ -40,15 +41,17 @@ KILL_REASONS: Final = (*REASON_TEXTS, OTHER)
 MAX_CODE_CHARS: Final = 64
 MAX_CODES: Final = 200
 
-# The longest time between two kills: after five restarts that did not help, or after an escalation, a pod costs at most
-# a restart an hour.
+# The longest time between two kills: while half an hour is owed, or after an escalation, a pod costs at most a restart
+# an hour.
 MAX_INTERVAL_S: Final = 3600.0
 # Replicas that stall at once are killed within this time, each at its own time, by POD_UID or POD_NAME. Longer than a
 # period of their liveness probe (5 s), which would bring them together again, and short compared with the silence that
 # found the stall.
 JITTER_S: Final = 10.0
-# An engine that served for so long without a break was helped by its restart. kubelet forgets its own back-off after
-# the same time.
+# The service that pays for a kill, in minutes: with the time that loading takes, about the ten minutes of running after
+# which kubelet forgets its own back-off.
+PRICE_MIN: Final = 6
+# An engine that served for so long without a break was helped by its restart.
 RECOVERY_S: Final = 600.0
 # Health that disproves a broken GPU: as long as the longest interval, after which any other kill would be allowed.
 HEALTHY_S: Final = MAX_INTERVAL_S
@@ -101,19 +104,17 @@ Code = Annotated[str, Meta(max_length=MAX_CODE_CHARS)]
 
 @dataclass(frozen=True, slots=True)
 class KillState:
-    """What the next tick must know. `standing`, `restarted` and `judged` are of the last kill."""
+    """What the next tick must know. `standing` and `restarted` are of the last kill."""
 
     state: State = "starting"
     unwell_at: float = 0.0  # when it was last unhealthy
     stalled_at: float | None = None
     healthy_at: float | None = None  # since when it is healthy without a break
-    credited: int = 0  # how often this health has lowered the level
+    credited: int = 0  # whole minutes of this health that were counted
     killed_at: float | None = None
     standing: bool = False  # neither a restart nor a recovery was seen since
     restarted: bool = False
-    judged: bool = False  # whether it helped is known
-    level: int = 0  # kills that did not help, less one for every ten minutes served
-    useless: int = 0  # restarts in a row that did not help
+    owed: int = 0  # minutes of service that would pay for the kills so far
     kills: Annotated[tuple[tuple[Code, int], ...], Meta(max_length=MAX_CODES)] = ()  # by reason, since the first start
     xid: int = 0
     xid_at: float = 0.0
@@ -156,9 +157,10 @@ def kill_limits(settings: Settings, pod: str) -> KillLimits:
     )
 
 
-def interval(level: int, limits: KillLimits) -> float:
-    """Seconds between the last kill and the next, at least, after `level` kills that did not help."""
-    return min(limits.interval_cap, limits.interval * 2.0 ** min(level - 1, 60)) if level else 0.0
+def interval(owed: int, limits: KillLimits) -> float:
+    """Seconds between the last kill and the next, at least, while `owed` minutes of service are owed."""
+    unpaid = math.ceil(owed / PRICE_MIN)  # kills
+    return min(limits.interval_cap, limits.interval * 2.0 ** min(unpaid - 1, 60)) if unpaid else 0.0
 
 
 def kills_by_reason(kills: tuple[tuple[str, int], ...]) -> dict[str, int]:
@@ -183,7 +185,7 @@ def _left(state: KillState, now: float, limits: KillLimits) -> float:
     """Seconds until the next kill may come."""
     if state.standing or state.killed_at is None:
         return 0.0
-    wait = limits.interval_cap if state.handover == "restart_useless" else interval(state.level, limits)
+    wait = limits.interval_cap if state.handover == "restart_useless" else interval(state.owed, limits)
     return state.killed_at + wait - now
 
 
@@ -213,9 +215,9 @@ HOLDS: Final[tuple[tuple[str, Condition, str], ...]] = (
     (
         "restart_useless",
         _is_between_attempts,
-        "it stalled again soon after each of its last restarts, and the last is less than an hour ago",
+        "it stalled soon after each of its last restarts, and the last is less than an hour ago",
     ),
-    ("kill_interval", _is_too_soon, "the last kill is too recent, and it did not help"),
+    ("kill_interval", _is_too_soon, "the last kill is too recent for the little service since"),
     (JITTER_HOLD, _is_within_jitter, "its share of the jitter is not over; the verdict keeps its own reason"),
 )
 
@@ -227,8 +229,7 @@ def explain(reason: str, state: KillState, inputs: KillInputs, limits: KillLimit
     texts = {
         "node_needs_reboot": f"XID {state.xid}; {ESCALATIONS['node_needs_reboot']}",
         "gpu_needs_reset": f"XID {state.xid}, which a restart does not repair; {ESCALATIONS['gpu_needs_reset']}",
-        "restart_useless": f"{state.useless} restarts in a row without recovery, the next attempt in {left:.0f} s; "
-        + ESCALATIONS["restart_useless"],
+        "restart_useless": f"killed {ago:.0f} s ago, the next attempt in {left:.0f} s; {ESCALATIONS['restart_useless']}",
         "kill_interval": f"killed {ago:.0f} s ago, the next kill may come in {left:.0f} s",
         JITTER_HOLD: f"killed within {limits.jitter:.0f} s, so that replicas do not restart at once",
     }
@@ -254,34 +255,25 @@ def _is_healthy(state: KillState, inputs: KillInputs) -> bool:
 
 
 def _count(state: KillState, inputs: KillInputs, limits: KillLimits) -> KillState:
-    """Judge the last kill, once: it did not help if the engine stalls again before it has served for long enough."""
+    """Note when a stall begins, and count what health pays for and disproves."""
     if inputs.state == "stalled" and state.stalled_at is None:
-        state = replace(state, stalled_at=inputs.now)
-        if state.killed_at is not None and not state.standing and not state.judged:
-            level = state.level + (interval(state.level, limits) < limits.interval_cap)  # days of attempts count little
-            state = replace(state, judged=True, level=level, useless=state.useless + state.restarted)
-    if state.healthy_at is not None and _is_healthy(state, inputs):
-        state = _credit(state, inputs.now - state.healthy_at, inputs.now, limits)
-    return state
-
-
-def _credit(state: KillState, healthy: float, now: float, limits: KillLimits) -> KillState:
-    """What so many seconds of health disprove."""
-    earned = int(healthy / limits.recovery)
-    if earned > state.credited:
-        state = replace(state, credited=earned, level=max(0, state.level - (earned - state.credited)))
-    if healthy >= limits.healthy or (earned and state.handover == "restart_useless"):
+        return replace(state, stalled_at=inputs.now)
+    if state.healthy_at is None or not _is_healthy(state, inputs):
+        return state
+    healthy = inputs.now - state.healthy_at
+    minutes, has_recovered = int(healthy / 60), healthy >= limits.recovery
+    owed = 0 if has_recovered else max(0, state.owed - (minutes - state.credited))
+    state = replace(state, owed=owed, credited=minutes)
+    if healthy >= limits.healthy or (has_recovered and state.handover == "restart_useless"):
         state = replace(state, handover="")
-    if earned:
-        state = replace(state, judged=True, useless=0)
-    if earned and not state.handover and now - state.xid_at >= limits.recovery:
+    if has_recovered and not state.handover and inputs.now - state.xid_at >= limits.recovery:
         state = replace(state, xid=0)
     return state
 
 
 def _escalate(state: KillState, inputs: KillInputs, limits: KillLimits) -> KillState:
     if inputs.resume:
-        state = replace(state, handover="", useless=0, xid=0, level=0)
+        state = replace(state, handover="", xid=0, owed=0)
     if inputs.xid and (inputs.xid in NEEDS_REBOOT or state.xid not in NEEDS_REBOOT):
         state = replace(state, xid=inputs.xid, xid_at=inputs.now)
     if inputs.state not in ("stalled", "dead"):
@@ -289,14 +281,19 @@ def _escalate(state: KillState, inputs: KillInputs, limits: KillLimits) -> KillS
     found = {
         "node_needs_reboot": state.xid in NEEDS_REBOOT,
         "gpu_needs_reset": state.xid in NEEDS_RESET,
-        "restart_useless": 0 < limits.useless <= state.useless,
+        "restart_useless": inputs.state == "stalled" and _are_restarts_useless(state, limits),
     }
     return replace(state, handover=next((name for name in ESCALATIONS if found[name] or state.handover == name), ""))
 
 
+def _are_restarts_useless(state: KillState, limits: KillLimits) -> bool:
+    return state.restarted and 0 < PRICE_MIN * limits.useless <= state.owed
+
+
 def _kill(state: KillState, inputs: KillInputs) -> KillState:
     kills = tuple(kills_by_reason((*state.kills, (inputs.cause, 1))).items())
-    return replace(state, kills=kills, killed_at=inputs.now, standing=True, restarted=False, judged=False)
+    owed = state.owed + PRICE_MIN
+    return replace(state, kills=kills, owed=owed, killed_at=inputs.now, standing=True, restarted=False)
 
 
 class KillPolicy:

@@ -42,7 +42,7 @@ def kept() -> SavedState:
         stalled_at=9.0,
         killed_at=10.5,
         standing=True,
-        level=2,
+        owed=8,
         kills=(("no_progress", 2), ("gpu_fault", 1)),
     )
     drifted = drift.DriftState(
@@ -71,19 +71,19 @@ def test_another_process_of_the_engine_shares_only_what_was_learned() -> None:
 
 
 def file_of_version_3(it: SavedState, now: float = 100.0) -> Any:
-    """As the sidecar wrote it before kills had reasons, amid a stall after one useless restart of three."""
+    """As the sidecar wrote it before kills had reasons, amid a stall after two useless restarts of three."""
     raw = file_of(it, now)
-    for new in ("kills", "level", "credited", "restarted", "judged"):
+    for new in ("kills", "owed", "credited", "restarted"):
         del raw["kept"]["fleet"][new]
     raw["kept"]["fleet"] |= {"kills": 2, "kills_total": 3, "restarted_at": 20.0, "served_at": 30.5, "counted": True}
-    raw["kept"]["fleet"]["useless"] = 1
+    raw["kept"]["fleet"]["useless"] = 2
     return raw | {"version": 3}
 
 
 def test_a_file_of_the_version_before_is_read() -> None:
-    """Its kills are of no known reason, its useless restarts are the level; everything else is as it was."""
+    """Its kills are of no known reason, its useless restarts are not paid for; everything else is as it was."""
     found, same = saved_state.load(file_of_version_3(kept()), HERE, 110.0)
-    fleet = replace(kept().fleet, level=1, useless=1, kills=(("other", 3),), restarted=True, judged=True)
+    fleet = replace(kept().fleet, owed=12, kills=(("other", 3),), restarted=True)
     assert same and found == replace(kept(), fleet=fleet)
     none = file_of_version_3(kept())
     none["kept"]["fleet"]["kills_total"] = 0
@@ -229,7 +229,7 @@ def test_another_engine_process_starts_and_its_restart_is_counted() -> None:
     life.run(1)
     assert set(life.states) == {"starting"} and not passes("startup", probe(life))
     policy = life.control.health.kill_policy.state
-    assert policy.restarted and not policy.standing and (policy.level, policy.kills_total) == (2, 3)
+    assert policy.restarted and not policy.standing and (policy.owed, policy.kills_total) == (8, 3)
     assert life.control.health.progress.learned.first_tokens == 30
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -86,11 +87,12 @@ def test_the_first_stall_is_killed_at_once() -> None:
 
 
 @pytest.mark.parametrize(
-    ("level", "seconds"), [(0, 0), (1, 300), (2, 600), (3, 1200), (4, 2400), (5, 3600), (999, 3600)]
+    ("owed", "seconds"),
+    [(0, 0), (1, 300), (6, 300), (7, 600), (12, 600), (18, 1200), (24, 2400), (25, 3600), (30, 3600), (9999, 3600)],
 )
-def test_the_interval_doubles_up_to_its_cap(level: int, seconds: float) -> None:
-    """None at first; 5 minutes after a restart that did not help, then 10, 20, 40, 60."""
-    assert interval(level, LIMITS) == seconds
+def test_the_interval_doubles_up_to_its_cap(owed: int, seconds: float) -> None:
+    """None while all kills are paid for by service; 5 minutes for one that is not, then 10, 20, 40, 60."""
+    assert interval(owed, LIMITS) == seconds
 
 
 def test_the_settings_bound_interval_and_restarts() -> None:
@@ -116,40 +118,44 @@ def test_a_stall_soon_after_a_restart_waits_for_the_interval() -> None:
     assert gaps(story.kills) == pytest.approx([300, 600], abs=5)
 
 
-@pytest.mark.parametrize("minutes", [10, 12, 20, 30, 60])
+@pytest.mark.parametrize("minutes", [7, 9, 12, 20, 30, 60])
 def test_an_engine_that_hangs_again_and_again_but_serves_between_is_restarted_at_once(minutes: float) -> None:
-    """Every restart helped for ten minutes or more: nothing is held back all day."""
+    """Every restart paid for itself: nothing is held back all day."""
     story = Story()
     while story.now < DAY:
         assert story.be("stalled") == ""
         story.restart(served=60 * minutes + 5)
     assert len(story.kills) >= DAY // (60 * minutes + 100) - 1
-    assert story.state.level == 0 and not story.state.handover
+    assert story.state.owed == 0 and not story.state.handover
 
 
-def test_every_ten_minutes_of_service_shorten_the_interval_again() -> None:
-    """Four restarts that did not help, then 25 minutes of service: two steps back, and none below zero."""
+def test_each_minute_of_service_shortens_the_interval_again() -> None:
+    """Four kills without service, then four minutes of it: less is owed; ten minutes without a break forgive all."""
     story = Story(replace(LIMITS, useless=0))
-    for _ in range(5):
-        story.be("stalled", 4000)
-        story.restart(served=30)
-    assert story.state.level == 4
-    story.be("progressing", 1500)
-    assert story.state.level == 2
-    assert story.be("stalled") == "", "the interval of ten minutes has passed in service"
-    story.restart(served=24_000)
-    assert story.state.level == 0
+    for _ in range(4):
+        story.hang()
+        story.restart()
+    assert story.state.owed == 24
+    story.be("progressing", 245)
+    assert story.state.owed == 20
+    story.be("starting")
+    story.be("progressing", 50)
+    assert story.state.owed == 20, "no whole minute without a break"
+    story.be("progressing", 560)
+    assert story.state.owed == 0
 
 
-def test_the_interval_remembers_no_more_than_its_cap() -> None:
-    """After days of useless attempts an hour of service forgets all of them."""
-    story = Story()
-    for _ in range(30):
-        story.be("stalled", 4000)
-        story.restart(served=30)
-    assert story.state.level == 5
-    story.be("progressing", 3605)
-    assert story.state.level == 0
+def test_hangs_at_random_cost_little_more_than_the_restarts() -> None:
+    """Twenty minutes of service on average, some much shorter: two in three hangs are followed by a restart at once."""
+    story, rng, held = Story(), random.Random(3), 0
+    while story.now < 2 * DAY:
+        held += story.be("stalled") != ""
+        story.be("stalled", STEP_S)
+        if not story.state.standing:
+            story.hang()
+        story.be("starting", 180)
+        story.be("progressing", 30 + rng.expovariate(1 / 1200))
+    assert held < len(story.kills) / 3
 
 
 def test_two_restarts_that_do_not_help_are_followed_by_one_an_hour() -> None:
@@ -159,8 +165,8 @@ def test_two_restarts_that_do_not_help_are_followed_by_one_an_hour() -> None:
         story.be("stalled", 1200)
         story.restart(served=30)
     assert story.be("stalled") == "restart_useless"
-    assert story.hold and story.hold.handover and "2 restarts in a row" in story.hold.detail
-    assert re.search(r"next attempt in 2[0-9]{3} s", story.hold.detail)
+    assert story.hold and story.hold.handover
+    assert re.search(r"next attempt in 2[0-9]{3} s; restarts do not help", story.hold.detail)
     while story.now < DAY:
         story.be("stalled", 4000)
         story.restart(served=30)
@@ -169,13 +175,14 @@ def test_two_restarts_that_do_not_help_are_followed_by_one_an_hour() -> None:
 
 
 def test_hangs_every_five_minutes_grow_apart_and_never_end_for_ever() -> None:
-    """Served for five minutes after each restart: at once, after the interval, then one attempt an hour."""
+    """Served for nearly five minutes after each restart, which is too little: in the end one attempt an hour."""
     story = Story()
-    while story.now < DAY:
+    while story.now < 2 * DAY:
         story.hang()
-        story.restart(served=300)
-    first, *later = gaps(story.kills)
-    assert first < 600 and later == pytest.approx([3600] * len(later), abs=10) and len(later) >= 22
+        story.restart(served=295)
+    between = gaps(story.kills)
+    assert between == sorted(between) and between[0] < 600
+    assert story.state.handover and between[-24:] == pytest.approx([3600] * 24, abs=STEP_S)
 
 
 def test_an_attempt_that_helps_ends_the_escalation() -> None:
@@ -189,7 +196,7 @@ def test_an_attempt_that_helps_ends_the_escalation() -> None:
     story.restart(served=300)
     assert story.state.handover == "restart_useless", "five minutes prove nothing"
     story.be("progressing", 310)
-    assert story.state.handover == "" and story.state.useless == 0
+    assert story.state.handover == "" and story.state.owed == 0
     assert story.be("stalled") == "" and len(story.kills) == 4
 
 
@@ -221,7 +228,7 @@ def test_one_restart_counts_once_even_if_the_engine_stalls_on_and_off() -> None:
     for _ in range(5):
         story.be("stalled", 2)
         story.be("progressing", 2)
-    assert story.state.useless == 1 and not story.state.handover
+    assert story.state.owed == 6 and not story.state.handover
 
 
 def test_idle_without_a_token_proves_nothing() -> None:
@@ -257,7 +264,7 @@ def test_an_operator_ends_any_hold() -> None:
     assert story.be("stalled") == "restart_useless"
     assert story.be("stalled", resume=True) == ""
     story.restart(served=30)
-    assert story.be("stalled") == "kill_interval" and story.state.level == 1
+    assert story.be("stalled") == "kill_interval" and story.state.owed == 6
 
 
 def test_kills_are_counted_by_the_reason_of_the_verdict() -> None:
@@ -386,22 +393,22 @@ def test_whatever_happens_the_promises_hold(steps: list[tuple[State, float, int,
 
 
 lives = st.lists(
-    st.tuples(st.integers(1, 4000), st.integers(0, 900), st.booleans(), st.integers(0, 595)), min_size=1, max_size=9
+    st.tuples(st.integers(1, 4000), st.integers(0, 900), st.booleans(), st.floats(0, 1)), min_size=1, max_size=9
 )
 
 
-@settings(max_examples=60, deadline=None)
+@pytest.mark.parametrize(("longest", "most"), [(59, 4), (900, 12)])
+@settings(max_examples=40, deadline=None)
 @given(lives=lives, useless=st.sampled_from((0, 1, 2, 3)))
-def test_kills_within_an_hour_are_bounded_when_nothing_helps(
-    lives: list[tuple[int, int, bool, int]], useless: int
+def test_kills_within_an_hour_are_bounded(
+    longest: float, most: int, lives: list[tuple[int, int, bool, float]], useless: int
 ) -> None:
-    """Whatever is stalled, dead, starting or served for less than ten minutes: at most four in any hour."""
+    """Whatever is stalled, dead or starting: at most four in any hour when nothing helps, twelve whatever helps."""
     story = Story(replace(LIMITS, useless=useless))
     for stalled, starting, dies, served in lives:
         story.be("stalled", stalled)
         if dies:
             story.be("dead", 6)
         story.be("starting", starting)
-        story.be("progressing", served)
-    assert max(sum(0 <= other - kill < 3600 for other in story.kills) for kill in story.kills) <= 4
-    assert story.state.level <= 5
+        story.be("progressing", served * longest)
+    assert max(sum(0 <= other - kill < 3600 for other in story.kills) for kill in story.kills) <= most
