@@ -112,7 +112,7 @@ REMOVED: Final = {
     "image-queue": "it is fixed at 64 queued images per relay process",
     "image-seconds": "it is fixed at 10",
     "kill-healthy": "ten minutes of service end an escalation, an hour one for a broken GPU",
-    "kill-interval-cap": "the time between kills that do not help grows up to an hour, or to --kill-interval if that is longer",
+    "kill-interval-cap": "the time between two kills grows up to an hour, or to --kill-interval if that is longer",
     "kill-jitter": "replicas that stall at the same time are killed within 10 s, each at its own time",
     "kill-recovery": "6 minutes of service pay for a kill, 10 minutes without a break for all",
     "log-format": "log lines are text on a terminal, and JSON elsewhere",

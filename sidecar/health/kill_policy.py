@@ -229,7 +229,7 @@ def explain(reason: str, state: KillState, inputs: KillInputs, limits: KillLimit
     texts = {
         "node_needs_reboot": f"XID {state.xid}; {ESCALATIONS['node_needs_reboot']}",
         "gpu_needs_reset": f"XID {state.xid}, which a restart does not repair; {ESCALATIONS['gpu_needs_reset']}",
-        "restart_useless": f"killed {ago:.0f} s ago, the next attempt in {left:.0f} s; {ESCALATIONS['restart_useless']}",
+        "restart_useless": f"killed {ago:.0f} s ago, next attempt in {left:.0f} s; {ESCALATIONS['restart_useless']}",
         "kill_interval": f"killed {ago:.0f} s ago, the next kill may come in {left:.0f} s",
         JITTER_HOLD: f"killed within {limits.jitter:.0f} s, so that replicas do not restart at once",
     }

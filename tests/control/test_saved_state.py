@@ -213,6 +213,22 @@ def test_a_restored_stall_is_judged_again() -> None:
     assert life.control.health.kill_policy.state.kills_total == 3
 
 
+def test_kills_by_reason_outlive_the_sidecar() -> None:
+    """What was counted stays, and the next kill counts by the reason of its verdict."""
+    life = Life()
+    before = kill_policy.KillState(kills=(("gpu_fault", 2),))
+    life.control.restore(replace(kept(), stalled=False, fleet=before), life.now, same=True)
+    while life.control.health.verdict.state != "stalled":
+        life.run(1)
+    reason = life.control.health.verdict.reason
+    assert reason in kill_policy.KILL_REASONS[:-1]
+    assert life.control.save().fleet.kills == (("gpu_fault", 2), (reason, 1))
+    assert life.control.tick(NOTHING, life.now + TICK_S, life.now + TICK_S).kills_by_reason == (
+        ("gpu_fault", 2),
+        (reason, 1),
+    )
+
+
 def test_a_restored_engine_that_serves_is_believed_at_once() -> None:
     """One canary that passes ends the waiting; nothing is learned again."""
     life = Life()
