@@ -83,10 +83,14 @@ class Settings:
         900.0, number(1, 86_400, "seconds"), "Maximum silence allowed; 90 s more while the engine's API is silent"
     )
     kill_interval: float = flag(
-        300.0, number(0, 86_400, "seconds"), "Minimum time between two kills; doubles with each kill, up to an hour"
+        300.0,
+        number(0, 86_400, "seconds"),
+        "Minimum time between two kills with little service between; doubles with each, up to an hour",
     )
     useless_restarts: int = flag(
-        2, integer(0, 100), "Restarts in a row without recovery, after which an operator must act; 0: never"
+        2,
+        integer(0, 100),
+        "Restarts without recovery, after which an operator must act and only one an hour is tried; 0: never",
     )
     canary_interval: float = flag(7.0, number(0.5, 3600, "seconds"), "Time between canaries while the engine is idle")
     canary_model: str = flag("", text, "Model name in canaries; default: one that is loaded, or that users used last")
@@ -112,10 +116,10 @@ REMOVED: Final = {
     "image-max-count": "it is fixed at 16 images per request",
     "image-queue": "it is fixed at 64 queued images per relay process",
     "image-seconds": "it is fixed at 10",
-    "kill-healthy": "kills and an escalation are forgotten after an hour of health",
+    "kill-healthy": "ten minutes of service end an escalation, an hour one for a broken GPU",
     "kill-interval-cap": "the time between two kills grows up to an hour, or to --kill-interval if that is longer",
     "kill-jitter": "replicas that stall at the same time are killed within 10 s, each at its own time",
-    "kill-recovery": "a restart did not help if the engine stalls again within 10 minutes of its first token",
+    "kill-recovery": "6 minutes of service pay for a kill, 10 minutes without a break for all",
     "log-format": "log lines are text on a terminal, and JSON elsewhere",
     "max-queued": "it is fixed at 1000 queued requests per relay process",
     "orca": "a response has the header if its request has endpoint-load-metrics-format: JSON, TEXT or BIN",

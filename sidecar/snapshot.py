@@ -140,6 +140,7 @@ class Snapshot:
     changes: tuple[Verdict, ...]  # newest first, bounded
     diagnoses: tuple[DiagnosisSummary, ...]  # newest first, bounded
     kills: int = 0  # how often liveness failed because of a stall
+    kills_by_reason: tuple[tuple[str, int], ...] = ()  # by the reason of the verdict then
     handover: str = ""  # why an operator must act; "" while none must
     canaries: CanaryUse = CanaryUse()
     prices: PriceUse = PriceUse()

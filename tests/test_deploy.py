@@ -19,7 +19,7 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from sidecar.events import OUTCOMES, STATES
-from sidecar.health.kill_policy import ESCALATIONS
+from sidecar.health.kill_policy import ESCALATIONS, KILL_REASONS
 from sidecar.report import load_json
 from sidecar.report.metrics import METRICS
 from sidecar.report.prometheus import MetricsPages
@@ -96,6 +96,7 @@ VALUES: dict[tuple[str, str], Iterable[str]] = {
     ("", "outcome"): OUTCOMES,
     ("", "verdict"): STATES,
     ("sidecar_handover", "reason"): ESCALATIONS,
+    ("sidecar_kills_total", "reason"): KILL_REASONS,
 }
 ENGINE_FLAGS = {"--host", "--port", "--enable-prompt-tokens-details"}
 

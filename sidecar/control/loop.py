@@ -190,7 +190,7 @@ class ControlLoop:
         if hold is None:
             _log.warning("liveness fails from now on: nothing holds the kill back any more")
         elif hold.handover:
-            text = "escalated to an operator (%s): %s; the pod stays unready and is not killed; %s"
+            text = "escalated to an operator (%s): %s; until then the pod stays unready and is not killed; %s"
             remedy = f"after the repair, delete the pod or touch {self._state_dir.path / RESUME}"
             _log.error(text, hold.reason, hold.detail, remedy)
         else:

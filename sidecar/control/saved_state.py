@@ -9,12 +9,15 @@
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Final, TypeVar, get_args
 
 import msgspec
 
+from sidecar.health.kill_policy import PRICE_MIN
+from sidecar.health.latency_model import LatencyModel
 from sidecar.health.monitor import SavedHealth
+from sidecar.labels import OTHER
 from sidecar.load.drift import DriftState
 
 STATE_VERSION: Final = 4
@@ -56,12 +59,12 @@ def with_origin(content: dict[str, Any], origin: StateOrigin) -> dict[str, Any]:
 
 def load(raw: Any, here: StateOrigin, now: float) -> tuple[SavedState, bool]:
     """The state in a file's content, and whether it is of the engine process that runs now. Raises StateRejected."""
-    if not isinstance(raw, dict) or raw.get("version") != STATE_VERSION:
+    if not isinstance(raw, dict) or raw.get("version") not in (3, STATE_VERSION):
         raise StateRejected("it is of another version")
     try:
         origin, at = from_plain(StateOrigin, raw.get("place")), from_plain(float, raw.get("at"))
-        saved = from_plain(SavedState, raw.get("kept"))
-    except (TypeError, ValueError, OverflowError) as e:  # msgspec's ValidationError is a ValueError
+        saved = from_plain(SavedState, _upgraded(raw.get("kept")) if raw["version"] == 3 else raw.get("kept"))
+    except (TypeError, ValueError, LookupError, OverflowError) as e:  # msgspec's ValidationError is a ValueError
         raise StateRejected(f"it is damaged ({e})") from None
     if origin.boot != here.boot:
         raise StateRejected("it is of an earlier boot of this machine")
@@ -70,6 +73,26 @@ def load(raw: Any, here: StateOrigin, now: float) -> tuple[SavedState, bool]:
     if not 0 <= now - at <= MAX_STATE_AGE_S:
         raise StateRejected(f"it is {now - at:.0f} s old")
     return saved, bool(here.listener) and origin.listener == here.listener
+
+
+def _upgraded(kept: Any) -> Any:
+    """The content of a file of version 3 as that of version 4.
+
+    It counted kills without their reasons, and knew nothing of routes, concurrency, starts, and canaries that pass.
+    """
+    learned = {**asdict(LatencyModel()), **kept["learned"]}
+    learned |= {"answers": learned["first_tokens"], "fitted_at": -1}
+    fleet = dict(kept["fleet"])
+    total, restarted_at, useless = fleet.pop("kills_total"), fleet.pop("restarted_at"), fleet.pop("useless")
+    del fleet["served_at"], fleet["counted"]
+    new = {"kills": [[OTHER, total]] if total else [], "owed": PRICE_MIN * useless, "credited": 0}
+    passes = bool(kept["canary_seconds"])
+    return {
+        **kept,
+        "learned": to_plain(learned),
+        "canaries_pass": passes,
+        "fleet": {**fleet, **new, "restarted": restarted_at is not None},
+    }
 
 
 def to_plain(value: Any) -> Any:

@@ -10,6 +10,7 @@ from dataclasses import fields, replace
 from sidecar import __version__
 from sidecar.control.saved_state import SavedState
 from sidecar.events import Admitted, CanaryResult, Event, FirstToken, ImagePrepared, RequestSize
+from sidecar.health.kill_policy import kills_by_reason
 from sidecar.health.monitor import HealthMonitor, TickReadings
 from sidecar.health.progress import PREDICTION_MARGIN
 from sidecar.labels import BoundedLabels
@@ -139,6 +140,7 @@ class ControlState:
             changes=tuple(health.changes),
             diagnoses=readings.diagnoses,
             kills=health.kill_policy.state.kills_total,
+            kills_by_reason=tuple(kills_by_reason(health.kill_policy.state.kills).items()),
             handover=health.kill_policy.state.handover,
             canaries=replace(self._canaries, garbage=health.garbage.found, usable=health.canary_usable),
             prices=self.coefficients.use(),

@@ -1,12 +1,15 @@
 """Pure: whether a stalled engine may be killed now, or stays unready until an operator acts.
 
 A kill is liveness that begins to fail; kubelet restarts the container. Rules:
-- The interval between two kills doubles from kill to kill and is forgotten after a healthy hour. Whatever makes the
-  verdict wrong must not cause a storm of restarts, each of which costs minutes of loading.
+- A kill is to be paid for by six minutes of service. While all are paid for, the next comes at once: a brake would cost
+  more than the restarts. As long as some are not, there is an interval between kills, which doubles with every six
+  minutes owed. Whatever makes the verdict wrong must not cause a storm of restarts, each of which costs minutes of
+  loading. Ten minutes of service without a break pay for everything: that restart helped.
 - Replicas that stall at once are killed one after another: each waits for its own share of the jitter.
-- A restart that cannot help is not requested. After restarts that did not help, or an XID that only a reset of the GPU
-  or a reboot repairs, the engine is escalated to an operator. That stays so until the operator resumes restarts or it
-  was healthy for an hour.
+- When the service of some restarts is owed, the engine is escalated to an operator, and tried again once an hour until
+  an attempt helps: an hour later the cause may be gone, and nobody may have come.
+- After an XID that only a reset of the GPU or a reboot repairs, no restart is requested until an operator resumes
+  restarts or the engine was healthy for an hour.
 - A kill stands until the engine was seen to restart or to recover: liveness that continues to fail is no second kill.
 - `dead` is neither held nor counted: where no process is left, kubelet restarts it and backs off by itself.
 - Times are monotonic seconds, passed in.
@@ -15,6 +18,7 @@ A kill is liveness that begins to fail; kubelet restarts the container. Rules:
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Annotated, Final
@@ -22,6 +26,8 @@ from typing import Annotated, Final
 from msgspec import Meta
 
 from sidecar.events import State
+from sidecar.health.reasons import REASON_TEXTS
+from sidecar.labels import OTHER
 from sidecar.readings import GpuSample, Reading, Value
 from sidecar.settings import Settings
 
@@ -29,20 +35,25 @@ from sidecar.settings import Settings
 # with a reset of the GPU, and with a reboot: a new process in the same container would find the same broken GPU.
 NEEDS_RESET: Final = frozenset({46, 62, 95, 109, 119, 120, 140})
 NEEDS_REBOOT: Final = frozenset({79})
-# Of a reason code in saved state.
+# Kills are counted by the reason of the verdict; what is none of these counts as `other`.
+KILL_REASONS: Final = (*REASON_TEXTS, OTHER)
+# Of a reason code in saved state, and of a list of them.
 MAX_CODE_CHARS: Final = 64
+MAX_CODES: Final = 200
 
-# The longest time between two kills: from the fifth on, a pod that stalls again and again costs at most a restart an
-# hour.
+# The longest time between two kills: while half an hour is owed, or after an escalation, a pod costs at most a restart
+# an hour.
 MAX_INTERVAL_S: Final = 3600.0
 # Replicas that stall at once are killed within this time, each at its own time, by POD_UID or POD_NAME. Longer than a
 # period of their liveness probe (5 s), which would bring them together again, and short compared with the silence that
 # found the stall.
 JITTER_S: Final = 10.0
-# An engine that stalls again within this time of its first token was not helped by its restart.
+# The service that pays for a kill, in minutes: with the time that loading takes, about the ten minutes of running after
+# which kubelet forgets its own back-off.
+PRICE_MIN: Final = 6
+# An engine that served for so long without a break was helped by its restart.
 RECOVERY_S: Final = 600.0
-# Health after which kills and an escalation are forgotten: as long as the longest interval, after which the next kill
-# would be allowed anyway.
+# Health that disproves a broken GPU: as long as the longest interval, after which any other kill would be allowed.
 HEALTHY_S: Final = MAX_INTERVAL_S
 
 HEALTHY_STATES: Final = frozenset[State]({"idle", "progressing"})
@@ -85,32 +96,39 @@ class KillInputs:
     proof: float | None = None
     xid: int = 0
     resume: bool = False  # an operator resumed restarts
+    cause: str = ""  # the reason of the verdict
+
+
+Code = Annotated[str, Meta(max_length=MAX_CODE_CHARS)]
 
 
 @dataclass(frozen=True, slots=True)
 class KillState:
-    """What the next tick must know. `restarted_at`, `served_at` and `counted` are of the engine since the last kill."""
+    """What the next tick must know. `standing` and `restarted` are of the last kill."""
 
     state: State = "starting"
     unwell_at: float = 0.0  # when it was last unhealthy
     stalled_at: float | None = None
     healthy_at: float | None = None  # since when it is healthy without a break
+    credited: int = 0  # whole minutes of this health that were counted
     killed_at: float | None = None
-    standing: bool = False  # the last kill stands: neither a restart nor a recovery was seen since
-    kills: int = 0  # since the last healthy hour
-    kills_total: int = 0
-    restarted_at: float | None = None
-    served_at: float | None = None
-    counted: bool = False  # that restart was found useless
-    useless: int = 0  # useless restarts in a row
+    standing: bool = False  # neither a restart nor a recovery was seen since
+    restarted: bool = False
+    owed: int = 0  # minutes of service that would pay for the kills so far
+    kills: Annotated[tuple[tuple[Code, int], ...], Meta(max_length=MAX_CODES)] = ()  # by reason, since the first start
     xid: int = 0
     xid_at: float = 0.0
-    handover: Annotated[str, Meta(max_length=MAX_CODE_CHARS)] = ""
+    handover: Code = ""
+
+    @property
+    def kills_total(self) -> int:
+        """All kills since the first start."""
+        return sum(count for _, count in self.kills)
 
 
 @dataclass(frozen=True, slots=True)
 class KillHold:
-    """Why a kill is held back. `handover`: only an operator can repair it."""
+    """Why a kill is held back. `handover`: an operator must act."""
 
     reason: str
     detail: str
@@ -126,7 +144,7 @@ def decide(state: KillState, inputs: KillInputs, limits: KillLimits) -> tuple[Ki
     reason = next((reason for reason, holds, _ in HOLDS if holds(state, inputs, limits)), "")
     if reason:
         return state, KillHold(reason, explain(reason, state, inputs, limits), reason in ESCALATIONS)
-    return (state if state.standing else _kill(state, inputs.now)), None
+    return (state if state.standing else _kill(state, inputs)), None
 
 
 def kill_limits(settings: Settings, pod: str) -> KillLimits:
@@ -139,9 +157,19 @@ def kill_limits(settings: Settings, pod: str) -> KillLimits:
     )
 
 
-def interval(kills: int, limits: KillLimits) -> float:
-    """Seconds between the last of `kills` kills and the next, at least."""
-    return min(limits.interval_cap, limits.interval * 2.0 ** min(kills - 1, 60)) if kills else 0.0
+def interval(owed: int, limits: KillLimits) -> float:
+    """Seconds between the last kill and the next, at least, while `owed` minutes of service are owed."""
+    unpaid = math.ceil(owed / PRICE_MIN)  # kills
+    return min(limits.interval_cap, limits.interval * 2.0 ** min(unpaid - 1, 60)) if unpaid else 0.0
+
+
+def kills_by_reason(kills: tuple[tuple[str, int], ...]) -> dict[str, int]:
+    """The kills of each of KILL_REASONS that had any; codes that only another version knows count as `other`."""
+    found: dict[str, int] = {}
+    for code, count in kills:
+        known = code if code in KILL_REASONS else OTHER
+        found[known] = found.get(known, 0) + count
+    return found
 
 
 def share(identity: str) -> float:
@@ -153,10 +181,20 @@ def _listed(numbers: frozenset[int]) -> str:
     return ", ".join(map(str, sorted(numbers)))
 
 
-def _is_too_soon(state: KillState, inputs: KillInputs, limits: KillLimits) -> bool:
+def _left(state: KillState, now: float, limits: KillLimits) -> float:
+    """Seconds until the next kill may come."""
     if state.standing or state.killed_at is None:
-        return False
-    return inputs.now - state.killed_at < interval(state.kills, limits)
+        return 0.0
+    wait = limits.interval_cap if state.handover == "restart_useless" else interval(state.owed, limits)
+    return state.killed_at + wait - now
+
+
+def _is_too_soon(state: KillState, inputs: KillInputs, limits: KillLimits) -> bool:
+    return _left(state, inputs.now, limits) > 0
+
+
+def _is_between_attempts(state: KillState, inputs: KillInputs, limits: KillLimits) -> bool:
+    return state.handover == "restart_useless" and _is_too_soon(state, inputs, limits)
 
 
 def _is_within_jitter(state: KillState, inputs: KillInputs, limits: KillLimits) -> bool:
@@ -174,8 +212,12 @@ def _is_escalated(reason: str) -> Condition:
 HOLDS: Final[tuple[tuple[str, Condition, str], ...]] = (
     ("node_needs_reboot", _is_escalated("node_needs_reboot"), f"XID {_listed(NEEDS_REBOOT)}"),
     ("gpu_needs_reset", _is_escalated("gpu_needs_reset"), f"XID {_listed(NEEDS_RESET)}"),
-    ("restart_useless", _is_escalated("restart_useless"), "it stalled again soon after each of its last restarts"),
-    ("kill_interval", _is_too_soon, "the last kill is too recent"),
+    (
+        "restart_useless",
+        _is_between_attempts,
+        "it stalled soon after each of its last restarts, and the last is less than an hour ago",
+    ),
+    ("kill_interval", _is_too_soon, "the last kill is too recent for the little service since"),
     (JITTER_HOLD, _is_within_jitter, "its share of the jitter is not over; the verdict keeps its own reason"),
 )
 
@@ -183,11 +225,11 @@ HOLDS: Final[tuple[tuple[str, Condition, str], ...]] = (
 def explain(reason: str, state: KillState, inputs: KillInputs, limits: KillLimits) -> str:
     """One line for an operator: why there is no kill, and what comes next."""
     ago = inputs.now - state.killed_at if state.killed_at is not None else 0.0
-    left = interval(state.kills, limits) - ago
+    left = _left(state, inputs.now, limits)
     texts = {
         "node_needs_reboot": f"XID {state.xid}; {ESCALATIONS['node_needs_reboot']}",
         "gpu_needs_reset": f"XID {state.xid}, which a restart does not repair; {ESCALATIONS['gpu_needs_reset']}",
-        "restart_useless": f"{state.useless} restarts in a row without recovery; {ESCALATIONS['restart_useless']}",
+        "restart_useless": f"killed {ago:.0f} s ago, next attempt in {left:.0f} s; {ESCALATIONS['restart_useless']}",
         "kill_interval": f"killed {ago:.0f} s ago, the next kill may come in {left:.0f} s",
         JITTER_HOLD: f"killed within {limits.jitter:.0f} s, so that replicas do not restart at once",
     }
@@ -197,13 +239,14 @@ def explain(reason: str, state: KillState, inputs: KillInputs, limits: KillLimit
 def _observe(state: KillState, inputs: KillInputs) -> KillState:
     """What a change of the verdict shows about the last kill, and about health."""
     has_started = inputs.state == "starting" and state.state != "starting"
-    if has_started and state.killed_at is not None and state.restarted_at is None:
-        state = replace(state, restarted_at=inputs.now, standing=False)
+    if has_started and state.killed_at is not None and not state.restarted:
+        state = replace(state, restarted=True, standing=False)
     if _is_healthy(state, inputs):
         healthy_at = inputs.now if state.healthy_at is None else state.healthy_at
-        served_at = inputs.now if state.served_at is None and state.restarted_at is not None else state.served_at
-        return replace(state, healthy_at=healthy_at, served_at=served_at, standing=False)
-    return replace(state, healthy_at=None, unwell_at=inputs.now) if inputs.state in UNHEALTHY_STATES else state
+        return replace(state, healthy_at=healthy_at, standing=False)
+    if inputs.state in UNHEALTHY_STATES:
+        return replace(state, healthy_at=None, credited=0, unwell_at=inputs.now)
+    return state
 
 
 def _is_healthy(state: KillState, inputs: KillInputs) -> bool:
@@ -212,24 +255,25 @@ def _is_healthy(state: KillState, inputs: KillInputs) -> bool:
 
 
 def _count(state: KillState, inputs: KillInputs, limits: KillLimits) -> KillState:
-    """Count a restart that did not help, once, when the engine stalls again; forget what health has disproved."""
+    """Note when a stall begins, and count what health pays for and disproves."""
     if inputs.state == "stalled" and state.stalled_at is None:
-        state = replace(state, stalled_at=inputs.now)
-        is_useless = state.served_at is None or inputs.now - state.served_at < limits.recovery
-        if state.restarted_at is not None and not state.counted and is_useless:
-            state = replace(state, useless=state.useless + 1, counted=True)
-    if state.healthy_at is not None and _is_healthy(state, inputs):
-        healthy = inputs.now - state.healthy_at
-        if healthy >= limits.healthy:
-            state = replace(state, kills=0, handover="")
-        if healthy >= limits.recovery and not state.handover:
-            state = replace(state, useless=0, xid=state.xid if inputs.now - state.xid_at < limits.recovery else 0)
+        return replace(state, stalled_at=inputs.now)
+    if state.healthy_at is None or not _is_healthy(state, inputs):
+        return state
+    healthy = inputs.now - state.healthy_at
+    minutes, has_recovered = int(healthy / 60), healthy >= limits.recovery
+    owed = 0 if has_recovered else max(0, state.owed - (minutes - state.credited))
+    state = replace(state, owed=owed, credited=minutes)
+    if healthy >= limits.healthy or (has_recovered and state.handover == "restart_useless"):
+        state = replace(state, handover="")
+    if has_recovered and not state.handover and inputs.now - state.xid_at >= limits.recovery:
+        state = replace(state, xid=0)
     return state
 
 
 def _escalate(state: KillState, inputs: KillInputs, limits: KillLimits) -> KillState:
     if inputs.resume:
-        state = replace(state, handover="", useless=0, xid=0, kills=0)
+        state = replace(state, handover="", xid=0, owed=0)
     if inputs.xid and (inputs.xid in NEEDS_REBOOT or state.xid not in NEEDS_REBOOT):
         state = replace(state, xid=inputs.xid, xid_at=inputs.now)
     if inputs.state not in ("stalled", "dead"):
@@ -237,14 +281,19 @@ def _escalate(state: KillState, inputs: KillInputs, limits: KillLimits) -> KillS
     found = {
         "node_needs_reboot": state.xid in NEEDS_REBOOT,
         "gpu_needs_reset": state.xid in NEEDS_RESET,
-        "restart_useless": 0 < limits.useless <= state.useless,
+        "restart_useless": inputs.state == "stalled" and _are_restarts_useless(state, limits),
     }
     return replace(state, handover=next((name for name in ESCALATIONS if found[name] or state.handover == name), ""))
 
 
-def _kill(state: KillState, now: float) -> KillState:
-    state = replace(state, kills=state.kills + 1, kills_total=state.kills_total + 1, killed_at=now, standing=True)
-    return replace(state, restarted_at=None, served_at=None, counted=False)
+def _are_restarts_useless(state: KillState, limits: KillLimits) -> bool:
+    return state.restarted and 0 < PRICE_MIN * limits.useless <= state.owed
+
+
+def _kill(state: KillState, inputs: KillInputs) -> KillState:
+    kills = tuple(kills_by_reason((*state.kills, (inputs.cause, 1))).items())
+    owed = state.owed + PRICE_MIN
+    return replace(state, kills=kills, owed=owed, killed_at=inputs.now, standing=True, restarted=False)
 
 
 class KillPolicy:
@@ -262,9 +311,11 @@ class KillPolicy:
         """What holds a kill back, where it becomes the reason of the verdict; empty otherwise."""
         return self.hold.reason if self.hold and self.hold.reason != JITTER_HOLD else ""
 
-    def tick(self, state: State, proof: float | None, gpus: Reading[tuple[GpuSample, ...]], now: float) -> None:
-        """Decide, and keep the state for the next tick."""
-        inputs = KillInputs(now, state, proof, self._new_xid(gpus), self.resume)
+    def tick(
+        self, state: State, proof: float | None, gpus: Reading[tuple[GpuSample, ...]], now: float, cause: str = ""
+    ) -> None:
+        """Decide, and keep the state for the next tick. `cause`: the reason of the verdict."""
+        inputs = KillInputs(now, state, proof, self._new_xid(gpus), self.resume, cause)
         self.resume = False
         self.state, self.hold = decide(self.state, inputs, self.limits)
 

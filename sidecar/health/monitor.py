@@ -341,7 +341,7 @@ class HealthMonitor:
         )
         before, hold_before = self.state, self.kill_policy.reason
         self.state, condition = verdict.judge(before, inputs)
-        self.kill_policy.tick(self.state.state, self._proof(), readings.gpus, now)
+        self.kill_policy.tick(self.state.state, self._proof(), readings.gpus, now, cause=self.state.reason)
         self._learn_start(before, now)
         self._forget_engine(before, condition, now)
         self.readiness_hold.tick(self.state.state, now)

@@ -22,7 +22,7 @@ from prometheus_client.metrics_core import Metric as Family
 from prometheus_client.registry import Collector
 
 from sidecar.events import STATES, AbortRequests, CanaryResult, ImagePrepared, Outcome, Verdict
-from sidecar.health.kill_policy import ESCALATIONS
+from sidecar.health.kill_policy import ESCALATIONS, KILL_REASONS
 from sidecar.labels import OTHER, BoundedLabels
 from sidecar.readings import SLOWDOWNS, Failed, GpuSample, Reading, Value
 from sidecar.snapshot import Snapshot
@@ -71,7 +71,7 @@ METRICS: Final = (
     Metric("sidecar_relay_overhead_seconds", "Time added by the relay itself, without image work.", (), _OVERHEAD_S),
     Metric("sidecar_verdict", "1 for the current verdict, 0 for all others.", ("verdict",)),
     Metric("sidecar_verdict_changes_total", "Changes of the verdict.", ("to", "reason")),
-    Metric("sidecar_kills_total", "Times that liveness failed because of a stall."),
+    Metric("sidecar_kills_total", "Times that liveness failed, by the reason of the stall.", ("reason",)),
     Metric("sidecar_handover", "1 if a restart does not help and an operator must act.", ("reason",)),
     Metric("sidecar_progress_age_seconds", "Time since the last progress; no series while nothing is outstanding."),
     Metric("sidecar_silence_allowed_seconds", "Silence allowed for the outstanding work."),
@@ -207,7 +207,9 @@ def gauges(snapshot: Snapshot) -> Iterator[MetricRow]:
     yield "sidecar_mu_coefficients_stale", (), snapshot.load.coefficients_stale
     for state in STATES:
         yield "sidecar_verdict", (state,), snapshot.verdict.state == state
-    yield "sidecar_kills_total", (), snapshot.kills
+    kills = dict(snapshot.kills_by_reason)
+    for reason in KILL_REASONS:  # each from 0 on: a rate misses the rise of a series that begins at 1
+        yield "sidecar_kills_total", (reason,), kills.get(reason, 0)
     for reason in ESCALATIONS:
         yield "sidecar_handover", (reason,), snapshot.handover == reason
     if snapshot.progress_age is not None:

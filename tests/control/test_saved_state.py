@@ -38,7 +38,12 @@ def kept() -> SavedState:
     for n in range(30):
         learned.first_token(0.5 + n / 100, 0.25)
     policy = kill_policy.KillState(
-        state="stalled", stalled_at=9.0, killed_at=10.5, standing=True, kills=2, kills_total=3
+        state="stalled",
+        stalled_at=9.0,
+        killed_at=10.5,
+        standing=True,
+        owed=8,
+        kills=(("no_progress", 2), ("gpu_fault", 1)),
     )
     drifted = drift.DriftState(
         "slower", 0.1, 40, drift.Cusum(1.5, 0.0, 3), drift.Cusum(), {"4/0": drift.Baseline(9, -0.1)}
@@ -76,6 +81,29 @@ def test_another_process_of_the_engine_shares_only_what_was_learned() -> None:
         assert saved_state.load(file_of(kept()), replace(HERE, listener=listener), 110.0) == (kept(), False)
 
 
+def file_of_version_3(it: SavedState, now: float = 100.0) -> Any:
+    """As the sidecar wrote it before kills had reasons, amid a stall after two useless restarts of three."""
+    raw = file_of(it, now)
+    for new in ("kills", "owed", "credited", "restarted"):
+        del raw["kept"]["fleet"][new]
+    raw["kept"]["fleet"] |= {"kills": 2, "kills_total": 3, "restarted_at": 20.0, "served_at": 30.5, "counted": True}
+    raw["kept"]["fleet"]["useless"] = 2
+    del raw["kept"]["canaries_pass"]
+    for new in ("answers", "concurrent", "one_by_one", "token_times", "routes", "measured_to", "start_seconds"):
+        del raw["kept"]["learned"][new]
+    return raw | {"version": 3}
+
+
+def test_a_file_of_the_version_before_is_read() -> None:
+    """Its kills are of no known reason, its useless restarts are not paid for; everything else is as it was."""
+    found, same = saved_state.load(file_of_version_3(kept()), HERE, 110.0)
+    fleet = replace(kept().fleet, owed=12, kills=(("other", 3),), restarted=True)
+    assert same and found == replace(kept(), fleet=fleet, learned=replace(kept().learned, fitted_at=-1))
+    none = file_of_version_3(kept())
+    none["kept"]["fleet"]["kills_total"] = 0
+    assert saved_state.load(none, HERE, 110.0)[0].fleet.kills == ()
+
+
 def changed(path: str, value: Any) -> Callable[[Any], None]:
     def change(raw: Any) -> None:
         *parents, last = path.split(".")
@@ -104,6 +132,8 @@ def changed(path: str, value: Any) -> Callable[[Any], None]:
         (changed("kept.canary_seconds", [0.1] * 20_000), "damaged"),
         (changed("kept.fleet.state", "happy"), "damaged"),
         (changed("kept.fleet.handover", "x" * 10_000), "damaged"),
+        (changed("kept.fleet.kills", [["x" * 10_000, 1]]), "damaged"),
+        (changed("kept.fleet.kills", [["no_progress", 1]] * 10_000), "damaged"),
         (changed("kept.learned", []), "damaged"),
         (changed("kept.learned.prefills", [[1.0, 2.0, 3.0]]), "damaged"),
         (changed("kept.allowed", 10**400), "damaged"),
@@ -126,10 +156,10 @@ values = st.recursive(
 
 
 @settings(max_examples=200)
-@given(where=st.integers(0, 10_000), value=values)
-def test_a_damaged_file_raises_nothing_but_unfit(where: int, value: Any) -> None:
+@given(where=st.integers(0, 10_000), value=values, write=st.sampled_from((file_of, file_of_version_3)))
+def test_a_damaged_file_raises_nothing_but_unfit(where: int, value: Any, write: Callable[[SavedState], Any]) -> None:
     """Any one value of the file replaced by anything: it is believed whole, or not at all."""
-    raw = {"file": file_of(kept())}
+    raw = {"file": write(kept())}
     places: list[tuple[Any, Any]] = []
 
     def walk(node: Any) -> None:
@@ -197,6 +227,22 @@ def test_a_restored_stall_is_judged_again() -> None:
     assert life.control.health.kill_policy.state.kills_total == 3
 
 
+def test_kills_by_reason_outlive_the_sidecar() -> None:
+    """What was counted stays, and the next kill counts by the reason of its verdict."""
+    life = Life()
+    before = kill_policy.KillState(kills=(("gpu_fault", 2),))
+    life.control.restore(replace(kept(), stalled=False, fleet=before), life.now, same=True)
+    while life.control.health.verdict.state != "stalled":
+        life.run(1)
+    reason = life.control.health.verdict.reason
+    assert reason in kill_policy.KILL_REASONS[:-1]
+    assert life.control.save().fleet.kills == (("gpu_fault", 2), (reason, 1))
+    assert life.control.tick(NOTHING, life.now + TICK_S, life.now + TICK_S).kills_by_reason == (
+        ("gpu_fault", 2),
+        (reason, 1),
+    )
+
+
 def test_a_restored_engine_that_serves_is_believed_at_once() -> None:
     """One canary that passes ends the waiting; nothing is learned again."""
     life = Life()
@@ -213,7 +259,7 @@ def test_another_engine_process_starts_and_its_restart_is_counted() -> None:
     life.run(1)
     assert set(life.states) == {"starting"} and not passes("startup", probe(life))
     policy = life.control.health.kill_policy.state
-    assert policy.restarted_at is not None and not policy.standing and policy.kills == 2
+    assert policy.restarted and not policy.standing and (policy.owed, policy.kills_total) == (8, 3)
     assert life.control.health.progress.learned.first_tokens == 30
 
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
 from sidecar.events import OUTCOMES, CanaryResult, ImagePrepared, Verdict
+from sidecar.health.kill_policy import KILL_REASONS
 from sidecar.labels import NONE, OTHER, BoundedLabels, printable
 from sidecar.report.metrics import MAX_PAIRS_PER_TENANT, METRICS, Metrics
 from sidecar.report.prometheus import MetricsPages
@@ -95,6 +96,15 @@ def test_a_settled_request_is_counted_by_tenant_model_and_outcome() -> None:
     assert got[key("sidecar_time_per_output_token_seconds_bucket", le="0.01")] == 0
     assert got[key("sidecar_time_per_output_token_seconds_bucket", le="0.015")] == 1
     assert got[key("sidecar_relay_overhead_seconds_bucket", le="0.0005")] == 1
+
+
+def test_kills_are_counted_by_reason_from_zero_on() -> None:
+    """Every reason has its series from the start, so that a rate sees the first kill; their sum is all kills."""
+    meters = Metrics(max_tenants=5)
+    meters.update(replace(SNAPSHOT, kills=3, kills_by_reason=(("no_progress", 2), ("other", 1))))
+    got = {dict(labels)["reason"]: n for (name, labels), n in series(meters).items() if name == "sidecar_kills_total"}
+    assert set(got) == {*KILL_REASONS} and sum(got.values()) == 3
+    assert got["no_progress"] == 2 and got["other"] == 1 and got["gpu_fault"] == 0
 
 
 def test_without_a_price_there_is_no_cost_series() -> None:
