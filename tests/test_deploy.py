@@ -20,6 +20,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from sidecar.events import OUTCOMES, STATES
 from sidecar.health.kill_policy import ESCALATIONS, KILL_REASONS
+from sidecar.health.reasons import REASON_TEXTS
 from sidecar.report import load_json
 from sidecar.report.metrics import METRICS
 from sidecar.report.prometheus import MetricsPages
@@ -97,6 +98,7 @@ VALUES: dict[tuple[str, str], Iterable[str]] = {
     ("", "verdict"): STATES,
     ("sidecar_handover", "reason"): ESCALATIONS,
     ("sidecar_kills_total", "reason"): KILL_REASONS,
+    ("sidecar_doubt", "reason"): REASON_TEXTS,
 }
 ENGINE_FLAGS = {"--host", "--port", "--enable-prompt-tokens-details"}
 
@@ -162,6 +164,20 @@ def test_every_recording_that_is_named_is_recorded() -> None:
     assert {name for text in texts for name in re.findall(r"job:sidecar_\w+:\w+", text)} <= recorded
     alerts = set(re.findall(r"alert: (\S+)", texts[0]))
     assert alerts == set(re.findall(r"alertname: (\w+)", texts[1])), "each alert is tested"
+
+
+def test_every_alert_leads_to_its_paragraph_of_the_runbook() -> None:
+    """An alert by reason leads to each of the reasons that its query can bring."""
+    (rules,) = documents("prometheus/rules.yaml")
+    runbook = (DEPLOY.parent / "docs" / "runbook.md").read_text()
+    anchors = {re.sub(r"[`,]", "", title).lower().replace(" ", "-") for title in re.findall("^#+ (.+)$", runbook, re.M)}
+    alerts = [rule for group in rules["groups"] for rule in group["rules"] if "alert" in rule]
+    assert len(alerts) > 10
+    for rule in alerts:
+        page, _, anchor = rule["annotations"]["runbook_url"].partition("#")
+        (reasons,) = re.findall(r'reason=~"([^"]+)"', rule["expr"]) or ["|".join(ESCALATIONS)]
+        found = set(reasons.split("|")) if anchor == "{{ $labels.reason }}" else {anchor}
+        assert page == "docs/runbook.md" and found <= anchors, rule["alert"]
 
 
 def test_promtool_takes_rules_and_their_tests(requires: Callable[[str], Path]) -> None:

@@ -16,6 +16,8 @@ import pytest
 from sidecar import __main__, __version__
 from sidecar.control.admin_api import make_app
 from sidecar.events import STATES
+from sidecar.health.kill_policy import HOLDS
+from sidecar.health.reasons import REASON_TEXTS, STATE_TEXTS
 from sidecar.report.metrics import METRICS
 from sidecar.settings import REMOVED, Settings, format_key
 
@@ -83,6 +85,16 @@ def test_the_reference_names_every_setting_and_metric() -> None:
     """Flags with their names, metrics with theirs."""
     assert [f.name for f in fields(Settings) if f"`{format_key(f.name)}`" not in REFERENCE] == []
     assert [m.name for m in METRICS if f"`{m.name}`" not in REFERENCE] == []
+
+
+def test_the_runbook_has_a_paragraph_for_every_reason() -> None:
+    """Each code that a verdict, a hold or an abort can have is explained in four steps, and no other code is."""
+    runbook = (DOCS / "runbook.md").read_text()
+    parts = dict(re.findall(r"^### `(\w+)`\n\n(.+?)(?=\n\n|\Z)", runbook, re.MULTILINE | re.DOTALL))
+    assert sorted(parts) == sorted([*REASON_TEXTS, *STATE_TEXTS, *(code for code, _, _ in HOLDS)])
+    for code, text in parts.items():
+        steps = re.findall(r"(?:Means|Done|Look at|Do):", " ".join(text.split()))
+        assert steps == ["Means:", "Done:", "Look at:", "Do:"], code
 
 
 def test_the_readme_is_short() -> None:

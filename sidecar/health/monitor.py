@@ -48,6 +48,7 @@ from sidecar.health.progress import Evidence, Key, OpenWork, Progress, silence_l
 from sidecar.health.readiness_hold import ReadinessHold
 from sidecar.health.refusals import Refusals
 from sidecar.health.start_deadline import start_deadline
+from sidecar.health.token_balance import COUNTER_STALE_S
 from sidecar.health.verdict_text import evidence_json, explain, with_hold
 from sidecar.readings import EngineIdentity, EngineSample, GpuSample, ProcessSample, Reading, Value
 from sidecar.settings import Settings
@@ -338,6 +339,7 @@ class HealthMonitor:
             can_ask=self.canaries.passes if not self.exemptions.are_stopping() else False,
             refusing=self.refusals.seconds(now, self.progress.limits.floor, can_ask=self.canaries.passes),
             start_overdue=self._is_start_overdue(now),
+            trouble=readings.trouble,
         )
         before, hold_before = self.state, self.kill_policy.reason
         self.state, condition = verdict.judge(before, inputs)
@@ -384,6 +386,7 @@ class HealthMonitor:
             canary = canaries.touched >= self._read_at
             is_new = self.progress.engine(sample, at, wall=wall - (now - at), canary=canary)
             self.partial_hangs.table.read(sample, at, canary=canary)
+            self._clues.read(sample)
             restarted = is_new and not self._served_since_start(sample, now, wall)
             self._read_at = at
         # A port that was closed belongs to a new process when it opens.
@@ -476,13 +479,18 @@ class HealthMonitor:
 
     def _cause(self, sample: EngineSample | None, now: float) -> str:
         """The reason code that the silence would get."""
+        waiting, ended = self.partial_hangs.table.waiting_since(), self.progress.kinds.get("completed")
         clues = reasons.HangClues(
             age=self.evidence.age,
-            sample=sample,
+            sample=sample if now - self._read_at <= COUNTER_STALE_S else None,
             xid_age=self._clues.xid_age(now),
             unanswered=self._clues.unanswered(now),
             iterating=self.progress.iterating,
             part=self.partial_hangs.suspected_cause(),
+            frozen=self.evidence.frozen,
+            waiting=None if waiting is None else now - waiting,
+            ended=None if ended is None else now - ended,
+            vanished=self._clues.vanished,
         )
         return reasons.cause_of(clues)
 
@@ -531,7 +539,7 @@ class HealthMonitor:
         if self.garbage.found:
             evidence["garbage_output"] = True
         since_wall = wall if is_new else self.verdict.since_wall
-        detail = explain(state, inputs, condition)
+        detail = explain(state, inputs, condition, self.kill_policy.hold)
         plain = Verdict(state.state, state.reason, detail, state.since, since_wall, evidence)
         new = with_hold(plain, self.kill_policy.hold)
         if is_new or self.has_changed:

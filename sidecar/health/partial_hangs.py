@@ -243,6 +243,11 @@ class StreamTable:
             number > stream.number and lane == stream.lane and at >= stream.seen for number, lane, at in self.served
         )
 
+    def waiting_since(self) -> float | None:
+        """When the oldest open request came; None where one of them was begun, or none is open."""
+        open_ = self.open
+        return None if any(stream.first for stream in open_) else min((s.received_at for s in open_), default=None)
+
     def waiting_prefill(self, until: float) -> float:
         """Seconds of prefill of the streams that wait and came before the clock read `until`."""
         return sum(stream.prefill for stream in self.open if not stream.first and stream.came <= until)

@@ -55,7 +55,8 @@ class VerdictInputs:
 
     `refused_since`: since when connections are refused; `exempt`, `withheld`: reason codes or None; `can_ask`: whether
     canaries pass here, None while that is unknown; `refusing`: seconds for which every request was refused, None while
-    some are not; `start_overdue`: this process has started for longer than any is known to take.
+    some are not; `start_overdue`: this process has started for longer than any is known to take; `trouble`: why
+    the sidecar cannot talk to the engine, "" while it can.
     """
 
     now: float
@@ -71,6 +72,7 @@ class VerdictInputs:
     can_ask: bool | None = True
     refusing: float | None = None
     start_overdue: bool = False
+    trouble: str = ""
 
     @property
     def is_working(self) -> bool:

@@ -3,11 +3,31 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Final
 
-from sidecar.events import Verdict
+from sidecar.events import State, Verdict
 from sidecar.health.kill_policy import JITTER_HOLD, KillHold
-from sidecar.health.reasons import REASON_TEXTS
-from sidecar.health.verdict import VerdictInputs, VerdictState
+from sidecar.health.partial_hangs import NEVER_SEVERE, SEVERE_AFTER_S
+from sidecar.health.reasons import REASON_TEXTS, STATE_TEXTS
+from sidecar.health.verdict import UNASKED_KILLS, VerdictInputs, VerdictState
+
+# Seconds that kubelet takes with the liveness probe of `sidecar manifests`: three failures, 5 s apart.
+PROBED_S: Final = 15
+KILLED: Final = (
+    f"liveness fails: Kubernetes restarts the container after its probe's failureThreshold (about {PROBED_S} s with "
+    "the printed manifest); the evidence is kept under /diagnoses"
+)
+# States in which it matters why the engine cannot be reached.
+TROUBLED_STATES: Final = frozenset[State]({"starting", "suspect", "stalled", "dead", "unknown"})
+CANARY_ENDS: Final[dict[str, str]] = {
+    "ok": "passed",
+    "failed": "failed",
+    "starved": "got nothing in its time",
+    "moot": "proves nothing",
+    "refused": "found no connection",
+    "busy": "was refused as too much",
+    "rejected": "was rejected",
+}
 
 
 def evidence_json(inputs: VerdictInputs, condition: str) -> dict[str, float | int | str | bool | None]:
@@ -38,35 +58,12 @@ def evidence_json(inputs: VerdictInputs, condition: str) -> dict[str, float | in
     }
 
 
-def explain(state: VerdictState, inputs: VerdictInputs, condition: str) -> str:
-    """One line for an operator: why this verdict."""
-    evidence, last, part = inputs.evidence, inputs.canary, inputs.part
-    silence = "nothing outstanding"
-    if evidence.age is not None:
-        allowed = f"{evidence.allowed:.1f} s allowed ({evidence.ruled_by})"
-        silence = f"{evidence.outstanding} outstanding, {evidence.age:.1f} s without progress, {allowed}"
-    canary = f"canary {last.outcome} ({last.detail})" if last and last.detail else "no canary verdict"
-    why = REASON_TEXTS.get(state.reason, state.reason)
-    texts = {
-        "part": f"{why}: {part.detail}" if part else why,
-        "part_severe": f"{why}: {part.detail}" if part else f"{why}; held until the engine is restarted",
-        "silent": f"{silence}: {why}",
-        "progress": f"{evidence.outstanding} outstanding, last progress {evidence.progress_kind}",
-        "confirmed": f"{silence}; {canary}: {why}",
-        "held": f"{silence}; {canary}: {why}",
-        "canary_lost": f"{silence}; {canary}",
-        "canary_rejected": f"{canary}; silence cannot be judged",
-        "stuck": f"{silence}; the canary passes, the users' work does not move",
-        "refused": "the engine refuses connections",
-        "refused_long": "the engine refuses connections; a restart must be under way",
-        "restarted": "the engine was restarted",
-        "reopened": "the engine accepts connections again",
-        "not_served": f"no token from the engine yet; {canary}"
-        + (f": {why}" if state.reason == "startup_stuck" else ""),
-        "exempt": f"not judged: {state.reason}",
-        "withheld": f"withheld: {state.reason}",
-    }
-    return texts.get(condition, silence)
+def explain(state: VerdictState, inputs: VerdictInputs, condition: str, hold: KillHold | None = None) -> str:
+    """One line for an operator: what was seen, for how long, what is done now, and what can be done."""
+    parts = [_seen(state, inputs, condition), _done(state, inputs, condition, hold)]
+    if inputs.trouble and state.state in TROUBLED_STATES:
+        parts.insert(0, inputs.trouble)
+    return "; ".join(filter(None, parts))
 
 
 def with_hold(verdict: Verdict, hold: KillHold | None) -> Verdict:
@@ -74,8 +71,121 @@ def with_hold(verdict: Verdict, hold: KillHold | None) -> Verdict:
     if hold is None:
         return verdict
     evidence = {**verdict.evidence, "cause": verdict.reason, "held": hold.reason}
-    reason = verdict.reason if hold.reason == JITTER_HOLD else hold.reason
-    return replace(verdict, reason=reason, detail=f"{verdict.detail}; {hold.detail}", evidence=evidence)
+    return replace(verdict, reason=verdict.reason if hold.reason == JITTER_HOLD else hold.reason, evidence=evidence)
+
+
+def _seen(state: VerdictState, inputs: VerdictInputs, condition: str) -> str:
+    """What was seen, and for how long."""
+    silence, canary = _silence(inputs), _canary(inputs)
+    why = (REASON_TEXTS | STATE_TEXTS).get(state.reason, state.reason)
+    starting = f"for {inputs.now - state.engine_since:.0f} s; {canary}"
+    texts = {
+        "part": f"{why}: {inputs.part.detail}" if inputs.part else why,
+        "part_severe": f"{why}: {inputs.part.detail}" if inputs.part else why,
+        "refuses": f"{why}, for {inputs.refusing or 0.0:.0f} s; {canary}",
+        "refuses_long": f"{why}, for {inputs.refusing or 0.0:.0f} s; {canary}",
+        "silent": f"{silence}{_named(state)}",
+        "confirmed": f"{silence}; {_confirmation(inputs)}{_named(state)}",
+        "held": f"{silence}; {canary}: {why}; nothing shows recovery",
+        "canary_lost": f"{silence}; {canary}{_named(state)}",
+        "lost": f"{silence}; no canary has passed for {_since(inputs, state.lost_at)}, {canary}{_named(state)}",
+        "stuck": f"{silence}; {state.stuck_cycles} canaries passed, the users' work does not move",
+        "canary_ok_busy": f"{silence}; a canary passed: the engine computes",
+        "canary_ok": f"{silence}; a canary passed",
+        "progress": f"{inputs.evidence.outstanding} outstanding, last progress {inputs.evidence.progress_kind}",
+        "canary_rejected": canary,
+        "refused": f"connections are refused, for {_since(inputs, inputs.refused_since)}",
+        "refused_long": f"connections are refused, for {_since(inputs, inputs.refused_since)}",
+        "refused_stalled": "connections are refused",
+        "restarted": "another process of the engine answers",
+        "reopened": "the engine accepts connections again",
+        "not_served": f"the engine has served nothing {starting}{_named(state)}",
+        "start_overdue": f"the engine was replaced and has served nothing {starting}{_named(state)}",
+        "exempt": why,
+        "withheld": why,
+    }
+    return texts.get(condition, silence)
+
+
+def _done(state: VerdictState, inputs: VerdictInputs, condition: str, hold: KillHold | None) -> str:
+    """What is done now, and what an operator can do."""
+    if state.state == "stalled":
+        return _ended(inputs, condition) + (f"liveness is held back: {hold.detail}" if hold else KILLED)
+    if state.state == "suspect":
+        return f"readiness fails; {_outlook(state, inputs, condition)}"
+    if state.state == "starting" and state.reason == "startup_stuck":
+        return "readiness fails until it serves; see the engine's log"
+    texts = {
+        "starting": "readiness fails until it serves",
+        "dead": "liveness fails; see the log of the engine's last start",
+        "exempt": "not judged: readiness fails, liveness passes",
+        "unknown": "not judged now: liveness passes",
+    }
+    if condition == "canary_rejected":
+        return "silence of users is judged alone; `sidecar doctor` says why no canary passes"
+    return texts.get(state.state, "")
+
+
+def _outlook(state: VerdictState, inputs: VerdictInputs, condition: str) -> str:
+    """What will follow a doubt."""
+    evidence = inputs.evidence
+    kill = f"{evidence.kill_after:.0f} s"
+    if condition == "part":
+        may_kill = inputs.part is not None and inputs.part.reason not in NEVER_SEVERE
+        return f"liveness fails if it lasts {SEVERE_AFTER_S:.0f} s" if may_kill else "liveness does not for this"
+    if condition == "stuck":
+        return "liveness does not for this: the engine computes; restart it by hand if the work stays where it is"
+    if condition == "refuses":
+        return f"liveness fails at {kill} unless something is served"
+    if not inputs.is_working:
+        return f"liveness fails once no canary has passed for {kill}" if inputs.can_ask else "no canary passes here"
+    if inputs.can_ask:
+        return f"liveness fails at {kill} unless a canary passes"
+    blind = evidence.kill_after * (1.0 if evidence.frozen else UNASKED_KILLS)
+    return f"liveness fails at {blind:.0f} s: no canary passes here, `sidecar doctor` says why"
+
+
+def _ended(inputs: VerdictInputs, condition: str) -> str:
+    """What becomes of the open requests, at the moment when a stall is found."""
+    count = inputs.evidence.outstanding
+    if not count or condition == "held":
+        return ""
+    return f"{count} {'request is' if count == 1 else 'requests are'} ended, clients may send them again; "
+
+
+def _silence(inputs: VerdictInputs) -> str:
+    """How long nothing has moved, and how long it may."""
+    evidence = inputs.evidence
+    if evidence.age is None:
+        return "nothing outstanding"
+    work = f"{evidence.outstanding} outstanding" if evidence.outstanding else "the engine has work of others"
+    return f"{work}, {evidence.age:.1f} s without progress ({evidence.allowed:.1f} s allowed: {evidence.ruled_by})"
+
+
+def _canary(inputs: VerdictInputs) -> str:
+    """The last canary in words."""
+    last = inputs.canary
+    if last is None:
+        return "no canary has ended yet"
+    return f"the last canary {CANARY_ENDS[last.outcome]}" + (f" ({last.detail})" if last.detail else "")
+
+
+def _confirmation(inputs: VerdictInputs) -> str:
+    """What confirms a silence."""
+    evidence, canary = inputs.evidence, _canary(inputs)
+    if inputs.can_ask:
+        return canary
+    return "the engine's counters stand still" if evidence.frozen else f"no canary passes here, {canary}"
+
+
+def _named(state: VerdictState) -> str:
+    """The reason in words, where it says more than the numbers before it."""
+    is_said = state.reason in ("no_progress", "canary_lost") or state.reason not in REASON_TEXTS
+    return "" if is_said else f": {REASON_TEXTS[state.reason]}"
+
+
+def _since(inputs: VerdictInputs, at: float | None) -> str:
+    return f"{0.0 if at is None else inputs.now - at:.0f} s"
 
 
 def _round(value: float | None) -> float | None:

@@ -23,6 +23,7 @@ from prometheus_client.registry import Collector
 
 from sidecar.events import STATES, AbortRequests, CanaryResult, ImagePrepared, Outcome, Verdict
 from sidecar.health.kill_policy import ESCALATIONS, KILL_REASONS
+from sidecar.health.reasons import REASON_TEXTS
 from sidecar.labels import OTHER, BoundedLabels
 from sidecar.readings import SLOWDOWNS, Failed, GpuSample, Reading, Value
 from sidecar.snapshot import Snapshot
@@ -70,6 +71,7 @@ METRICS: Final = (
     Metric("sidecar_request_seconds", "Time from admission to settlement.", (), _REQUEST_S),
     Metric("sidecar_relay_overhead_seconds", "Time added by the relay itself, without image work.", (), _OVERHEAD_S),
     Metric("sidecar_verdict", "1 for the current verdict, 0 for all others.", ("verdict",)),
+    Metric("sidecar_doubt", "1 for the reason for which the engine is suspect or stalled now, else 0.", ("reason",)),
     Metric("sidecar_verdict_changes_total", "Changes of the verdict.", ("to", "reason")),
     Metric("sidecar_kills_total", "Times that liveness failed, by the reason of the stall.", ("reason",)),
     Metric("sidecar_handover", "1 if a restart does not help and an operator must act.", ("reason",)),
@@ -207,6 +209,9 @@ def gauges(snapshot: Snapshot) -> Iterator[MetricRow]:
     yield "sidecar_mu_coefficients_stale", (), snapshot.load.coefficients_stale
     for state in STATES:
         yield "sidecar_verdict", (state,), snapshot.verdict.state == state
+    is_doubted = snapshot.verdict.state in ("suspect", "stalled")
+    for reason in REASON_TEXTS:
+        yield "sidecar_doubt", (reason,), is_doubted and snapshot.verdict.cause == reason
     kills = dict(snapshot.kills_by_reason)
     for reason in KILL_REASONS:  # each from 0 on: a rate misses the rise of a series that begins at 1
         yield "sidecar_kills_total", (reason,), kills.get(reason, 0)

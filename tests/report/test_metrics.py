@@ -14,6 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from sidecar.events import OUTCOMES, CanaryResult, ImagePrepared, Verdict
 from sidecar.health.kill_policy import KILL_REASONS
+from sidecar.health.reasons import REASON_TEXTS
 from sidecar.labels import NONE, OTHER, BoundedLabels, printable
 from sidecar.report.metrics import MAX_PAIRS_PER_TENANT, METRICS, Metrics
 from sidecar.report.prometheus import MetricsPages
@@ -150,6 +151,18 @@ def test_images_canaries_and_verdict_changes_are_counted() -> None:
     assert got[key("sidecar_canaries_total", outcome="starved")] == 1
     assert got[key("sidecar_canary_seconds_sum")] == 8.0
     assert got[key("sidecar_verdict_changes_total", to="stalled", reason="no_progress")] == 1
+
+
+def test_a_doubt_names_its_reason_while_it_lasts() -> None:
+    """Every reason has a series; that of a stall keeps its own while the kill is held back; health has none."""
+    meters = Metrics(max_tenants=5)
+    held = Verdict("stalled", "kill_interval", "", 1.0, 1.0, {"cause": "work_unserved"})
+    for verdict, found in ((held, ["work_unserved"]), (Verdict("idle", "no_work", "", 1.0, 1.0), [])):
+        meters.update(replace(SNAPSHOT, verdict=verdict))
+        doubts = {
+            dict(labels)["reason"]: on for (name, labels), on in series(meters).items() if name == "sidecar_doubt"
+        }
+        assert sorted(doubts) == sorted(REASON_TEXTS) and [reason for reason, on in doubts.items() if on] == found
 
 
 def test_clients_cannot_multiply_series() -> None:
