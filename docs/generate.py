@@ -1,4 +1,4 @@
-"""Writes what documents take from the code: tables of docs/*.md, docs/verdict.md, deploy/kubernetes.
+"""Writes what documents take from the code: tables and pictures of docs/*.md, docs/verdict.md, deploy/kubernetes.
 
     python docs/generate.py            write      (make docs)
     python docs/generate.py --check    exit 1 and name the files that differ
@@ -10,6 +10,7 @@ documents, between the marks stands what is generated.
 from __future__ import annotations
 
 import re
+import runpy
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import fields, replace
@@ -23,8 +24,8 @@ from sidecar.control.admin_api import make_app
 from sidecar.events import STATES, State
 from sidecar.health.kill_policy import ESCALATIONS, HOLDS
 from sidecar.health.probes import FAILS
-from sidecar.health.reasons import CAUSES, REASON_TEXTS
-from sidecar.health.verdict import CONDITIONS, TABLE
+from sidecar.health.reasons import CAUSES, REASON_TEXTS, STATE_TEXTS
+from sidecar.health.verdict import CONDITIONS, TABLE, UNASKED_KILLS
 from sidecar.kernels import families
 from sidecar.kernels.grid import ROWS, STRIPS, TILES, PatchSpec, TileSpec
 from sidecar.load.cost_model import Coefficients
@@ -43,6 +44,8 @@ DOCS: Final = ROOT / "docs"
 GATEWAY: Final = ROOT / "deploy" / "envoy-ai-gateway" / "milli-mu.yaml"
 RESULTS: Final = ROOT / "benchmarks" / "results"
 
+FLOOR, KILL = Settings().silence_floor, Settings().silence_kill
+
 ACCURACY: Final = r"MAPE ([\d.]+)%, P90 ([\d.]+)%, R2 [-\d.]+"  # as `sidecar calibrate` reports it
 
 MEANING: Final[dict[State, str]] = {
@@ -50,8 +53,8 @@ MEANING: Final[dict[State, str]] = {
     "idle": "nothing is outstanding",
     "progressing": "tokens moved within the last two seconds",
     "quiet": "work is outstanding and silent, within the time that it may be",
-    "suspect": "silent for too long; a canary is under way to confirm",
-    "stalled": "silent for too long, and the canary failed or starved too",
+    "suspect": "silent beyond the allowed time, refusing work, or a part of it hangs",
+    "stalled": "silent beyond the kill bound, and a canary or the engine's counters confirm it",
     "dead": "no connection is taken",
     "exempt": "asleep, paused, or draining: not judged",
     "unknown": "the sidecar cannot tell; no probe fails, except readiness after its own restart amid a stall",
@@ -259,7 +262,63 @@ def verdict_page() -> str:
 # The verdict
 
 Generated from `sidecar/health/verdict.py` and `sidecar/health/reasons.py` by `make docs`. What a verdict rests on is in
-[health.md](health.md), which probes it fails in [reference.md](reference.md#verdicts-and-probes).
+[health.md](health.md), which probes it fails in [reference.md](reference.md#verdicts-and-probes), what to do about each
+reason in [runbook.md](runbook.md).
+
+## Two times
+
+Readiness is cheap: traffic goes elsewhere. A restart costs minutes of loading. So there are two bounds.
+
+![A silence on a time line](assets/silence.svg)
+
+- **Allowed silence** withdraws readiness (`suspect`). It is the floor, {FLOOR:.0f} s, unless the outstanding work may
+  take longer: three times its longest predicted piece, or twice the longest gap that this engine has shown.
+- **The kill bound** fails liveness (`stalled`). It is {KILL:.0f} s and what a prefill takes on top, never below what is
+  allowed. A canary is asked shortly before the allowed silence ends and is given all the time until then: if it passes,
+  nothing is killed.
+- Where no canary passes, the engine's own counters may confirm: work runs, and none of them moves. Where they cannot,
+  {UNASKED_KILLS:.0f} times the kill bound of users' silence is enough.
+- A doubt that comes back within two minutes takes 30 s of calm before the pod is ready again, so that routers see no
+  endpoint that flaps.
+
+How a kill may still be held back is in [kill-policy.md](kill-policy.md).
+
+## The balance
+
+A stream that is silent on the wire need not be stuck: a parser holds back the arguments of a tool call, thoughts are
+hidden, an answer comes in one piece. No stop-watch can tell these from a hang, so tokens are counted: those that the
+engine says it generated, less those that streams delivered. What is left was generated for the silent ones.
+
+![The balance of one silent stream](assets/balance.svg)
+
+While the balance rises, the engine works for the silent stream and its time begins anew. When the stream is stuck, what
+is generated is what the others get, and the balance falls by a quarter of what a working stream would have had. A stream
+that would long have all that its client allows is no longer believed. Engines that count no tokens, or only at the end
+of a request, get the time of what the client allows (`max_tokens`, else the model's longest context) before liveness
+fails.
+
+## Patience over a queue
+
+Two hundred prompts that wait do not make a silence of two hundred prefills normal: the first answer must begin within
+the longest one of them, or within one batch.
+
+![Allowed silence over a queue](assets/queue.svg)
+
+A prompt far longer than any that this machine was seen to compute may take until `--silence-cap`, unless
+`--coefficients` says how fast it is.
+
+## Figures
+
+<!-- figures -->
+
+Targets:
+
+| figure | target |
+|---|---|
+| false kills and cut healthy requests in 10,000 simulated engine-weeks | 0 |
+| readiness withdrawn after a hang of the whole engine, p99, queues empty or full | <= 20 s |
+| kill, p99, without a proof beyond silence and a canary | <= 120 s |
+| hours per day unready of an engine that hangs every 12 or 30 minutes | within 1.3 times those of simple restarts |
 
 ## Conditions
 
@@ -272,19 +331,19 @@ The present state picks the row of the condition that decided. Some reasons are 
 
 - `exempt` and `own_lag` name what holds the verdict back: `draining`, `engine_sleeping`, ...; `own_pause`,
   `clock_jump`, `relay_blind`, `sidecar_restarted`.
-- `part` names the part that hangs, `no_progress` the cause of the silence (below).
+- `part` names the part that hangs, `no_progress` and `canary_lost` the cause of the silence (below).
 - `awaiting_first_token` becomes `startup_stuck`; `kept` keeps the reason that there was.
 
 {table(("condition", "from", "to", "reason"), rows)}
 ## Causes of a silence
 
-The first that holds names the reason of a silence of the whole engine; what none explains is `no_progress`. A cause
-decides nothing.
+The first that holds names the reason of a silence of the whole engine. What none explains is `no_progress`, or
+`canary_lost` while nothing is outstanding. A cause decides nothing.
 
 {table(("", "reason", "holds when"), ((str(n), f"`{code}`", text) for n, (code, _, text) in enumerate(CAUSES, 1)))}
 ## Reasons in words
 
-{table(("reason", "meaning"), ((f"`{code}`", text) for code, text in REASON_TEXTS.items()))}
+{table(("reason", "meaning"), ((reason_link(code), text) for code, text in (REASON_TEXTS | STATE_TEXTS).items()))}
 ## As a picture
 
 `any` stands for every state that a condition does not name on its own.
@@ -292,6 +351,11 @@ decides nothing.
 ```mermaid
 {diagram()}```
 """
+
+
+def reason_link(code: str) -> str:
+    """A code, with its paragraph of the runbook behind it."""
+    return f"[`{code}`](runbook.md#{code})"
 
 
 def diagram() -> str:
@@ -303,6 +367,11 @@ def diagram() -> str:
                 arrows.setdefault(("any" if state == "*" else state, to), []).append(name)
     lines = [f"    {a} --> {b}: {', '.join(names)}" for (a, b), names in arrows.items()]
     return "\n".join(["stateDiagram-v2", "    [*] --> starting", *lines]) + "\n"
+
+
+def pictures() -> dict[str, Any]:
+    """What docs/pictures.py defines; docs is no package."""
+    return runpy.run_path(str(DOCS / "pictures.py"))
 
 
 BLOCKS: Final[dict[str, Callable[[], str]]] = {
@@ -335,6 +404,7 @@ def outputs() -> dict[Path, str]:
     return {
         **{path: filled(text) for path in DOCS.glob("*.md") if _BLOCK.search(text := path.read_text())},
         DOCS / "verdict.md": verdict_page(),
+        **{DOCS / "assets" / name: drawing for name, drawing in pictures()["drawings"]().items()},
         GATEWAY: re.sub(r'(?<= cel: )".*"', f'"{cel.expression(Coefficients())}"', GATEWAY.read_text()),
         kubernetes / "vllm.yaml": render(safe),
         kubernetes / "vllm-http-probe.yaml": render(replace(safe, probe="http")),
