@@ -193,7 +193,7 @@ def codes(names: Iterable[str]) -> str:
 
 def holds_table() -> str:
     """Why a stalled engine is not killed now, and what ends that."""
-    rows = ((f"`{reason}`", text, ESCALATIONS.get(reason, "time")) for reason, _, text in HOLDS)
+    rows = ((reason_link(reason), text, ESCALATIONS.get(reason, "time")) for reason, _, text in HOLDS)
     return table(("reason", "holds when", "what ends it"), rows)
 
 
@@ -292,10 +292,10 @@ engine says it generated, less those that streams delivered. What is left was ge
 ![The balance of one silent stream](assets/balance.svg)
 
 While the balance rises, the engine works for the silent stream and its time begins anew. When the stream is stuck, what
-is generated is what the others get, and the balance falls by a quarter of what a working stream would have had. A stream
-that would long have all that its client allows is no longer believed. Engines that count no tokens, or only at the end
-of a request, get the time of what the client allows (`max_tokens`, else the model's longest context) before liveness
-fails.
+is generated is what the others get, and the balance falls by a quarter of what a working stream would have had. A
+stream that would long have all that its client allows is no longer believed. Engines that count no tokens, or only at
+the end of a request, get the time of what the client allows (`max_tokens`, else the model's longest context) before
+liveness fails.
 
 ## Patience over a queue
 

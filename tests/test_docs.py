@@ -61,6 +61,19 @@ def test_the_diagram_has_every_verdict(generate: ModuleType) -> None:
     assert entered == set(STATES)
 
 
+def test_the_pictures_show_what_production_decides(generate: ModuleType) -> None:
+    """Readiness goes at the floor and liveness at the kill bound, after a canary; each picture is shown."""
+    drawn = generate.pictures()
+    found, settings = drawn["hang"](), Settings()
+    assert settings.silence_floor < found.unready <= settings.silence_floor + 1
+    assert settings.silence_kill < found.unlive <= settings.silence_kill + 1
+    ((sent, ended),) = found.canaries
+    assert sent < found.unready < ended <= found.unlive
+    assert max(drawn["levels"](is_stuck=True)) == 0 < min(drawn["levels"](is_stuck=False)[1:])
+    shown = re.findall(r"\(assets/(\w+\.svg)\)", (DOCS / "verdict.md").read_text())
+    assert sorted(shown) == sorted(drawn["drawings"]())
+
+
 def test_the_reference_names_every_command() -> None:
     """A command without a word in the reference does not exist for users."""
     context = click.Context(__main__.cli)
