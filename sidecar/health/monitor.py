@@ -336,7 +336,7 @@ class HealthMonitor:
             cause=self._cause(readings.sample, now),
             startup_stuck=now - self._clues.start_at >= self.progress.limits.cap,
             can_ask=self.canaries.passes if not self.exemptions.are_stopping() else False,
-            refusing=self.refusals.seconds(now, self.progress.limits.floor, can_ask=self.canaries.passes),
+            refusing=self._refusing(now),
             start_overdue=self._is_start_overdue(now),
         )
         before, hold_before = self.state, self.kill_policy.reason
@@ -490,6 +490,11 @@ class HealthMonitor:
         """When the engine last did anything: a token, an answer, a canary that passed. None before any."""
         times = (self.progress.last()[1], self.canaries.passed_at)
         return max((at for at in times if at is not None), default=None)
+
+    def _refusing(self, now: float) -> float | None:
+        """Seconds for which the engine has refused everything; None while it does not."""
+        floor, is_idle = self.progress.limits.floor, self.evidence.outstanding == 0
+        return self.refusals.seconds(now, floor, can_ask=self.canaries.passes, idle=is_idle)
 
     def _is_start_overdue(self, now: float) -> bool:
         """Whether this process of the engine has been starting for longer than any may."""
