@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 import time
 import uuid
 from collections.abc import Awaitable, Callable
@@ -22,6 +23,7 @@ from sidecar.tools.scripted_engine import admin_api, responses
 from sidecar.tools.scripted_engine.answers import CompletionAnswer, NativeAnswer
 from sidecar.tools.scripted_engine.core import EngineCore
 from sidecar.tools.scripted_engine.faults import FAULTS, FaultError, Faults
+from sidecar.tools.scripted_engine.hang_catalogue import ALARMS, MODES, numbers_of
 from sidecar.tools.scripted_engine.metrics import GARBAGE_PAGE, EngineMetrics
 from sidecar.tools.scripted_engine.requests import (
     CompletionRequest,
@@ -93,21 +95,22 @@ def application(parts: EngineParts) -> web.Application:
 
 
 class EngineApi:
-    """The handlers. State: the faults, the cores, the lock of `serial_http`, and for `half_deaf` the known clients."""
+    """The handlers. State: the faults, the cores, the lock of `serial_http`, the connections of `half_deaf`."""
 
     def __init__(self, parts: EngineParts) -> None:
         self._parts = parts
         self._faults = parts.faults
         self._turn = asyncio.Lock()
-        self._clients: dict[Any, int] = {}  # the number of each connection, by its address
+        self._processes: dict[Any, bool] = {}  # whether the second API process has a connection, by its address
+        self._random = random.Random(parts.seed)
 
     @web.middleware
     async def gate(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """Apply the faults of the whole API before and after the handler; turn refusals into vLLM's error bodies."""
         if request.path == "/faults":
             return await handler(request)
-        is_second = self._number_of(request) % 2 == 1
-        await self._faults.until(lambda behaviour: behaviour.answering and not (behaviour.deaf and is_second))
+        second = self._is_of_second_process(request)
+        await self._faults.until(lambda behaviour: behaviour.answering and not (behaviour.deaf and second))
         try:
             if self._faults.behaviour.loading and request.path != "/version":
                 raise ENGINE_LOADING
@@ -124,12 +127,12 @@ class EngineApi:
             await self._faults.until(lambda behaviour: behaviour.answering)
         return response
 
-    def _number_of(self, request: web.Request) -> int:
-        """Connections before this one."""
-        if len(self._clients) >= MAX_CLIENTS:
-            self._clients.clear()
+    def _is_of_second_process(self, request: web.Request) -> bool:
+        """Whether the second of two API processes has accepted this connection: the kernel chooses one by a hash."""
+        if len(self._processes) >= MAX_CLIENTS:
+            self._processes.clear()
         address = request.transport and request.transport.get_extra_info("peername")
-        return self._clients.setdefault(address, len(self._clients))
+        return self._processes.setdefault(address, self._random.random() < 0.5)
 
     def _refuse_work(self, path: str) -> None:
         """Raise what a fault makes of all work on this path."""
@@ -241,8 +244,8 @@ class EngineApi:
             {
                 "kind": kind,
                 "text": row.text,
-                "modes": row.modes,
-                "alarms": row.alarms,
+                "modes": numbers_of(kind, MODES),
+                "alarms": numbers_of(kind, ALARMS),
                 "parameter": row.parameter and {"name": row.parameter.name, "default": row.parameter.default},
             }
             for kind, row in FAULTS.items()

@@ -35,7 +35,7 @@ class Behaviour:
     loading: bool = False  # start-up has not finished
     answering: bool = True  # any HTTP response at all
     serial: bool = False  # one HTTP request at a time, inference included
-    deaf: bool = False  # every second new connection is accepted and gets no answer
+    deaf: bool = False  # half of the new connections are accepted and get no answer
     max_pieces: int | None = None  # pieces of a stream that reach its client
     hidden: float = 0.0  # tokens of a stream that are generated before the first reaches its client
     hides_tools: bool = False  # a stream with tools reaches its client when all of it is generated
