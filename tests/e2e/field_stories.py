@@ -26,6 +26,7 @@ LEARNT: Final = 12
 # Seconds for which a healthy engine is watched.
 WATCHED_S: Final = 8.0
 TWO: Final = (2,)
+TOOLS: Final = [{"type": "function", "function": {"name": "find", "parameters": {}}}]
 
 
 def transcription() -> aiohttp.FormData:
@@ -173,21 +174,20 @@ async def while_idle(s: Scene, fault: str, **parameters: float) -> None:
 async def withheld(s: Scene) -> None:
     """Three tool calls, each complete at its end."""
     s.fault("withhold_tools")
-    tool = {"type": "function", "function": {"name": "find", "parameters": {}}}
-    ends = await asyncio.gather(*(s.ask(LONG, tools=[tool]) for _ in range(3)))
+    ends = await asyncio.gather(*(s.ask(LONG, tools=TOOLS) for _ in range(3)))
     assert set(ends) == {"done"}
 
 
-async def hidden(s: Scene, tokens: int | None = LONG, *, beside: int = 0) -> None:
+async def hidden(s: Scene, tokens: int | None = LONG, *, fault: str = "hide", beside: int = 0, **body: Any) -> None:
     """A long stream of which nothing is seen before its end, once the engine is known."""
     clients = s.crowd(max(beside, 2))
     await learnt(s)
     s.begin()
-    s.fault("hide")
+    s.fault(fault)
     if not beside:
         for client in clients:
             client.cancel()
-    await stopped_after(s, clients, s.open(tokens))
+    await stopped_after(s, clients, s.open(tokens, **body))
 
 
 async def interactive_first(s: Scene) -> None:
@@ -422,7 +422,7 @@ MODES: Final[dict[int, tuple[Story, ...]]] = {
     41: (Story(partial(users_give_up, patience=2.5, fault="zombies"), Setting(engine={"max_batch": 4})),),
     42: (Story(slots_of_others, Setting(engine={"max_batch": 4}), relays=TWO),),
     43: (Story(partial(users_give_up, patience=1.0, fault="freeze_busy"), relays=TWO),),
-    44: (Story(partial(while_idle, fault="half_deaf")),),
+    44: (Story(partial(while_idle, fault="half_deaf"), Setting(flags={"silence_kill": "12"})),),
     45: (Story(two_ranks, Setting(engine={"data_parallel": 2})),),
     46: (Story(partial(with_odd_pages, pages="slow_metrics"), within=FOUND_S),),
     47: (Story(partial(with_odd_pages, pages="several_backends"), relays=TWO, within=FOUND_S),),
@@ -432,7 +432,13 @@ MODES: Final[dict[int, tuple[Story, ...]]] = {
 ALARMS: Final[dict[int, tuple[Story, ...]]] = {
     18: (Story(withheld),),
     19: (Story(partial(hidden, beside=3), relays=TWO),),
-    20: (Story(partial(hidden, tokens=400), Setting(before=begins_with("no_metrics")), relays=TWO),),
+    20: (
+        Story(
+            partial(hidden, tokens=400, fault="withhold_tools", tools=TOOLS),
+            Setting(before=begins_with("no_metrics")),
+            relays=TWO,
+        ),
+    ),
     21: (Story(interactive_first, Setting(engine={"max_batch": 4, "scheduling": "priority"})),),
     22: (Story(adapter_waits, Setting(engine={"adapters": 2}), relays=TWO),),
     23: (Story(grammar_waits, relays=TWO),),

@@ -75,7 +75,7 @@ MODES: Final = (
     HangCase(30, "The front lost its worker: everything gets 404, no model is listed.", ("worker_lost",), "liveness",
              ("refuses_work",)),
     HangCase(31, "The front lost its worker, which answers 500, and no user asks.", ("worker_lost",), "liveness",
-             ("refuses_work",)),
+             ("refuses_work", "canary_lost")),
     # hangs that come again
     HangCase(32, "It hangs again after a restart that helped.", ("freeze", "restart"), "liveness", ("no_progress",)),
     HangCase(33, "It hangs for the third time, each time after it had served.", ("freeze_busy", "restart"), "liveness",
@@ -138,8 +138,8 @@ ALARMS: Final = (
     # silence on the wire
     HangCase(18, "Tool calls that the engine's parser withholds until they are whole.", ("withhold_tools",), "ready"),
     HangCase(19, "Reasoning that is hidden from the client, beside streams that move.", ("hide",), "ready"),
-    HangCase(20, "Hidden tokens of an engine without counters, as many as the client allowed.", ("hide", "no_metrics"),
-             "ready"),
+    HangCase(20, "A withheld tool call of an engine without counters, as long as the client allowed.",
+             ("withhold_tools", "no_metrics"), "ready"),
     # orders other than that of arrival
     HangCase(21, "Priorities: interactive requests overtake batch work.", (), "ready"),
     HangCase(22, "A request for an adapter waits until the batch has a place for it.", (), "ready"),

@@ -247,12 +247,17 @@ class ScriptedEngine:
     async def _open(self) -> None:
         sock = self._sock or bind_socket(self._address[:2])
         self._sock = None  # the site closes it
+        self._listener = sock
         self._site = web.SockSite(self._runner, sock, backlog=BACKLOG)
         await self._site.start()
         self._activity.notify()
 
     async def _close(self) -> None:
         if self._site:
+            # asyncio leaks a connection that is being accepted while its server closes: let those in first.
+            asyncio.get_running_loop().remove_reader(self._listener)
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
             await self._site.stop()
         self._site = None
         for connection in list(self._runner.server.connections if self._runner.server else ()):
