@@ -1,7 +1,8 @@
 """Every hang mode is found with the right reason and every alarm stays silent: real processes, one and two relays.
 
 All selected stories are played first, some of them concurrently; then each test checks its own. `-v` ends with the
-matrix as a table. sidecar/tools/scripted_engine/hang_catalogue.py has the expected results, stories.py plays the rows.
+matrix as a table. sidecar/tools/scripted_engine/hang_catalogue.py has the expected results, stories.py and
+field_stories.py play the rows.
 """
 
 from __future__ import annotations
