@@ -403,7 +403,7 @@ class Progress:
             ask_after=bounds.ask_after,
             kill_after=max(bounds.kill_after, bounds.allowed + self.limits.blocked if unanswered else 0.0) + extra,
             hidden=bounds.hidden,
-            frozen=age is not None and self._is_frozen(since, now),
+            frozen=age is not None and self._is_frozen(work, since, now, counted=is_counted),
             foreign=self._foreign,
             untested=bool(work) and not is_counted and not (self.learned.concurrent or self.learned.one_by_one),
         )
@@ -473,9 +473,14 @@ class Progress:
         known = self._sample is not None and self._sample.working is not None and "generation" in self.kinds
         return known and (unanswered or now - self._read_at <= COUNTER_STALE_S)
 
-    def _is_frozen(self, since: float, now: float) -> bool:
-        """Whether the engine's page shows work, and no counter of it moved in the silence."""
+    def _is_frozen(self, work: list[OpenWork], since: float, now: float, *, counted: bool) -> bool:
+        """Whether the engine's page shows work, and no counter of it moved in the silence.
+
+        Only counters that move while it works can tell: tokens, or answers where they are short.
+        """
         if self._sample is None or now - self._read_at > COUNTER_STALE_S or load(self._sample) <= 0:
+            return False
+        if not counted and not all(hold.route in SHORT_ROUTES for hold in work):
             return False
         return self._moved_at <= since + FROZEN_SLACK_S
 

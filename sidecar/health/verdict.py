@@ -39,7 +39,8 @@ PART_HOLD_S: Final = 120.0
 # times.
 STEPS_HOLD_OFF_S: Final = 6.0
 PREFILL_HOLD_OFF: Final = 1.5
-# Where no canary passes, so many times the silence withdraws readiness, and so many times fails liveness.
+# Where no canary passes, so many times the silence withdraws readiness, and so many times fails liveness. An answer that
+# may be generated unseen keeps readiness for all of its time.
 UNASKED_FACTOR: Final = 2.0
 UNASKED_KILLS: Final = 3.0
 # Seconds between canaries that test whether an engine computes several requests at once.
@@ -130,7 +131,7 @@ def _is_silent(before: VerdictState, inputs: VerdictInputs) -> bool:
     """Silent beyond the allowed time, unless steps or a prefill that takes longer than predicted hold suspicion off."""
     evidence, age = inputs.evidence, inputs.evidence.age
     is_blind = inputs.can_ask is False and not evidence.frozen
-    allowed = evidence.allowed * (UNASKED_FACTOR if is_blind else 1.0)
+    allowed = max(UNASKED_FACTOR * evidence.allowed, evidence.hidden) if is_blind else evidence.allowed
     if age is None or _silence(before, inputs) <= allowed:
         return False
     steps = _is_fresh(evidence.steps_age) and age <= allowed + STEPS_HOLD_OFF_S

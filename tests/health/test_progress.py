@@ -250,6 +250,7 @@ def test_a_request_that_nobody_reads_is_work_of_unknown_size() -> None:
 def test_counters_that_stand_still_over_running_work_are_evidence() -> None:
     """Any that moves, also by prefill, ends it."""
     p = learned()
+    p.engine(EngineSample(running=1, generation_tokens=4, prompt_tokens=1), 9.0)
     p.engine(EngineSample(running=1, generation_tokens=5, prompt_tokens=1), 10.0)
     for n in range(11, 40):
         p.engine(EngineSample(running=1, generation_tokens=5, prompt_tokens=1), float(n))
@@ -258,6 +259,14 @@ def test_counters_that_stand_still_over_running_work_are_evidence() -> None:
     assert not p.evidence([item(10.0)], 40.5).frozen
     p.engine(EngineSample(running=0, generation_tokens=5, prompt_tokens=2), 41.0)
     assert not p.evidence([item(10.0)], 70.0).frozen, "an engine that says it has no work is judged by canaries"
+
+
+def test_counters_that_move_only_at_the_end_of_an_answer_never_look_frozen() -> None:
+    """An answer of minutes moves none of them, and is computed all the same."""
+    p = learned()
+    for n in range(100):
+        p.engine(EngineSample(running=1, generation_tokens=5, tokens_at_end=True), 10.0 + n)
+    assert not p.evidence([item(10.0, whole=4000)], 110.0).frozen
 
 
 def test_work_on_the_first_page_after_a_restart_of_the_sidecar_may_be_anybodys() -> None:
