@@ -76,7 +76,8 @@ class TickReadings:
     """The signals at a tick.
 
     `refused_since`: since when the engine's port refuses connections; `unanswered`: it accepts them, and the API
-    answers nothing; `resting`: the reason code of a rest that the engine reports, "" while it is awake.
+    answers nothing; `resting`: the reason code of a rest that the engine reports, "" while it is awake; `trouble`: why
+    no connection to it can be made, in one sentence, "" if none is known.
     """
 
     engine: Reading[EngineSample]
@@ -89,6 +90,7 @@ class TickReadings:
     resting: str = ""
     diagnoses: tuple[DiagnosisSummary, ...] = ()
     identity: EngineIdentity = UNKNOWN_ENGINE
+    trouble: str = ""
 
     @property
     def sample(self) -> EngineSample | None:

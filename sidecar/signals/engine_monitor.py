@@ -20,8 +20,10 @@ from sidecar.engines.registry import KINDS
 from sidecar.readings import EngineIdentity, EngineSample, Reading, Value
 from sidecar.settings import Settings
 from sidecar.signals.canary import CanarySignal
+from sidecar.signals.contact_pace import ContactPace
+from sidecar.signals.engine_address import EngineAddress
 from sidecar.signals.identify import LOADING_STATUSES, ProbeAnswers, probe_engine, request_pages
-from sidecar.signals.metrics_scrape import ScrapeSignal
+from sidecar.signals.metrics_scrape import BATCH_TIMEOUT_S, PAGE_TIMEOUT_S, ScrapeSignal
 from sidecar.signals.sleep_state import SleepSignal
 
 # A running engine accepts a connection within this time; the second attempt comes after a second.
@@ -30,13 +32,15 @@ PROBE_RETRY_INTERVAL_S: Final = 1.0
 REQUEST_TIMEOUT_S: Final = 5.0
 IDENTITY_PATHS: Final = ("/v1/models", "/version", "/metrics")
 MAX_INCONCLUSIVE_ATTEMPTS: Final = 3
+# Between requests to an engine that names no model.
+MAX_IDENTITY_INTERVAL_S: Final = 30.0
 
 _log = logging.getLogger(__name__)
 
 
-def open_session() -> aiohttp.ClientSession:
+def open_session(address: EngineAddress) -> aiohttp.ClientSession:
     """A session that never reuses a connection: a canary on one that the engine is closing would look like a hang."""
-    return aiohttp.ClientSession(connector=aiohttp.TCPConnector(force_close=True), cookie_jar=aiohttp.DummyCookieJar())
+    return aiohttp.ClientSession(connector=address.connector(force_close=True), cookie_jar=aiohttp.DummyCookieJar())
 
 
 class EngineMonitor:
@@ -45,6 +49,9 @@ class EngineMonitor:
     def __init__(self, session: aiohttp.ClientSession, chosen: Settings) -> None:
         self._session = session
         self._settings = chosen
+        self._address = EngineAddress(chosen.engine, chosen.engine_ca)
+        self._pace = ContactPace()
+        self._trouble = ""
         self._headers = {"authorization": f"Bearer {chosen.engine_key}"} if chosen.engine_key else {}
         self.scrape = ScrapeSignal("", None, absent="the engine has not answered yet")
         self._sleep = SleepSignal(session, "", (), {})
@@ -76,6 +83,15 @@ class EngineMonitor:
         """Whether the engine accepts connections and does not respond: its API or all of it hangs."""
         return self.scrape.unanswered
 
+    @property
+    def trouble(self) -> str:
+        """Why no connection to the engine can be made: what is wrong, a colon, what to do; "" if none is known."""
+        return self.scrape.trouble or self._trouble
+
+    def set_busy(self, busy: bool) -> None:
+        """Whether there is work for the engine, or a doubt about it; otherwise it is soon asked less often."""
+        (self._pace.busy.set if busy else self._pace.busy.clear)()
+
     def engine_restarted(self) -> None:
         """Recognise the engine again: a new process may differ in kind, model and accepted canaries."""
         if self.canary is not None:
@@ -94,7 +110,7 @@ class EngineMonitor:
             self._restarted.clear()
             await self._set_up()
             async with asyncio.TaskGroup() as group:
-                work = self.scrape.run(), self._sleep.run(), self._identify()
+                work = self.scrape.run(self._session), self._sleep.run(), self._identify()
                 readers = [group.create_task(reading) for reading in work]
                 await self._restarted.wait()
                 for reader in readers:
@@ -108,8 +124,8 @@ class EngineMonitor:
                 _log.info("engine %s: recognised as %s", self._settings.engine, name)
             self.kind = KINDS[name]
         assert self.kind is not None
-        kind, url, model = self.kind, self._settings.engine, self._settings.canary_model
-        sleep = self._sleep = SleepSignal(self._session, url, kind.signs, self._headers)
+        kind, url, model = self.kind, self._address.base, self._settings.canary_model
+        sleep = self._sleep = SleepSignal(self._session, url, kind.signs, self._headers, pace=self._pace)
         priority, asleep = await self._priority(kind), sleep.poll if kind.wakes else None
         self.canary = CanarySignal(
             self._session, url, kind, self._headers, model=model, priority=priority, asleep=asleep
@@ -118,26 +134,34 @@ class EngineMonitor:
             url + (kind.metrics_path if kind.series else kind.contact_path),
             partial(metrics_parser.parse, kind=kind) if kind.series else None,
             headers=self._headers,
-            contact=url + kind.contact_path if kind.page_hangs else "",
+            contact=url + kind.contact_path,
+            timeout=BATCH_TIMEOUT_S if kind.page_hangs else PAGE_TIMEOUT_S,
             sleep_state=sleep.read if kind.wakes else None,
+            explain=self._address.explain,
+            pace=self._pace,
         )
 
     async def _identify(self) -> None:
         """Request models and version until the models are known; not every engine has a version."""
+        interval = PROBE_RETRY_INTERVAL_S
         while True:
-            identity = registry.identity(await self._request(*IDENTITY_PATHS))
+            answers = await self._request(*IDENTITY_PATHS)
+            await self._note_trouble(answers)
+            identity = registry.identity(answers.pages)
             if identity.models:
                 if not identity.prepared and self._settings.images != "off":
                     _log.info("engine %s: %s", self._settings.engine, registry.NO_PNM)
                 self.identity = identity
                 return
-            await asyncio.sleep(PROBE_RETRY_INTERVAL_S)
+            await asyncio.sleep(interval)
+            interval = min(2 * interval, MAX_IDENTITY_INTERVAL_S)
 
     async def _recognise(self) -> str:
         """The engine's kind; `openai` after MAX_INCONCLUSIVE_ATTEMPTS."""
         attempts = 0
         while True:
-            answers = await probe_engine(self._session, self._settings.engine, self._headers, REQUEST_TIMEOUT_S)
+            answers = await probe_engine(self._session, self._address.base, self._headers, REQUEST_TIMEOUT_S)
+            await self._note_trouble(answers)
             name = registry.recognise(answers.pages)
             attempts += answers.status["/v1/models"] not in LOADING_STATUSES
             if name != "openai":
@@ -153,11 +177,17 @@ class EngineMonitor:
         if kind.read_priority is None:
             return kind.priority
         for path in kind.info_paths:
-            if (page := (await self._request(path)).get(path)) is not None:
+            if (page := (await self._request(path)).pages.get(path)) is not None:
                 return kind.read_priority(page)
         return kind.priority
 
-    async def _request(self, *paths: str) -> dict[str, bytes]:
+    async def _request(self, *paths: str) -> ProbeAnswers:
         answers = ProbeAnswers()
-        await request_pages(answers, self._session, self._settings.engine, paths, self._headers, REQUEST_TIMEOUT_S)
-        return answers.pages
+        await request_pages(answers, self._session, self._address.base, paths, self._headers, REQUEST_TIMEOUT_S)
+        return answers
+
+    async def _note_trouble(self, answers: ProbeAnswers) -> None:
+        """Find out why nothing can be read, where that is so, and log each new reason."""
+        before, self._trouble = self._trouble, await self._address.explain_answers(self._session, answers)
+        if self._trouble not in ("", before):
+            _log.warning("engine %s: %s", self._settings.engine, self._trouble)

@@ -133,7 +133,9 @@ async def test_an_engine_without_a_page_shows_a_blocked_api(
 ) -> None:
     """A kind without metrics gets a cheap request, so that a blocked API is noticed there, too."""
     monkeypatch.setattr(
-        engine_monitor, "ScrapeSignal", lambda *a, **k: real(*a, **{**k, "timeout": 0.5, "period": 0.02})
+        engine_monitor,
+        "ScrapeSignal",
+        lambda *a, **k: real(*a, **{**k, "timeout": 1.0, "contact_timeout": 0.2, "period": 0.02}),
     )
     free = asyncio.Event()
     async with Shown({"/v1/models": models("my-org")}) as engine:
