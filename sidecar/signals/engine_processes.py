@@ -36,7 +36,7 @@ _PAGE_BYTES: Final = os.sysconf("SC_PAGE_SIZE")
 def find(engine: str) -> tuple[EngineProcess, ...] | Absent:
     """The processes behind this URL in the order of ROLES, or why none can be named."""
     host, port = host_and_port(engine)
-    place = f"socket {printable(path)}" if (path := socket_path(engine)) else f"port {port}"
+    place = f"socket {path}" if (path := socket_path(engine)) else f"port {port}"
     if not _is_local(host):
         return Absent(f"the engine is not on this machine ({printable(host)}): its processes cannot be seen from here")
     listeners, is_open = find_listeners(engine)
