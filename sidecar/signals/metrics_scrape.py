@@ -78,6 +78,8 @@ class ScrapeSignal:
     def read(self) -> Reading[EngineSample]:
         """The last reading, without waiting. Its `seconds` are those of the scrape and of parsing."""
         reading = self._reading
+        if self.unanswered and self.parse is not None:
+            return Failed("the engine accepts connections and answers nothing")
         if isinstance(reading, Value) and self.clock() - reading.at > MAX_PAGE_AGE_S:
             return Failed(f"the metrics page has not answered for {MAX_PAGE_AGE_S:g} s")
         return reading
