@@ -30,7 +30,7 @@ from sidecar.signals.sleep_state import SleepSignal
 FIRST_CONNECT_TIMEOUT_S: Final = 0.5
 PROBE_RETRY_INTERVAL_S: Final = 1.0
 REQUEST_TIMEOUT_S: Final = 5.0
-IDENTITY_PATHS: Final = ("/v1/models", "/version", "/metrics")
+IDENTITY_PATHS: Final = ("/v1/models", "/version")
 MAX_INCONCLUSIVE_ATTEMPTS: Final = 3
 # Between requests to an engine that names no model.
 MAX_IDENTITY_INTERVAL_S: Final = 30.0
@@ -142,7 +142,10 @@ class EngineMonitor:
         )
 
     async def _identify(self) -> None:
-        """Request models and version until the models are known; not every engine has a version."""
+        """Request models and version until the models are known; not every engine has a version.
+
+        The settings are those of the first page that is scraped, so that no second page is requested.
+        """
         interval = PROBE_RETRY_INTERVAL_S
         while True:
             answers = await self._request(*IDENTITY_PATHS)
@@ -152,9 +155,11 @@ class EngineMonitor:
                 if not identity.prepared and self._settings.images != "off":
                     _log.info("engine %s: %s", self._settings.engine, registry.NO_PNM)
                 self.identity = identity
-                return
+                break
             await asyncio.sleep(interval)
             interval = min(2 * interval, MAX_IDENTITY_INTERVAL_S)
+        answers.pages["/metrics"] = await self.scrape.first_page()
+        self.identity = registry.identity(answers.pages)
 
     async def _recognise(self) -> str:
         """The engine's kind; `openai` after MAX_INCONCLUSIVE_ATTEMPTS."""

@@ -72,6 +72,7 @@ class ScrapeSignal:
         self._headers = {"Accept": "text/plain;version=0.0.4", "Accept-Encoding": "identity", **self.headers}
         self._reading: Reading[EngineSample] = Absent("not read yet" if self.parse else self.absent)
         self._page: tuple[float, bytes] | None = None
+        self._read = asyncio.Event()  # a good page was read
         self.unanswered = False  # the port accepts connections, and nothing at all answers on them
         self.trouble = ""  # why no connection can be made; see EngineAddress
 
@@ -96,6 +97,12 @@ class ScrapeSignal:
             return None
         return self.clock() - self._page[0], self._page[1][:max_bytes].decode("utf-8", "replace")
 
+    async def first_page(self) -> bytes:
+        """The last good page, once there is one."""
+        await self._read.wait()
+        assert self._page is not None
+        return self._page[1]
+
     async def run(self, session: aiohttp.ClientSession) -> None:
         """Poll until cancelled. `session` keeps no connection."""
         while True:
@@ -119,6 +126,7 @@ class ScrapeSignal:
                 now = self.clock()
                 self._page = (now, page)  # after parsing: garbage would break the merged page
                 self._store(Value(sample, at=now, seconds=now - started))
+                self._read.set()
                 if sample.running or sample.waiting:
                     self.pace.worked()
             self.unanswered, self.trouble = False, ""
