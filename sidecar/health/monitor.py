@@ -87,7 +87,7 @@ class TickReadings:
     `refused_since`: since when the engine's port refuses connections; `unanswered`: it accepts them, and the API
     answers nothing; `resting`: the reason code of a rest that the engine reports, "" while it is awake; `is_fcfs`: it
     serves requests of one model and priority in order; `canary_disturbs`: a canary drops what it keeps for its users;
-    `trouble`: why the sidecar cannot talk to it, in words.
+    `trouble`: why no connection to it can be made, in one sentence, "" if none is known.
     """
 
     engine: Reading[EngineSample]

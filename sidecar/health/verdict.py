@@ -39,8 +39,8 @@ PART_HOLD_S: Final = 120.0
 # times.
 STEPS_HOLD_OFF_S: Final = 6.0
 PREFILL_HOLD_OFF: Final = 1.5
-# Where no canary passes, so many times the silence withdraws readiness, and so many times fails liveness. An answer that
-# may be generated unseen keeps readiness for all of its time.
+# Where no canary passes, so many times the silence withdraws readiness, and so many times fails liveness. An answer
+# that may be generated unseen keeps readiness for all of its time.
 UNASKED_FACTOR: Final = 2.0
 UNASKED_KILLS: Final = 3.0
 # Seconds between canaries that test whether an engine computes several requests at once.

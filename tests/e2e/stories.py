@@ -313,7 +313,7 @@ def load_for_a_while(engine: ScriptedEngine) -> None:
 
 
 FULL: Final = Setting(engine={"max_batch": 4})
-UNHURRIED: Final = Setting(flags={"silence_floor": "3"})  # until a scrape has run out of time
+UNHURRIED: Final = Setting(flags={"silence_floor": "6"})  # until a page is slow and the second contact unanswered
 SLOW_START: Final = {"silence_cap": "3"}
 
 MODES: Final[dict[int, tuple[Story, ...]]] = {
