@@ -18,7 +18,7 @@ from sidecar.events import Delivered, Event, FirstToken, RequestSize
 from sidecar.load import cost_model
 from sidecar.tools.scripted_engine.behaviour import Behaviour
 from sidecar.tools.scripted_engine.faults import changes_of
-from sim.seqs import OURS, PLAIN, UNREAD, USER, ZOMBIE, Counters, Seq, Site, Special, settled
+from sim.seqs import IN_FULL, OURS, PLAIN, UNREAD, USER, ZOMBIE, Counters, Seq, Site, Special, settled
 
 QUANTUM_S = 0.5  # seconds: that of a tick, so that what a tick sees is what happened in it
 CHUNK_SHARE = 0.85  # of a step that a chunked prefill takes while others decode
@@ -257,7 +257,7 @@ class Engine:
 
     def _first(self, seq: Seq, now: float, out: list[Event]) -> None:
         seq.first, seq.tokens = True, 1.0
-        if not seq.shadow and not seq.special.seconds:
+        if not seq.shadow and seq.special.counted:
             self.counters.prompt += seq.prompt
         self._output(seq, now, out)
 
@@ -275,7 +275,7 @@ class Engine:
         seq.sent += tokens
         ends = seq.sent >= seq.limit
         if not seq.shadow:
-            if not seq.special.seconds:
+            if seq.special.counted:
                 self.counters.generation += tokens
                 self.counters.ranks[seq.rank] += tokens
             self.counters.finished += ends
@@ -321,7 +321,7 @@ class Engine:
     def _shown(self, seq: Seq, tokens: int, now: float) -> list[Event]:
         """What the relay says of tokens that reach a client: of an answer in one piece, bytes alone."""
         events: list[Event] = []
-        is_read = seq.streams and seq.special.route != UNREAD
+        is_read = seq.streams and seq.special.route not in (UNREAD, *IN_FULL)
         if is_read and seq.first_at is None:
             seq.first_at = now
             events.append(FirstToken(seq.id, now))

@@ -54,7 +54,12 @@ class Special:
     hides: int = 0  # tokens after the first that the engine keeps, until it has as many or the answer ends
     unlimited: bool = False  # its client sets no limit
     route: str = "chat"
-    seconds: float = 0.0  # of work, instead of what its prompt takes; it counts no tokens
+    seconds: float = 0.0  # of work, instead of what its prompt takes
+
+    @property
+    def counted(self) -> bool:
+        """Whether the engine counts tokens for it."""
+        return not self.seconds and self.route not in IN_FULL
 
 
 PLAIN = Special()

@@ -100,6 +100,8 @@ class Tally:
 
 def label(alarm: Alarm) -> str:
     """An alarm's row in tables."""
+    if alarm.kind:
+        return f"kind {alarm.kind}: {alarm.text}"
     return f"{alarm.number}: {alarm.text}" if alarm.number else alarm.text
 
 
