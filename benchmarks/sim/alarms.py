@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from sim.field import (
+from sim.field_reports import (
     adapters,
     after_short_answers,
     bounded_queue,

@@ -393,12 +393,13 @@ class World:
         seq, started, allowed = self._canary
         if seq.ended_at is None and self.now - started < allowed:
             return
-        if seq.ended_at is None:
-            self.engine.abort(seq, self.now)
-        else:
+        outcome = "ok" if seq.ended_at is not None else "starved"
+        if outcome == "ok":
             self._passed = self.engine
+        else:
+            self.engine.abort(seq, self.now)
         self._canary = None
-        self._canary_ended("ok" if seq.ended_at is not None else "starved", started, allowed)
+        self._canary_ended(outcome, started, allowed)
 
     def _canary_ended(self, outcome: str, started: float, allowed: float) -> None:
         known = self._passed is self.engine
