@@ -266,7 +266,8 @@ def odd_pages(**changes: object) -> Callable[[World], None]:
     """A page that takes seconds, or that another process answers each time; amid traffic, and a long prefill."""
 
     def story(w: World) -> None:
-        with site(w, page=True, lacks=frozenset(), kv_tokens=2_000_000, **changes):
+        lacks = frozenset({"started"}) if either(w) else frozenset()
+        with site(w, page=True, lacks=lacks, kv_tokens=2_000_000, **changes):
             w.run(spread(w.rng, 20, 60))
             w.request(prompt_of(w, spread(w.rng, 10, 60)), 50, w.streams())
             w.run(90)
@@ -300,7 +301,7 @@ def released(*, seen: bool) -> Callable[[World], None]:
         if seen:
             w.direct("engine_sleeping", on=True)
             w.engine.fault("memory_released")
-        w.run(spread(w.rng, 60, 1500 if seen else 600))
+        w.run(spread(w.rng, 200, 1500) if seen else spread(w.rng, 60, 600))
         w.engine.heal()
         if seen:
             w.direct("engine_sleeping", on=False)

@@ -8,7 +8,7 @@ from sidecar.readings import Absent, EngineSample, Failed, RankSample, Reading, 
 from sim.engine import Engine
 from sim.seqs import Seq
 
-SERIES = ("kv_usage", "iterations", "counters", "kv_capacity")  # what a metrics page may lack
+SERIES = ("kv_usage", "iterations", "counters", "kv_capacity", "started")  # what a metrics page may lack
 NO_PAGE = Absent("the engine has no metrics page")
 
 
@@ -35,7 +35,7 @@ def sample(e: Engine, now: float, wall_offset: float) -> Reading[EngineSample]:
             generation_tokens=offset + share * c.generation if counted else None,
             finished=offset + share * c.finished if counted else None,
             iterations=None if "iterations" in lacks else offset + share * c.iterations,
-            started_wall=e.started + wall_offset + offset / 1000,
+            started_wall=None if "started" in lacks else e.started + wall_offset + offset / 1000,
             sleeping=how.sleeping,
             kv_capacity_tokens=None if "kv_capacity" in lacks else float(site.kv_tokens),
             ranks=ranks(e) if site.ranks > 1 and counted else (),

@@ -43,11 +43,12 @@ BUSY = 0.7  # share of the calm time in which users come
 
 @dataclass(frozen=True, slots=True)
 class Kill:
-    """One false kill: where to find it again, and what led to it."""
+    """One false kill, or requests that were ended while the engine was healthy (`after` None): where to find it again,
+    and what led to it."""
 
     seed: str
     alarm: str
-    after: float  # seconds from the story's begin
+    after: float | None  # seconds from the story's begin
     site: Site
     trail: tuple[tuple[float, str, str], ...]
 
@@ -63,9 +64,12 @@ class Stretch:
 
 @dataclass(slots=True)
 class Tally:
-    """Sums over weeks; `kills` and `suspects` by alarm, `baseline` by (detector, alarm), `wrong` seconds by detector:
-    for how long a mistake stood, or would have, were the engine not killed for it. `worst`: the largest ratio among the
-    windows that were run."""
+    """Sums over weeks by alarm; `kills` by (alarm, level of proof), `baseline` by (detector, alarm), `wrong` seconds by
+    detector: for how long a mistake stood, or would have, were the engine not killed for it. `worst`: the largest ratio
+    among the windows that were run.
+
+    `unready`: times that /readyz failed; `cut`: requests that the control ended; `harmed`: canaries that did harm.
+    """
 
     weeks: float = 0.0
     full: float = 0.0  # seconds in full resolution
@@ -73,7 +77,10 @@ class Tally:
     drawn: int = 0  # of them in full resolution
     events: dict[str, int] = field(default_factory=dict)
     suspects: dict[str, int] = field(default_factory=dict)
-    kills: dict[str, int] = field(default_factory=dict)
+    unready: dict[str, int] = field(default_factory=dict)
+    cut: dict[str, int] = field(default_factory=dict)
+    harmed: dict[str, int] = field(default_factory=dict)
+    kills: dict[tuple[str, str], int] = field(default_factory=dict)
     unrecovered: int = 0
     baseline: dict[tuple[str, str], int] = field(default_factory=dict)
     wrong: dict[str, float] = field(default_factory=dict)
@@ -87,14 +94,13 @@ class Tally:
         self.windows += other.windows
         self.drawn += other.drawn
         self.unrecovered += other.unrecovered
-        for mine, theirs in ((self.events, other.events), (self.suspects, other.suspects), (self.kills, other.kills)):
-            for key, n in theirs.items():
+        for name in ("events", "suspects", "unready", "cut", "harmed", "kills", "baseline"):
+            mine: dict[object, int] = getattr(self, name)
+            for key, n in getattr(other, name).items():
                 mine[key] = mine.get(key, 0) + n
         self.worst = max(self.worst, other.worst)
         for who, seconds in other.wrong.items():
             self.wrong[who] = self.wrong.get(who, 0.0) + seconds
-        for pair, n in other.baseline.items():
-            self.baseline[pair] = self.baseline.get(pair, 0) + n
         self.examples.extend(other.examples)
 
 
@@ -194,10 +200,17 @@ def settle(w: World) -> None:
 
 def judged(w: World, name: str, began: float, tally: Tally, seed: str) -> World:
     """Book what an event did to the verdicts. A world that was killed, or did not recover, is replaced by a new one."""
-    tally.events[name] = tally.events.get(name, 0) + 1
+    seen = [c for c in w.trail if c.at >= began]
     tally.drawn += name == NATURAL
-    if w.first(("suspect",), began) is not None:
-        tally.suspects[name] = tally.suspects.get(name, 0) + 1
+    for sums, n in (
+        (tally.events, 1),
+        (tally.suspects, any(c.state == "suspect" for c in seen)),
+        (tally.unready, any(not c.ready for c in seen)),
+        (tally.cut, w.cut),
+        (tally.harmed, w.engine.harmed),
+    ):
+        if n:
+            sums[name] = sums.get(name, 0) + n
     for who, states in zip(OURS, (UNLIVE, ("suspect", *UNLIVE)), strict=True):
         tally.wrong[who] = tally.wrong.get(who, 0.0) + w.spent(states, began)
     for baseline in w.rivals.baselines:
@@ -207,10 +220,14 @@ def judged(w: World, name: str, began: float, tally: Tally, seed: str) -> World:
             tally.baseline[key] = tally.baseline.get(key, 0) + 1
     killed = w.killed(began)
     if killed is not None:
-        tally.kills[name] = tally.kills.get(name, 0) + 1
-        trail = tuple((round(c.at - began, 1), c.state, c.reason) for c in w.trail if c.at >= began)[:20]
-        tally.examples.append(Kill(seed, name, killed - began, w.site, trail))
+        proof = (name, next(c.proof for c in seen if c.at == killed and c.state in UNLIVE))
+        tally.kills[proof] = tally.kills.get(proof, 0) + 1
+    if killed is not None or w.cut:
+        after = None if killed is None else killed - began
+        trail = tuple((round(c.at - began, 1), c.state, c.reason) for c in seen)[:20]
+        tally.examples.append(Kill(seed, name, after, w.site, trail))
     w.trail.clear()
+    w.cut = w.engine.harmed = 0
     if w.verdict in CALM and not w.users:
         return w
     tally.unrecovered += 1

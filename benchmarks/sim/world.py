@@ -89,6 +89,7 @@ class World:
     ended: list[Ended] = field(default_factory=list)
     users: dict[str, Seq] = field(default_factory=dict)
     blind: bool = False  # the relay process is stopped: its events wait
+    usual: Special = PLAIN  # what its users' requests are
     patience: float = 0.0  # seconds after which users without a first token give up; 0: they do not
     reports: bool = False  # make the control's reports, too
     cut: int = 0  # requests that the control ended
@@ -298,7 +299,7 @@ class World:
         start, self.now = self.now, self.now + TICK_S
         self._keep(self.engine.advance(start, self.now))
         while self._next is not None and self.arrivals is not None and self._next.at <= self.now:
-            self.request(self._next.prompt, self._next.output, self.streams())
+            self.request(self._next.prompt, self._next.output, self.streams(), self.usual)
             self._next = next(self.arrivals, None)
         if self.site.shared and self.arrivals is not None and self.now - self._foreign_at >= FOREIGN_INTERVAL_S:
             self._foreign_at = self.now
