@@ -1,19 +1,22 @@
 """Engine-weeks: calm time that is passed over, and stretches in full resolution where a verdict could change.
 
-What a week contains, in full resolution, at one newly drawn site: one minute of ordinary traffic at a drawn place of
+What a week contains, in full resolution, at one newly drawn site: half a minute of ordinary traffic at a drawn place of
 its trace; the stories of alarms.py at drawn times, at RATE of their weekly rates; of its natural windows (below) the
 most dangerous one and one by lot. All the rest of its seven days is passed over. A figure per engine-week is therefore
 one per week of *these rates of alarms*, whose traffic in between is judged by the argument below, not simulated.
 
 Why passing over hides no false kill. A verdict leaves the calm states (idle, progressing, quiet) only through: an
-exemption, a part that hangs, the sidecar's own trouble, a restart, a refused port, a canary that does not pass, or a
-silence longer than `allowed`. All but the last are alarms here, always in full resolution, or need an engine that is
-not healthy. A healthy engine's silence can end in a kill only when it outlasts `allowed`, and then a canary's time. It
-is bounded per arrival by `sites.longest_gap`, and `allowed` from below by `sites.least_allowed` (nothing learned; all
-that is learned lengthens it). Arrivals whose bound comes to 80 % of that are the natural windows; elsewhere no kill is
-possible. They are many where the hardware is far slower than the coefficients predict: the bound takes the sidecar for
-one that never learned so. What users teach in time that is passed over is the least that they could: each prefill as if
-alone on the engine, and no gap at all. tests/health/test_verdict_sim.py holds all this against full resolution.
+exemption, a part that hangs, requests that were overtaken, left unserved or refused, the sidecar's own trouble, a
+restart, a refused port, a canary that does not pass, or a silence longer than `allowed`. All but the last are alarms
+here, always in full resolution, or need an engine that is not healthy. A healthy engine's silence can end in a kill
+only when it outlasts `allowed` and the bound of kills (`silence_kill`, where the settings have it), and a canary
+starves in it. It is bounded per arrival by `sites.longest_gap`, in whatever order requests are scheduled, and `allowed`
+from below by `sites.least_allowed` (nothing learned; all that is learned lengthens it). Arrivals whose bound comes to
+80 % of the larger of `allowed` and the bound of kills are the natural windows; elsewhere no kill is possible. They are
+many where the hardware is far slower than the coefficients predict: the bound takes the sidecar for one that never
+learned so. What users teach in time that is passed over is the least that they could: each prefill as if alone on the
+engine, and no gap at all. Readiness is not covered by this argument: a silence beyond `allowed` that is passed over may
+have withdrawn it. tests/health/test_verdict_sim.py holds all this against full resolution.
 """
 
 from __future__ import annotations
@@ -26,16 +29,16 @@ from sidecar.health.progress import SilenceLimits
 from sidecar.load import cost_model
 from sim.alarms import ALARMS, Alarm
 from sim.seqs import Site
-from sim.sites import draw, prefills, slice_of, windows
+from sim.sites import draw, kill_bound, prefills, slice_of, windows
 from sim.traces import Trace
 from sim.world import CALM, UNLIVE, World
 
 WEEK_S = 7 * 86_400.0
-RATE = 0.2  # of the weekly rates of the alarms: what 10,000 weeks in 20 minutes on two cores leave room for
+RATE = 0.1  # of the weekly rates of the alarms: what 10,000 weeks in 25 minutes on two cores leave room for
 LEAD_S = 20.0  # seconds of traffic before a story
 AFTER_S = 30.0
 DRAIN_S = 60.0  # seconds for outstanding work to end; then its clients hang up
-ORDINARY_S = 60.0  # seconds of ordinary traffic in each week
+ORDINARY_S = 30.0  # seconds of ordinary traffic in each week
 OURS = ("sidecar, liveness", "sidecar, readiness")
 NATURAL, PLAIN = "natural window", "ordinary traffic"
 BUSY = 0.7  # share of the calm time in which users come
@@ -150,7 +153,7 @@ def pass_over(w: World, seconds: float, busy: bool, traces: dict[str, Trace]) ->
 def stretches(w: World, traces: dict[str, Trace], tally: Tally) -> list[Stretch]:
     """Count the week's natural windows; return what of its own traffic is run in full."""
     trace = traces[w.site.trace]
-    found = windows(trace, w.site, w.co, SilenceLimits())
+    found = windows(trace, w.site, w.co, SilenceLimits(), kill_bound())
     tally.windows += round(len(found) * WEEK_S * BUSY * w.site.rate / (trace[-1].at + 1.0))
     plain = Stretch(PLAIN, w.rng.uniform(0, trace[-1].at), ORDINARY_S)
     if not found:
