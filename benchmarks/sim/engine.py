@@ -154,10 +154,8 @@ class Engine:
             self.running.clear()
             self.waiting.clear()
         if self.zombies:
-            self.running += [
-                Seq("zombie", 100, ENDLESS, True, ZOMBIE, 0.0, first=True, tokens=1.0)
-                for _ in range(self.site.max_batch - len(self.running))
-            ]
+            for _ in range(self.site.max_batch):  # as many as there are slots, next to those that still run
+                self.running.append(Seq("zombie", 100, ENDLESS, True, ZOMBIE, 0.0, first=True, tokens=1.0))
 
     # --- what goes on inside ---
 

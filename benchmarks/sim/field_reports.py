@@ -335,7 +335,10 @@ def impatient(w: World) -> None:
         long = w.request(prompt_of(w, spread(w.rng, 20, 120)), 50, w.streams())
         if long is not None:
             long.came += 300  # this one waits
-        w.run(120)
+        for _ in range(5):
+            w.request(500, 50, w.streams())
+            w.run(3)
+        w.run(105)
     w.patience = 0.0
 
 

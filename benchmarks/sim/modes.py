@@ -282,6 +282,20 @@ def made_for(mode: Mode, rng: random.Random, *, tells: bool = True) -> World:
 
 def trial(w: World, mode: Mode, load: str, horizon: float = HORIZON_S) -> Trial:
     """One fault of one mode under one load, on a world that was made for it."""
+    loaded(w, load)
+    predicted, before, at = prefill_of(w), w.verdict, w.now
+    strike(w, mode)
+    at = w.now if mode.late else at
+    if horizon >= HORIZON_S:
+        horizon = START_HORIZON_S if mode.case.owed == "startup" else FULL_HORIZON_S if load == FULL else mode.horizon
+    until = at + horizon
+    while w.now < until and not over(w, mode, at):
+        w.tick()
+    return result(w, mode, load, predicted, before, at)
+
+
+def loaded(w: World, load: str) -> None:
+    """Some history, and then the load under which the fault begins."""
     w.run(15)
     w.usual = SPECIAL[load][0] if load in SPECIAL else PLAIN
     w.traffic(arrivals(w, "short prefill" if load == "idle" else load))
@@ -296,15 +310,6 @@ def trial(w: World, mode: Mode, load: str, horizon: float = HORIZON_S) -> Trial:
         overfill(w)
         w.run(1)
     w.run(w.rng.randrange(8) / 2)
-    predicted, before, at = prefill_of(w), w.verdict, w.now
-    strike(w, mode)
-    at = w.now if mode.late else at
-    if horizon >= HORIZON_S:
-        horizon = START_HORIZON_S if mode.case.owed == "startup" else FULL_HORIZON_S if load == FULL else mode.horizon
-    until = at + horizon
-    while w.now < until and not over(w, mode, at):
-        w.tick()
-    return result(w, mode, load, predicted, before, at)
 
 
 def strike(w: World, mode: Mode) -> None:

@@ -264,10 +264,10 @@ def coverage(tally: Tally) -> str:
     return (
         f"{tally.weeks:.1f} engine-weeks, each at a newly drawn site. In full resolution: "
         f"{tally.full / tally.weeks:.0f} s of each ({100 * tally.full / (tally.weeks * WEEK_S):.3f} %, "
-        f"{tally.full / WEEK_S:.2f} weeks in all), {sum(tally.events.values())} events: half a minute of ordinary traffic, "
-        f"the alarms at {RATE:g} of their weekly rates, and of {tally.windows} natural windows by the bound the most "
-        f"dangerous one of each week and one by lot, {tally.drawn} in all, the worst with a bound of "
-        f"{tally.worst:.1f} times the least allowed silence"
+        f"{tally.full / WEEK_S:.2f} weeks in all), {sum(tally.events.values())} events: half a minute of ordinary "
+        f"traffic, the alarms at {RATE:g} of their weekly rates, and of {tally.windows} natural windows by the bound "
+        f"the most dangerous one of each week and one by lot, {tally.drawn} in all, the worst with a bound of "
+        f"{tally.worst:.1f} times the least silence that can kill"
         + (f" (none a kill: under {NO_FALSE / tally.drawn:.2%} each, with 95 % confidence)" if none else "")
         + f". The rest was skipped, {BUSY:.0%} of it as time with users: benchmarks/sim/weeks.py shows why that hides "
         f"no false kill, and a test compares it with full resolution. {tally.unrecovered} worlds had to be replaced "

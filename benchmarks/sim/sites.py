@@ -103,7 +103,7 @@ def prefills(trace: Trace, co: cost_model.Coefficients) -> tuple[float, ...]:
 
 
 def kill_bound() -> float:
-    """Seconds of silence before which nothing is killed, whatever is allowed; 0 where the settings have no such bound."""
+    """Seconds of silence before which nothing is killed, whatever is allowed; 0 where no setting bounds them."""
     return float(getattr(Settings(engine="http://engine"), "silence_kill", 0.0))
 
 
@@ -131,8 +131,8 @@ def longest_gap(a: Arrival, prefill: float, site: Site, co: cost_model.Coefficie
     """The longest silence that an arrival can cause in this engine model, seconds.
 
     Prefills end one after the other, in whatever order they were admitted, and each end is progress; a decode goes on
-    next to them, or starves until they end. So between two signs of progress lies one prefill at most, and, where neither chunks nor counters show
-    them, the tokens of an answer.
+    next to them, or starves until they end. So between two signs of progress lies one prefill at most, and, where
+    neither chunks nor counters show them, the tokens of an answer.
     """
     token = co.d * FAMILY / 1000 * site.slowness / (1 - CHUNK_SHARE)
     seen_after = a.output if unseen(site) else 1

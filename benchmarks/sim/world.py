@@ -3,8 +3,8 @@
 Rules: `sidecar.control.state.ControlState` is driven as the ticker drives it: events as they come, a metrics page a
 second, a tick each 0.5 s, a canary when it asks for one, the ends of requests that it orders. Nothing of the verdict is
 re-implemented here, and nothing but the reports is left out; the relay does what the real one does: a stalled verdict
-ends all its requests and refuses new ones. `skip` passes over time in which nothing that a verdict hangs on can happen (see weeks.py for when that is so);
-the only private fields it touches are the control's own clock.
+ends all its requests and refuses new ones. `skip` passes over time in which nothing that a verdict hangs on can happen
+(see weeks.py for when that is so); the only private fields it touches are the control's own clock.
 """
 
 from __future__ import annotations
