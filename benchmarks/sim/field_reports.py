@@ -60,7 +60,7 @@ def tokens_in(w: World, seconds: float) -> int:
 def prompt_of(w: World, seconds: float) -> int:
     """Tokens of a prompt whose prefill takes so many seconds of this engine."""
     a, b, ms = w.co.a, w.co.b, 1000 * seconds / (w.site.slowness * w.site.prefill_slowness)
-    return max(1, int((sqrt(a * a + 4 * b * ms) - a) / (2 * b)))
+    return max(1, int((sqrt(a * a + 2 * b * ms) - a) / b))  # each token attends to those before it: half of the square
 
 
 def told(w: World) -> dict[str, object]:
@@ -332,9 +332,7 @@ def impatient(w: World) -> None:
     """Clients leave after seconds, behind prefills that take longer than they wait."""
     w.patience = spread(w.rng, 5, 30)
     with site(w, kv_tokens=2_000_000):
-        long = w.request(prompt_of(w, spread(w.rng, 20, 120)), 50, w.streams())
-        if long is not None:
-            long.came += 300  # this one waits
+        w.request(prompt_of(w, spread(w.rng, 40, 120)), 50, w.streams(), Special(patient=True))
         for _ in range(5):
             w.request(500, 50, w.streams())
             w.run(3)

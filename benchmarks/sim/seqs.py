@@ -53,6 +53,7 @@ class Special:
     prepares: float = 0.0  # seconds for a grammar or a KV transfer, before it can be scheduled
     hides: int = 0  # tokens after the first that the engine keeps, until it has as many or the answer ends
     unlimited: bool = False  # its client sets no limit
+    patient: bool = False  # its client waits, where others give up
     route: str = "chat"
     seconds: float = 0.0  # of work, instead of what its prompt takes
 

@@ -310,7 +310,7 @@ class World:
                 self._events.append(RequestBlocked(seq.id, self.now, on=True))
         if self.patience:
             for seq in list(self.users.values()):
-                if seq.first_at is None and self.now - seq.came >= self.patience:
+                if not seq.special.patient and seq.first_at is None and self.now - seq.came >= self.patience:
                     self.abort(seq)
         if not self.blind:
             self._pulse_at = self.now
