@@ -24,7 +24,7 @@ QUANTUM_S = 0.5  # seconds: that of a tick, so that what a tick sees is what hap
 CHUNK_SHARE = 0.85  # of a step that a chunked prefill takes while others decode
 FAMILY = 32  # requests that share a decode step, as in the coefficients
 ENDLESS = 1 << 40  # tokens
-NOT_FOUND, REFUSED = 404, 503  # statuses
+NOT_FOUND, TOO_MANY, REFUSED = 404, 429, 503  # statuses
 
 # Faults that only this engine has, as changes of its fields.
 FAULTS: dict[str, dict[str, int | bool]] = {
@@ -119,7 +119,8 @@ class Engine:
             return REFUSED
         if self.refuses or self.how.error:
             return self.refuses or self.how.error
-        return REFUSED if self.site.queue and len(self.waiting) >= self.site.queue else 0
+        is_full = self.site.queue and len(self.waiting) >= self.site.queue
+        return (TOO_MANY if self.site.kind == "tgi" else REFUSED) if is_full else 0
 
     def abort(self, seq: Seq, now: float) -> None:
         """The client hung up."""

@@ -312,7 +312,7 @@ def released(*, seen: bool) -> Callable[[World], None]:
 
 def bounded_queue(w: World) -> None:
     """Far more requests than the engine takes: it refuses the rest, and serves what it has."""
-    with site(w, queue=w.rng.choice((2, 8, 32)), max_batch=8):
+    with site(w, queue=w.rng.choice((2, 8, 32)), max_batch=8, kind=w.rng.choice(("vllm", "tgi"))):
         w.traffic(faster(w, 6.0))
         w.run(spread(w.rng, 60, 120))
         w.traffic(None)

@@ -15,7 +15,6 @@ NAMES = tuple(check.name for check in CHECKS)
 EXTRA_PROBE_S = 10.0  # seconds that the manifests' liveness probe takes more: three probes in 5 s each
 API_BLOCKED = 12  # the mode whose hang looks like work that blocks the API, which gets more patience
 NO_FALSE = 3.0  # rule of three: none seen in n means a rate under 3/n, with 95 % confidence
-PROOFS = (UNPROVEN,)  # levels of proof that a verdict may name, weakest first
 HIDDEN = {label(a) for a in ALARMS if a.hidden}
 
 Times = Sequence[float | None]
@@ -55,6 +54,31 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 # --- detection ---
 
 
+def figures(tally: Tally, trials: Sequence[Trial]) -> str:
+    """What the tables below come to, held against the targets."""
+    whole = [t for t in trials if t.whole and t.mode != API_BLOCKED]
+    found = [t for t in trials if t.is_field]
+    events = sum(n for alarm, n in tally.events.items() if alarm not in HIDDEN)
+    cut = sum(n for alarm, n in tally.cut.items() if alarm not in HIDDEN)
+    rows: list[tuple[object, ...]] = [
+        (f"false kills, {events} events", mistakes(tally, OURS[0]), 0),
+        ("healthy requests ended", cut, 0),
+        ("canaries that did harm", sum(tally.harmed.values()), 0),
+        (
+            "hangs of the field's reports found, with a right reason",
+            f"{sum(t.right for t in found)}/{len(found)}",
+            "all",
+        ),
+    ]
+    for name, loads in {"empty": LOADS[:3], "full": (FULL,)}.items():
+        cells = cell([t.readiness for t in whole if t.load in loads])
+        rows.append((f"readiness withdrawn, queues {name}: found/all, p50 / p99 s", cells, "<= 20"))
+    for proof in levels(t.proof for t in whole):
+        kills = cell([t.liveness for t in whole if t.proof == proof and t.load != LOADS[3]])
+        rows.append((f"kill, proof {proof}: found/all, p50 / p99 s", kills, "<= 120" if proof == UNPROVEN else "<= 40"))
+    return table(("figure", "simulated", "target"), rows)
+
+
 def summary(trials: Sequence[Trial]) -> str:
     """Per load, over the modes that stop the whole engine: found/all, p50 / p99 of each detector."""
     whole = [t for t in trials if t.whole]
@@ -68,16 +92,21 @@ def summary(trials: Sequence[Trial]) -> str:
     return table(("detector", *LOADS), rows)
 
 
+def levels(proofs: Iterable[str]) -> tuple[str, ...]:
+    """The levels of proof that verdicts named, and `none`, which comes first."""
+    return (UNPROVEN, *sorted(set(proofs) - {UNPROVEN}))
+
+
 def by_queue(trials: Sequence[Trial]) -> str:
     """Seconds to the first failing /readyz, and to the verdict that kills, by what waited when the engine hung."""
     queues = {"empty": LOADS[:3], "long prefill": LOADS[3:4], "full: 200 prompts": (FULL,)}
-    rows = []
+    rows, proofs = [], levels(t.proof for t in trials)
     for name, loads in queues.items():
         mine = [t for t in trials if t.whole and t.load in loads]
         for what, some in (("", mine), (", without mode 12", [t for t in mine if t.mode != API_BLOCKED])):
-            kills = (cell([t.liveness for t in some if t.proof == proof]) for proof in PROOFS)
+            kills = (cell([t.liveness for t in some if t.proof == proof]) for proof in proofs)
             rows.append((name + what, cell([t.readiness for t in some]), *kills))
-    return table(("queue", "readiness", *(f"kill, proof {proof}" for proof in PROOFS)), rows)
+    return table(("queue", "readiness", *(f"kill, proof {proof}" for proof in proofs)), rows)
 
 
 def field(trials: Sequence[Trial]) -> str:
@@ -188,14 +217,14 @@ def detection(trials: Sequence[Trial]) -> str:
 def alarms(tally: Tally) -> str:
     """One row per alarm: how often it happened; how often readiness was lost, and the engine suspected; its kills by
     level of proof; requests that were ended, canaries that did harm; and the kills of each baseline."""
-    rows = []
+    rows, proofs = [], levels(proof for _, proof in tally.kills)
     for name in (*(label(a) for a in ALARMS), NATURAL, PLAIN):
         if n := tally.events.get(name, 0):
             theirs = (tally.baseline.get((d, name), 0) for d in NAMES)
             sums = (each.get(name, 0) for each in (tally.unready, tally.suspects))
-            kills = (tally.kills.get((name, proof), 0) for proof in PROOFS)
+            kills = (tally.kills.get((name, proof), 0) for proof in proofs)
             rows.append((name, n, *sums, *kills, tally.cut.get(name, 0), tally.harmed.get(name, 0), *theirs))
-    kinds = (f"killed, proof {proof}" for proof in PROOFS)
+    kinds = (f"killed, proof {proof}" for proof in proofs)
     return table(("alarm", "times", "unready", "suspect", *kinds, "requests ended", "harmed", *NAMES), rows)
 
 

@@ -21,7 +21,7 @@ from sidecar.load import cost_model
 from sidecar.readings import Absent, EngineIdentity, EngineSample, GpuSample, Reading, Value
 from sidecar.settings import Settings
 from sidecar.snapshot import RelayUse, Snapshot
-from sim.engine import NOT_FOUND, Engine
+from sim.engine import NOT_FOUND, REFUSED, TOO_MANY, Engine
 from sim.rivals import Rivals
 from sim.seqs import FOREIGN, OURS, PLAIN, Seq, Site, Special, admitted, refused, settled
 from sim.surface import sample
@@ -38,7 +38,7 @@ UNREAD = Absent("not read yet")
 ANSWER_TIMEOUT_S = 2.0  # seconds that the sidecar waits for an answer of the API, a metrics page or a cheap one
 WRITE_BLOCKS_S = 1.0  # seconds that a write to a client must wait, before the relay says so
 FOREIGN_INTERVAL_S = 20.0  # seconds between requests that go past the relay, at a shared engine
-BUSY = (429, 503)  # statuses that a canary takes for a full engine
+BUSY = (TOO_MANY, REFUSED)  # statuses that a canary takes for a full engine
 UNPROVEN = "none"  # the level of proof of a verdict that names none
 
 

@@ -54,7 +54,8 @@ def test_a_quick_run_prints_what_it_covered_and_every_table() -> None:
     assert done.returncode == 0, done.stderr
     assert "12.0 engine-weeks" in done.stdout
     assert "In full resolution" in done.stdout
-    for title in ("Both axes", "Whole-engine hangs", "right reason", "Healthy engines", "Every hang mode"):
+    titles = ("Figures", "Both axes", "Whole-engine hangs", "right reason", "Hangs of the field", "Healthy engines")
+    for title in (*titles, "Every hang mode"):
         assert title in done.stdout
     assert "synthetic" in done.stdout
 
@@ -218,7 +219,7 @@ class Watched(World):
             "unread": isinstance(event, UnreadRequest) and event.on,
             "untold": isinstance(event, Delivered) and event.tokens == 0,
             "404": isinstance(event, Settled) and event.status == 404,
-            "503": isinstance(event, Settled) and event.status == 503,
+            "full": isinstance(event, Settled) and event.status in (429, 503),
             "left": isinstance(event, Settled) and event.outcome == "client_cancelled" and event.first_at is None,
             "reorders": isinstance(event, Admitted) and event.reorders,
             "withholds": isinstance(event, Admitted) and event.withholds,
@@ -253,7 +254,7 @@ CLAIMS: dict[str, Callable[[Watched], bool]] = {
     "long prompt past the relay": lambda w: w.longest["foreign"] > 2,
     "the same, and the sidecar restarts": lambda w: w.longest["foreign"] > 2,
     "users ask for a model that is not there": lambda w: w.seen["404"] > 5,
-    "bounded queue refuses": lambda w: w.seen["503"] > 20,
+    "bounded queue refuses": lambda w: w.seen["full"] > 20,
     "embeddings, nothing learned yet": lambda w: w.longest["stands"] > 9 and w.seen["short"] == 2,
     "embeddings, learned": lambda w: w.longest["stands"] > 9 and w.seen["short"] > 20,
     "rerank, learned": lambda w: w.longest["stands"] > 9 and w.seen["short"] > 20,
