@@ -147,6 +147,10 @@ def settled(seq: Seq, now: float, outcome: str, status: int = 200, error: str = 
     )
 
 
-def refused(id: str, now: float, outcome: str = "engine_error", error: str = "", status: int = 503) -> Settled:
+def refused(
+    id: str, now: float, outcome: str = "engine_error", error: str = "", status: int = 503, special: Special = PLAIN
+) -> Event:
     """The event of a request that the engine, or the relay itself, did not take."""
+    if special.route == UNREAD:
+        return UnreadRequest(id, now, on=False, status=status)
     return Settled(id, now, outcome, status, None, 0, 0, None, now, 0.0, error)  # type: ignore[arg-type]

@@ -34,7 +34,7 @@ from sim.traces import Trace
 from sim.world import CALM, UNLIVE, World
 
 WEEK_S = 7 * 86_400.0
-RATE = 0.1  # of the weekly rates of the alarms: what 10,000 weeks in 25 minutes on two cores leave room for
+RATE = 0.08  # of the weekly rates of the alarms: what 10,000 weeks in 25 minutes on two cores leave room for
 LEAD_S = 20.0  # seconds of traffic before a story
 AFTER_S = 30.0
 DRAIN_S = 60.0  # seconds for outstanding work to end; then its clients hang up

@@ -135,12 +135,13 @@ class World:
         id = str(self._requests)
         self._events.append(admitted(id, prompt, output, streams, self.now, self.co, special))
         if self.verdict == "stalled" and self.relief:
-            self._events.append(refused(id, self.now, "stalled", "engine_stalled"))
+            self._events.append(refused(id, self.now, "stalled", "engine_stalled", special=special))
             return None
         seq = self.engine.submit(id, prompt, output, self.now, streams=streams, special=special)
         if seq is None:
             status = self.engine.refusal
-            self._events.append(refused(id, self.now, "rejected" if status < 500 else "engine_error", status=status))
+            outcome = "rejected" if status < 500 else "engine_error"
+            self._events.append(refused(id, self.now, outcome, status=status, special=special))
         else:
             self.users[id] = seq
         return seq
