@@ -95,7 +95,7 @@ def whole_answers(batch: int) -> Callable[[World], None]:
 
     def story(w: World) -> None:
         calm(w)
-        with site(w, **told(w), max_batch=batch or w.site.max_batch):
+        with site(w, **told(w), **({"max_batch": 1, "kind": "llamacpp"} if batch else {})):
             tokens = [tokens_in(w, spread(w.rng, 60, 600)) for _ in range(1 if batch else w.rng.randrange(1, 9))]
             seqs = [w.request(int(spread(w.rng, 200, 4000)), n, False, Special(unlimited=True)) for n in tokens]
             served(w, seqs, 620)
@@ -107,7 +107,7 @@ def whole_answers(batch: int) -> Callable[[World], None]:
 def after_short_answers(w: World) -> None:
     """One slot: forty short answers in one piece, then one of minutes."""
     calm(w)
-    with site(w, **told(w), max_batch=1):
+    with site(w, **told(w), max_batch=1, kind="llamacpp"):
         for _ in range(40):
             served(w, [w.request(50, tokens_in(w, spread(w.rng, 0.1, 1)), False)], 20)
         served(w, [w.request(50, tokens_in(w, spread(w.rng, 80, 300)), False, Special(unlimited=either(w)))], 320)

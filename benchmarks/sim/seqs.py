@@ -6,11 +6,10 @@ from dataclasses import dataclass, field
 
 from sidecar.events import Admitted, Event, RequestSize, Settled, UnreadRequest
 from sidecar.load import cost_model
-from sidecar.load.ledger import SHORT_ROUTES
 
 OURS, USER, FOREIGN, ZOMBIE = "ours", "user", "foreign", "zombie"
 UNREAD = "unread"  # the route of requests that the relay passes on unread
-IN_FULL = ("audio", *SHORT_ROUTES)  # routes whose answer comes at once, after work that no token counts
+IN_FULL = ("audio", "embeddings", "rerank")  # routes whose answer comes after work that no token counts
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +140,7 @@ def settled(seq: Seq, now: float, outcome: str, status: int = 200, error: str = 
         sent,
         4 * seq.sent,
         seq.first_at,
-        now,
+        seq.came,
         0.0,
         error,  # type: ignore[arg-type]
     )

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 
 from sidecar.control.state import ControlState
+from sidecar.engines.registry import KINDS
 from sidecar.events import CanaryResult, EnginePauseChanged, Event, RequestBlocked, Settled, UnreadRequest
 from sidecar.health.monitor import TICK_S, TickReadings
 from sidecar.health.probes import passes
@@ -39,6 +40,7 @@ ANSWER_TIMEOUT_S = 2.0  # seconds that the sidecar waits for an answer of the AP
 WRITE_BLOCKS_S = 1.0  # seconds that a write to a client must wait, before the relay says so
 FOREIGN_INTERVAL_S = 20.0  # seconds between requests that go past the relay, at a shared engine
 BUSY = (TOO_MANY, REFUSED)  # statuses that a canary takes for a full engine
+READINGS = {each.name for each in fields(TickReadings)}
 UNPROVEN = "none"  # the level of proof of a verdict that names none
 
 
@@ -373,9 +375,20 @@ class World:
             "engine_paused" if how.paused and is_reported else "engine_sleeping" if how.sleeping and is_reported else ""
         )
         gpus = Value((self.gpu,), self.now)
-        identity = EngineIdentity(max_context=self.site.context, slots=self.site.max_batch)
+        slots = self.site.max_batch if self.site.kind == "llamacpp" else 0  # others do not say
+        identity = EngineIdentity(max_context=self.site.context, slots=slots)
+        more = {"is_fcfs": KINDS[self.site.kind].is_fcfs, "canary_disturbs": slots == 1}
         return TickReadings(
-            self._reading, gpus, NONE, (relay,), self._refused, self.site.kind, unanswered, resting, identity=identity
+            self._reading,
+            gpus,
+            NONE,
+            (relay,),
+            self._refused,
+            self.site.kind,
+            unanswered,
+            resting,
+            identity=identity,
+            **{name: value for name, value in more.items() if name in READINGS},
         )
 
     def _send_canary(self, allowed: float) -> None:

@@ -96,7 +96,7 @@ def test_no_silence_of_a_healthy_engine_is_longer_than_the_bound_that_weeks_pass
 
 @pytest.mark.parametrize("seed", range(6))
 def test_passing_over_calm_time_hides_no_danger_that_full_resolution_shows(seed: int) -> None:
-    """Calm time in full resolution shows no danger; and what a story then does to a verdict, it does no later, and no
+    """Calm time in full resolution kills nothing; and what a story then does to a verdict, it does no later, and no
     less, after calm time that was passed over."""
     skipped, _ = lived(seed, skip=True)
     full, calm = lived(seed, skip=False)
@@ -108,7 +108,7 @@ def test_passing_over_calm_time_hides_no_danger_that_full_resolution_shows(seed:
 def lived(seed: int, *, skip: bool) -> tuple[list[Danger], list[str]]:
     """A quarter of an hour of calm, then a story, with the same draws either way.
 
-    Returns the story's dangers and those of the calm.
+    Returns the story's dangers and the kills of the calm.
     """
     rng = random.Random(f"lived:{seed}")
     site, busy = sites.draw(rng, TRACES, CO), rng.random() < 0.7
@@ -124,7 +124,7 @@ def lived(seed: int, *, skip: bool) -> tuple[list[Danger], list[str]]:
         w.run(400)
         assert w.drained(490)
         w.run(began + 900 - w.now)
-    calm = [c.state for c in w.trail if c.at >= began and c.state not in CALM]
+    calm = [c.state for c in w.trail if c.at >= began and c.state in UNLIVE]
     w.rng, began = random.Random(f"story:{seed}"), w.now
     w.traffic(sites.slice_of(TRACE, w.rng.uniform(0, 3000), site.rate, w.now))
     w.run(weeks.LEAD_S)
