@@ -10,11 +10,11 @@ from contextlib import contextmanager
 from dataclasses import replace
 from math import sqrt
 
-from sim.seqs import PLAIN, UNREAD, Seq, Special
+from sim.seqs import PLAIN, UNREAD, Seq, Site, Special
 from sim.sites import spread
 from sim.stories import faster
 from sim.traces import Arrival
-from sim.world import World
+from sim.world import CALM, World
 
 UNCOUNTED = frozenset({"counters", "iterations"})
 MAX_ANSWER_TOKENS = 120_000
@@ -25,12 +25,25 @@ CONTEXT_TOKENS = 131_072
 
 
 @contextmanager
-def site(w: World, **changes: object) -> Iterator[None]:
-    """The engine is another kind of site for a while."""
+def site(w: World, *, learned: bool = True, **changes: object) -> Iterator[None]:
+    """The site is another one for a while, with a sidecar that knew it so for an hour, or for seconds."""
     before = w.site
-    w.site = w.engine.site = replace(before, **changes)  # type: ignore[arg-type]
+    renew(w, replace(before, **changes), learned=learned)  # type: ignore[arg-type]
     yield
-    w.site = w.engine.site = before
+    renew(w, before, learned=True)
+
+
+def renew(w: World, changed: Site, *, learned: bool) -> None:
+    """Another site and another sidecar, whose own start is no part of the story."""
+    calm(w)
+    w.site = w.engine.site = changed
+    began = w.now
+    w.new_control()
+    w.run(10)
+    if learned and w.verdict in CALM and not w.users:
+        w.skip(3600, busy=True, taught=[spread(w.rng, 0.003, 0.3) for _ in range(64)])
+        w.run(2)
+    w.trail = [change for change in w.trail if change.at < began]
 
 
 def calm(w: World) -> None:
@@ -76,9 +89,9 @@ def hidden(share: float) -> Callable[[World], None]:
     """Streams whose tokens the engine keeps: arguments of tool calls to their end, thoughts for a `share` of them."""
 
     def story(w: World) -> None:
-        if either(w):
-            calm(w)
         with site(w, **told(w)):
+            if either(w):
+                w.traffic(few(w))
             seqs = []
             for _ in range(w.rng.choice((2, 4, min(16, w.site.max_batch)))):
                 tokens = tokens_in(w, spread(w.rng, 60, 400))
@@ -94,7 +107,6 @@ def whole_answers(batch: int) -> Callable[[World], None]:
     """Answers in one piece as long as their model allows, without max_tokens; `batch` 1: a canary waits for them."""
 
     def story(w: World) -> None:
-        calm(w)
         with site(w, **told(w), **({"max_batch": 1, "kind": "llamacpp"} if batch else {})):
             tokens = [tokens_in(w, spread(w.rng, 60, 600)) for _ in range(1 if batch else w.rng.randrange(1, 9))]
             seqs = [w.request(int(spread(w.rng, 200, 4000)), n, False, Special(unlimited=True)) for n in tokens]
@@ -106,7 +118,6 @@ def whole_answers(batch: int) -> Callable[[World], None]:
 
 def after_short_answers(w: World) -> None:
     """One slot: forty short answers in one piece, then one of minutes."""
-    calm(w)
     with site(w, **told(w), max_batch=1, kind="llamacpp"):
         for _ in range(40):
             served(w, [w.request(50, tokens_in(w, spread(w.rng, 0.1, 1)), False)], 20)
@@ -128,7 +139,6 @@ def steady(w: World, until: float, specials: list[Special], seconds: float = 4.0
 
 def priorities(w: World) -> None:
     """Four slots: forty batch requests wait behind interactive ones that come later."""
-    calm(w)
     with site(w, order="priority", max_batch=4):
         for _ in range(40):
             w.request(int(spread(w.rng, 100, 2000)), tokens_in(w, spread(w.rng, 2, 8)), w.streams(), Special(10))
@@ -137,7 +147,6 @@ def priorities(w: World) -> None:
 
 def adapters(w: World) -> None:
     """Two LoRA slots: users of rare adapters wait for as long as popular ones are asked for."""
-    calm(w)
     with site(w, adapters=2):
         popular = [Special(adapter="a"), Special(adapter="b")]
         for adapter in "acbde":
@@ -181,12 +190,10 @@ def compiles(times: int, low: float, high: float) -> Callable[[World], None]:
 
 def slow_site(w: World) -> None:
     """A sidecar that has seen short prompts only meets a long one, 100 to 700 times slower than its coefficients."""
-    calm(w)
-    w.new_control()
-    w.run(15)
     slow = spread(w.rng, 100, 700) / w.site.slowness
     counts = {"counts_prefill": True, "kind": "llamacpp", "lacks": frozenset(), "page": True} if either(w) else {}
-    with site(w, prefill_slowness=slow, kv_tokens=2_000_000, max_batch=w.rng.choice((1, 4)), **counts):
+    batch = w.rng.choice((1, 4))
+    with site(w, learned=False, prefill_slowness=slow, kv_tokens=2_000_000, max_batch=batch, **counts):
         for _ in range(w.rng.randrange(0, 12)):
             served(w, [w.request(w.rng.randrange(5, 60), 10, w.streams())], 30)
         seconds = spread(w.rng, 40, 600)
@@ -201,7 +208,6 @@ def foreign_prompt(*, restarts: bool) -> Callable[[World], None]:
     """A long prompt past the relay, and users behind it; `restarts`: the sidecar does so meanwhile."""
 
     def story(w: World) -> None:
-        calm(w)
         with site(w, page=True, kv_tokens=2_000_000):
             seconds = spread(w.rng, 30, 400)
             w.past_relay(prompt_of(w, seconds), 50)
@@ -219,7 +225,6 @@ def foreign_prompt(*, restarts: bool) -> Callable[[World], None]:
 
 def unread(w: World) -> None:
     """Images of up to two minutes each, by a route that the relay does not read."""
-    calm(w)
     with site(w, page=either(w)):
         seconds = [spread(w.rng, 20, 120) for _ in range(w.rng.randrange(1, 4))]
         served(w, [w.request(1, 1, False, Special(route=UNREAD, seconds=s)) for s in seconds], sum(seconds) + 30)
@@ -230,7 +235,6 @@ def pieces(route: str) -> Callable[[World], None]:
     """Answers that come in pieces without a token that the relay could count: lines of JSON, raw audio."""
 
     def story(w: World) -> None:
-        calm(w)
         with site(w, page=either(w), lacks=UNCOUNTED, max_batch=w.rng.choice((1, 8))):
             tokens = [tokens_in(w, spread(w.rng, 30, 150)) for _ in range(w.rng.randrange(1, 5))]
             seqs = [w.request(int(spread(w.rng, 50, 4000)), n, True, Special(route=route)) for n in tokens]
@@ -244,16 +248,11 @@ def route(name: str, *, learned: bool) -> Callable[[World], None]:
     """Only requests of one route, whose answers come at once. `learned`: the long ones after many short ones."""
 
     def story(w: World) -> None:
-        calm(w)
-        with site(w, page=either(w), lacks=UNCOUNTED):
-            if not learned:
-                w.new_control()
-                w.run(10)
-            for _ in range(30 if learned else 0):
-                served(w, [w.request(500, 1, False, Special(route=name, seconds=spread(w.rng, 0.05, 4)))], 30)
-            for _ in range(2):
-                seconds = spread(w.rng, 10, 60 if learned else 300)
-                served(w, [w.request(4000, 1, False, Special(route=name, seconds=seconds))], seconds + 30)
+        with site(w, learned=learned, page=either(w), lacks=UNCOUNTED, kv_tokens=2_000_000):
+            short = [spread(w.rng, 0.05, 4) for _ in range(30 if learned else 0)]
+            for seconds in (*short, *(spread(w.rng, 10, 60 if learned else 300) for _ in range(2))):
+                special = Special(route=name, seconds=seconds)
+                served(w, [w.request(int(1000 * seconds) + 1, 1, False, special)], seconds + 30)
             w.run(10)
 
     return story
@@ -268,6 +267,7 @@ def odd_pages(**changes: object) -> Callable[[World], None]:
     def story(w: World) -> None:
         lacks = frozenset({"started"}) if either(w) else frozenset()
         with site(w, page=True, lacks=lacks, kv_tokens=2_000_000, **changes):
+            w.traffic(few(w))
             w.run(spread(w.rng, 20, 60))
             w.request(prompt_of(w, spread(w.rng, 10, 60)), 50, w.streams())
             w.run(90)
@@ -330,21 +330,19 @@ def wrong_names(w: World) -> None:
 
 def impatient(w: World) -> None:
     """Clients leave after seconds, behind prefills that take longer than they wait."""
-    w.patience = spread(w.rng, 5, 30)
     with site(w, kv_tokens=2_000_000):
+        w.patience = spread(w.rng, 5, 30)
         w.request(prompt_of(w, spread(w.rng, 40, 120)), 50, w.streams(), Special(patient=True))
         for _ in range(5):
             w.request(500, 50, w.streams())
             w.run(3)
         w.run(105)
-    w.patience = 0.0
+        w.patience = 0.0
 
 
 def without_canary(w: World) -> None:
     """The engine refuses every canary: a prefill, a compilation, a long answer in one piece, each alone."""
-    calm(w)
     with site(w, takes_canary=False, kv_tokens=2_000_000, **told(w)):
-        w.new_control()
         w.traffic(few(w))
         w.run(60)
         w.traffic(None)
@@ -358,7 +356,6 @@ def without_canary(w: World) -> None:
             else:
                 served(w, [w.request(500, tokens_in(w, spread(w.rng, 30, 200)), False, Special(unlimited=True))], 220)
             w.run(20)
-    w.new_control()
 
 
 def few(w: World) -> Iterator[Arrival]:
