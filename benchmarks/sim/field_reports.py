@@ -29,6 +29,7 @@ def site(w: World, *, learned: bool = True, **changes: object) -> Iterator[None]
     """The site is another one for a while, with a sidecar that knew it so for an hour, or for seconds."""
     before = w.site
     renew(w, replace(before, **changes), learned=learned)  # type: ignore[arg-type]
+    w.story_at = w.now
     yield
     renew(w, before, learned=True)
 

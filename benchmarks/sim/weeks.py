@@ -134,9 +134,9 @@ def week(
     for at, what in sorted(plan, key=lambda p: p[0]):
         if w.now < start + at:
             pass_over(w, start + at - w.now, rng.random() < BUSY, traces)
-        began = w.now
+        began = w.now - w.passed
         w = event(w, what, traces, tally, seed)
-        full += w.now - began
+        full += w.now - w.passed - began
     if w.now < end:
         pass_over(w, end - w.now, True, traces)
     tally.weeks, tally.full = (w.now - start) / WEEK_S, full
@@ -226,15 +226,16 @@ def judged(w: World, name: str, began: float, tally: Tally, seed: str) -> World:
         proof = (name, next(c.proof for c in seen if c.at == killed and c.state in UNLIVE))
         tally.kills[proof] = tally.kills.get(proof, 0) + 1
     if killed is not None or w.cut:
-        after = None if killed is None else killed - began
-        trail = tuple((round(c.at - began, 1), c.state, c.reason) for c in seen)[:20]
+        start = max(began, w.story_at)
+        after = None if killed is None else killed - start
+        trail = tuple((round(c.at - start, 1), c.state, c.reason) for c in seen)[:20]
         tally.examples.append(Kill(seed, name, after, w.site, trail))
     w.trail.clear()
     w.cut = w.engine.harmed = 0
     if w.verdict in CALM and not w.users:
         return w
     tally.unrecovered += 1
-    fresh = World(w.site, w.rng, w.compare, co=w.co, now=w.now)
+    fresh = World(w.site, w.rng, w.compare, co=w.co, now=w.now, passed=w.passed)
     fresh.run(15)
     fresh.trail.clear()
     return fresh

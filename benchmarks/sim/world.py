@@ -95,6 +95,8 @@ class World:
     patience: float = 0.0  # seconds after which users without a first token give up; 0: they do not
     reports: bool = False  # make the control's reports, too
     cut: int = 0  # requests that the control ended
+    passed: float = 0.0  # seconds that were passed over
+    story_at: float = 0.0  # when a story began that made itself a site first
     restarted_at: float = -1e9  # the engine, last
     ticks: int = 0
     engine: Engine = field(init=False)
@@ -236,6 +238,7 @@ class World:
         can: the impatient side. What waiting and sharing would have taught (patience) is left out."""
         assert not self.users and self.verdict in CALM, "only calm time may be skipped"
         self.now += seconds
+        self.passed += seconds
         self.control.health._ticked_at, self.control.health._ticked_wall = self.now, self.wall + self.now
         learned = self.control.health.progress.learned
         canaries = int(seconds / self.settings.canary_interval)
