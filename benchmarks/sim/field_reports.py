@@ -1,6 +1,7 @@
 """Stories of healthy engines from the field's failure reports: what made sidecars and watchdogs kill them.
 
-Rules: as in stories.py. A story may change the site; it is as it was when the story ends.
+Rules: as in stories.py. A story may make the site another one, with a sidecar that knew it so; it is as it was when the
+story ends.
 """
 
 from __future__ import annotations
