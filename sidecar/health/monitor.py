@@ -46,7 +46,7 @@ from sidecar.health.partial_hangs import PartialHang, PartialHangDetector
 from sidecar.health.probes import ProbeState
 from sidecar.health.progress import Evidence, Key, OpenWork, Progress, silence_limits
 from sidecar.health.readiness_hold import ReadinessHold
-from sidecar.health.refusals import Refusals
+from sidecar.health.refusals import RefusedWork
 from sidecar.health.start_deadline import start_deadline
 from sidecar.health.verdict_text import evidence_json, explain, with_hold
 from sidecar.readings import EngineIdentity, EngineSample, GpuSample, ProcessSample, Reading, Value
@@ -179,7 +179,7 @@ class HealthMonitor:
         self.exemptions = Exemptions(limits.cap)
         self.kill_policy = KillPolicy(kill_limits(settings, pod))
         self.garbage = GarbageDetector()
-        self.refusals = Refusals()
+        self.refusals = RefusedWork()
         self.readiness_hold = ReadinessHold()
         self.canaries = CanaryRecord()
         self.state = verdict.VerdictState(since=now, engine_since=now)
@@ -295,8 +295,7 @@ class HealthMonitor:
         self.partial_hangs.canary_ended(result, idle=is_idle)
         self.canaries.ended(result, teaches=self.state.state in LEARNING_STATES)
         if result.outcome == "ok":
-            if not is_idle:
-                self.progress.canary_beside(self.evidence.outstanding, result.started, result.ended)
+            self.progress.canary_passed(result.started, result.ended)
             if self.garbage.observe(result.digest, result.model):
                 self._report_garbage(result.ended)
         return result

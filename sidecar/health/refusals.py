@@ -21,7 +21,7 @@ MIN_USERS: Final = 5
 
 
 @dataclass(slots=True)
-class Refusals:
+class RefusedWork:
     """What was refused since anything was last served. `since`: the first refusal."""
 
     since: float | None = None
