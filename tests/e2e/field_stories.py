@@ -440,7 +440,7 @@ ALARMS: Final[dict[int, tuple[Story, ...]]] = {
     20: (
         Story(
             partial(hidden, tokens=400, fault="withhold_tools", tools=TOOLS),
-            Setting(before=begins_with("no_metrics")),
+            Setting(flags=PATIENT, before=begins_with("no_metrics")),
             relays=TWO,
         ),
     ),
@@ -455,7 +455,7 @@ ALARMS: Final[dict[int, tuple[Story, ...]]] = {
     29: (
         Story(
             partial(without_a_limit, requests=1),
-            Setting(engine={"answer_tokens": 400}, before=begins_with("no_metrics")),
+            Setting(engine={"answer_tokens": 400}, flags=PATIENT, before=begins_with("no_metrics")),
             relays=TWO,
         ),
     ),
