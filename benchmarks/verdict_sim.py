@@ -133,10 +133,10 @@ def job(kind: str, seed: str, first: int, count: int, folder: Path) -> Result:
         for n in range(first, first + count):
             tally.add(week(f"{seed}:{n}", loaded(folder), CO))
         return tally, [], [], time.process_time() - began
-    loads, horizon = (("idle", "decoding"), 100.0) if kind == "quick" else (modes.LOADS, modes.HORIZON_S)
+    loads, horizon = (("idle", "decoding"), 150.0) if kind == "quick" else (modes.LOADS, modes.HORIZON_S)
     found, less = [], []
-    for mode in modes.MODES:
-        for load in (x for x in mode.loads if x in loads):
+    for mode in (*modes.MODES, *modes.FIELD_MODES):
+        for load in (x for x in mode.loads if x in loads or mode.is_field):
             rng = random.Random(f"{seed}:{first}:{mode.number}:{load}")
             found.append(modes.trial(modes.made_for(mode, rng), mode, load, horizon))
         if mode.whole and "decoding" in mode.loads and kind != "quick":
@@ -156,7 +156,8 @@ def page(
     names = ", ".join(sorted(loaded(args.traces)))
     alarms = (
         "Kills of a healthy engine. Ours count from the first tick of a failing liveness, theirs from the last of "
-        "their failing probes."
+        "their failing probes. Requests ended: by the control, while the engine was healthy. Harmed: canaries that "
+        "killed an engine whose memory was released."
     )
     return "\n\n".join(
         (
@@ -164,18 +165,23 @@ def page(
             f"Simulated, not measured. Seed {args.seed}, traces: {names}; {spent[0]:.0f} s ({spent[1]:.0f} s of CPU) "
             f"on {args.processes} process(es).",
             report.coverage(tally),
+            "## Figures\n\nHangs of the whole engine, but for those amid a long prefill.\n\n"
+            + report.figures(tally, trials),
             "## Both axes, in the terms of Chen, Toueg and Aguilera (2002)\n\n" + report.quality(tally, trials),
             "## Whole-engine hangs: found/all, then p50 / p99 seconds to the first failing check\n\n"
             + report.summary(trials)
             + "\n\n"
             + report.right(trials),
+            "## The same by what waited: found/all, then p50 / p99 seconds to /readyz failing and to the kill\n\n"
+            + report.by_queue(trials),
+            "## Hangs of the field's reports: found/all, then p50 / p99 seconds\n\n" + report.field(trials),
             "## Long prefills: detection against the prefill that was outstanding\n\n" + report.long_prefills(trials),
             "## Hangs of a part, of one request, of a start-up\n\n" + report.parts(trials),
             "## The whole engine again, decoding, without a metrics page and with half the answers in one piece\n\n"
             + report.summary(poor),
             "## Healthy engines: what each alarm did\n\n" + alarms + "\n\n" + report.alarms(tally),
             "## Every hang mode: found/all, then p50 / p99 seconds\n\n" + report.detection(trials),
-            "## The first false kills of each alarm\n\n" + report.findings(tally),
+            "## The first false kills, and healthy requests ended, of each alarm\n\n" + report.findings(tally),
         )
     )
 

@@ -174,10 +174,11 @@ def verdict_table() -> str:
 def faults_table() -> str:
     """Every fault of the scripted engine, with the modes and alarms that it plays."""
 
-    def numbers(values: Iterable[int]) -> str:
-        return ", ".join(map(str, values))
+    def numbers(fault: str, cases: Iterable[HangCase]) -> str:
+        return ", ".join(map(str, hang_catalogue.numbers_of(fault, cases)))
 
-    rows = ((f"`{name}`", f.text, numbers(f.modes), numbers(f.alarms)) for name, f in FAULTS.items())
+    modes, alarms = hang_catalogue.MODES, hang_catalogue.ALARMS
+    rows = ((f"`{name}`", f.text, numbers(name, modes), numbers(name, alarms)) for name, f in FAULTS.items())
     return table(("fault", "what it does", "hang modes", "alarms"), rows)
 
 

@@ -6,10 +6,12 @@ A parser turns text into a value. It also names what it expects, for errors, and
 from __future__ import annotations
 
 import re
+import ssl
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
+from urllib.parse import unquote
 
 ENGINE_KINDS: Final = ("auto", "vllm", "sglang", "tgi", "llamacpp", "tei", "ollama", "openai", "scripted")
 MAX_SHOWN_CHOICES_CHARS: Final = 60
@@ -93,6 +95,30 @@ url: Final = matching(
     "URL",
     lambda url: url.rstrip("/"),
 )
+_SOCKET: Final = re.compile(r"(http\+)?unix:(?://)?(\S+)")
+MAX_SOCKET_PATH_BYTES: Final = 107
+
+
+@parser("an http(s) URL such as http://127.0.0.1:8000, or a Unix socket such as unix:/run/engine.sock", "URL")
+def engine_url(text: str) -> str:
+    """A base URL; a Unix socket becomes unix:/path, also from http+unix://%2Fpath."""
+    if (found := _SOCKET.fullmatch(text)) is None:
+        return str(url.parse(text))
+    path = unquote(found[2]) if found[1] else found[2]
+    if not path.startswith("/") or len(path.encode()) > MAX_SOCKET_PATH_BYTES:
+        raise ValueError
+    return f"unix:{path}"
+
+
+@parser("a file of PEM certificates", "FILE")
+def ca_file(text: str) -> str:
+    try:
+        ssl.create_default_context(cafile=text)
+    except OSError:  # SSLError included
+        raise ValueError from None
+    return text
+
+
 header_name: Final = matching(r"[A-Za-z0-9!#$%&'*+.^_`|~-]{1,64}", "a header name", then=str.lower)
 _DOMAIN: Final = r"(\*\.)?[a-z0-9_]([a-z0-9_.-]{0,251}[a-z0-9])?(:[1-9][0-9]{0,4})?"
 domains: Final = matching(rf"(?i)off|{_DOMAIN}(\s*,\s*{_DOMAIN})*", "off, or domains divided by commas", then=str.lower)

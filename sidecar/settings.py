@@ -34,7 +34,12 @@ _SERVICE_LINK: Final = re.compile(r"^SIDECAR_(SERVICE_(HOST|PORT.*)|PORT(_.*)?)$
 class Settings:
     """Settings of `sidecar run`. Seconds, bytes and tokens unless the help says otherwise."""
 
-    engine: str = flag("", url, "Base URL of the engine, e.g. http://127.0.0.1:8000")
+    engine: str = flag(
+        "",
+        flags.engine_url,
+        "Base URL of the engine, e.g. http://127.0.0.1:8000, or its socket, e.g. unix:/run/vllm.sock",
+    )
+    engine_ca: str = flag("", flags.ca_file, "Authorities of an https engine's certificate (PEM); none: the system's")
     engine_kind: str = flag("auto", one_of(*ENGINE_KINDS), "Kind of the engine; auto: recognised by its responses")
     listen: tuple[str, int] = flag(("0.0.0.0", 8080), address, "Address of the relay")
     admin: tuple[str, int] = flag(("0.0.0.0", 9400), address, "Address of probes, load, metrics and the status page")

@@ -165,3 +165,33 @@ def test_an_unwritable_file_is_rejected_before_measuring(tmp_path: Path, monkeyp
     monkeypatch.setattr(os, "access", lambda *_: False)  # root may write everything
     with pytest.raises(UsageError, match="no permission"):
         settings.require_writable("plot", str(tmp_path / "new"))
+
+
+@pytest.mark.parametrize(
+    ("text", "engine"),
+    [
+        ("http://127.0.0.1:8000/", "http://127.0.0.1:8000"),
+        ("https://engine.example/v", "https://engine.example/v"),
+        ("unix:/run/engine.sock", "unix:/run/engine.sock"),
+        ("unix:///run/engine.sock", "unix:/run/engine.sock"),
+        ("http+unix://%2Frun%2Fengine.sock", "unix:/run/engine.sock"),
+    ],
+)
+def test_an_engine_is_a_url_or_a_socket(text: str, engine: str) -> None:
+    """Each spelling of a socket is one and the same engine."""
+    assert load(Settings, {"engine": text}, {}).engine == engine
+
+
+@pytest.mark.parametrize("text", ["unix:run/engine.sock", "unix:", "unix://host", "unix:/" + "x" * 107, "/run/x.sock"])
+def test_what_is_no_engine_is_refused(text: str) -> None:
+    """A socket needs a whole path that the kernel takes, and the error shows one."""
+    with pytest.raises(UsageError, match=r"unix:/run/engine\.sock"):
+        load(Settings, {"engine": text}, {})
+
+
+def test_a_file_without_a_certificate_is_refused_at_the_start(tmp_path: Path) -> None:
+    """Neither a text nor a missing file becomes a connection that fails later."""
+    (tmp_path / "ca.pem").write_text("no certificate")
+    for name in ("ca.pem", "absent.pem", "."):
+        with pytest.raises(UsageError, match=r"--engine-ca: .* is not a file of PEM certificates"):
+            load(Settings, {"engine_ca": str(tmp_path / name)}, {})

@@ -1,5 +1,5 @@
-"""What must stay silent: the 17 alarms of docs/health.md as stories, several of most, each with how often it happens in
-a week.
+"""What must stay silent: the 17 alarms of docs/health.md and the field's failure reports as stories, several of most,
+each with how often it happens in a week.
 
 Rules: a story begins on a served engine under its site's traffic, and leaves it able to go on. The rates are set higher
 than operators report, so that a run of weeks holds many of each. Every number is drawn each time. A story marked
@@ -12,6 +12,29 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from sim.field_reports import (
+    adapters,
+    after_short_answers,
+    bounded_queue,
+    compiles,
+    foreign_prompt,
+    grammars,
+    hidden,
+    impatient,
+    long_start,
+    odd_pages,
+    pieces,
+    prefixes,
+    priorities,
+    released,
+    route,
+    slow_site,
+    unread,
+    whole_answers,
+    without_canary,
+    wrong_names,
+)
+from sim.seqs import UNREAD
 from sim.stories import (
     again,
     burst,
@@ -54,13 +77,17 @@ from sim.world import World
 
 @dataclass(frozen=True, slots=True)
 class Alarm:
-    """One row: its number in docs/health.md, what happens, how often a week, and the story."""
+    """One row: its number in docs/health.md, what happens, how often a week, and the story.
+
+    `kind`: of failure report, where it is one of the field's.
+    """
 
     number: int
     text: str
     per_week: float
     story: Callable[[World], None]
     hidden: bool = False
+    kind: int = 0
 
 
 ALARMS: tuple[Alarm, ...] = (
@@ -112,4 +139,36 @@ ALARMS: tuple[Alarm, ...] = (
     Alarm(0, "some clients do not read", 0.1, slow_clients(0.3)),
     Alarm(0, "no client reads", 0.1, slow_clients(1.0)),
     Alarm(0, "work past the relay", 0.1, foreign_work),
+    Alarm(0, "tool calls withheld to their end", 0.2, hidden(1.0), kind=1),
+    Alarm(0, "thoughts hidden", 0.2, hidden(0.7), kind=1),
+    Alarm(0, "priority scheduling", 0.2, priorities, kind=2),
+    Alarm(0, "LoRA slots", 0.2, adapters, kind=2),
+    Alarm(0, "grammars or transfers of 20-180 s", 0.2, grammars, kind=2),
+    Alarm(0, "longest prefix first", 0.2, prefixes, kind=2),
+    Alarm(0, "one slot: a long answer after 40 short ones", 0.2, after_short_answers, kind=3),
+    Alarm(0, "whole answers of up to the model's length", 0.2, whole_answers(0), kind=4),
+    Alarm(0, "the same at one slot", 0.2, whole_answers(1), kind=4),
+    Alarm(0, "images of 20-120 s, unread", 0.2, unread, kind=5),
+    Alarm(0, "lines of JSON, unread", 0.2, pieces(UNREAD), kind=5),
+    Alarm(0, "raw audio", 0.2, pieces("audio"), kind=5),
+    Alarm(0, "the whole engine compiles for 10-60 s in service", 0.4, compiles(1, 10, 60), kind=6),
+    Alarm(0, "the same for 46-50 s, three times", 0.2, compiles(3, 46, 50), kind=6),
+    Alarm(0, "first long prompt, 100-700 times slower", 0.2, slow_site, kind=7),
+    Alarm(0, "no canary passes", 0.2, without_canary, kind=8),
+    Alarm(0, "memory released through the relay", 0.2, released(seen=True), kind=9),
+    Alarm(0, "memory released past the relay", 0.1, released(seen=False), hidden=True, kind=9),
+    Alarm(0, "long prompt past the relay", 0.2, foreign_prompt(restarts=False), kind=10),
+    Alarm(0, "the same, and the sidecar restarts", 0.2, foreign_prompt(restarts=True), kind=10),
+    Alarm(0, "users ask for a model that is not there", 0.1, wrong_names, kind=11),
+    Alarm(0, "bounded queue refuses", 0.2, bounded_queue, kind=12),
+    Alarm(0, "embeddings, nothing learned yet", 0.1, route("embeddings", learned=False), kind=14),
+    Alarm(0, "embeddings, learned", 0.1, route("embeddings", learned=True), kind=14),
+    Alarm(0, "rerank, learned", 0.1, route("rerank", learned=True), kind=14),
+    Alarm(0, "transcription, nothing learned yet", 0.1, route("audio", learned=False), kind=14),
+    Alarm(0, "transcription, learned", 0.1, route("audio", learned=True), kind=14),
+    Alarm(0, "start of up to 20 min after a restart", 0.2, long_start, kind=15),
+    Alarm(0, "impatient clients behind prefills", 0.2, impatient, kind=16),
+    Alarm(0, "metrics page takes 3 s", 0.2, odd_pages(page_seconds=3.0), kind=17),
+    Alarm(0, "pages of two backends behind one port", 0.1, odd_pages(backends=2), kind=17),
+    Alarm(0, "pages of four backends behind one port", 0.1, odd_pages(backends=4), kind=17),
 )

@@ -1,5 +1,5 @@
-"""What must be found: the hang modes of docs/health.md as rows of the product's own fault table, under four kinds of
-load.
+"""What must be found: the hang modes of docs/health.md as rows of the product's own fault table, and the field's
+reports of hangs that stayed, under the loads that can show them.
 
 Rules: each trial is a served engine with 60 s of history, then the fault at a drawn moment, then at most HORIZON_S
 seconds. What is owed and which reason codes are right stand in the product's catalogue
@@ -12,23 +12,51 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from sidecar.events import RequestSize
 from sidecar.load import cost_model
 from sidecar.tools.scripted_engine.hang_catalogue import MODES as CATALOGUE
 from sidecar.tools.scripted_engine.hang_catalogue import HangCase
 from sim.engine import CHUNK_SHARE
-from sim.seqs import Site
+from sim.seqs import PLAIN, Site, Special
 from sim.sites import spread
 from sim.traces import Arrival
-from sim.world import UNLIVE, UNREADY, Change, Ended, World
+from sim.world import UNLIVE, UNPROVEN, UNREADY, Change, Ended, World
 
 HORIZON_S = 600.0
 START_HORIZON_S = 1000.0  # the same for start-ups: they may compile for the cap
-LOADS = ("idle", "decoding", "short prefill", "long prefill")
-BUSY = LOADS[1:]
-CASES = {case.number: case for case in CATALOGUE}
+RESTART_HORIZON_S = 2400.0  # the same for restarts: a healthy one may take 20 minutes
+FULL_HORIZON_S = 300.0  # the same behind a full queue, where each second costs most
+FULL = "full queue"  # 200 prompts of 4,000 tokens behind those that decode
+LOADS = ("idle", "decoding", "short prefill", "long prefill", FULL)
+BUSY = LOADS[1:4]
+SPECIAL = {  # loads of one mode each: what its users ask for, the tokens of their prompts and of what comes back
+    "embeddings": (Special(route="embeddings"), 3000, 1),
+    "transcription": (Special(route="audio", seconds=1.0), 100, 1),
+}
+FIRST_FIELD = 100  # numbers from here on: the kind of the field's report, and which of that kind
+FIELD = (
+    HangCase(111, "No canary passes; the core freezes in a step.", ("freeze_busy",), "liveness", ("no_progress",)),
+    HangCase(112, "The same without a metrics page.", ("freeze_busy",), "liveness", ("no_progress",)),
+    HangCase(113, "The same at an engine of embeddings.", ("freeze_busy",), "liveness", ("no_progress",)),
+    HangCase(121, "A bounded queue is full, the core freezes; canaries get 503.", ("freeze_busy",), "liveness",
+             ("no_progress",)),
+    HangCase(122, "After a fault all is refused at once with 503.", ("refuse_all",), "liveness", ("refuses_work",)),
+    HangCase(141, "The core freezes behind 200 waiting prompts.", ("freeze_busy",), "liveness", ("no_progress",)),
+    HangCase(142, "An engine of embeddings freezes.", ("freeze_busy",), "liveness", ("no_progress",)),
+    HangCase(143, "An engine of transcriptions freezes.", ("freeze_busy",), "liveness", ("no_progress",)),
+    HangCase(151, "Restarted inside its container, it takes connections and answers nothing.", ("api_block",),
+             "liveness", ("startup_stuck", "api_blocked")),
+    HangCase(152, "Restarted inside its container, it loads for ever.", ("start_hang",), "liveness",
+             ("startup_stuck",)),
+    HangCase(161, "Zombies hold all slots; users leave after 30 s.", ("zombies",), "readiness", ("work_unserved",)),
+    HangCase(205, "The worker behind the front is lost: 404 to all.", ("worker_lost",), "liveness", ("refuses_work",)),
+    HangCase(210, "One of two listeners answers nothing.", ("deaf_listener",), "readiness", ("connection_silent",)),
+    HangCase(211, "A rank stops, and its gauge reads 0.", ("one_rank", "rank_gauge_stands"), "readiness",
+             ("rank_silent",)),
+)  # fmt: skip
+CASES = {case.number: case for case in (*CATALOGUE, *FIELD)}
 UNEXPLAINED = ("no_progress", "canary_lost")  # what is right where nothing but a canary's silence can be seen
 
 
@@ -44,6 +72,13 @@ class Mode:
     kv_tokens: int = 600_000
     ranks: int = 1
     late: bool = False  # the hang begins when the trigger is over
+    site: dict[str, object] = field(default_factory=dict)
+    horizon: float = HORIZON_S
+
+    @property
+    def is_field(self) -> bool:
+        """Whether it is one of the field's reports, which are not held against the other detectors."""
+        return self.number >= FIRST_FIELD
 
     @property
     def case(self) -> HangCase:
@@ -79,6 +114,40 @@ def new_process(w: World) -> None:
     """The engine was restarted, and its start-up hangs."""
     w.restart_engine(10.0)
     w.engine.fault("start_hang")
+
+
+def new_and_silent(w: World) -> None:
+    """The engine was restarted at once, and answers nothing."""
+    w.restart_engine(2.0)
+    w.engine.fault("api_block")
+
+
+def new_and_loading(w: World) -> None:
+    """The engine was restarted at once, and loads for ever."""
+    w.restart_engine(2.0)
+    w.engine.fault("start_hang")
+
+
+def break_off(w: World) -> None:
+    """All requests end with an error."""
+    for seq in list(w.users.values()):
+        w.abort(seq, "engine_error")
+
+
+def overfill(w: World) -> None:
+    """Prompts that fill every queue."""
+    for _ in range(200):
+        w.request(4000, 50)
+
+
+def leave_early(w: World) -> None:
+    """Users leave after 30 s."""
+    w.patience = 30.0
+
+
+def gauge_stands(w: World) -> None:
+    """The gauge of the dead rank reads 0."""
+    w.engine.fault("rank_gauge_stands")
 
 
 def long_one(w: World) -> None:
@@ -120,6 +189,25 @@ MODES: tuple[Mode, ...] = (
     Mode(22, "stuck_near_limit", BUSY, SHORT, long_one, late=True),
 )
 
+UNCOUNTED: dict[str, object] = {"lacks": frozenset({"counters", "iterations"})}
+NO_CANARY: dict[str, object] = {"takes_canary": False}
+FIELD_MODES: tuple[Mode, ...] = (
+    Mode(111, "freeze_busy", ("decoding",), site=NO_CANARY),
+    Mode(112, "freeze_busy", ("decoding",), site={**NO_CANARY, "page": False}),
+    Mode(113, "freeze_busy", ("embeddings",), site={**NO_CANARY, **UNCOUNTED}),
+    Mode(121, "freeze_busy", (FULL,), trigger=overfill, site={"queue": 64}),
+    Mode(122, "refuse_all", ("idle", "decoding"), trigger=break_off),
+    Mode(141, "freeze_busy", (FULL,)),
+    Mode(142, "freeze_busy", ("embeddings",), site=UNCOUNTED),
+    Mode(143, "freeze_busy", ("transcription",), site=UNCOUNTED),
+    Mode(151, "api_block", ("idle", "decoding"), trigger=new_and_silent, late=True, horizon=RESTART_HORIZON_S),
+    Mode(152, "start_hang", ("idle", "decoding"), trigger=new_and_loading, late=True, horizon=RESTART_HORIZON_S),
+    Mode(161, "zombies", ("decoding",), trigger=leave_early),
+    Mode(205, "worker_lost", ("idle", "decoding"), trigger=break_off),
+    Mode(210, "deaf_listener", ("idle",)),
+    Mode(211, "one_rank", ("decoding",), {"rank": 0}, gauge_stands, ranks=2),
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Trial:
@@ -133,6 +221,7 @@ class Trial:
     mode: int
     load: str
     owed: str
+    proof: str  # of the verdict that failed liveness
     predicted: float
     real: float
     expected: float
@@ -149,14 +238,20 @@ class Trial:
 
     @property
     def whole(self) -> bool:
-        return self.owed == "liveness"
+        """Whether it is a hang of the whole engine that all detectors are held against."""
+        return self.owed == "liveness" and not self.is_field
+
+    @property
+    def is_field(self) -> bool:
+        return self.mode >= FIRST_FIELD
 
 
 def arrivals(w: World, load: str) -> Iterator[Arrival] | None:
     """The requests of a load; None where there are none."""
     if load == "idle":
         return None
-    return poisson(w, *{"decoding": (300, 400), "short prefill": (3000, 60), "long prefill": (1000, 100)}[load])
+    sizes = {"decoding": (300, 400), "short prefill": (3000, 60), "long prefill": (1000, 100), FULL: (300, 400)}
+    return poisson(w, *(sizes[load] if load in sizes else SPECIAL[load][1:]))
 
 
 def poisson(w: World, prompt: int, output: int) -> Iterator[Arrival]:
@@ -164,7 +259,8 @@ def poisson(w: World, prompt: int, output: int) -> Iterator[Arrival]:
     at = w.now
     while True:
         at += w.rng.expovariate(0.5)
-        yield Arrival(at, int(spread(w.rng, prompt / 2, prompt * 2)), int(spread(w.rng, output / 2, output * 2)))
+        tokens = max(1, int(spread(w.rng, output / 2, output * 2)))
+        yield Arrival(at, int(spread(w.rng, prompt / 2, prompt * 2)), tokens)
 
 
 def made_for(mode: Mode, rng: random.Random, *, tells: bool = True) -> World:
@@ -181,12 +277,27 @@ def made_for(mode: Mode, rng: random.Random, *, tells: bool = True) -> World:
         page=tells,
         streams=1.0 if tells else 0.5,
     )
-    return World(site, rng, relief=False)
+    return World(replace(site, **mode.site), rng, compare=not mode.is_field, relief=False)  # type: ignore[arg-type]
 
 
 def trial(w: World, mode: Mode, load: str, horizon: float = HORIZON_S) -> Trial:
     """One fault of one mode under one load, on a world that was made for it."""
+    loaded(w, load)
+    predicted, before, at = prefill_of(w), w.verdict, w.now
+    strike(w, mode)
+    at = w.now if mode.late else at
+    if horizon >= HORIZON_S:
+        horizon = START_HORIZON_S if mode.case.owed == "startup" else FULL_HORIZON_S if load == FULL else mode.horizon
+    until = at + horizon
+    while w.now < until and not over(w, mode, at):
+        w.tick()
+    return result(w, mode, load, predicted, before, at)
+
+
+def loaded(w: World, load: str) -> None:
+    """Some history, and then the load under which the fault begins."""
     w.run(15)
+    w.usual = SPECIAL[load][0] if load in SPECIAL else PLAIN
     w.traffic(arrivals(w, "short prefill" if load == "idle" else load))
     w.run(60)
     if load == "idle":
@@ -195,14 +306,10 @@ def trial(w: World, mode: Mode, load: str, horizon: float = HORIZON_S) -> Trial:
     if load == "long prefill":
         w.request(int(spread(w.rng, 100_000, 250_000)), 50)
         w.run(spread(w.rng, 1, 10))
+    if load == FULL:
+        overfill(w)
+        w.run(1)
     w.run(w.rng.randrange(8) / 2)
-    predicted, before, at = prefill_of(w), w.verdict, w.now
-    strike(w, mode)
-    at = w.now if mode.late else at
-    until = at + (START_HORIZON_S if mode.case.owed == "startup" and horizon >= HORIZON_S else horizon)
-    while w.now < until and not over(w, mode, at):
-        w.tick()
-    return result(w, mode, load, predicted, before, at)
 
 
 def strike(w: World, mode: Mode) -> None:
@@ -214,7 +321,7 @@ def strike(w: World, mode: Mode) -> None:
 
 
 def over(w: World, mode: Mode, at: float) -> bool:
-    """Whether all have spoken."""
+    """Whether all have spoken; where readiness is owed, for long enough to see whether liveness follows."""
     return w.first(UNLIVE, at) is not None and all(b.killed_at is not None for b in w.rivals.baselines)
 
 
@@ -232,7 +339,7 @@ def right_reasons(w: World, mode: Mode, load: str) -> tuple[str, ...]:
     is_unexplained = (
         load == "idle" or ("iterations" in w.site.lacks and "livelock" in mode.case.reasons) or not w.site.page
     )
-    return (*mode.case.reasons, *(UNEXPLAINED if is_unexplained else ()))
+    return (*mode.case.reasons, *(UNEXPLAINED if is_unexplained and not mode.is_field else ()))
 
 
 def result(w: World, mode: Mode, load: str, predicted: tuple[float, float, float], before: str, at: float) -> Trial:
@@ -240,7 +347,7 @@ def result(w: World, mode: Mode, load: str, predicted: tuple[float, float, float
     reasons, owed = right_reasons(w, mode, load), mode.case.owed
     seen = [c for c in w.trail if c.at >= at and c.state in UNREADY]
     live = next((c for c in seen if c.state in UNLIVE), None)
-    ready = next(iter(seen), None)
+    ready = next((c for c in w.trail if c.at >= at and not c.ready), None)
     ended = next(iter(w.ended), None)
     named = next((c for c in seen if c.reason in reasons), None)
     found = {"liveness": live, "readiness": ready, "request": ended, "startup": named}[owed]
@@ -255,6 +362,7 @@ def result(w: World, mode: Mode, load: str, predicted: tuple[float, float, float
         mode.number,
         load,
         owed,
+        UNPROVEN if live is None else live.proof,
         *predicted,
         since(live, at),
         since(ready, at),

@@ -7,11 +7,13 @@ from math import ceil
 
 from sim.alarms import ALARMS
 from sim.detectors import CHECKS
-from sim.modes import CASES, LOADS, Trial
+from sim.modes import CASES, FULL, LOADS, Trial
 from sim.weeks import BUSY, NATURAL, OURS, PLAIN, RATE, WEEK_S, Tally, label
+from sim.world import UNPROVEN
 
 NAMES = tuple(check.name for check in CHECKS)
 EXTRA_PROBE_S = 10.0  # seconds that the manifests' liveness probe takes more: three probes in 5 s each
+API_BLOCKED = 12  # the mode whose hang looks like work that blocks the API, which gets more patience
 NO_FALSE = 3.0  # rule of three: none seen in n means a rate under 3/n, with 95 % confidence
 HIDDEN = {label(a) for a in ALARMS if a.hidden}
 
@@ -52,17 +54,86 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 # --- detection ---
 
 
+def figures(tally: Tally, trials: Sequence[Trial]) -> str:
+    """What the tables below come to, held against the targets."""
+    found = [t for t in trials if t.is_field]
+    events = sum(n for alarm, n in tally.events.items() if alarm not in HIDDEN)
+    cut = sum(n for alarm, n in tally.cut.items() if alarm not in HIDDEN)
+    rows: list[tuple[object, ...]] = [
+        (f"false kills, {events} events", mistakes(tally, OURS[0]), 0),
+        ("healthy requests ended", cut, 0),
+        ("canaries that did harm", sum(tally.harmed.values()), 0),
+        (
+            "hangs of the field's reports found, with a right reason",
+            f"{sum(t.right for t in found)}/{len(found)}",
+            "all",
+        ),
+    ]
+    short = [t for t in trials if t.whole and t.load != LOADS[3]]
+    for which, some in (("", short), (", without mode 12", [t for t in short if t.mode != API_BLOCKED])):
+        for name, loads in {"empty": LOADS[:3], "full": (FULL,)}.items():
+            cells = cell([t.readiness for t in some if t.load in loads])
+            rows.append((f"readiness withdrawn, queues {name}{which}: found/all, p50 / p99 s", cells, "<= 20"))
+        for proof in levels(t.proof for t in some):
+            kills = cell([t.liveness for t in some if t.proof == proof])
+            target = "<= 120" if proof == UNPROVEN else "<= 40"
+            rows.append((f"kill, proof {proof}{which}: found/all, p50 / p99 s", kills, target))
+    return table(("figure", "simulated", "target"), rows)
+
+
 def summary(trials: Sequence[Trial]) -> str:
     """Per load, over the modes that stop the whole engine: found/all, p50 / p99 of each detector."""
     whole = [t for t in trials if t.whole]
     rows = [
         (name, *(cell(times([t for t in whole if t.load == load], name)) for load in LOADS)) for name in (*OURS, *NAMES)
     ]
-    without = [t for t in whole if t.mode != 12]
+    without = [t for t in whole if t.mode != API_BLOCKED]
     rows.insert(
         1, (f"{OURS[0]}, without mode 12", *(cell(times([t for t in without if t.load == x], OURS[0])) for x in LOADS))
     )
     return table(("detector", *LOADS), rows)
+
+
+def levels(proofs: Iterable[str]) -> tuple[str, ...]:
+    """The levels of proof that verdicts named, and `none`, which comes first."""
+    return (UNPROVEN, *sorted(set(proofs) - {UNPROVEN}))
+
+
+def by_queue(trials: Sequence[Trial]) -> str:
+    """Seconds to the first failing /readyz, and to the verdict that kills, by what waited when the engine hung."""
+    queues = {"empty": LOADS[:3], "long prefill": LOADS[3:4], "full: 200 prompts": (FULL,)}
+    rows, proofs = [], levels(t.proof for t in trials)
+    for name, loads in queues.items():
+        mine = [t for t in trials if t.whole and t.load in loads]
+        for what, some in (("", mine), (", without mode 12", [t for t in mine if t.mode != API_BLOCKED])):
+            kills = (cell([t.liveness for t in some if t.proof == proof]) for proof in proofs)
+            rows.append((name + what, cell([t.readiness for t in some]), *kills))
+    return table(("queue", "readiness", *(f"kill, proof {proof}" for proof in proofs)), rows)
+
+
+def field(trials: Sequence[Trial]) -> str:
+    """One row per hang of the field's reports and load: what is owed, and what came."""
+    rows = []
+    for mode, load in dict.fromkeys((t.mode, t.load) for t in trials if t.is_field):
+        mine = [t for t in trials if (t.mode, t.load) == (mode, load)]
+        case = CASES[mode]
+        codes = sorted({code for t in mine for code in t.reasons})
+        rows.append(
+            (
+                mode,
+                case.text,
+                load,
+                case.owed,
+                ", ".join(case.reasons),
+                cell([t.found for t in mine]),
+                f"{sum(t.right for t in mine)}/{len(mine)}",
+                cell([t.readiness for t in mine]),
+                cell([t.liveness for t in mine]),
+                ", ".join(codes) or "-",
+            )
+        )
+    head = ("kind", "hang", "load", "owed", "right reasons", "found", "rightly", "readiness", "kill", "all reasons")
+    return table(head, sorted(rows))
 
 
 def right(trials: Sequence[Trial]) -> str:
@@ -74,7 +145,7 @@ def right(trials: Sequence[Trial]) -> str:
 
 def long_prefills(trials: Sequence[Trial]) -> str:
     """Detection against three times the prefill that was outstanding: by the cost model, and as this site takes it."""
-    late = [t for t in trials if t.whole and t.load == "long prefill" and t.mode != 12 and t.predicted > 0]
+    late = [t for t in trials if t.whole and t.load == "long prefill" and t.mode != API_BLOCKED and t.predicted > 0]
     rows = []
     ways: dict[str, Callable[[Trial], float]] = {"cost model": lambda t: t.predicted, "this site": lambda t: t.real}
     ways["what the sidecar expected"] = lambda t: t.expected
@@ -90,7 +161,7 @@ def long_prefills(trials: Sequence[Trial]) -> str:
 def parts(trials: Sequence[Trial]) -> str:
     """One row per mode whose hang is a part's, one request's, or a start-up's: what is owed, and what came."""
     rows = []
-    for mode in sorted({t.mode for t in trials if not t.whole}):
+    for mode in sorted({t.mode for t in trials if not t.whole and not t.is_field}):
         for load in LOADS:
             mine = [t for t in trials if (t.mode, t.load) == (mode, load)]
             if not mine:
@@ -128,7 +199,7 @@ def parts(trials: Sequence[Trial]) -> str:
 def detection(trials: Sequence[Trial]) -> str:
     """One row per mode and load, one column per detector: found/all, then p50 / p99 seconds."""
     rows = []
-    for mode, at in sorted({(t.mode, LOADS.index(t.load)) for t in trials}):
+    for mode, at in sorted({(t.mode, LOADS.index(t.load)) for t in trials if not t.is_field}):
         mine = [t for t in trials if (t.mode, t.load) == (mode, LOADS[at])]
         codes = ", ".join(sorted({t.reasons[-1] for t in mine if t.reasons})) or "-"
         row = (
@@ -146,19 +217,24 @@ def detection(trials: Sequence[Trial]) -> str:
 
 
 def alarms(tally: Tally) -> str:
-    """One row per alarm: how often it happened, the sidecar's suspicions and kills, and the kills of each baseline."""
-    rows = []
+    """One row per alarm: how often it happened; how often readiness was lost, and the engine suspected; its kills by
+    level of proof; requests that were ended, canaries that did harm; and the kills of each baseline."""
+    rows, proofs = [], levels(proof for _, proof in tally.kills)
     for name in (*(label(a) for a in ALARMS), NATURAL, PLAIN):
         if n := tally.events.get(name, 0):
             theirs = (tally.baseline.get((d, name), 0) for d in NAMES)
-            rows.append((name, n, tally.suspects.get(name, 0), tally.kills.get(name, 0), *theirs))
-    return table(("alarm", "times", "suspect", "killed", *NAMES), rows)
+            sums = (each.get(name, 0) for each in (tally.unready, tally.suspects))
+            kills = (tally.kills.get((name, proof), 0) for proof in proofs)
+            rows.append((name, n, *sums, *kills, tally.cut.get(name, 0), tally.harmed.get(name, 0), *theirs))
+    kinds = (f"killed, proof {proof}" for proof in proofs)
+    return table(("alarm", "times", "unready", "suspect", *kinds, "requests ended", "harmed", *NAMES), rows)
 
 
 def mistakes(tally: Tally, detector: str, *, hidden: bool = False) -> int:
     """False kills of a detector; those of stories that nothing shows only with `hidden`."""
-    by = tally.kills if detector == OURS[0] else {a: n for (d, a), n in tally.baseline.items() if d == detector}
-    return sum(n for a, n in by.items() if hidden or a not in HIDDEN)
+    theirs = [(alarm, n) for (who, alarm), n in tally.baseline.items() if who == detector]
+    by = [(alarm, n) for (alarm, _), n in tally.kills.items()] if detector == OURS[0] else theirs
+    return sum(n for alarm, n in by if hidden or alarm not in HIDDEN)
 
 
 def quality(tally: Tally, trials: Sequence[Trial]) -> str:
@@ -215,14 +291,14 @@ def _word(yes: bool) -> str:
 
 def coverage(tally: Tally) -> str:
     """How much was simulated, and how."""
-    none = tally.drawn and not tally.kills.get(NATURAL)
+    none = tally.drawn and not any(alarm == NATURAL for alarm, _ in tally.kills)
     return (
         f"{tally.weeks:.1f} engine-weeks, each at a newly drawn site. In full resolution: "
         f"{tally.full / tally.weeks:.0f} s of each ({100 * tally.full / (tally.weeks * WEEK_S):.3f} %, "
-        f"{tally.full / WEEK_S:.2f} weeks in all), {sum(tally.events.values())} events: a minute of ordinary traffic, "
-        f"the alarms at {RATE:g} of their weekly rates, and of {tally.windows} natural windows by the bound the most "
-        f"dangerous one of each week and one by lot, {tally.drawn} in all, the worst with a bound of "
-        f"{tally.worst:.1f} times the least allowed silence"
+        f"{tally.full / WEEK_S:.2f} weeks in all), {sum(tally.events.values())} events: half a minute of ordinary "
+        f"traffic, the alarms at {RATE:g} of their weekly rates, and of {tally.windows} natural windows by the bound "
+        f"the most dangerous one of each week and one by lot, {tally.drawn} in all, the worst with a bound of "
+        f"{tally.worst:.1f} times the least silence that can kill"
         + (f" (none a kill: under {NO_FALSE / tally.drawn:.2%} each, with 95 % confidence)" if none else "")
         + f". The rest was skipped, {BUSY:.0%} of it as time with users: benchmarks/sim/weeks.py shows why that hides "
         f"no false kill, and a test compares it with full resolution. {tally.unrecovered} worlds had to be replaced "
@@ -231,14 +307,15 @@ def coverage(tally: Tally) -> str:
 
 
 def findings(tally: Tally, most: int = 3) -> str:
-    """The first false kills of each alarm: seed, site, trail."""
+    """The first false kills, and ends of healthy requests, of each alarm: seed, site, trail."""
     lines: list[str] = []
     for name in sorted({k.alarm for k in tally.examples}):
         for kill in [k for k in tally.examples if k.alarm == name][:most]:
             trail = "; ".join(f"{at} {state} ({reason})" for at, state, reason in kill.trail)
             s = kill.site
+            done = "requests ended" if kill.after is None else f"killed after {kill.after:.1f} s"
             lines.append(
-                f"- {name}: `--only-week {kill.seed}`; killed after {kill.after:.1f} s; trace {s.trace}, "
+                f"- {name}: `--only-week {kill.seed}`; {done}; trace {s.trace}, "
                 f"slowness {s.slowness:.2f}, streams {s.streams}, lacks {sorted(s.lacks)}, page {s.page}, "
                 f"ranks {s.ranks}, shared {s.shared}: {trail}"
             )

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from sidecar.events import Admitted, RequestSize, Settled
+from sidecar.events import Admitted, Event, RequestSize, Settled, UnreadRequest
 from sidecar.load import cost_model
 
-OURS, USER, FOREIGN = "ours", "user", "foreign"
+OURS, USER, FOREIGN, ZOMBIE = "ours", "user", "foreign", "zombie"
+UNREAD = "unread"  # the route of requests that the relay passes on unread
+IN_FULL = ("audio", "embeddings", "rerank")  # routes whose answer comes after work that no token counts
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +31,38 @@ class Site:
     ranks: int = 1  # data-parallel
     shared: bool = False  # others reach the engine past the relay
     tells_rest: bool = False  # it can be asked whether it sleeps or is paused
+    kind: str = "vllm"  # a row of the production table of engines
+    order: str = "fcfs"  # "priority": the lowest value first; "prefix": as cached prefixes have it, at random
+    adapters: int = 0  # LoRA slots: so many adapters run at once; 0: any number
+    queue: int = 0  # requests that may wait; more are refused with 503; 0: any number
+    prefill_slowness: float = 1.0  # of prefills, on top of `slowness`
+    counts_prefill: bool = False  # the batches of a prefill move its counter of steps
+    takes_canary: bool = True  # False: it refuses every form of a canary
+    context: int = 0  # tokens that a sequence may have, as the engine says; 0: it says nothing
+    page_seconds: float = 0.0  # that its metrics page takes
+    backends: int = 1  # processes behind its port, each with counters of its own
+
+
+@dataclass(frozen=True, slots=True)
+class Special:
+    """What is special about a request. Seconds are wall time at a machine that has no other work."""
+
+    priority: int = 0
+    adapter: str = ""
+    prepares: float = 0.0  # seconds for a grammar or a KV transfer, before it can be scheduled
+    hides: int = 0  # tokens after the first that the engine keeps, until it has as many or the answer ends
+    unlimited: bool = False  # its client sets no limit
+    patient: bool = False  # its client waits, where others give up
+    route: str = "chat"
+    seconds: float = 0.0  # of work, instead of what its prompt takes
+
+    @property
+    def counted(self) -> bool:
+        """Whether the engine counts tokens for it."""
+        return not self.seconds and self.route not in IN_FULL
+
+
+PLAIN = Special()
 
 
 @dataclass(eq=False, slots=True)
@@ -43,6 +77,8 @@ class Seq:
     owner: str
     need: float  # GPU seconds of prefill, at the coefficients' speed
     rank: int = 0
+    special: Special = PLAIN
+    came: float = 0.0
     done: float = 0.0  # of `need`
     first: bool = False
     tokens: float = 0.0
@@ -50,6 +86,7 @@ class Seq:
     first_at: float | None = None
     ended_at: float | None = None
     pieces: int = 0
+    kept: int = 0  # tokens that the engine has and does not show
     blocked: bool = False  # its client does not read
     unread: int = 0  # tokens that wait for it
     unread_since: float | None = None
@@ -57,7 +94,7 @@ class Seq:
 
     @property
     def shadow(self) -> bool:
-        return self.owner not in (USER, OURS, FOREIGN)
+        return self.owner not in (USER, OURS, FOREIGN, ZOMBIE)
 
     def computed(self) -> float:
         """Tokens in the KV cache."""
@@ -75,29 +112,44 @@ class Counters:
     ranks: list[float] = field(default_factory=list)
 
 
-def admitted(id: str, prompt: int, limit: int, streams: bool, now: float, co: cost_model.Coefficients) -> Admitted:
-    """The event of a request's admission, priced as the relay does without knowing its output."""
-    work = RequestSize(prompt, output=min(limit, 256))
-    return Admitted(id, now, "t", "m", "chat", streams, work, max(limit, 256), cost_model.mu(work, co))
+def admitted(
+    id: str, prompt: int, limit: int, streams: bool, now: float, co: cost_model.Coefficients, special: Special = PLAIN
+) -> Event:
+    """The event of a request's admission, priced as the relay does without knowing its output; or of an unread one."""
+    if special.route == UNREAD:
+        return UnreadRequest(id, now, on=True)
+    work = RequestSize(prompt, output=0 if special.route in IN_FULL else min(limit, 256))
+    most = None if special.unlimited or special.route in IN_FULL else max(limit, 256)
+    return Admitted(
+        id, now, "t", "m", special.route, streams and special.route not in IN_FULL, work, most, cost_model.mu(work, co),
+        priority=special.priority, reorders=special.prepares > 0, withholds=special.hides > 0,
+    )  # fmt: skip
 
 
-def settled(seq: Seq, now: float, outcome: str, status: int = 200, error: str = "") -> Settled:
+def settled(seq: Seq, now: float, outcome: str, status: int = 200, error: str = "") -> Event:
     """The event of a request's end."""
+    if seq.special.route == UNREAD:
+        return UnreadRequest(seq.id, now, on=False, status=status if outcome == "ok" else 0)
+    sent = 0 if seq.special.route in IN_FULL else seq.sent
     return Settled(
         seq.id,
         now,
         outcome,
         status,
         None,
-        seq.sent,
+        sent,
         4 * seq.sent,
         seq.first_at,
-        now,
+        seq.came,
         0.0,
         error,  # type: ignore[arg-type]
     )
 
 
-def refused(id: str, now: float, outcome: str = "engine_error", error: str = "") -> Settled:
+def refused(
+    id: str, now: float, outcome: str = "engine_error", error: str = "", status: int = 503, special: Special = PLAIN
+) -> Event:
     """The event of a request that the engine, or the relay itself, did not take."""
-    return Settled(id, now, outcome, 503, None, 0, 0, None, now, 0.0, error)  # type: ignore[arg-type]
+    if special.route == UNREAD:
+        return UnreadRequest(id, now, on=False, status=status)
+    return Settled(id, now, outcome, status, None, 0, 0, None, now, 0.0, error)  # type: ignore[arg-type]

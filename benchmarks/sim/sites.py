@@ -12,6 +12,7 @@ from sidecar.events import RequestSize
 from sidecar.health.latency_model import TOKEN_SECONDS
 from sidecar.health.progress import SilenceLimits
 from sidecar.load import cost_model
+from sidecar.settings import Settings
 from sim.engine import CHUNK_SHARE, FAMILY, QUANTUM_S
 from sim.seqs import Site
 from sim.traces import Arrival, Trace
@@ -58,7 +59,10 @@ def draw(rng: random.Random, traces: dict[str, Trace], co: cost_model.Coefficien
         page=rng.random() < 0.9,
         shared=rng.random() < 0.1,
         ranks=rng.choice((1, 1, 1, 2, 4)),
+        context=rng.choice((0, 131_072)),
     )
+    if rng.random() < 1 / 8:
+        site = replace(site, order="prefix", kind="sglang")
     # Otherwise a whole answer could wait for any number of prefills.
     return replace(site, starves=False) if unseen(site) else site
 
@@ -98,14 +102,22 @@ def prefills(trace: Trace, co: cost_model.Coefficients) -> tuple[float, ...]:
     return tuple(cost_model.terms(RequestSize(a.prompt), co).before_first_token / 1000 for a in trace)
 
 
-def windows(trace: Trace, site: Site, co: cost_model.Coefficients, limits: SilenceLimits) -> list[tuple[float, int]]:
+def kill_bound() -> float:
+    """Seconds of silence before which nothing is killed, whatever is allowed; 0 where no setting bounds them."""
+    return float(getattr(Settings(engine="http://engine"), "silence_kill", 0.0))
+
+
+def windows(
+    trace: Trace, site: Site, co: cost_model.Coefficients, limits: SilenceLimits, kill: float
+) -> list[tuple[float, int]]:
     """The arrivals of a trace around which this site could be silent for SHARE of the least silence that can end in a
-    kill: (longest silence over least allowed one, place in the trace)."""
+    kill: (longest silence over least deadly one, place in the trace). `kill`: no shorter one is, whatever is allowed.
+    """
     tail = longest_gap(Arrival(0.0, 1, longest_output(trace)), 0.0, site, co)
     # a shorter prefill cannot: most need no second look
-    least = (SHARE * limits.floor - tail) * CHUNK_SHARE / site.slowness
+    least = (SHARE * max(kill, limits.floor) - tail) * CHUNK_SHARE / site.slowness
     rows = ((i, a, p) for i, (a, p) in enumerate(zip(trace, prefills(trace, co), strict=True)) if p >= least)
-    ratios = ((longest_gap(a, p, site, co) / least_allowed(a, p, site, co, limits), i) for i, a, p in rows)
+    ratios = ((longest_gap(a, p, site, co) / max(kill, least_allowed(a, p, site, co, limits)), i) for i, a, p in rows)
     return [(ratio, i) for ratio, i in ratios if ratio > SHARE]
 
 
@@ -118,9 +130,9 @@ def longest_output(trace: Trace) -> int:
 def longest_gap(a: Arrival, prefill: float, site: Site, co: cost_model.Coefficients) -> float:
     """The longest silence that an arrival can cause in this engine model, seconds.
 
-    Prefills end first come, first served, and each end is progress; a decode goes on next to them, or starves until
-    they end. So between two signs of progress lies one prefill at most, and, where neither chunks nor counters show
-    them, the tokens of an answer.
+    Prefills end one after the other, in whatever order they were admitted, and each end is progress; a decode goes on
+    next to them, or starves until they end. So between two signs of progress lies one prefill at most, and, where
+    neither chunks nor counters show them, the tokens of an answer.
     """
     token = co.d * FAMILY / 1000 * site.slowness / (1 - CHUNK_SHARE)
     seen_after = a.output if unseen(site) else 1

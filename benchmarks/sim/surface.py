@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from sidecar.readings import Absent, EngineSample, Failed, RankSample, Reading, Value
 from sim.engine import Engine
+from sim.seqs import Seq
 
-SERIES = ("kv_usage", "iterations", "counters", "kv_capacity")  # what a metrics page may lack
+SERIES = ("kv_usage", "iterations", "counters", "kv_capacity", "started")  # what a metrics page may lack
 NO_PAGE = Absent("the engine has no metrics page")
 
 
@@ -18,7 +21,8 @@ def sample(e: Engine, now: float, wall_offset: float) -> Reading[EngineSample]:
         return Failed("the metrics page could not be read")
     if how.serial and (e.running or e.waiting):
         return Failed("the metrics page did not answer in time")
-    running, waiting = (0.0, 0.0) if how.gauges_zeroed else e.gauges
+    share, offset = backend(site.backends, now)
+    running, waiting = (0.0, 0.0) if how.gauges_zeroed else (share * gauge for gauge in e.gauges)
     kv = min(1.0, sum(s.computed() for s in e.running if not s.shadow) / site.kv_tokens)
     c, lacks = e.counters, site.lacks
     counted = "counters" not in lacks
@@ -27,11 +31,11 @@ def sample(e: Engine, now: float, wall_offset: float) -> Reading[EngineSample]:
             running=running,
             waiting=waiting,
             kv_usage=None if "kv_usage" in lacks else kv if how.kv_usage is None else how.kv_usage,
-            prompt_tokens=c.prompt if counted else None,
-            generation_tokens=c.generation if counted else None,
-            finished=c.finished if counted else None,
-            iterations=None if "iterations" in lacks else c.iterations,
-            started_wall=e.started + wall_offset,
+            prompt_tokens=offset + share * c.prompt if counted else None,
+            generation_tokens=offset + share * c.generation if counted else None,
+            finished=offset + share * c.finished if counted else None,
+            iterations=None if "iterations" in lacks else offset + share * c.iterations,
+            started_wall=None if "started" in lacks else e.started + wall_offset + offset / 1000,
             sleeping=how.sleeping,
             kv_capacity_tokens=None if "kv_capacity" in lacks else float(site.kv_tokens),
             ranks=ranks(e) if site.ranks > 1 and counted else (),
@@ -40,15 +44,21 @@ def sample(e: Engine, now: float, wall_offset: float) -> Reading[EngineSample]:
     )
 
 
+def backend(number: int, now: float) -> tuple[float, float]:
+    """The share of all work that the process has which answers now, and from where it counts."""
+    which = int(now) * 7919 % number
+    return 2 * (which + 1) / (number * (number + 1)), 1000.0 * which
+
+
 def ranks(e: Engine) -> tuple[RankSample, ...]:
     """Each data-parallel rank's own numbers."""
+
+    def count(place: Iterable[Seq], rank: int) -> float:
+        is_zero = e.zero_gauge and rank == e.how.dead_rank
+        return 0.0 if is_zero else float(sum(s.rank == rank and not s.shadow for s in place))
+
     return tuple(
-        RankSample(
-            rank,
-            float(sum(s.rank == rank and not s.shadow for s in e.running)),
-            float(sum(s.rank == rank and not s.shadow for s in e.waiting)),
-            e.counters.ranks[rank],
-        )
+        RankSample(rank, count(e.running, rank), count(e.waiting, rank), e.counters.ranks[rank])
         for rank in range(e.site.ranks)
     )
 

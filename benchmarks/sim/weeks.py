@@ -1,19 +1,22 @@
 """Engine-weeks: calm time that is passed over, and stretches in full resolution where a verdict could change.
 
-What a week contains, in full resolution, at one newly drawn site: one minute of ordinary traffic at a drawn place of
+What a week contains, in full resolution, at one newly drawn site: half a minute of ordinary traffic at a drawn place of
 its trace; the stories of alarms.py at drawn times, at RATE of their weekly rates; of its natural windows (below) the
 most dangerous one and one by lot. All the rest of its seven days is passed over. A figure per engine-week is therefore
 one per week of *these rates of alarms*, whose traffic in between is judged by the argument below, not simulated.
 
 Why passing over hides no false kill. A verdict leaves the calm states (idle, progressing, quiet) only through: an
-exemption, a part that hangs, the sidecar's own trouble, a restart, a refused port, a canary that does not pass, or a
-silence longer than `allowed`. All but the last are alarms here, always in full resolution, or need an engine that is
-not healthy. A healthy engine's silence can end in a kill only when it outlasts `allowed`, and then a canary's time. It
-is bounded per arrival by `sites.longest_gap`, and `allowed` from below by `sites.least_allowed` (nothing learned; all
-that is learned lengthens it). Arrivals whose bound comes to 80 % of that are the natural windows; elsewhere no kill is
-possible. They are many where the hardware is far slower than the coefficients predict: the bound takes the sidecar for
-one that never learned so. What users teach in time that is passed over is the least that they could: each prefill as if
-alone on the engine, and no gap at all. tests/health/test_verdict_sim.py holds all this against full resolution.
+exemption, a part that hangs, requests that were overtaken, left unserved or refused, the sidecar's own trouble, a
+restart, a refused port, a canary that does not pass, or a silence longer than `allowed`. All but the last are alarms
+here, always in full resolution, or need an engine that is not healthy. A healthy engine's silence can end in a kill
+only when it outlasts `allowed` and the bound of kills (`silence_kill`, where the settings have it), and a canary
+starves in it. It is bounded per arrival by `sites.longest_gap`, in whatever order requests are scheduled, and `allowed`
+from below by `sites.least_allowed` (nothing learned; all that is learned lengthens it). Arrivals whose bound comes to
+80 % of the larger of `allowed` and the bound of kills are the natural windows; elsewhere no kill is possible. They are
+many where the hardware is far slower than the coefficients predict: the bound takes the sidecar for one that never
+learned so. What users teach in time that is passed over is the least that they could: each prefill as if alone on the
+engine, and no gap at all. Readiness is not covered by this argument: a silence beyond `allowed` that is passed over may
+have withdrawn it. tests/health/test_verdict_sim.py holds all this against full resolution.
 """
 
 from __future__ import annotations
@@ -26,16 +29,16 @@ from sidecar.health.progress import SilenceLimits
 from sidecar.load import cost_model
 from sim.alarms import ALARMS, Alarm
 from sim.seqs import Site
-from sim.sites import draw, prefills, slice_of, windows
+from sim.sites import draw, kill_bound, prefills, slice_of, windows
 from sim.traces import Trace
 from sim.world import CALM, UNLIVE, World
 
 WEEK_S = 7 * 86_400.0
-RATE = 0.2  # of the weekly rates of the alarms: what 10,000 weeks in 20 minutes on two cores leave room for
+RATE = 0.08  # of the weekly rates of the alarms: what 10,000 weeks in 25 minutes on two cores leave room for
 LEAD_S = 20.0  # seconds of traffic before a story
 AFTER_S = 30.0
 DRAIN_S = 60.0  # seconds for outstanding work to end; then its clients hang up
-ORDINARY_S = 60.0  # seconds of ordinary traffic in each week
+ORDINARY_S = 30.0  # seconds of ordinary traffic in each week
 OURS = ("sidecar, liveness", "sidecar, readiness")
 NATURAL, PLAIN = "natural window", "ordinary traffic"
 BUSY = 0.7  # share of the calm time in which users come
@@ -43,11 +46,12 @@ BUSY = 0.7  # share of the calm time in which users come
 
 @dataclass(frozen=True, slots=True)
 class Kill:
-    """One false kill: where to find it again, and what led to it."""
+    """One false kill, or requests that were ended while the engine was healthy (`after` None): where to find it again,
+    and what led to it."""
 
     seed: str
     alarm: str
-    after: float  # seconds from the story's begin
+    after: float | None  # seconds from the story's begin
     site: Site
     trail: tuple[tuple[float, str, str], ...]
 
@@ -63,9 +67,12 @@ class Stretch:
 
 @dataclass(slots=True)
 class Tally:
-    """Sums over weeks; `kills` and `suspects` by alarm, `baseline` by (detector, alarm), `wrong` seconds by detector:
-    for how long a mistake stood, or would have, were the engine not killed for it. `worst`: the largest ratio among the
-    windows that were run."""
+    """Sums over weeks by alarm; `kills` by (alarm, level of proof), `baseline` by (detector, alarm), `wrong` seconds by
+    detector: for how long a mistake stood, or would have, were the engine not killed for it. `worst`: the largest ratio
+    among the windows that were run.
+
+    `unready`: times that /readyz failed; `cut`: requests that the control ended; `harmed`: canaries that did harm.
+    """
 
     weeks: float = 0.0
     full: float = 0.0  # seconds in full resolution
@@ -73,7 +80,10 @@ class Tally:
     drawn: int = 0  # of them in full resolution
     events: dict[str, int] = field(default_factory=dict)
     suspects: dict[str, int] = field(default_factory=dict)
-    kills: dict[str, int] = field(default_factory=dict)
+    unready: dict[str, int] = field(default_factory=dict)
+    cut: dict[str, int] = field(default_factory=dict)
+    harmed: dict[str, int] = field(default_factory=dict)
+    kills: dict[tuple[str, str], int] = field(default_factory=dict)
     unrecovered: int = 0
     baseline: dict[tuple[str, str], int] = field(default_factory=dict)
     wrong: dict[str, float] = field(default_factory=dict)
@@ -87,19 +97,20 @@ class Tally:
         self.windows += other.windows
         self.drawn += other.drawn
         self.unrecovered += other.unrecovered
-        for mine, theirs in ((self.events, other.events), (self.suspects, other.suspects), (self.kills, other.kills)):
-            for key, n in theirs.items():
+        for name in ("events", "suspects", "unready", "cut", "harmed", "kills", "baseline"):
+            mine: dict[object, int] = getattr(self, name)
+            for key, n in getattr(other, name).items():
                 mine[key] = mine.get(key, 0) + n
         self.worst = max(self.worst, other.worst)
         for who, seconds in other.wrong.items():
             self.wrong[who] = self.wrong.get(who, 0.0) + seconds
-        for pair, n in other.baseline.items():
-            self.baseline[pair] = self.baseline.get(pair, 0) + n
         self.examples.extend(other.examples)
 
 
 def label(alarm: Alarm) -> str:
     """An alarm's row in tables."""
+    if alarm.kind:
+        return f"kind {alarm.kind}: {alarm.text}"
     return f"{alarm.number}: {alarm.text}" if alarm.number else alarm.text
 
 
@@ -123,9 +134,9 @@ def week(
     for at, what in sorted(plan, key=lambda p: p[0]):
         if w.now < start + at:
             pass_over(w, start + at - w.now, rng.random() < BUSY, traces)
-        began = w.now
+        began = w.now - w.passed
         w = event(w, what, traces, tally, seed)
-        full += w.now - began
+        full += w.now - w.passed - began
     if w.now < end:
         pass_over(w, end - w.now, True, traces)
     tally.weeks, tally.full = (w.now - start) / WEEK_S, full
@@ -142,7 +153,7 @@ def pass_over(w: World, seconds: float, busy: bool, traces: dict[str, Trace]) ->
 def stretches(w: World, traces: dict[str, Trace], tally: Tally) -> list[Stretch]:
     """Count the week's natural windows; return what of its own traffic is run in full."""
     trace = traces[w.site.trace]
-    found = windows(trace, w.site, w.co, SilenceLimits())
+    found = windows(trace, w.site, w.co, SilenceLimits(), kill_bound())
     tally.windows += round(len(found) * WEEK_S * BUSY * w.site.rate / (trace[-1].at + 1.0))
     plain = Stretch(PLAIN, w.rng.uniform(0, trace[-1].at), ORDINARY_S)
     if not found:
@@ -192,10 +203,17 @@ def settle(w: World) -> None:
 
 def judged(w: World, name: str, began: float, tally: Tally, seed: str) -> World:
     """Book what an event did to the verdicts. A world that was killed, or did not recover, is replaced by a new one."""
-    tally.events[name] = tally.events.get(name, 0) + 1
+    seen = [c for c in w.trail if c.at >= began]
     tally.drawn += name == NATURAL
-    if w.first(("suspect",), began) is not None:
-        tally.suspects[name] = tally.suspects.get(name, 0) + 1
+    for sums, n in (
+        (tally.events, 1),
+        (tally.suspects, any(c.state == "suspect" for c in seen)),
+        (tally.unready, any(not c.ready for c in seen)),
+        (tally.cut, w.cut),
+        (tally.harmed, w.engine.harmed),
+    ):
+        if n:
+            sums[name] = sums.get(name, 0) + n
     for who, states in zip(OURS, (UNLIVE, ("suspect", *UNLIVE)), strict=True):
         tally.wrong[who] = tally.wrong.get(who, 0.0) + w.spent(states, began)
     for baseline in w.rivals.baselines:
@@ -205,14 +223,19 @@ def judged(w: World, name: str, began: float, tally: Tally, seed: str) -> World:
             tally.baseline[key] = tally.baseline.get(key, 0) + 1
     killed = w.killed(began)
     if killed is not None:
-        tally.kills[name] = tally.kills.get(name, 0) + 1
-        trail = tuple((round(c.at - began, 1), c.state, c.reason) for c in w.trail if c.at >= began)[:20]
-        tally.examples.append(Kill(seed, name, killed - began, w.site, trail))
+        proof = (name, next(c.proof for c in seen if c.at == killed and c.state in UNLIVE))
+        tally.kills[proof] = tally.kills.get(proof, 0) + 1
+    if killed is not None or w.cut:
+        start = max(began, w.story_at)
+        after = None if killed is None else killed - start
+        trail = tuple((round(c.at - start, 1), c.state, c.reason) for c in seen)[:20]
+        tally.examples.append(Kill(seed, name, after, w.site, trail))
     w.trail.clear()
+    w.cut = w.engine.harmed = 0
     if w.verdict in CALM and not w.users:
         return w
     tally.unrecovered += 1
-    fresh = World(w.site, w.rng, w.compare, co=w.co, now=w.now)
+    fresh = World(w.site, w.rng, w.compare, co=w.co, now=w.now, passed=w.passed)
     fresh.run(15)
     fresh.trail.clear()
     return fresh

@@ -2,27 +2,29 @@
 
 Rules: `sidecar.control.state.ControlState` is driven as the ticker drives it: events as they come, a metrics page a
 second, a tick each 0.5 s, a canary when it asks for one, the ends of requests that it orders. Nothing of the verdict is
-re-implemented here; the relay does what the real one does: a stalled verdict ends all its requests and refuses new
-ones. `skip` passes over time in which nothing that a verdict hangs on can happen (see weeks.py for when that is so);
-the only private fields it touches are the control's own clock.
+re-implemented here, and nothing but the reports is left out; the relay does what the real one does: a stalled verdict
+ends all its requests and refuses new ones. `skip` passes over time in which nothing that a verdict hangs on can happen
+(see weeks.py for when that is so); the only private fields it touches are the control's own clock.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 
 from sidecar.control.state import ControlState
-from sidecar.events import CanaryResult, EnginePauseChanged, Event, RequestBlocked, Settled
+from sidecar.engines.registry import KINDS
+from sidecar.events import CanaryResult, EnginePauseChanged, Event, RequestBlocked, Settled, UnreadRequest
 from sidecar.health.monitor import TICK_S, TickReadings
+from sidecar.health.probes import passes
 from sidecar.load import cost_model
-from sidecar.readings import Absent, EngineSample, GpuSample, Reading, Value
+from sidecar.readings import Absent, EngineIdentity, EngineSample, GpuSample, Reading, Value
 from sidecar.settings import Settings
-from sidecar.snapshot import RelayUse
-from sim.engine import Engine
+from sidecar.snapshot import RelayUse, Snapshot
+from sim.engine import NOT_FOUND, REFUSED, TOO_MANY, Engine
 from sim.rivals import Rivals
-from sim.seqs import FOREIGN, OURS, Seq, Site, admitted, refused, settled
+from sim.seqs import FOREIGN, OURS, PLAIN, Seq, Site, Special, admitted, refused, settled
 from sim.surface import sample
 from sim.traces import Arrival
 
@@ -37,15 +39,30 @@ UNREAD = Absent("not read yet")
 ANSWER_TIMEOUT_S = 2.0  # seconds that the sidecar waits for an answer of the API, a metrics page or a cheap one
 WRITE_BLOCKS_S = 1.0  # seconds that a write to a client must wait, before the relay says so
 FOREIGN_INTERVAL_S = 20.0  # seconds between requests that go past the relay, at a shared engine
+BUSY = (TOO_MANY, REFUSED)  # statuses that a canary takes for a full engine
+READINGS = {each.name for each in fields(TickReadings)}
+UNPROVEN = "none"  # the level of proof of a verdict that names none
+
+
+class Judge(ControlState):
+    """The production control; its reports, which decide nothing and cost more than all the rest, are made once."""
+
+    _report: Snapshot | None = None
+
+    def _snapshot(self, readings: TickReadings, now: float, wall: float) -> Snapshot:
+        self._report = self._report or super()._snapshot(readings, now, wall)
+        return self._report
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """The verdict from `at` on."""
+    """The verdict from `at` on, and whether /readyz passes."""
 
     at: float
     state: str
     reason: str
+    ready: bool = True
+    proof: str = UNPROVEN
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +91,12 @@ class World:
     ended: list[Ended] = field(default_factory=list)
     users: dict[str, Seq] = field(default_factory=dict)
     blind: bool = False  # the relay process is stopped: its events wait
+    usual: Special = PLAIN  # what its users' requests are
+    patience: float = 0.0  # seconds after which users without a first token give up; 0: they do not
+    reports: bool = False  # make the control's reports, too
+    cut: int = 0  # requests that the control ended
+    passed: float = 0.0  # seconds that were passed over
+    story_at: float = 0.0  # when a story began that made itself a site first
     restarted_at: float = -1e9  # the engine, last
     ticks: int = 0
     engine: Engine = field(init=False)
@@ -83,7 +106,9 @@ class World:
     _next: Arrival | None = None
     _events: list[Event] = field(default_factory=list)
     _reading: Reading[EngineSample] = UNREAD
+    _page: tuple[float, Reading[EngineSample]] | None = None  # one that is being made: when it is done
     _canary: tuple[Seq, float, float] | None = None  # ours: (sequence, started, allowed)
+    _passed: Engine | None = None  # the process in which a canary of this control passed last
     _requests: int = 0
     _pulse_at: float = 0.0
     _refused: float | None = None
@@ -108,20 +133,28 @@ class World:
         self.arrivals = arrivals
         self._next = next(arrivals, None) if arrivals is not None else None
 
-    def request(self, prompt: int, output: int, streams: bool = True) -> Seq | None:
+    def request(self, prompt: int, output: int, streams: bool = True, special: Special = PLAIN) -> Seq | None:
         """One request through the relay, now. None where it was refused."""
         self._requests += 1
         id = str(self._requests)
-        self._events.append(admitted(id, prompt, output, streams, self.now, self.co))
+        self._events.append(admitted(id, prompt, output, streams, self.now, self.co, special))
         if self.verdict == "stalled" and self.relief:
-            self._events.append(refused(id, self.now, "stalled", "engine_stalled"))
+            self._events.append(refused(id, self.now, "stalled", "engine_stalled", special=special))
             return None
-        seq = self.engine.submit(id, prompt, output, self.now, streams=streams)
+        seq = self.engine.submit(id, prompt, output, self.now, streams=streams, special=special)
         if seq is None:
-            self._events.append(refused(id, self.now))
+            status = self.engine.refusal
+            outcome = "rejected" if status < 500 else "engine_error"
+            self._events.append(refused(id, self.now, outcome, status=status, special=special))
         else:
             self.users[id] = seq
         return seq
+
+    def wrong(self) -> None:
+        """A request for a model that is not there."""
+        self._requests += 1
+        self._events.append(admitted(str(self._requests), 100, 100, True, self.now, self.co))
+        self._events.append(refused(str(self._requests), self.now, "rejected", "status_404", NOT_FOUND))
 
     def past_relay(self, prompt: int, output: int) -> None:
         """A request that reaches the engine by another way."""
@@ -169,7 +202,7 @@ class World:
         if self._canary is not None:
             _, started, allowed = self._canary
             self._canary = None
-            self.control.canary_ended(CanaryResult("failed", started, self.now, allowed))
+            self._canary_ended("failed", started, allowed)
         self.engine.fault("refuse")
         self.run(closed)
         self.engine.heal()
@@ -185,8 +218,9 @@ class World:
     def new_control(self, *, remembers: bool = False) -> None:
         """The control process restarts; `remembers`: with the saved state of the one before."""
         kept = self.control.save() if remembers else None
-        self.control = ControlState(self.settings, self.co, self.now, self.wall + self.now)
-        self._canary = None
+        made = ControlState if self.reports else Judge
+        self.control = made(self.settings, self.co, self.now, self.wall + self.now)
+        self._canary = self._passed = None
         if kept is not None:
             self.control.restore(kept, self.now, same=True)
 
@@ -204,6 +238,7 @@ class World:
         can: the impatient side. What waiting and sharing would have taught (patience) is left out."""
         assert not self.users and self.verdict in CALM, "only calm time may be skipped"
         self.now += seconds
+        self.passed += seconds
         self.control.health._ticked_at, self.control.health._ticked_wall = self.now, self.wall + self.now
         learned = self.control.health.progress.learned
         canaries = int(seconds / self.settings.canary_interval)
@@ -270,7 +305,7 @@ class World:
         start, self.now = self.now, self.now + TICK_S
         self._keep(self.engine.advance(start, self.now))
         while self._next is not None and self.arrivals is not None and self._next.at <= self.now:
-            self.request(self._next.prompt, self._next.output, self.streams())
+            self.request(self._next.prompt, self._next.output, self.streams(), self.usual)
             self._next = next(self.arrivals, None)
         if self.site.shared and self.arrivals is not None and self.now - self._foreign_at >= FOREIGN_INTERVAL_S:
             self._foreign_at = self.now
@@ -279,23 +314,29 @@ class World:
             if seq.unread_since is not None and not seq.reported and self.now - seq.unread_since >= WRITE_BLOCKS_S:
                 seq.reported = True
                 self._events.append(RequestBlocked(seq.id, self.now, on=True))
+        if self.patience:
+            for seq in list(self.users.values()):
+                if not seq.special.patient and seq.first_at is None and self.now - seq.came >= self.patience:
+                    self.abort(seq)
         if not self.blind:
             self._pulse_at = self.now
 
     def _keep(self, events: list[Event]) -> None:
         for event in events:
-            if isinstance(event, Settled):
+            if isinstance(event, Settled) or (isinstance(event, UnreadRequest) and not event.on):
                 self.users.pop(event.id, None)
         self._events.extend(events)
 
     def _obey(self) -> None:
         """What the relay does on a verdict and on orders, before the next tick."""
         if self.verdict in UNLIVE and self.relief and not self.blind:
+            self.cut += len(self.users)
             for seq in list(self.users.values()):
                 self.abort(seq, "stalled", "engine_stalled")
         for _, end in self.control.health.take_aborts():
             for id in end.ids:
                 if (seq := self.users.get(id)) is not None:
+                    self.cut += 1
                     self.ended.append(Ended(self.now, id, end.code))
                     self.abort(seq, "rejected" if end.code == "prompt_exceeds_kv_cache" else "stalled", end.code)
 
@@ -307,12 +348,22 @@ class World:
         self._events.clear()
 
     def _read(self) -> None:
-        if self.ticks % 2 == 0:
+        if self.site.page_seconds:
+            self._read_slowly()
+        elif self.ticks % 2 == 0:
             self._reading = sample(self.engine, self.now, self.wall)
         how = self.engine.how
         self._unanswered = 0.0 if how.answering and not self._waits() else self._unanswered + TICK_S
         closed = not how.port_open
         self._refused = (self._refused or self.now) if closed else None
+
+    def _read_slowly(self) -> None:
+        """A page takes seconds to make, one at a time; what it holds is as old as that."""
+        if self._page is None:
+            self._page = self.now + self.site.page_seconds, sample(self.engine, self.now, self.wall)
+        elif self.now >= self._page[0]:
+            page, self._page = self._page[1], None
+            self._reading = replace(page, at=self.now) if isinstance(page, Value) else page
 
     def _waits(self) -> bool:
         """HTTP is served behind inference, one request at a time."""
@@ -327,17 +378,32 @@ class World:
             "engine_paused" if how.paused and is_reported else "engine_sleeping" if how.sleeping and is_reported else ""
         )
         gpus = Value((self.gpu,), self.now)
-        return TickReadings(self._reading, gpus, NONE, (relay,), self._refused, "vllm", unanswered, resting)
+        slots = self.site.max_batch if self.site.kind == "llamacpp" else 0  # others do not say
+        identity = EngineIdentity(max_context=self.site.context, slots=slots)
+        more = {"is_fcfs": KINDS[self.site.kind].is_fcfs, "canary_disturbs": slots == 1}
+        return TickReadings(
+            self._reading,
+            gpus,
+            NONE,
+            (relay,),
+            self._refused,
+            self.site.kind,
+            unanswered,
+            resting,
+            identity=identity,
+            **{name: value for name, value in more.items() if name in READINGS},
+        )
 
     def _send_canary(self, allowed: float) -> None:
         self.control.health.canary_sent(self.now)
-        seq = self.engine.submit("canary", 8, 1, self.now, owner=OURS)
+        takes = self.site.takes_canary or not self.engine.how.port_open
+        seq = self.engine.submit("canary", 8, 1, self.now, owner=OURS) if takes else None
         if seq is not None:
             self._canary = (seq, self.now, allowed)
             return
-        how = self.engine.how
-        outcome = "refused" if not how.port_open else "busy" if how.loading else "failed"
-        self.control.canary_ended(CanaryResult(outcome, self.now, self.now, allowed))  # type: ignore[arg-type]
+        status = self.engine.refusal if takes else NOT_FOUND
+        outcome = "busy" if status in BUSY else "rejected" if status < 500 else "failed"
+        self._canary_ended(outcome if self.engine.how.port_open else "refused", self.now, allowed)
 
     def _end_canary(self) -> None:
         if self._canary is None:
@@ -346,12 +412,21 @@ class World:
         if seq.ended_at is None and self.now - started < allowed:
             return
         outcome = "ok" if seq.ended_at is not None else "starved"
-        if seq.ended_at is None:
+        if outcome == "ok":
+            self._passed = self.engine
+        else:
             self.engine.abort(seq, self.now)
         self._canary = None
-        self.control.canary_ended(CanaryResult(outcome, started, self.now, allowed))  # type: ignore[arg-type]
+        self._canary_ended(outcome, started, allowed)
+
+    def _canary_ended(self, outcome: str, started: float, allowed: float) -> None:
+        known = self._passed is self.engine
+        self.control.canary_ended(CanaryResult(outcome, started, self.now, allowed, known=known))  # type: ignore[arg-type]
 
     def _note(self) -> None:
         m = self.control.health.state
-        if not self.trail or (self.trail[-1].state, self.trail[-1].reason) != (m.state, m.reason):
-            self.trail.append(Change(self.now, m.state, m.reason))
+        ready = passes("ready", self.control.health.probe_state())
+        last = self.trail[-1] if self.trail else None
+        if last is None or (last.state, last.reason, last.ready) != (m.state, m.reason, ready):
+            proof = str(self.control.health.verdict.evidence.get("proof", UNPROVEN))
+            self.trail.append(Change(self.now, m.state, m.reason, ready, proof))

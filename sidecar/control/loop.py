@@ -119,6 +119,7 @@ class ControlLoop:
         hold_before, stale_before = health.kill_policy.reason, self.control.coefficients.stale
         self.snapshot = self.control.tick(self._readings(now), now, wall)
         self.ticked_at = now
+        self.engine.set_busy(health.verdict.state != "idle")
         self._fan_out.metrics.update(self.snapshot)
         self._log_coefficients(stale_before)
         is_new_verdict, is_new_hold = health.has_changed, health.kill_policy.reason != hold_before
@@ -155,6 +156,7 @@ class ControlLoop:
             identity=engine.identity,
             is_fcfs=engine.kind is not None and engine.kind.is_fcfs,
             canary_disturbs=engine.canary_disturbs,
+            trouble=engine.trouble or self.port.trouble,
         )
 
     def _on_verdict(self, wall: float) -> None:

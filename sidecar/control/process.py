@@ -21,6 +21,7 @@ from sidecar.control.loop import ControlLoop
 from sidecar.control.state_dir import StateDir
 from sidecar.load.cost_model import Coefficients
 from sidecar.settings import Settings
+from sidecar.signals.engine_address import EngineAddress
 from sidecar.signals.engine_monitor import open_session
 
 _log = logging.getLogger("sidecar")
@@ -38,7 +39,7 @@ async def run(
     async with AsyncExitStack() as stack:
         state_dir = StateDir(settings.state_dir)
         stack.callback(state_dir.clear)
-        session = await stack.enter_async_context(open_session())
+        session = await stack.enter_async_context(open_session(EngineAddress(settings.engine, settings.engine_ca)))
         loop = build(settings, co, state_dir, session, stack)
         handle_signals(lambda: drain(loop, settings.drain_seconds), ended.set)
         await serve_admin(loop, admin, stack)

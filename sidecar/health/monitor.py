@@ -46,7 +46,7 @@ from sidecar.health.partial_hangs import PartialHang, PartialHangDetector
 from sidecar.health.probes import ProbeState
 from sidecar.health.progress import Evidence, Key, OpenWork, Progress, silence_limits
 from sidecar.health.readiness_hold import ReadinessHold
-from sidecar.health.refusals import Refusals
+from sidecar.health.refusals import RefusedWork
 from sidecar.health.start_deadline import start_deadline
 from sidecar.health.token_balance import COUNTER_STALE_S
 from sidecar.health.verdict_text import evidence_json, explain, with_hold
@@ -88,7 +88,7 @@ class TickReadings:
     `refused_since`: since when the engine's port refuses connections; `unanswered`: it accepts them, and the API
     answers nothing; `resting`: the reason code of a rest that the engine reports, "" while it is awake; `is_fcfs`: it
     serves requests of one model and priority in order; `canary_disturbs`: a canary drops what it keeps for its users;
-    `trouble`: why the sidecar cannot talk to it, in words.
+    `trouble`: why no connection to it can be made, in one sentence, "" if none is known.
     """
 
     engine: Reading[EngineSample]
@@ -180,7 +180,7 @@ class HealthMonitor:
         self.exemptions = Exemptions(limits.cap)
         self.kill_policy = KillPolicy(kill_limits(settings, pod))
         self.garbage = GarbageDetector()
-        self.refusals = Refusals()
+        self.refusals = RefusedWork()
         self.readiness_hold = ReadinessHold()
         self.canaries = CanaryRecord()
         self.state = verdict.VerdictState(since=now, engine_since=now)
@@ -296,8 +296,7 @@ class HealthMonitor:
         self.partial_hangs.canary_ended(result, idle=is_idle)
         self.canaries.ended(result, teaches=self.state.state in LEARNING_STATES)
         if result.outcome == "ok":
-            if not is_idle:
-                self.progress.canary_beside(self.evidence.outstanding, result.started, result.ended)
+            self.progress.canary_passed(result.started, result.ended)
             if self.garbage.observe(result.digest, result.model):
                 self._report_garbage(result.ended)
         return result
@@ -337,7 +336,7 @@ class HealthMonitor:
             cause=self._cause(readings.sample, now),
             startup_stuck=now - self._clues.start_at >= self.progress.limits.cap,
             can_ask=self.canaries.passes if not self.exemptions.are_stopping() else False,
-            refusing=self.refusals.seconds(now, self.progress.limits.floor, can_ask=self.canaries.passes),
+            refusing=self._refusing(now),
             start_overdue=self._is_start_overdue(now),
             trouble=readings.trouble,
         )
@@ -487,7 +486,7 @@ class HealthMonitor:
             unanswered=self._clues.unanswered(now),
             iterating=self.progress.iterating,
             part=self.partial_hangs.suspected_cause(),
-            frozen=self.evidence.frozen,
+            moves=self.progress.moves(now - (self.evidence.age or 0.0)),
             waiting=None if waiting is None else now - waiting,
             ended=None if ended is None else now - ended,
             vanished=self._clues.vanished,
@@ -498,6 +497,11 @@ class HealthMonitor:
         """When the engine last did anything: a token, an answer, a canary that passed. None before any."""
         times = (self.progress.last()[1], self.canaries.passed_at)
         return max((at for at in times if at is not None), default=None)
+
+    def _refusing(self, now: float) -> float | None:
+        """Seconds for which the engine has refused everything; None while it does not."""
+        floor, is_idle = self.progress.limits.floor, self.evidence.outstanding == 0
+        return self.refusals.seconds(now, floor, can_ask=self.canaries.passes, idle=is_idle)
 
     def _is_start_overdue(self, now: float) -> bool:
         """Whether this process of the engine has been starting for longer than any may."""

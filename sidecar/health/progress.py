@@ -55,6 +55,8 @@ MIN_EXCESS_READINGS: Final = 5
 BATCH_TOKENS: Final = 16_384
 # Routes whose answer is no text: their time is that of the route.
 TIMED_ROUTES: Final = ("audio", "unread")
+# Processes behind one port that are told apart.
+MAX_PAGES: Final = 4
 # A start time of the engine's process that lies so long before the last page is not of a new process.
 START_SLACK_S: Final = 2.0
 # Counters that moved so soon after the silence began do not speak against it: pages are read once a second.
@@ -232,7 +234,7 @@ class Progress:
     _read_at: float = 0.0
     _read_wall: float = 0.0
     _moved_at: float = 0.0  # the last reading in which any counter had moved
-    _worked: EngineSample | None = None  # the last reading with which counters are compared
+    _pages: list[EngineSample] = field(default_factory=list)  # the last one of each process behind the port
     _busy: bool = False  # the engine's gauges show work that is not the canary
     _open: int = 0  # requests that the relay has sent
     _excess: int = 0  # readings in a row that moved and showed more than those
@@ -244,6 +246,7 @@ class Progress:
     _whole: bool = False  # an answer in one piece was outstanding in it
     _tainted: bool = False  # it was, at some time, doubted, a start or an exemption: it teaches nothing
     _ended_at: float = 0.0  # the last end of a request
+    _work_since: tuple[float, ...] = ()  # since when those outstanding at the last tick were
     _first_at: float = 0.0  # the last first token, or answer that counts as one
     _predicted: dict[Key, tuple[float, float]] = field(default_factory=dict)  # admitted at, seconds of prefill
     _timed: dict[Key, tuple[float, str]] = field(default_factory=dict)  # open requests of TIMED_ROUTES: since, route
@@ -301,8 +304,10 @@ class Progress:
         if key in self._predicted:
             self._observe_prefill(key, now)
             self.learned.answers += 1
-        elif (timed := self._timed.pop(key, None)) is not None and not self._tainted:
-            self.learned.route_time(timed[1], now - timed[0])
+        elif (timed := self._timed.pop(key, None)) is not None:
+            self.learned.answers += 1
+            if not self._tainted:
+                self.learned.route_time(timed[1], now - timed[0])
         self._mark("completed", now)
 
     def unread_opened(self, key: Key, now: float) -> None:
@@ -324,11 +329,12 @@ class Progress:
         """A relay died, and its connections with it."""
         self.unread = {key: work for key, work in self.unread.items() if key[0] != relay}
 
-    def canary_beside(self, outstanding: int, started: float, ended: float) -> None:
-        """A canary passed next to so many requests of users, none of which it may have waited for."""
-        if self._ended_at < started:
-            self.learned.concurrent, self.learned.one_by_one = max(self.learned.concurrent, outstanding), 0
-        elif ended - started > ONE_BY_ONE_S:
+    def canary_passed(self, started: float, ended: float) -> None:
+        """A canary passed. Next to users' requests that were there before and after it, it shows concurrency."""
+        beside = sum(since < started for since in self._work_since)
+        if beside and self._ended_at < started:
+            self.learned.concurrent, self.learned.one_by_one = max(self.learned.concurrent, beside), 0
+        elif self._ended_at >= started and ended - started > ONE_BY_ONE_S:
             self.learned.one_by_one += 1
 
     def engine(self, sample: EngineSample, now: float, *, wall: float = 0.0, canary: bool = False) -> bool:
@@ -336,19 +342,17 @@ class Progress:
 
         `canary`: one ran between the two readings, so counters that moved prove nothing about the users' work.
         """
-        before, self._sample, self._read_at = self._sample, sample, now
+        last, before = self._sample, self._match(sample)
+        self._sample, self._read_at = sample, now
         since_wall, self._read_wall = self._read_wall, wall
-        self._busy = not canary and load(sample) > 0
-        self._look_for_foreign(before, sample, now, canary=canary)
+        is_new = last is not None and started_after(last, sample, since_wall)
+        self._busy = load(sample) > (1 if canary else 0)
+        self._look_for_foreign(last, sample, now, canary=canary)
         if before is None or any_moved(before, sample, ALL):
             self._moved_at = now
-        if before is None or fell(before, sample):
-            # another process, or another one of several behind one port: nothing to compare with
-            self._worked = sample
-            return before is not None and started_after(before, sample, since_wall)
-        worked = self._worked or before
-        canary = canary and grown(worked.working, sample.working) <= MAX_CANARY_TOKENS
-        self._worked = sample
+        if before is None:  # another process, or one of several behind the port: nothing to compare with
+            return is_new
+        canary = canary and grown(before.working, sample.working) <= MAX_CANARY_TOKENS
         for kind, names in COUNTERS.items():
             if not canary and any_moved(before, sample, names):
                 self._mark(kind, now)
@@ -357,7 +361,17 @@ class Progress:
             self.steps_at = now
         if any_moved(before, sample, PREFILLING):
             self.prefill_at = now
-        return started_after(before, sample, since_wall)
+        return is_new
+
+    def _match(self, sample: EngineSample) -> EngineSample | None:
+        """The last page of the process that this one is of: none of its counters is higher. None for a new one.
+
+        Several processes may take turns behind one port; the one whose counters are nearest is meant.
+        """
+        known = [page for page in self._pages if not fell(page, sample)]
+        best = max(known, key=lambda page: (page.generation_tokens or 0.0, page.prompt_tokens or 0.0), default=None)
+        self._pages = [*(page for page in self._pages if page is not best), sample][-MAX_PAGES:]
+        return best
 
     def evidence(
         self, items: Iterable[OpenWork], now: float, *, extra: float = 0.0, learn: bool = True, unanswered: bool = False
@@ -370,6 +384,7 @@ class Progress:
         holds = [*items, *self.unread.values()]
         work = [hold for hold in holds if not hold.blocked]
         self._open = max(len(holds), self._open - 1)  # falls slowly: gauges lag behind
+        self._work_since = tuple(hold.since for hold in work)
         if work:
             self._worked_at = now
         busy = self._busy and (bool(work) or self._foreign)  # otherwise it is what is left of the relay's own work
@@ -403,7 +418,7 @@ class Progress:
             ask_after=bounds.ask_after,
             kill_after=max(bounds.kill_after, bounds.allowed + self.limits.blocked if unanswered else 0.0) + extra,
             hidden=bounds.hidden,
-            frozen=age is not None and self._is_frozen(since, now),
+            frozen=age is not None and self._is_frozen(work, since, now, counted=is_counted),
             foreign=self._foreign,
             untested=bool(work) and not is_counted and not (self.learned.concurrent or self.learned.one_by_one),
         )
@@ -433,6 +448,10 @@ class Progress:
     def last(self) -> tuple[str, float | None]:
         """The newest progress: its kind and time; ("none", None) before any."""
         return max(self.kinds.items(), key=lambda item: item[1]) if self.kinds else ("none", None)
+
+    def moves(self, since: float) -> bool:
+        """Whether any counter of the engine moved amid a silence since `since`."""
+        return self._moved_at > since + FROZEN_SLACK_S
 
     def _unmeasured(self, prefill: float) -> float:
         """Seconds that a prefill may take of a size that was never seen, on a machine of unknown speed."""
@@ -473,11 +492,16 @@ class Progress:
         known = self._sample is not None and self._sample.working is not None and "generation" in self.kinds
         return known and (unanswered or now - self._read_at <= COUNTER_STALE_S)
 
-    def _is_frozen(self, since: float, now: float) -> bool:
-        """Whether the engine's page shows work, and no counter of it moved in the silence."""
+    def _is_frozen(self, work: list[OpenWork], since: float, now: float, *, counted: bool) -> bool:
+        """Whether the engine's page shows work, and no counter of it moved in the silence.
+
+        Only counters that move while it works can tell: tokens, or answers where they are short.
+        """
         if self._sample is None or now - self._read_at > COUNTER_STALE_S or load(self._sample) <= 0:
             return False
-        return self._moved_at <= since + FROZEN_SLACK_S
+        if not counted and not all(hold.route in SHORT_ROUTES for hold in work):
+            return False
+        return not self.moves(since)
 
     def _look_for_foreign(self, before: EngineSample | None, sample: EngineSample, now: float, *, canary: bool) -> None:
         """Note whether a reading shows work that did not pass the relay.
@@ -486,7 +510,7 @@ class Progress:
         relay's last request proves nothing: an abort can wedge an engine. The first reading of a sidecar that was
         restarted may show anybody's.
         """
-        has_excess = not canary and load(sample) > self._open
+        has_excess = load(sample) > self._open + (1 if canary else 0)
         if before is None:
             self._foreign = has_excess
             return
@@ -494,14 +518,14 @@ class Progress:
         self._excess = self._excess + 1 if moves and has_excess else 0
         # of the reading before: whether the relay had work then is known by now
         alone, self._alone_at = self._alone_at, None
-        has_come = not canary and (moves or load(sample) > load(before)) and load(sample) > 0
+        has_come = (moves or load(sample) > load(before)) and (has_excess if canary else load(sample) > 0)
         if now - self._worked_at > FOREIGN_AFTER_S and has_come:
             self._alone_at = now
         is_foreign = self._excess >= MIN_EXCESS_READINGS or (
             alone is not None and alone - self._worked_at > FOREIGN_AFTER_S
         )
         self.learned.foreign |= is_foreign
-        self._foreign = not canary and load(sample) > 0 and ((self._foreign and has_excess) or is_foreign)
+        self._foreign = has_excess and (self._foreign or is_foreign)
 
     def _silent_since(self, work: list[OpenWork], busy: bool, now: float) -> float:
         if not work and not busy:

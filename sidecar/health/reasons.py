@@ -32,7 +32,7 @@ class HangClues:
     """What a cause is chosen from. `sample` is None where the page could not be read; `xid_age` None without an XID.
 
     `unanswered`: seconds for which the API has answered nothing; `iterating`: readings in a row in which steps moved;
-    `part`: the code of a part that had begun to hang before, "" for none; `frozen`: no counter of the engine moved in
+    `part`: the code of a part that had begun to hang before, "" for none; `moves`: a counter of the engine moved amid
     the silence; `waiting`: seconds for which the oldest of the relay's requests has waited, None where one of them was
     begun or none is open; `ended`: seconds since the engine ended a request, None before it did; `vanished`: requests
     that ran left the engine's gauge and did not end.
@@ -44,7 +44,7 @@ class HangClues:
     unanswered: float = 0.0
     iterating: int = 0
     part: str = ""
-    frozen: bool = True
+    moves: bool = False
     waiting: float | None = None
     ended: float | None = None
     vanished: bool = False
@@ -109,7 +109,7 @@ def _is_admission_stalled(clues: HangClues) -> bool:
         return False
     if clues.waiting is None or clues.vanished:
         return False
-    return not clues.frozen or (clues.ended is not None and clues.ended < clues.waiting)
+    return clues.moves or (clues.ended is not None and clues.ended < clues.waiting)
 
 
 def _is_livelock(clues: HangClues) -> bool:

@@ -3,7 +3,7 @@
 Rules:
 - A refusal is a 404 or a 5xx to a user's request before any byte, or a canary that has passed before and is rejected
   now. 429 and 503 are refusals only while the engine has nothing to do.
-- Anything served ends it.
+- Anything served ends it. A request that is open at the engine was not refused.
 - Users alone may all be wrong; canaries refused with them, or 5xx to many users where no canary passes, are not.
 """
 
@@ -21,7 +21,7 @@ MIN_USERS: Final = 5
 
 
 @dataclass(slots=True)
-class Refusals:
+class RefusedWork:
     """What was refused since anything was last served. `since`: the first refusal."""
 
     since: float | None = None
@@ -55,8 +55,10 @@ class Refusals:
         self.users += event.status >= 500
         self._refused(event.at)
 
-    def seconds(self, now: float, floor: float, *, can_ask: bool | None) -> float | None:
+    def seconds(self, now: float, floor: float, *, can_ask: bool | None, idle: bool) -> float | None:
         """For how long everything has been refused; None before that is known for `floor` seconds."""
+        if not idle:
+            return None
         is_known = self.canaries >= MIN_CANARIES or (can_ask is False and self.users >= MIN_USERS)
         if self.since is None or not is_known or now - self.since < floor:
             return None

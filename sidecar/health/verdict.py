@@ -39,9 +39,13 @@ PART_HOLD_S: Final = 120.0
 # times.
 STEPS_HOLD_OFF_S: Final = 6.0
 PREFILL_HOLD_OFF: Final = 1.5
-# Where no canary passes, so many times the silence withdraws readiness, and so many times fails liveness.
+# Where no canary passes, so many times the silence withdraws readiness, and so many times fails liveness. An answer
+# that may be generated unseen keeps readiness for all of its time.
 UNASKED_FACTOR: Final = 2.0
 UNASKED_KILLS: Final = 3.0
+# A stalled engine at which no canary passes stays stalled for so long, in which kubelet restarts it: its users'
+# requests were ended, and nothing else would show it.
+UNASKED_HOLD_S: Final = 120.0
 # Seconds between canaries that test whether an engine computes several requests at once.
 TEST_INTERVAL_S: Final = 60.0
 # Seconds between canaries of an engine in doubt, and of one that starts.
@@ -132,7 +136,7 @@ def _is_silent(before: VerdictState, inputs: VerdictInputs) -> bool:
     """Silent beyond the allowed time, unless steps or a prefill that takes longer than predicted hold suspicion off."""
     evidence, age = inputs.evidence, inputs.evidence.age
     is_blind = inputs.can_ask is False and not evidence.frozen
-    allowed = evidence.allowed * (UNASKED_FACTOR if is_blind else 1.0)
+    allowed = max(UNASKED_FACTOR * evidence.allowed, evidence.hidden) if is_blind else evidence.allowed
     if age is None or _silence(before, inputs) <= allowed:
         return False
     steps = _is_fresh(evidence.steps_age) and age <= allowed + STEPS_HOLD_OFF_S
@@ -218,8 +222,9 @@ def _is_unserved(before: VerdictState, inputs: VerdictInputs) -> bool:
 
 def _is_canary_rejected(before: VerdictState, inputs: VerdictInputs) -> bool:
     """Canaries cannot be asked here, and nothing else can be judged."""
+    is_held = before.state == "stalled" and inputs.now - before.since < UNASKED_HOLD_S
     is_judged = not inputs.is_working if before.served else before.rejected >= REJECTED_STARTS
-    if not is_judged or _is_silent(before, inputs) or not _is_canary_newer(inputs):
+    if is_held or not is_judged or _is_silent(before, inputs) or not _is_canary_newer(inputs):
         return False
     unasked = not inputs.can_ask and _has_canary(inputs, before.engine_since, "failed", "starved")
     return unasked or _has_canary(inputs, before.engine_since, "rejected")
@@ -405,12 +410,12 @@ def is_canary_due(
     what the engine keeps for its users, so that only doubt is worth one.
     """
     is_doubted = state.state in ("suspect", "stalled", "dead")
-    if state.state == "progressing":
-        return evidence.untested and not disturbs and evidence.now - (last_ended or 0.0) >= TEST_INTERVAL_S
-    if state.state == "quiet":
+    if state.state in ("progressing", "quiet"):
         asked_at = max(evidence.progress_at or 0.0, state.window_at)
         silence = min(evidence.age or 0.0, evidence.now - state.window_at)
-        return not disturbs and silence > evidence.ask_after and (last_ended or 0.0) <= asked_at
+        is_silence_long = silence > evidence.ask_after and (last_ended or 0.0) <= asked_at
+        is_test_due = evidence.untested and evidence.now - (last_ended or 0.0) >= TEST_INTERVAL_S
+        return not disturbs and (is_silence_long or is_test_due)
     is_idle = state.state in ("idle", "unknown") and (evidence.age is None or evidence.age > evidence.allowed)
     if not ((is_idle and not disturbs) or is_doubted or state.state == "starting"):
         return False

@@ -9,7 +9,6 @@ twice starts on a fresh one.
 from __future__ import annotations
 
 import re
-import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from types import SimpleNamespace
@@ -26,6 +25,7 @@ from sidecar.relay import client_io, headers
 from sidecar.relay.open_requests import OpenRequests
 from sidecar.relay.outcomes import engine_error
 from sidecar.relay.request_body import Buffer
+from sidecar.signals.engine_address import EngineAddress
 
 MAX_HEADER_BYTES: Final = 64 << 10  # one header or request line, both ways (uvicorn's limit for all of them)
 READ_BUFFER_BYTES: Final = 256 << 10
@@ -82,18 +82,18 @@ class BodyPayload(payload.Payload):
 
 
 class EngineClient:
-    """Sends clients' requests to the engine at `base`, over kept and fresh connections.
+    """Sends clients' requests to the engine, over kept and fresh connections.
 
     What breaks is raised as an error for the client. Clients' connections bound the number of these.
     """
 
-    def __init__(self, base: str, open_requests: OpenRequests) -> None:
-        self._base = base
+    def __init__(self, engine: EngineAddress, open_requests: OpenRequests) -> None:
+        self._base = engine.base
         self._open_requests = open_requests
         trace = aiohttp.TraceConfig()
         trace.on_connection_reuseconn.append(_note_reuse)
-        self._kept = _session([trace], keepalive_timeout=_KEEPALIVE_S)
-        self.fresh = _session([], force_close=True)  # each of its requests gets a connection of its own
+        self._kept = _session(engine, [trace], keepalive_timeout=_KEEPALIVE_S)
+        self.fresh = _session(engine, [], force_close=True)  # each of its requests gets a connection of its own
 
     def url(self, request: web.BaseRequest) -> URL:
         """The engine's URL for a request's target, byte for byte (except a trailing `?`)."""
@@ -155,9 +155,9 @@ def is_repeatable(data: Any) -> bool:
     return data is None or isinstance(data, bytes)
 
 
-def _session(traces: list[aiohttp.TraceConfig], **options: Any) -> aiohttp.ClientSession:
+def _session(engine: EngineAddress, traces: list[aiohttp.TraceConfig], **options: Any) -> aiohttp.ClientSession:
     return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0, family=socket.AF_UNSPEC, **options),
+        connector=engine.connector(limit=0, **options),
         cookie_jar=aiohttp.DummyCookieJar(),
         skip_auto_headers=_AIOHTTP_HEADERS,
         auto_decompress=False,

@@ -31,6 +31,7 @@ from sidecar.relay.media import image_refusals, inline
 from sidecar.relay.open_requests import OpenRequests
 from sidecar.relay.pricing.charge import Pricing
 from sidecar.settings import Settings
+from sidecar.signals.engine_address import EngineAddress
 from sidecar.trace_context import new_trace, parse_traceparent
 
 if TYPE_CHECKING:  # a relay without images does not load them
@@ -75,7 +76,7 @@ class Relay:
         self._refusals = image_refusals.Refusals()
         self._pricing = pricing
         self._metrics_page = metrics_page.MergedMetricsPage(emit)
-        self._engine = engine_io.EngineClient(settings.engine, self._open_requests)
+        self._engine = engine_io.EngineClient(EngineAddress(settings.engine, settings.engine_ca), self._open_requests)
         self.close = self._engine.close
         self._connections = client_io.BusyConnections()
         self.is_draining = False

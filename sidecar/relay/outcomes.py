@@ -63,6 +63,8 @@ def engine_error(error: BaseException | None, verdict: State) -> RequestError:
     """The error for a client that has nothing of its answer yet, when the connection to the engine broke."""
     if verdict == "stalled" and not isinstance(error, aiohttp.ClientConnectorError):
         return stalled()
+    if isinstance(error, aiohttp.ClientSSLError):
+        return EngineUnreachable("the engine cannot be reached over TLS; the sidecar's log says why")
     if isinstance(error, aiohttp.ClientConnectorError | TimeoutError):
         return EngineUnreachable("the engine does not accept connections; it may be starting or restarting")
     return EngineUnreachable("the engine closed the connection before it answered")

@@ -20,24 +20,26 @@ from sidecar.engines.registry import KINDS
 from sidecar.readings import EngineIdentity, EngineSample, Reading, Value
 from sidecar.settings import Settings
 from sidecar.signals.canary import CanarySignal
+from sidecar.signals.contact_pace import ContactPace
+from sidecar.signals.engine_address import EngineAddress
 from sidecar.signals.identify import MISSING_STATUS, ProbeAnswers, probe_engine, request_pages
-from sidecar.signals.metrics_scrape import ScrapeSignal
+from sidecar.signals.metrics_scrape import BATCH_TIMEOUT_S, PAGE_TIMEOUT_S, ScrapeSignal
 from sidecar.signals.sleep_state import SleepSignal
 
 # A running engine accepts a connection within this time; the second attempt comes after a second.
 FIRST_CONNECT_TIMEOUT_S: Final = 0.5
 PROBE_RETRY_INTERVAL_S: Final = 1.0
 REQUEST_TIMEOUT_S: Final = 5.0
-# Between questions for the models of an engine that names none; it doubles from PROBE_RETRY_INTERVAL_S.
-MAX_IDENTITY_INTERVAL_S: Final = 60.0
 MAX_INCONCLUSIVE_ATTEMPTS: Final = 3
+# Between requests to an engine that names no model.
+MAX_IDENTITY_INTERVAL_S: Final = 30.0
 
 _log = logging.getLogger(__name__)
 
 
-def open_session() -> aiohttp.ClientSession:
+def open_session(address: EngineAddress) -> aiohttp.ClientSession:
     """A session that never reuses a connection: a canary on one that the engine is closing would look like a hang."""
-    return aiohttp.ClientSession(connector=aiohttp.TCPConnector(force_close=True), cookie_jar=aiohttp.DummyCookieJar())
+    return aiohttp.ClientSession(connector=address.connector(force_close=True), cookie_jar=aiohttp.DummyCookieJar())
 
 
 class EngineMonitor:
@@ -46,6 +48,9 @@ class EngineMonitor:
     def __init__(self, session: aiohttp.ClientSession, chosen: Settings) -> None:
         self._session = session
         self._settings = chosen
+        self._address = EngineAddress(chosen.engine, chosen.engine_ca)
+        self._pace = ContactPace()
+        self._trouble = ""
         self._headers = {"authorization": f"Bearer {chosen.engine_key}"} if chosen.engine_key else {}
         self.scrape = ScrapeSignal("", None, absent="the engine has not answered yet")
         self._sleep = SleepSignal(session, "", (), {})
@@ -84,6 +89,15 @@ class EngineMonitor:
         kind = self.kind
         return kind is not None and (kind.canary_disturbs or (kind.slots_cache and self.identity.slots == 1))
 
+    @property
+    def trouble(self) -> str:
+        """Why no connection to the engine can be made: what is wrong, a colon, what to do; "" if none is known."""
+        return self.scrape.trouble or self._trouble
+
+    def set_busy(self, busy: bool) -> None:
+        """Whether there is work for the engine, or a doubt about it; otherwise it is soon asked less often."""
+        (self._pace.busy.set if busy else self._pace.busy.clear)()
+
     def engine_restarted(self) -> None:
         """Recognise the engine again: a new process may differ in kind, model and accepted canaries."""
         if self.canary is not None:
@@ -102,7 +116,7 @@ class EngineMonitor:
             self._restarted.clear()
             await self._set_up()
             async with asyncio.TaskGroup() as group:
-                work = self.scrape.run(), self._sleep.run(), self._identify(self.kind)
+                work = self.scrape.run(self._session), self._sleep.run(), self._identify(self.kind)
                 readers = [group.create_task(reading) for reading in work]
                 await self._restarted.wait()
                 for reader in readers:
@@ -117,16 +131,19 @@ class EngineMonitor:
                 _log.info("engine %s: recognised as %s", self._settings.engine, name)
             self.kind = KINDS[name]
         assert self.kind is not None
-        kind, url, model = self.kind, self._settings.engine, self._settings.canary_model
-        sleep = self._sleep = SleepSignal(self._session, url, kind.signs, self._headers)
+        kind, url, model = self.kind, self._address.base, self._settings.canary_model
+        sleep = self._sleep = SleepSignal(self._session, url, kind.signs, self._headers, pace=self._pace)
         priority, asleep = await self._priority(kind), sleep.poll if kind.wakes else None
         self.canary = CanarySignal(self._session, url, kind, self._headers, model, priority, asleep, self._is_idle)
         self.scrape = ScrapeSignal(
             url + (kind.metrics_path if kind.series else kind.contact_path),
             partial(metrics_parser.parse, kind=kind) if kind.series else None,
             headers=self._headers,
-            contact=url + kind.contact_path if kind.page_hangs else "",
+            contact=url + kind.contact_path,
+            timeout=BATCH_TIMEOUT_S if kind.page_hangs else PAGE_TIMEOUT_S,
             sleep_state=sleep.read if kind.wakes else None,
+            explain=self._address.explain,
+            pace=self._pace,
         )
 
     def _is_idle(self) -> bool:
@@ -134,29 +151,40 @@ class EngineMonitor:
         return isinstance(reading, Value) and reading.value.running == 0
 
     async def _identify(self, kind: EngineKind | None) -> None:
-        """Request models, version and sizes until the models are known; what is not there is asked for once."""
+        """Request models, version and sizes until the models are known; what is not there is asked for once.
+
+        The settings are those of the first page that is scraped, so that no second page is requested.
+        """
         assert kind is not None
-        interval = PROBE_RETRY_INTERVAL_S
+        interval, paths = PROBE_RETRY_INTERVAL_S, [path for path in kind.identity_paths if path != kind.metrics_path]
         while True:
             pages: dict[str, bytes] = {}
             for path in kind.model_paths:
-                if path not in self._missing and (pages := await self._request(path)):
-                    break
-            identity = registry.identity({**pages, **await self._request(*kind.identity_paths)})
+                if path not in self._missing and not pages:
+                    found = await self._request(path)
+                    await self._note_trouble(found)
+                    pages = found.pages
+            pages = {**pages, **(await self._request(*paths)).pages}
+            identity = registry.identity(pages)
             if identity.models:
                 if not identity.prepared and self._settings.images != "off":
                     _log.info("engine %s: %s", self._settings.engine, registry.NO_PNM)
                 self.identity = identity
-                return
+                break
             await asyncio.sleep(interval)
             interval = min(2 * interval, MAX_IDENTITY_INTERVAL_S)
+        pages["/metrics"] = await self.scrape.first_page()
+        self.identity = registry.identity(pages)
 
     async def _recognise(self) -> str:
         """The engine's kind; `openai` after MAX_INCONCLUSIVE_ATTEMPTS."""
         url, attempts = self._settings.engine, 0
         while True:
-            answers = await probe_engine(self._session, url, self._headers, REQUEST_TIMEOUT_S, self._missing)
+            answers = await probe_engine(
+                self._session, self._address.base, self._headers, REQUEST_TIMEOUT_S, self._missing
+            )
             self._note_missing(answers)
+            await self._note_trouble(answers)
             name, status = registry.recognise(answers.pages), answers.status[MODELS]
             attempts += status not in registry.LOADING_STATUSES
             if name != "openai" or registry.is_foreign(answers.pages):
@@ -172,17 +200,23 @@ class EngineMonitor:
         if kind.read_priority is None:
             return kind.priority
         for path in kind.info_paths:
-            if (page := (await self._request(path)).get(path)) is not None:
+            if (page := (await self._request(path)).pages.get(path)) is not None:
                 return kind.read_priority(page)
         return kind.priority
 
-    async def _request(self, *paths: str) -> dict[str, bytes]:
+    async def _request(self, *paths: str) -> ProbeAnswers:
         """The pages that are there, of these paths; those that were 404 before are not asked for again."""
         answers = ProbeAnswers()
         there = [path for path in paths if path not in self._missing]
-        await request_pages(answers, self._session, self._settings.engine, there, self._headers, REQUEST_TIMEOUT_S)
+        await request_pages(answers, self._session, self._address.base, there, self._headers, REQUEST_TIMEOUT_S)
         self._note_missing(answers)
-        return answers.pages
+        return answers
 
     def _note_missing(self, answers: ProbeAnswers) -> None:
         self._missing |= {path for path, status in answers.status.items() if status == MISSING_STATUS}
+
+    async def _note_trouble(self, answers: ProbeAnswers) -> None:
+        """Find out why nothing can be read, where that is so, and log each new reason."""
+        before, self._trouble = self._trouble, await self._address.explain_answers(self._session, answers)
+        if self._trouble not in ("", before):
+            _log.warning("engine %s: %s", self._settings.engine, self._trouble)

@@ -20,7 +20,7 @@ import psutil
 
 from sidecar.labels import printable
 from sidecar.readings import Absent, Failed
-from sidecar.signals.listening_socket import host_and_port, listening_rows
+from sidecar.signals.listening_socket import host_and_port, listening_users, socket_path
 from sidecar.signals.process_state import ROLES, EngineProcess, ProcessLook, ThreadState, classify_role
 from sidecar.signals.stack_dump import PERMISSION_HINT
 
@@ -36,30 +36,37 @@ _PAGE_BYTES: Final = os.sysconf("SC_PAGE_SIZE")
 def find(engine: str) -> tuple[EngineProcess, ...] | Absent:
     """The processes behind this URL in the order of ROLES, or why none can be named."""
     host, port = host_and_port(engine)
+    place = f"socket {path}" if (path := socket_path(engine)) else f"port {port}"
     if not _is_local(host):
         return Absent(f"the engine is not on this machine ({printable(host)}): its processes cannot be seen from here")
-    listeners, is_open = find_listeners(port)
+    listeners, is_open = find_listeners(engine)
     if not listeners and not is_open:
-        return Absent(f"nothing listens on port {port} here: the engine is gone, or its port is forwarded")
+        return Absent(f"nothing listens on {place} here: the engine is gone, or it is forwarded")
     sidecar = psutil.Process()
     # An ancestor of the sidecar is not the engine: its tree contains the sidecar.
     own = {sidecar.pid, *(p.pid for p in sidecar.parents())}
-    trees = _find_trees(listeners or _find_named(port), own)
+    trees = _find_trees(listeners or _find_named(engine), own)
     if not trees and listeners:
-        return Absent(f"the process on port {port} is the sidecar, or one that started it: it is not examined")
+        return Absent(f"the process on {place} is the sidecar, or one that started it: it is not examined")
     # With two engines of one user, a guess could blame the wrong one.
     if not trees or (len(trees) > 1 and not listeners):
-        return Absent(_explain_hidden(port))
+        return Absent(_explain_hidden(place))
     found = (process for tree in trees for p in tree if (process := _identify(p, p.pid in listeners)))
     return tuple(sorted(found, key=lambda p: (ROLES.index(p.role), p.pid))[:MAX_PROCESSES])
 
 
-def find_listeners(port: int) -> tuple[set[int], bool]:
-    """(pids that listen on a TCP port, as far as visible; whether anything listens there)."""
+def find_listeners(engine: str) -> tuple[set[int], bool]:
+    """(pids that listen on the engine's port or path, as far as visible; whether anything listens there)."""
+    path, (_, port) = socket_path(engine), host_and_port(engine)
     try:
-        pids = {
-            c.pid for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN and c.laddr[1:] == (port,)
-        }
+        if path:  # accepted connections have it, too, and are of the same processes
+            pids = {c.pid for c in psutil.net_connections("unix") if str(c.laddr) == path}
+        else:
+            pids = {
+                c.pid
+                for c in psutil.net_connections("tcp")
+                if c.status == psutil.CONN_LISTEN and c.laddr[1:] == (port,)
+            }
     except (psutil.Error, OSError):
         return set(), False
     return {pid for pid in pids if pid}, bool(pids)
@@ -108,23 +115,23 @@ def _find_root(process: psutil.Process, own: set[int]) -> psutil.Process:
     return process
 
 
-def _find_named(port: int) -> list[int]:
+def _find_named(engine: str) -> list[int]:
     """Processes with an engine's name that belong to the listening user: both are public."""
-    users = {int(row[7]) for row in listening_rows(port)}
+    users = listening_users(engine)
     named = (p for p in psutil.process_iter(["name", "uids"]) if _ENGINES.search(p.info["name"] or ""))
     return [p.pid for p in named if p.info["uids"] and p.info["uids"].effective in users]
 
 
-def _explain_hidden(port: int) -> str:
+def _explain_hidden(place: str) -> str:
     """Why the listening process is not visible."""
     for directory in PROC.glob("[0-9]*"):
         try:
             next((directory / "fd").iterdir(), None)
         except PermissionError:
-            return f"no permission to examine the process on port {port}: {PERMISSION_HINT}"
+            return f"no permission to examine the process on {place}: {PERMISSION_HINT}"
         except OSError:
             continue
-    return f"the process on port {port} is in another PID namespace: {SHARE_HINT}"
+    return f"the process on {place} is in another PID namespace: {SHARE_HINT}"
 
 
 def _identify(process: psutil.Process, listens: bool) -> EngineProcess | None:

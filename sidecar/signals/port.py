@@ -1,29 +1,40 @@
-"""Whether the engine's port accepts connections.
+"""Whether the engine's port, or its Unix socket, accepts connections.
 
-Only a refusal counts against the engine. A connection that is slow to open means a busy machine, and an engine with a
-full backlog is alive.
+- Only a refusal counts against the engine. A connection that is slow to open means a busy machine, and an engine with a
+  full backlog is alive.
+- A name may have several addresses. The engine is open if one of them accepts, and refuses if none does.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
+import logging
+import socket
 import time
 from typing import Final
 
-from sidecar.signals.listening_socket import host_and_port
+from sidecar.signals.engine_address import EngineAddress
+from sidecar.signals.listening_socket import host_and_port, socket_path
 
 CONNECT_TIMEOUT_S: Final = 5.0
+# This machine cannot reach an address of such a kind (IPv6 without a route): it is none of the engine's.
+_FOREIGN_ERRORS: Final = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT, errno.ENETUNREACH)
+
+_log = logging.getLogger(__name__)
 
 
 class PortSignal:
     """Connects once per `period` and disconnects. `refused_since` is None while connections are accepted."""
 
     def __init__(self, engine: str) -> None:
-        self._host, self._port = host_and_port(engine)
+        self._address = EngineAddress(engine)
+        self._path, (self._host, self._port) = socket_path(engine), host_and_port(engine)
         self.period = 1.0  # seconds; the caller may change it
         self.refused_since: float | None = None
         self.opened = asyncio.Event()  # set by the first accepted connection
+        self.trouble = ""  # why no connection can be made; see EngineAddress
 
     async def run(self) -> None:
         """Probe until cancelled."""
@@ -34,14 +45,55 @@ class PortSignal:
     async def poll(self) -> None:
         """Connect once."""
         try:
-            _, writer = await asyncio.wait_for(asyncio.open_connection(self._host, self._port), CONNECT_TIMEOUT_S)
-        except ConnectionRefusedError:
-            self.refused_since = self.refused_since or time.monotonic()
-            return
-        except OSError:  # TimeoutError included
+            async with asyncio.timeout(CONNECT_TIMEOUT_S):
+                is_open = await self._connect()
+        except OSError as e:  # TimeoutError included
+            self._report(self._explain(e))
             return  # unknown: neither open nor refused
-        self.refused_since = None
-        self.opened.set()
+        self._report("")
+        if is_open:
+            self.refused_since = None
+            self.opened.set()
+        else:
+            self.refused_since = self.refused_since or time.monotonic()
+
+    async def _connect(self) -> bool:
+        """Whether an address accepts a connection. Raises OSError if none does and not all of them refuse."""
+        if self._path:
+            return await self._try()
+        found = await asyncio.get_running_loop().getaddrinfo(self._host, self._port, type=socket.SOCK_STREAM)
+        unknown: OSError | None = None
+        for address in dict.fromkeys(str(entry[4][0]) for entry in found):
+            try:
+                if await self._try(address):
+                    return True
+            except OSError as e:
+                if e.errno not in _FOREIGN_ERRORS:
+                    unknown = e
+        if unknown is not None:
+            raise unknown
+        return False
+
+    async def _try(self, address: str = "") -> bool:
+        """Whether one address accepts a connection, or refuses it."""
+        try:
+            if self._path:
+                _, writer = await asyncio.open_unix_connection(self._path)
+            else:
+                _, writer = await asyncio.open_connection(address, self._port)
+        except (ConnectionRefusedError, FileNotFoundError):  # no file: its engine has not made the socket yet
+            return False
         writer.close()
         with contextlib.suppress(OSError):
             await writer.wait_closed()
+        return True
+
+    def _explain(self, error: OSError) -> str:
+        if isinstance(error, socket.gaierror):
+            return f"the engine's host {self._host} cannot be resolved: correct --engine, or wait for its DNS record"
+        return self._address.explain(error)
+
+    def _report(self, trouble: str) -> None:
+        if trouble and trouble != self.trouble:
+            _log.warning("%s", trouble)
+        self.trouble = trouble

@@ -1,13 +1,13 @@
 """Whether the engine reports that it sleeps or is paused.
 
-- It is polled at most once per `period`. A path that the engine does not have is not requested again.
+- It is polled at most once per `period`, less often as `pace` says. A path that the engine does not have is not
+  requested again.
 - Without a response for SLEEP_STATE_STALE_S the state is unknown, and unknown is not asleep.
 - `poll` never raises.
 """
 
 from __future__ import annotations
 
-import asyncio
 import json
 import time
 from collections.abc import Callable, Mapping
@@ -17,6 +17,7 @@ from typing import Final
 import aiohttp
 
 from sidecar.engines.engine_type import KindSign
+from sidecar.signals.contact_pace import ContactPace
 from sidecar.signals.http_body import read_body
 
 SLEEP_POLL_INTERVAL_S: Final = 2.0
@@ -36,6 +37,7 @@ class SleepSignal:
     signs: tuple[KindSign, ...]
     headers: Mapping[str, str]
     period: float = SLEEP_POLL_INTERVAL_S
+    pace: ContactPace = field(default_factory=ContactPace)
     clock: Callable[[], float] = time.monotonic
     _state: str = field(default="", init=False)
     _at: float = field(default=0.0, init=False)
@@ -48,7 +50,7 @@ class SleepSignal:
         """Poll until cancelled, or until no sign is left."""
         while self.signs:
             await self.poll()
-            await asyncio.sleep(self.period)
+            await self.pace.rest(self.period)
 
     async def poll(self) -> str:
         """Poll each sign once."""

@@ -335,6 +335,19 @@ def test_listening_sockets_tell_processes_apart() -> None:
     assert read_boot_id() == read_boot_id() != ""
 
 
+def test_a_unix_socket_tells_processes_apart(tmp_path: Path) -> None:
+    """By the inode of the socket that listens at the path, not of the connections to it."""
+    path = str(tmp_path / "engine.sock")
+    with socket.socket(socket.AF_UNIX) as one, socket.socket(socket.AF_UNIX) as client:
+        one.bind(path)
+        one.listen()
+        client.connect(path)
+        accepted, _ = one.accept()
+        with accepted:
+            assert listening_inodes(f"unix:{path}") == (os.fstat(one.fileno()).st_ino,)
+    assert listening_inodes(f"unix:{path}") == ()
+
+
 def test_an_operators_resume_counts_once(tmp_path: Path) -> None:
     """The file `resume` is taken away when it was seen."""
     keeping = StateStore(StateDir(str(tmp_path)), "http://127.0.0.1:1", "default")

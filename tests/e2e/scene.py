@@ -6,8 +6,9 @@ import asyncio
 import contextlib
 import json
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,36 +63,51 @@ class Scene:
         written.write_text(f"xid {number}\n")
         written.replace(self._driver)
 
-    def open(self, tokens: int = 100_000, prompt: int = 4, *, stream: bool = True) -> asyncio.Task[str]:
+    def open(
+        self, tokens: int | None = 100_000, prompt: int = 4, *, stream: bool = True, **body: Any
+    ) -> asyncio.Task[str]:
         """One request as a task; its result is how it ended."""
-        return self._task(self.ask(tokens, prompt, stream=stream))
+        return self._task(self.ask(tokens, prompt, stream=stream, **body))
 
-    def crowd(self, clients: int, tokens: int = 5, prompt: int = 4, *, stream: bool = True) -> None:
-        """Some clients, each with one request after the other."""
+    def crowd(
+        self, clients: int, tokens: int = 5, prompt: int = 4, *, stream: bool = True, patience: float | None = None
+    ) -> list[asyncio.Task[Any]]:
+        """Some clients, each with one request after the other; each gives a request up after `patience` seconds."""
+        ask = partial(self.ask, tokens, prompt, stream=stream)
+        return [self._task(self._again_and_again(ask, patience)) for _ in range(clients)]
+
+    def callers(self, clients: int, path: str, body: Callable[[], Any]) -> None:
+        """Some clients with one call of another route after the other; `body` makes a body, JSON or a form."""
         for _ in range(clients):
-            self._task(self._again_and_again(tokens, prompt, stream))
+            self._task(self._again_and_again(lambda: self.call(path, body()), None))
+
+    def foreign(self, tokens: int, prompt: int = 4) -> asyncio.Task[Any]:
+        """A request that goes to the engine past the sidecar, as a task."""
+        return self._task(self._stream(self.engine.url, _chat(tokens, prompt)))
 
     def arrivals(self, every: float, tokens: int = 5) -> None:
         """A new client every `every` seconds, independent of earlier ones."""
         self._task(self._arrive(every, tokens))
 
-    async def ask(self, tokens: int, prompt: int = 4, *, stream: bool = True) -> str:
-        """One request of `prompt` and `tokens` tokens, read to its end. Returns how it ended."""
-        body = {
-            "model": "scripted",
-            "stream": stream,
-            "max_tokens": tokens,
-            "messages": [{"role": "user", "content": "word" * prompt}],
-        }
-        try:
-            async with self._session.post(self.sidecar.relay + "/v1/chat/completions", json=body) as answer:
-                end = await _end_of(answer)
-        except (aiohttp.ClientError, ConnectionError):
-            end = "broken"
-        async with self._news:
-            self.ended.append(end)
-            self._news.notify_all()
-        return end
+    async def ask(self, tokens: int | None, prompt: int = 4, *, stream: bool = True, **body: Any) -> str:
+        """One request of `prompt` and `tokens` tokens (None: no limit), read to its end. Returns how it ended."""
+        return await self._ended(self._stream(self.sidecar.relay, {**_chat(tokens, prompt), "stream": stream, **body}))
+
+    async def call(self, path: str, body: Any) -> str:
+        """One request of another route, read to its end. Returns how it ended: "done" for 200."""
+
+        async def end() -> str:
+            sent = {"data": body} if isinstance(body, aiohttp.FormData) else {"json": body}
+            async with self._session.post(self.sidecar.relay + path, **sent) as answer:
+                code = _code(await answer.read())
+                return "done" if answer.status == 200 else code or str(answer.status)
+
+        return await self._ended(end())
+
+    def begin(self) -> None:
+        """What is owed is owed from here."""
+        self.began = time.monotonic()
+        self.ended.clear()
 
     async def post(self, path: str) -> int:
         """A call through the relay. Returns its status."""
@@ -147,9 +163,26 @@ class Scene:
         async with self._session.get(self.sidecar.admin + path, timeout=aiohttp.ClientTimeout(total=2)) as answer:
             return answer.status, await answer.json()
 
-    async def _again_and_again(self, tokens: int, prompt: int, stream: bool) -> None:
+    async def _stream(self, url: str, body: dict[str, Any]) -> str:
+        async with self._session.post(url + "/v1/chat/completions", json=body) as answer:
+            return await _end_of(answer)
+
+    async def _ended(self, request: Awaitable[str]) -> str:
+        """Note how a request ended."""
+        try:
+            end = await request
+        except (aiohttp.ClientError, ConnectionError):
+            end = "broken"
+        async with self._news:
+            self.ended.append(end)
+            self._news.notify_all()
+        return end
+
+    async def _again_and_again(self, ask: Callable[[], Awaitable[str]], patience: float | None) -> None:
         while True:
-            await self.ask(tokens, prompt, stream=stream)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(patience):
+                    await ask()
             await asyncio.sleep(PAUSE_S)
 
     async def _arrive(self, every: float, tokens: int) -> None:
@@ -169,6 +202,11 @@ class Scene:
                 task.cancel()
             await asyncio.wait(under_way, timeout=1.0)
         await asyncio.gather(*self._tasks, return_exceptions=True)
+
+
+def _chat(tokens: int | None, prompt: int) -> dict[str, Any]:
+    body = {"model": "scripted", "stream": True, "messages": [{"role": "user", "content": "word" * prompt}]}
+    return body if tokens is None else body | {"max_tokens": tokens}
 
 
 def _differ(a: Seen, b: Seen) -> bool:
@@ -215,7 +253,7 @@ async def scene(setting: Setting, relays: int, folder: Path, library: Path | Non
     driver.touch()
     environ = {"LD_LIBRARY_PATH": str(library), "NVML_STUB_SCRIPT": str(driver)} if library else {}
     made = EngineSettings(**{"listen": ("127.0.0.1", 0), "decode_step_ms": 20.0, **setting.engine})
-    flags = {"drain_seconds": "2", "workers": str(relays), **setting.flags}
+    flags = {"drain_seconds": "2", "workers": str(relays), "silence_kill": "3", **setting.flags}
     connector = aiohttp.TCPConnector(limit=0, force_close=True)  # a connection each, so that all relays get some
     async with (
         ScriptedEngine(made) as engine,

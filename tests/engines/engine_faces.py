@@ -7,6 +7,7 @@ tests/engines/pages.
 from __future__ import annotations
 
 import json
+import ssl
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
@@ -123,14 +124,20 @@ class Shown:
     asked: Counter[str] = field(default_factory=Counter)
     bodies: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     url: str = ""
+    tls: ssl.SSLContext | None = None
+    socket: str = ""  # the path of a Unix socket, instead of a port
 
     async def __aenter__(self) -> Shown:
         app = web.Application()
         app.router.add_route("*", "/{path:.*}", self._answer)
         self._runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
         await self._runner.setup()
-        await web.TCPSite(self._runner, "127.0.0.1", 0).start()
-        self.url = f"http://127.0.0.1:{self._runner.addresses[0][1]}"
+        if self.socket:
+            await web.UnixSite(self._runner, self.socket).start()
+            self.url = f"unix:{self.socket}"
+        else:
+            await web.TCPSite(self._runner, "127.0.0.1", 0, ssl_context=self.tls).start()
+            self.url = f"http{'s' if self.tls else ''}://127.0.0.1:{self._runner.addresses[0][1]}"
         return self
 
     async def __aexit__(
@@ -157,11 +164,11 @@ def _bytes(part: Any) -> Any:
     return part.file.read() if isinstance(part, web.FileField) else part
 
 
-def shown(name: str, *, metrics: bool = True, key: bool = False) -> Shown:
-    """The face of an engine, with its metrics on or off, with a key or without."""
+def shown(name: str, *, metrics: bool = True, key: bool = False, **place: Any) -> Shown:
+    """The face of an engine, with its metrics on or off, with a key or without; `place`: its TLS or socket."""
     face = FACES[name]
     answers = {**face.answers, "/metrics": page(face.metrics) if metrics and face.metrics else face.off}
-    return Shown(answers, face.guarded if key else ())
+    return Shown(answers, face.guarded if key else (), **place)
 
 
 class OnDemand:

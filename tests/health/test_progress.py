@@ -175,7 +175,7 @@ def test_an_engine_that_computes_as_many_at_once_would_answer_a_canary() -> None
     p = learned()
     two = [item(0.0), item(0.0)]
     assert p.evidence(two, 1.0).kill_after == LIMITS.cap
-    p.canary_beside(2, 0.5, 0.6)
+    p.canary_passed(0.5, 0.6)
     assert p.evidence(two, 1.0).kill_after == pytest.approx(LIMITS.kill, abs=0.1)
     assert p.evidence([*two, item(0.5)], 1.0).kill_after == LIMITS.cap, "three may be too many"
     assert p.evidence([*two, item(30.0)], 31.0).kill_after < LIMITS.cap, "the third came into the silence"
@@ -187,7 +187,7 @@ def test_an_engine_that_computes_one_by_one_stays_ready_for_a_hidden_answer() ->
     p.learned.token_seconds, p.learned.token_times = 0.05, 1
     for at in (10.0, 20.0):
         p.settled((0, "a"), at + 5.0)
-        p.canary_beside(1, at, at + 5.5)
+        p.canary_passed(at, at + 5.5)
     e = p.evidence([item(30.0, whole=2000)], 31.0)
     assert (e.allowed, e.ruled_by) == (100.0, "unknown")
 
@@ -200,7 +200,28 @@ def test_a_prompt_far_longer_than_any_seen_may_take_until_the_cap() -> None:
         serve(p, n, 100, 0.5)
     assert p.evidence([item(5000.0, 300)], 5001.0).allowed < 100
     long = p.evidence([item(5000.0, 12_000)], 5001.0)
-    assert long.allowed > 400 and long.ruled_by == "unknown", "minutes of prefill, as on a CPU"
+    assert (long.allowed, long.ruled_by) == (900.0, "cap"), "minutes of prefill, as on a CPU"
+
+
+def test_processes_that_take_turns_behind_one_port_move_nothing_by_that() -> None:
+    """Two frozen backends: each page is compared with the last one of its own process."""
+    p = learned()
+    for n in range(20):
+        p.engine(EngineSample(generation_tokens=100 if n % 2 else 40, prompt_tokens=9 if n % 2 else 3), 10.0 + n)
+    assert p.last() == ("generation", 11.0), "only the first turn looks like growth"
+    p.engine(EngineSample(generation_tokens=41, prompt_tokens=3), 30.0)
+    assert p.last() == ("generation", 30.0)
+
+
+def test_foreign_work_is_seen_while_our_canary_waits_behind_it() -> None:
+    """An idle engine is asked, and the canary queues behind a prompt that did not pass the relay."""
+    p = learned()
+    p.engine(EngineSample(running=0, waiting=0, generation_tokens=5), 10.0)
+    p.engine(EngineSample(running=1, waiting=1, generation_tokens=5), 11.0, canary=True)
+    for n in range(12, 40):
+        p.engine(EngineSample(running=1, waiting=1, generation_tokens=5), float(n), canary=True)
+    e = p.evidence([], 40.0)
+    assert e.foreign and e.age is not None and e.kill_after == LIMITS.cap
 
 
 def test_a_queue_is_not_allowed_the_sum_of_its_prompts() -> None:
@@ -250,6 +271,7 @@ def test_a_request_that_nobody_reads_is_work_of_unknown_size() -> None:
 def test_counters_that_stand_still_over_running_work_are_evidence() -> None:
     """Any that moves, also by prefill, ends it."""
     p = learned()
+    p.engine(EngineSample(running=1, generation_tokens=4, prompt_tokens=1), 9.0)
     p.engine(EngineSample(running=1, generation_tokens=5, prompt_tokens=1), 10.0)
     for n in range(11, 40):
         p.engine(EngineSample(running=1, generation_tokens=5, prompt_tokens=1), float(n))
@@ -258,6 +280,14 @@ def test_counters_that_stand_still_over_running_work_are_evidence() -> None:
     assert not p.evidence([item(10.0)], 40.5).frozen
     p.engine(EngineSample(running=0, generation_tokens=5, prompt_tokens=2), 41.0)
     assert not p.evidence([item(10.0)], 70.0).frozen, "an engine that says it has no work is judged by canaries"
+
+
+def test_counters_that_move_only_at_the_end_of_an_answer_never_look_frozen() -> None:
+    """An answer of minutes moves none of them, and is computed all the same."""
+    p = learned()
+    for n in range(100):
+        p.engine(EngineSample(running=1, generation_tokens=5, tokens_at_end=True), 10.0 + n)
+    assert not p.evidence([item(10.0, whole=4000)], 110.0).frozen
 
 
 def test_work_on_the_first_page_after_a_restart_of_the_sidecar_may_be_anybodys() -> None:

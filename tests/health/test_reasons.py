@@ -42,7 +42,7 @@ def test_the_first_cause_that_holds_names_the_silence(signs: HangClues, code: st
     ("signs", "code"),
     [
         (HangClues(age=20.0, sample=WAITING, waiting=21.0, ended=20.0), "admission_stalled"),
-        (HangClues(age=20.0, sample=WAITING, waiting=19.0, frozen=False), "admission_stalled"),
+        (HangClues(age=20.0, sample=WAITING, waiting=19.0, moves=True), "admission_stalled"),
         (HangClues(age=20.0, sample=WAITING, waiting=19.0, ended=20.0), "no_progress"),
         (HangClues(age=20.0, sample=WAITING, waiting=None, ended=20.0), "no_progress"),
         (HangClues(age=20.0, sample=WAITING, waiting=21.0, ended=20.0, vanished=True), "no_progress"),

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sidecar.health.monitor import TICK_S
+from sidecar.health.verdict import UNASKED_KILLS
 from sidecar.readings import EngineSample, Failed, Value
 
 from .verdict_pod import CAP, DOWN, FLOOR, NOTHING, SEARCH, WALL, Pod
@@ -94,8 +95,12 @@ def test_never_stalled_or_suspect_while_deliveries_come_within_the_allowed_silen
 
 @SEARCH
 @given(scripts(*USERS, *PAGES, *OURS, *INNOCENT, *GUILTY, most=40))
-def test_never_stalled_without_work_or_a_canary_that_failed_since_suspicion(script: list[tuple[str, int]]) -> None:
-    """Stalled is entered only from suspect, by a canary sent since that failed, over silent work if there is any."""
+def test_never_stalled_before_the_silence_of_a_kill_or_without_confirmation(script: list[tuple[str, int]]) -> None:
+    """Stalled is entered only from suspect, after the silence of a kill.
+
+    A canary that failed in it confirms, or counters that stand still, or that everything is refused, or three times
+    that silence.
+    """
     pod = Pod().served()
     for action, n in script:
         act(pod, action)
@@ -105,10 +110,13 @@ def test_never_stalled_without_work_or_a_canary_that_failed_since_suspicion(scri
                 canary, e = pod.control.health.canaries.last, pod.control.health.evidence
                 assert pod.state == "stalled"
                 assert before.state == "suspect"
+                assert e.age is None or e.age > e.kill_after
+                if pod.control.health.state.reason == "refuses_work":
+                    assert e.age is None
+                    continue
                 assert canary is not None
-                assert canary.outcome in ("failed", "starved")
-                assert canary.started >= before.since
-                assert e.age is None or e.age > e.allowed
+                is_told = canary.outcome in ("failed", "starved") and canary.started >= (e.progress_at or 0.0)
+                assert is_told or e.frozen or (e.age or 0.0) > UNASKED_KILLS * e.kill_after
 
 
 @SEARCH

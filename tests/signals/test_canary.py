@@ -15,6 +15,7 @@ from aiohttp import web
 from sidecar.engines.canary_rows import silence
 from sidecar.engines.registry import KINDS
 from sidecar.signals.canary import CanarySignal
+from sidecar.signals.engine_address import EngineAddress
 from sidecar.signals.engine_monitor import open_session
 from sidecar.tools.scripted_engine.server import EngineSettings, ScriptedEngine
 
@@ -72,7 +73,7 @@ async def test_a_canary_meets_no_connection_that_the_engine_is_closing() -> None
             writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%s" % (len(text), text))
             await reader.readuntil(b"\r\n\r\n")
 
-    async with await asyncio.start_server(talk, "127.0.0.1", 0) as server, open_session() as session:
+    async with await asyncio.start_server(talk, "127.0.0.1", 0) as server, open_session(EngineAddress("")) as session:
         url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
         signal = CanarySignal(session, url, KINDS["llamacpp"], {}, model="m")
         assert [(await signal.send(PATIENCE)).outcome for _ in range(4)] == ["ok"] * 4

@@ -167,6 +167,26 @@ async def test_a_front_end_that_reads_no_pnm_is_known_until_it_is_another(meet: 
         assert contact.processes == 1
 
 
+async def test_the_settings_come_from_the_page_that_is_scraped(meet: Callable[..., Any]) -> None:
+    """Never are two pages rendered at once: one may take the engine seconds."""
+    open_pages, most = 0, 0
+    async with shown("vllm") as engine:
+        text = engine.answers["/metrics"][1]
+
+        async def slow(_: web.Request) -> web.Response:
+            nonlocal open_pages, most
+            open_pages += 1
+            most = max(most, open_pages)
+            await asyncio.sleep(0.2)
+            open_pages -= 1
+            return web.Response(text=text)
+
+        engine.handlers["/metrics"] = slow
+        contact = await meet(engine)
+        await until(lambda: contact.identity.flags != ())
+        assert contact.identity.models and most == 1
+
+
 async def test_a_chosen_kind_is_kept(meet: Callable[..., Any]) -> None:
     """--engine-kind is not overruled, by a restart neither."""
     async with shown("vllm") as engine:
@@ -182,7 +202,9 @@ async def test_an_engine_without_a_page_shows_a_blocked_api(
 ) -> None:
     """A kind without metrics gets a cheap request, so that a blocked API is noticed there, too."""
     monkeypatch.setattr(
-        engine_monitor, "ScrapeSignal", lambda *a, **k: real(*a, **{**k, "timeout": 0.5, "period": 0.02})
+        engine_monitor,
+        "ScrapeSignal",
+        lambda *a, **k: real(*a, **{**k, "timeout": 1.0, "contact_timeout": 0.2, "period": 0.02}),
     )
     free = asyncio.Event()
     async with Shown({"/v1/models": models("my-org")}) as engine:

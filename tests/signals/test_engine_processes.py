@@ -37,6 +37,14 @@ pathlib.Path("/proc/self/comm").write_text("VLLM::EngineCor")
 print(listener.getsockname()[1], flush=True)
 time.sleep(1000)
 """
+AT_A_PATH = """
+import socket, sys, time
+listener = socket.socket(socket.AF_UNIX)
+listener.bind(sys.argv[1])
+listener.listen()
+print(0, flush=True)
+time.sleep(1000)
+"""
 PROGRAM = """
 import sys
 from sidecar.signals.engine_processes import find, look
@@ -67,6 +75,16 @@ def test_its_children_are_found_too() -> None:
         processes = found(engine.url)
         assert len(processes) == 2 and processes[0].pid == engine.pid
         os.kill(processes[1].pid, signal.SIGKILL)
+
+
+def test_the_process_behind_a_unix_socket_is_found(tmp_path: Path) -> None:
+    """By the path that it bound; without a listener there is a reason that names it."""
+    path = tmp_path / "engine.sock"
+    with victim(command=(sys.executable, "-c", AT_A_PATH, str(path))) as engine:
+        (process,) = found(f"unix:{path}")
+        assert (process.pid, process.role) == (engine.pid, "api")
+    gone = find(f"unix:{path}")
+    assert isinstance(gone, Absent) and f"nothing listens on socket {path}" in gone.reason
 
 
 def test_a_remote_engine_and_a_closed_port_have_reasons() -> None:

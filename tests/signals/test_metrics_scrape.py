@@ -14,7 +14,11 @@ from aiohttp import web
 
 from sidecar.readings import Absent, EngineSample, Failed, Reading, Value
 from sidecar.signals import own_process
-from sidecar.signals.metrics_scrape import MAX_PAGE_AGE_PERIODS, ScrapeSignal
+from sidecar.signals.engine_address import EngineAddress
+from sidecar.signals.engine_monitor import open_session
+from sidecar.signals.metrics_scrape import MAX_PAGE_AGE_S, ScrapeSignal
+
+from ..waiting import PATIENCE
 
 PAGE = b"running 3\n"
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -66,14 +70,18 @@ def error(reading: Reading[EngineSample]) -> str:
 
 
 async def test_a_page_becomes_a_sample_with_its_cost(serve: Serve, session: aiohttp.ClientSession) -> None:
-    """A scrape gives the parsed sample, its time and cost, and keeps the page's text for merging."""
-    ticks = iter(range(100))
-    signal = ScrapeSignal(await serve(answering()), parse, clock=lambda: float(next(ticks)))
+    """A scrape gives the parsed sample, when it was complete and its cost, and keeps the page's text for merging."""
+    now = 5.0
+
+    async def slow(_: web.Request) -> web.Response:
+        nonlocal now
+        now += 3.0
+        return web.Response(body=PAGE)
+
+    signal = ScrapeSignal(await serve(slow), parse, clock=lambda: now)
     assert isinstance(signal.read(), Absent)
     reading = await signal.poll(session)
-    assert isinstance(reading, Value)
-    assert (reading.value, reading.at) == (EngineSample(running=3.0), 0.0)
-    assert reading.seconds > 0
+    assert reading == Value(EngineSample(running=3.0), at=8.0, seconds=3.0)
     assert signal.read() == reading
     assert signal.page() == PAGE.decode()
 
@@ -88,40 +96,93 @@ async def test_an_engine_without_a_page_is_asked_whether_it_answers(
     assert signal.page() is None and not signal.unanswered
 
 
+async def never(_: web.Request) -> web.Response:
+    await asyncio.Event().wait()
+    return web.Response()
+
+
 async def test_an_api_without_a_page_that_answers_nothing_is_seen(serve: Serve, session: aiohttp.ClientSession) -> None:
     """A blocked API is distinguished from a responding one, even if the engine has no metrics page."""
-    free = asyncio.Event()
-
-    async def blocked(_: web.Request) -> web.Response:
-        await free.wait()
-        return web.Response()
-
-    signal = ScrapeSignal(await serve(blocked), None, timeout=0.1)
+    signal = ScrapeSignal(await serve(never), None, timeout=0.5, contact_timeout=0.05)
     await signal.poll(session)
     assert signal.unanswered
-    free.set()
-    signal = ScrapeSignal(signal.url, None)
+    signal.url = await serve(answering())
     await signal.poll(session)
     assert not signal.unanswered
 
 
-@pytest.mark.parametrize("status", [200, 404])
+@pytest.mark.parametrize("status", [200, 404, 503])
 async def test_a_page_that_hangs_alone_is_no_blocked_api(
     serve: Serve, session: aiohttp.ClientSession, status: int
 ) -> None:
-    """llama.cpp renders its page in the decoding loop: if the API responds elsewhere, the engine hangs."""
-
-    async def hangs(_: web.Request) -> web.Response:
-        await asyncio.Event().wait()
-        return web.Response()
-
-    page = await serve(hangs)
-    signal = ScrapeSignal(page, parse, contact=await serve(answering(status)), timeout=0.2)
+    """A page may be slow, or hang with the engine: whatever answers elsewhere shows an API that is not blocked."""
+    signal = ScrapeSignal(
+        await serve(never), parse, contact=await serve(answering(status)), timeout=0.5, contact_timeout=0.05
+    )
     assert "did not answer" in error(await signal.poll(session))
     assert not signal.unanswered
-    signal = ScrapeSignal(page, parse, contact=page, timeout=0.1)
+    signal.contact = signal.url
     await signal.poll(session)
-    assert signal.unanswered
+    assert signal.unanswered and "answers nothing" in error(signal.read())
+
+
+async def test_a_slow_page_is_read_and_meanwhile_the_api_asked(serve: Serve, session: aiohttp.ClientSession) -> None:
+    """A page that takes longer than a contact may still gives its counters, and hides no API that blocks meanwhile."""
+    free, asked = asyncio.Event(), 0
+
+    async def slow(_: web.Request) -> web.Response:
+        await free.wait()
+        return web.Response(body=PAGE)
+
+    async def contact(_: web.Request) -> web.Response:
+        nonlocal asked
+        asked += 1
+        if asked == 2:
+            await asyncio.Event().wait()
+        return web.Response()
+
+    signal = ScrapeSignal(await serve(slow), parse, contact=await serve(contact), contact_timeout=0.1)
+    seen = [signal.unanswered]
+    async with asyncio.timeout(PATIENCE):
+        polling = asyncio.create_task(signal.poll(session))
+        while asked < 4:
+            if signal.unanswered != seen[-1]:
+                seen.append(signal.unanswered)
+            await asyncio.sleep(0.01)
+        free.set()
+        assert isinstance(await polling, Value)
+    assert seen == [False, True, False]
+
+
+async def test_a_page_too_old_is_no_reading(serve: Serve, session: aiohttp.ClientSession) -> None:
+    """While the next page is outstanding the last one is evidence for so long, not for ever."""
+    now = 0.0
+    signal = ScrapeSignal(await serve(answering()), parse, clock=lambda: now)
+    await signal.poll(session)
+    now = MAX_PAGE_AGE_S
+    assert isinstance(signal.read(), Value)
+    now += 0.1
+    assert "has not answered for 10 s" in error(signal.read())
+
+
+async def test_each_scrape_has_a_connection_of_its_own(serve: Serve) -> None:
+    """Of several API processes the one that hangs does not keep the page for ever."""
+    peers: set[object] = set()
+    thrice = asyncio.Event()
+
+    async def handler(request: web.Request) -> web.Response:
+        assert request.transport is not None
+        peers.add(request.transport.get_extra_info("peername"))
+        if len(peers) == 3:
+            thrice.set()
+        return web.Response(body=PAGE)
+
+    signal = ScrapeSignal(await serve(handler), parse, period=0.01)
+    async with open_session(EngineAddress(signal.url)) as session:
+        task = asyncio.create_task(signal.run(session))
+        async with asyncio.timeout(PATIENCE):
+            await thrice.wait()
+        task.cancel()
 
 
 async def test_an_engine_that_rests_is_left_alone(serve: Serve, session: aiohttp.ClientSession) -> None:
@@ -177,13 +238,7 @@ async def test_an_engine_that_does_not_answer_is_failed_after_the_timeout(
     serve: Serve, session: aiohttp.ClientSession
 ) -> None:
     """A page that never comes fails the reading within the time given, while others may read on."""
-    never = asyncio.Event()
-
-    async def hang(_: web.Request) -> web.Response:
-        await never.wait()
-        return web.Response()
-
-    signal = ScrapeSignal(await serve(hang), parse, timeout=0.05)
+    signal = ScrapeSignal(await serve(never), parse, timeout=0.05)
     assert "did not answer in 0.05 s" in error(await signal.poll(session))
 
 
@@ -224,7 +279,7 @@ async def test_a_failure_keeps_the_last_page_until_it_is_too_old(serve: Serve, s
 
     signal = ScrapeSignal(await serve(flaky), parse, period=1.0, clock=lambda: now)
     await signal.poll(session)
-    up, now = False, float(MAX_PAGE_AGE_PERIODS)
+    up, now = False, MAX_PAGE_AGE_S
     error(await signal.poll(session))
     assert signal.page() == PAGE.decode()
     now += 0.1
@@ -232,7 +287,7 @@ async def test_a_failure_keeps_the_last_page_until_it_is_too_old(serve: Serve, s
     assert signal.last_page(5) == (now, PAGE.decode()[:5]), "however old, for a later diagnosis"
 
 
-async def test_run_polls_again_and_again_until_it_is_cancelled(serve: Serve) -> None:
+async def test_run_polls_again_and_again_until_it_is_cancelled(serve: Serve, session: aiohttp.ClientSession) -> None:
     """`run` goes on over failures, sends the given key, asks for plain text, and ends when cancelled."""
     seen: list[str | None] = []
     thrice = asyncio.Event()
@@ -245,7 +300,7 @@ async def test_run_polls_again_and_again_until_it_is_cancelled(serve: Serve) -> 
         return web.Response(status=500) if len(seen) == 1 else web.Response(body=PAGE)
 
     signal = ScrapeSignal(await serve(handler), parse, period=0.01, headers={"Authorization": "Bearer k"})
-    task = asyncio.create_task(signal.run())
+    task = asyncio.create_task(signal.run(session))
     await thrice.wait()
     task.cancel()
     with pytest.raises(asyncio.CancelledError):

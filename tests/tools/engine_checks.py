@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 
 import aiohttp
@@ -348,6 +349,176 @@ async def refuse(client: Client) -> None:
     assert (await client.json("/health"))[0] == 200
 
 
+async def hide(client: Client) -> None:
+    client.engine.faults.start("hide", tokens=20)
+    async with client.stream(40) as stream:
+        assert (await anext(stream))["choices"][0]["delta"]["role"]
+        piece = client._task(anext(stream))
+        await client.engine.until(lambda: client.engine.cores[0].scheduler.running[0].generated >= 10)
+        assert not piece.done() and (await client.sample()).generation_tokens >= 10
+        assert len(text([await piece]).split()) >= 10, "all hidden tokens come at once"
+    client.engine.faults.start("hide")
+    assert len(await client.chat(10)) == 2, "the role, and everything else"
+
+
+async def withhold_tools(client: Client) -> None:
+    client.engine.faults.start("withhold_tools")
+    assert len(await client.chat(5)) == 6
+    assert len(await client.chat(5, tools=[{"type": "function", "function": {"name": "f"}}])) == 2
+
+
+async def zombies(client: Client) -> None:
+    client.engine.faults.start("zombies")
+    waits = client.start(1)
+    await client.steps(3)
+    before = await client.sample()
+    await client.steps(3)
+    after = await client.sample()
+    assert (after.running, after.waiting) == (64, 1) and not waits.done()
+    assert (after.generation_tokens or 0) > (before.generation_tokens or 0)
+
+
+async def slow_grammar(client: Client) -> None:
+    client.engine.faults.start("slow_grammar", duration=0.2)
+    waits = client.start(1, response_format={"type": "json_object"})
+    await client.engine.until(lambda: client.engine.open == 1)
+    await client.chat(5)
+    assert not waits.done()
+    await waits
+
+
+async def rank_zero(client: Client) -> None:
+    client.start(LONG)
+    client.start(LONG)
+    await client.running(2)
+    for rank in (0, 1):
+        await client.steps(2, rank)
+    client.engine.faults.start("rank_zero", rank=1)
+    assert [rank.running for rank in (await client.sample()).ranks] == [1, 0]
+
+
+async def memory_released(client: Client) -> None:
+    assert (await client.json("/release_memory_occupation", {}))[0] == 200
+    assert (await client.json("/health"))[0] == 200 and client.engine.exit_code is None
+    assert (await client.json("/resume_memory_occupation", {}))[0] == 200
+    await client.chat(1)
+    client.engine.faults.start("memory_released")
+    with pytest.raises((aiohttp.ClientError, AssertionError)):
+        await client.chat(1)
+    await client.engine.until(lambda: client.engine.exit_code == 1)
+
+
+async def refuse_all(client: Client) -> None:
+    client.engine.faults.start("refuse_all", status=429)
+    assert (await client.json("/v1/completions", {"prompt": "x", "max_tokens": 1}))[0] == 429
+    assert (await client.json("/v1/rerank", {}))[0] == 429
+    assert (await client.json("/health"))[0] == 200
+
+
+async def worker_lost(client: Client) -> None:
+    client.engine.faults.start("worker_lost")
+    assert (await client.json("/v1/completions", {"prompt": "x", "max_tokens": 1}))[0] == 404
+    assert (await client.json("/v1/models"))[1]["data"] == []
+    assert (await client.json("/health"))[0] == 200
+
+
+async def refuse_canary(client: Client) -> None:
+    client.engine.faults.start("refuse_canary")
+    for path in ("/v1/completions", "/v1/chat/completions"):
+        asked = {"prompt": "1", "messages": [{"role": "user", "content": "1"}], "max_tokens": 1}
+        assert (await client.json(path, asked))[0] == 400
+    assert (await client.json("/v1/embeddings", {"input": "1"}))[0] == 404
+    assert len(await client.chat(2)) == 3
+
+
+async def rerank_only(client: Client) -> None:
+    client.engine.faults.start("rerank_only")
+    assert (await client.json("/v1/rerank", {"query": "q", "documents": ["d"]}))[1]["results"]
+    assert (await client.json("/v1/completions", {"prompt": "x", "max_tokens": 1}))[0] == 404
+
+
+async def embeddings_only(client: Client) -> None:
+    client.engine.faults.start("embeddings_only")
+    assert (await client.json("/v1/embeddings", {"input": "x"}))[1]["data"]
+    assert (await client.json("/v1/completions", {"prompt": "x", "max_tokens": 1}))[0] == 404
+
+
+async def audio_only(client: Client) -> None:
+    client.engine.faults.start("audio_only")
+    assert (await client.json("/v1/audio/transcriptions?seconds=0", {}))[1]["text"]
+    assert (await client.json("/v1/completions", {"prompt": "x", "max_tokens": 1}))[0] == 500
+
+
+async def images_only(client: Client) -> None:
+    client.engine.faults.start("images_only")
+    assert (await client.json("/v1/images/generations?seconds=0", {}))[1]["data"]
+    assert (await client.json("/v1/completions", {"prompt": "x", "max_tokens": 1}))[0] == 404
+
+
+async def half_deaf(client: Client) -> None:
+    client.engine.faults.start("half_deaf")
+    connector = aiohttp.TCPConnector(force_close=True)
+    async with aiohttp.ClientSession(client.engine.url, connector=connector) as fresh:
+
+        async def ask() -> int:
+            async with fresh.get("/health") as response:
+                return response.status
+
+        asked = [client._task(ask()) for _ in range(16)]
+        assert not await client.silent(*asked)
+        done, waits = await asyncio.wait(asked, timeout=0.2)
+        assert done and waits and {task.result() for task in done} == {200}
+        client.engine.faults.clear()
+        assert {await task for task in waits} == {200}
+
+
+async def slow_metrics(client: Client) -> None:
+    client.engine.faults.start("slow_metrics", delay=0.2)
+    page = client.get("/metrics")
+    assert (await client.json("/version"))[0] == 200 and not page.done()
+    assert await page == 200
+
+
+async def several_backends(client: Client) -> None:
+    await client.chat(60)
+    client.engine.faults.start("several_backends", count=3)
+    pages = [await client.sample() for _ in range(6)]
+    tokens = [page.generation_tokens for page in pages]
+    assert tokens[:3] == tokens[3:] and sorted(tokens[:3]) == [20, 40, 60]
+    assert len({page.started_wall for page in pages}) == 3
+
+
+async def restart(client: Client) -> None:
+    await client.chat(5)
+    before = await client.sample()
+    await _restarted(client, "restart")
+    after = await client.sample()
+    assert (before.generation_tokens, after.generation_tokens) == (5, 0)
+    assert (after.started_wall or 0) > (before.started_wall or 0)
+
+
+async def restart_silent(client: Client) -> None:
+    await _restarted(client, "restart_silent")
+    assert client.engine.faults.active == ("api_block",)
+    assert await client.silent(client.get("/health"))
+
+
+async def restart_loading(client: Client) -> None:
+    await _restarted(client, "restart_loading")
+    assert (await client.json("/health"))[0] == 503
+
+
+async def _restarted(client: Client, kind: str) -> None:
+    stream = client.start(LONG)
+    await client.running()
+    client.engine.faults.start(kind, down=0.1)
+    with pytest.raises(aiohttp.ClientError):
+        await stream
+    with pytest.raises(aiohttp.ClientConnectorError):
+        await client.json("/health")
+    await client.engine.until(lambda: client.engine.restarts == 1 and client.engine.listening)
+
+
 CHECKS: dict[str, Check] = {
     check.__name__: check
     for check in (
@@ -385,6 +556,25 @@ CHECKS: dict[str, Check] = {
         no_metrics,
         crash,
         refuse,
+        hide,
+        withhold_tools,
+        zombies,
+        slow_grammar,
+        rank_zero,
+        memory_released,
+        refuse_all,
+        worker_lost,
+        refuse_canary,
+        rerank_only,
+        embeddings_only,
+        audio_only,
+        images_only,
+        half_deaf,
+        slow_metrics,
+        several_backends,
+        restart,
+        restart_silent,
+        restart_loading,
     )
 }
-OPTIONS = {"one_rank": {"data_parallel": 2}}
+OPTIONS = {"one_rank": {"data_parallel": 2}, "rank_zero": {"data_parallel": 2}}

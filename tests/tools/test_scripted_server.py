@@ -143,7 +143,7 @@ async def test_an_image_counts_by_its_header(data: bytes) -> None:
 def test_an_unreadable_header_counts_as_an_image_of_unknown_size(head: bytes) -> None:
     """Torn headers and empty pictures count 256 tokens and no preprocessing, and the scan of markers ends."""
     body = {"messages": [{"role": "user", "content": [image_part(head)]}]}
-    asked = parse_request("chat", json.dumps(body).encode(), "scripted", 0, None)
+    asked = parse_request("chat", json.dumps(body).encode(), ("scripted",), 0, None)
     assert (asked.prompt, asked.pixels) == (UNKNOWN_IMAGE_TOKENS + 3, 0)  # and the role, 9 bytes
 
 

@@ -19,8 +19,9 @@ from typing import Final
 import aiohttp
 
 from sidecar.errors import UsageError
-from sidecar.flags import file_path, flag, integer, number, one_of, parser, text, url
+from sidecar.flags import ca_file, engine_url, file_path, flag, integer, number, one_of, parser, text
 from sidecar.settings import require_writable
+from sidecar.signals.engine_address import EngineAddress
 from sidecar.tools.bench import report
 from sidecar.tools.bench.arrivals import PROFILES, arrival_times
 from sidecar.tools.bench.tally import BenchRow, sum_up
@@ -49,7 +50,8 @@ def profiles(value: str) -> str:
 class BenchSettings:
     """Settings of `sidecar bench`."""
 
-    engine: str = flag("", url, "Base URL of the engine, or of a relay")
+    engine: str = flag("", engine_url, "Base URL or socket of the engine, or of a relay")
+    engine_ca: str = flag("", ca_file, "Authorities of an https engine's certificate (PEM); none: the system's")
     engine_key: str = flag("", text, "Bearer key for the engine", secret=True)
     profiles: str = flag(",".join(PROFILES), profiles, "Runs, in order")
     rate: float = flag(
@@ -92,8 +94,11 @@ def main(settings: BenchSettings) -> int:
 
 async def bench(settings: BenchSettings, rows: list[BenchRow]) -> None:
     """All runs; each appends to `rows`, also one that is cancelled. Raises EngineRefused."""
-    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
-        target = await text_target(PromptTarget(session, settings.engine, key=settings.engine_key))
+    address = EngineAddress(settings.engine, settings.engine_ca)
+    async with aiohttp.ClientSession(connector=address.connector(limit=0)) as session:
+        if trouble := await address.find_trouble(session):
+            raise EngineRefused(trouble)
+        target = await text_target(PromptTarget(session, address.base, key=settings.engine_key))
         rate = settings.rate or ARRIVALS_PER_LATENCY / max(await measure_alone(target, settings), 1e-3)
         show_progress(f"{target.model}: {rate:.2f} requests a second", lasting=True)
         for profile in settings.profiles.split(","):

@@ -22,10 +22,23 @@ from typing import Any, Final
 import aiohttp
 
 from sidecar.errors import UsageError
-from sidecar.flags import ENGINE_KINDS, existing_dir, file_path, flag, gpu, integer, number, one_of, text, url
+from sidecar.flags import (
+    ENGINE_KINDS,
+    ca_file,
+    engine_url,
+    existing_dir,
+    file_path,
+    flag,
+    gpu,
+    integer,
+    number,
+    one_of,
+    text,
+)
 from sidecar.load import cost_model
 from sidecar.load.roofline import roofline
 from sidecar.settings import require_writable
+from sidecar.signals.engine_address import EngineAddress
 from sidecar.tools.calibrate import contention, fit, hardware, report
 from sidecar.tools.calibrate.capabilities import EngineCapabilities, probe_capabilities
 from sidecar.tools.calibrate.capacity_search import find_concurrency_at_slo, make_plan
@@ -49,7 +62,8 @@ IDLE_CHECK_INTERVAL_S: Final = 2.0
 class CalibrateSettings:
     """Settings of `sidecar calibrate`."""
 
-    engine: str = flag("", url, "Base URL of the engine")
+    engine: str = flag("", engine_url, "Base URL or socket of the engine")
+    engine_ca: str = flag("", ca_file, "Authorities of an https engine's certificate (PEM); none: the system's")
     engine_key: str = flag("", text, "Bearer key for the engine", secret=True)
     engine_kind: str = flag("auto", one_of(*ENGINE_KINDS), "Engine")
     model: str = flag("", existing_dir, "The model's directory, for exact image tokens")
@@ -86,8 +100,11 @@ def main(settings: CalibrateSettings) -> int:
 async def calibrate(settings: CalibrateSettings, out: Path) -> tuple[report.CalibrationReport, Checkpoint]:
     """The whole measurement against the live engine. Raises UsageError and EngineRefused."""
     started = time.monotonic()
-    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
-        target = PromptTarget(session, settings.engine, key=settings.engine_key)
+    address = EngineAddress(settings.engine, settings.engine_ca)
+    async with aiohttp.ClientSession(connector=address.connector(limit=0)) as session:
+        if trouble := await address.find_trouble(session):
+            raise EngineRefused(trouble)
+        target = PromptTarget(session, address.base, key=settings.engine_key)
         engine = await probe_capabilities(target, settings.engine_kind, settings.model, settings.context)
         show_progress(f"{engine.target.model} on {engine.kind} {engine.version}, {engine.context} tokens of context")
         for note in engine.notes:

@@ -33,7 +33,13 @@ IMAGE_MODULES: Final = ("torch", "torchvision", "PIL", "numpy")  # the `images` 
 
 # Shorter than the defaults of `sidecar run`, so that a stall is found within seconds instead of half a minute. The
 # engine stalls on purpose every minute, so nothing holds back a kill.
-QUICK_SETTINGS: Final = {"silence_floor": "3", "canary_interval": "3", "kill_interval": "0", "useless_restarts": "0"}
+QUICK_SETTINGS: Final = {
+    "silence_floor": "3",
+    "silence_kill": "9",
+    "canary_interval": "3",
+    "kill_interval": "0",
+    "useless_restarts": "0",
+}
 # Kubernetes' defaults: 10 s, 1 s (which a laptop busy with the demo may miss), 30 s, 10 s before the second restart.
 PROBE_PERIOD_S: Final = 1.0
 PROBE_TIMEOUT_S: Final = 2.0

@@ -20,6 +20,7 @@ from sidecar.runtime import cpu_quota
 from sidecar.settings import Settings
 from sidecar.signals import engine_processes
 from sidecar.signals.canary import CanarySignal
+from sidecar.signals.engine_address import EngineAddress
 from sidecar.signals.identify import ProbeAnswers, probe_engine, request_pages
 from sidecar.signals.listening_socket import host_and_port
 from sidecar.tools.doctor.finding import DoctorFinding, Level
@@ -36,8 +37,13 @@ async def check(chosen: Settings) -> dict[str, DoctorFinding]:
         remedy = "give the engine's base URL, e.g. --engine http://127.0.0.1:8000"
         return {"engine": DoctorFinding("fail", "no --engine", remedy)}
     headers = {"authorization": f"Bearer {chosen.engine_key}"} if chosen.engine_key else {}
-    async with aiohttp.ClientSession(headers=headers, cookie_jar=aiohttp.DummyCookieJar()) as session:
-        met = await probe_engine(session, chosen.engine, headers, PAGE_TIMEOUT_S)
+    address = EngineAddress(chosen.engine, chosen.engine_ca)
+    jar = aiohttp.DummyCookieJar()
+    async with aiohttp.ClientSession(headers=headers, cookie_jar=jar, connector=address.connector()) as session:
+        met = await probe_engine(session, address.base, headers, PAGE_TIMEOUT_S)
+        if trouble := await address.explain_answers(session, met):
+            what, _, remedy = trouble.partition(": ")
+            return {"engine": DoctorFinding("fail", what, remedy)}
         seen = registry.recognise(met.pages)
         kind = registry.KINDS[seen if chosen.engine_kind == "auto" else chosen.engine_kind]
         reached = _reached(met, kind)
@@ -45,13 +51,13 @@ async def check(chosen: Settings) -> dict[str, DoctorFinding]:
             return {"engine": reached}
         pages = dict.fromkeys([*([kind.metrics_path] if kind.series else []), *kind.identity_paths])
         unread = [path for path in pages if path not in met.status]
-        await request_pages(met, session, chosen.engine, unread, headers, PAGE_TIMEOUT_S)
+        await request_pages(met, session, address.base, unread, headers, PAGE_TIMEOUT_S)
         return {
             "engine": reached,
             "engine-kind": _kind(seen, chosen.engine_kind),
             "engine-metrics": _metrics(met, kind),
-            "canary": await _canary(session, chosen, kind),
-            "engine-rest": await _rest(session, chosen, kind),
+            "canary": await _canary(session, address.base, chosen.canary_model, kind),
+            "engine-rest": await _rest(session, address.base, kind),
             "images-shm": shared_memory(chosen, kind.name),
             "images-engine": prepared(chosen, met),
             "engine-threads": threads(chosen.engine),
@@ -120,8 +126,8 @@ _CANARY: Final[dict[str, tuple[Level, str]]] = {
 }
 
 
-async def _canary(session: aiohttp.ClientSession, chosen: Settings, kind: EngineKind) -> DoctorFinding:
-    signal = CanarySignal(session, chosen.engine, kind, {}, model=chosen.canary_model)
+async def _canary(session: aiohttp.ClientSession, engine: str, model: str, kind: EngineKind) -> DoctorFinding:
+    signal = CanarySignal(session, engine, kind, {}, model=model)
     result = await signal.send(TOKEN_TIMEOUT_S)
     if result.outcome == "ok":
         return DoctorFinding("ok", f"one token in {result.ended - result.started:.2f} s from {result.detail}")
@@ -131,10 +137,10 @@ async def _canary(session: aiohttp.ClientSession, chosen: Settings, kind: Engine
     return DoctorFinding(level, f"{result.outcome}: {result.detail}", remedy)
 
 
-async def _rest(session: aiohttp.ClientSession, chosen: Settings, kind: EngineKind) -> DoctorFinding:
+async def _rest(session: aiohttp.ClientSession, engine: str, kind: EngineKind) -> DoctorFinding:
     """Where the engine's sleep and pause can be read. Without that, the sidecar sees only what passes the relay."""
     met = ProbeAnswers()
-    await request_pages(met, session, chosen.engine, [sign.path for sign in kind.signs], {}, PAGE_TIMEOUT_S)
+    await request_pages(met, session, engine, [sign.path for sign in kind.signs], {}, PAGE_TIMEOUT_S)
     read = [*(["its metrics page"] if kind.awake else []), *met.pages]
     if read:
         return DoctorFinding("ok", "sleep and pause are read from " + ", ".join(read))
@@ -166,8 +172,8 @@ def prepared(chosen: Settings, met: ProbeAnswers) -> DoctorFinding:
 
 def threads(engine: str) -> DoctorFinding:
     """OMP_NUM_THREADS of the engine's process, if it is visible on this machine."""
-    host, port = host_and_port(engine)
-    pids = engine_processes.find_listeners(port)[0] if host in LOCAL_HOSTS else set()
+    is_local = host_and_port(engine)[0] in LOCAL_HOSTS
+    pids = engine_processes.find_listeners(engine)[0] if is_local else set()
     if not pids:
         return DoctorFinding("absent", "the engine's process cannot be seen from here")
     try:

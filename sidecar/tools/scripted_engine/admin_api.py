@@ -14,11 +14,10 @@ from aiohttp import web
 
 from sidecar.tools.scripted_engine.behaviour import Behaviour
 from sidecar.tools.scripted_engine.faults import Faults
-from sidecar.tools.scripted_engine.requests import bad_request
+from sidecar.tools.scripted_engine.timed_routes import seconds_of
 
 # Duration of /update_weights, unless `?seconds=N` sets another.
 DEFAULT_UPDATE_S: Final = 1.0
-MAX_UPDATE_S: Final = 3600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +35,8 @@ ADMIN_ROUTES: Final = (
     AdminRoute("/wake_up", "sleep", False, {"status": "awake", "tags": None}),
     AdminRoute("/pause", "pause", True, {"status": "paused"}),
     AdminRoute("/resume", "pause", False, {"status": "resumed"}),
+    AdminRoute("/release_memory_occupation", "memory_released", True),
+    AdminRoute("/resume_memory_occupation", "memory_released", False),
     AdminRoute("/start_profile", "profile", True),
     AdminRoute("/stop_profile", "profile", False),
 )
@@ -75,7 +76,7 @@ def _state_handler(key: str, read: Callable[[Behaviour], bool], faults: Faults) 
 def _update_handler(faults: Faults) -> Handler:
     async def update(request: web.Request) -> web.Response:
         """Stop the core for the duration of the call."""
-        seconds = _seconds(request.query.get("seconds"))
+        seconds = seconds_of(request, DEFAULT_UPDATE_S)
         faults.start("weight_update")
         try:
             await asyncio.sleep(seconds)
@@ -84,13 +85,3 @@ def _update_handler(faults: Faults) -> Handler:
         return web.json_response({"message": "Weights updated"})
 
     return update
-
-
-def _seconds(text: str | None) -> float:
-    try:
-        seconds = DEFAULT_UPDATE_S if text is None else float(text)
-    except ValueError:
-        seconds = -1.0
-    if not 0 <= seconds <= MAX_UPDATE_S:
-        raise bad_request(f"seconds must be a number from 0 to {MAX_UPDATE_S:g}")
-    return seconds

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 import time
 import uuid
 from collections.abc import Awaitable, Callable
@@ -19,12 +20,22 @@ from typing import Any
 from aiohttp import web
 
 from sidecar.tools.scripted_engine import admin_api, responses
-from sidecar.tools.scripted_engine.core import EngineCore, TokenStream
+from sidecar.tools.scripted_engine.answers import CompletionAnswer, NativeAnswer
+from sidecar.tools.scripted_engine.core import EngineCore
 from sidecar.tools.scripted_engine.faults import FAULTS, FaultError, Faults
+from sidecar.tools.scripted_engine.hang_catalogue import ALARMS, MODES, numbers_of
 from sidecar.tools.scripted_engine.metrics import GARBAGE_PAGE, EngineMetrics
-from sidecar.tools.scripted_engine.requests import CompletionRequest, RequestRefused, bad_request, parse_request
+from sidecar.tools.scripted_engine.requests import (
+    CompletionRequest,
+    RequestRefused,
+    bad_request,
+    native_body,
+    parse_request,
+)
 from sidecar.tools.scripted_engine.responses import CHAT, COMPLETION, AnswerForm
 from sidecar.tools.scripted_engine.scheduler import ScheduledSequence
+from sidecar.tools.scripted_engine.served_models import ServedModels
+from sidecar.tools.scripted_engine.timed_routes import timed_routes
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 VERSION = "0.32.0+scripted"
@@ -34,16 +45,23 @@ MAX_IMAGE_S = 60.0
 CORE_DEAD = RequestRefused(500, "InternalServerError", "EngineCore encountered an issue.")
 ENGINE_LOADING = RequestRefused(503, "ServiceUnavailableError", "The engine is starting.")
 NO_PNM = RequestRefused(500, "InternalServerError", "The image format Pnm is not supported")
-QUEUE_FULL = RequestRefused(503, "ServiceUnavailableError", "The waiting queue is full.")
+REFUSED = ("NotFoundError", "Not Found")
+REFUSALS = {500: (CORE_DEAD.kind, str(CORE_DEAD)), 503: ("ServiceUnavailableError", "The engine takes no work.")}
+WORK_PATHS = ("/v1/", "/api/")
+# Connections that are told apart.
+MAX_CLIENTS = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
 class EngineParts:
     """Everything the handlers use."""
 
-    model: str
+    models: ServedModels
     seed: int
     capacity: int
+    answer_tokens: int  # of an answer without a limit; 0: a seeded number
+    by_priority: bool  # the lowest priority of a request goes first; else priorities are ignored
+    full_status: int  # of requests beyond the queue
     image_seconds_per_pixel: float
     cores: Rows[EngineCore]
     faults: Faults
@@ -62,8 +80,11 @@ def application(parts: EngineParts) -> web.Application:
             web.get("/v1/models", api.models),
             web.get("/metrics", api.metrics),
             *admin_api.routes(parts.faults),
+            *timed_routes(parts.faults),
             web.post("/v1/chat/completions", api.complete("chat", CHAT)),
             web.post("/v1/completions", api.complete("completions", COMPLETION)),
+            web.post("/api/chat", api.native("chat", CHAT)),
+            web.post("/api/generate", api.native("completions", COMPLETION)),
             web.post("/v1/embeddings", api.embeddings),
             web.get("/faults", api.list_faults),
             web.post("/faults", api.start_fault),
@@ -74,22 +95,27 @@ def application(parts: EngineParts) -> web.Application:
 
 
 class EngineApi:
-    """The handlers. State: the faults, the cores, and the lock of the `serial_http` fault."""
+    """The handlers. State: the faults, the cores, the lock of `serial_http`, the connections of `half_deaf`."""
 
     def __init__(self, parts: EngineParts) -> None:
         self._parts = parts
         self._faults = parts.faults
         self._turn = asyncio.Lock()
+        self._processes: dict[Any, bool] = {}  # whether the second API process has a connection, by its address
+        self._random = random.Random(parts.seed)
 
     @web.middleware
     async def gate(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """Apply the faults of the whole API before and after the handler; turn refusals into vLLM's error bodies."""
         if request.path == "/faults":
             return await handler(request)
-        await self._wait_until_answering()
+        second = self._is_of_second_process(request)
+        await self._faults.until(lambda behaviour: behaviour.answering and not (behaviour.deaf and second))
         try:
             if self._faults.behaviour.loading and request.path != "/version":
                 raise ENGINE_LOADING
+            if request.method == "POST" and request.path.startswith(WORK_PATHS):
+                self._refuse_work(request.path)
             if self._faults.behaviour.serial:
                 async with self._turn:
                     response = await handler(request)
@@ -98,11 +124,26 @@ class EngineApi:
         except RequestRefused as refusal:
             response = web.json_response(refusal.body(), status=refusal.status)
         if not response.prepared:
-            await self._wait_until_answering()
+            await self._faults.until(lambda behaviour: behaviour.answering)
         return response
 
-    async def _wait_until_answering(self) -> None:
-        await self._faults.until(lambda behaviour: behaviour.answering)
+    def _is_of_second_process(self, request: web.Request) -> bool:
+        """Whether the second of two API processes has accepted this connection: the kernel chooses one by a hash."""
+        if len(self._processes) >= MAX_CLIENTS:
+            self._processes.clear()
+        address = request.transport and request.transport.get_extra_info("peername")
+        return self._processes.setdefault(address, self._random.random() < 0.5)
+
+    def _refuse_work(self, path: str) -> None:
+        """Raise what a fault makes of all work on this path."""
+        behaviour = self._faults.behaviour
+        if behaviour.memory_released:
+            self._faults.start("crash")
+            raise CORE_DEAD
+        if behaviour.error:
+            raise RequestRefused(behaviour.error, *REFUSALS.get(behaviour.error, REFUSED))
+        if behaviour.serves and not path.startswith(behaviour.serves):
+            raise RequestRefused(behaviour.unserved_status, *REFUSED)
 
     # --- state ---
 
@@ -116,13 +157,13 @@ class EngineApi:
         return web.json_response({"version": VERSION})
 
     async def models(self, _: web.Request) -> web.Response:
-        model = self._parts.model
-        card = {"id": model, "object": "model", "created": int(time.time()), "owned_by": "scripted", "root": model}
-        card |= {"parent": None, "max_model_len": self._parts.capacity}
-        return web.json_response({"object": "list", "data": [card]})
+        cards = self._parts.models.cards(self._parts.capacity) if self._faults.behaviour.lists_models else []
+        return web.json_response({"object": "list", "data": cards})
 
     async def metrics(self, request: web.Request) -> web.Response:
         behaviour = self._faults.behaviour
+        if behaviour.metrics_delay:
+            await asyncio.sleep(behaviour.metrics_delay)
         if behaviour.metrics == "none":
             raise RequestRefused(404, "NotFoundError", "Not Found")
         if behaviour.metrics == "garbage":
@@ -138,31 +179,52 @@ class EngineApi:
         async def handler(request: web.Request) -> web.StreamResponse:
             completion = await self._read(route, request)
             id = form.prefix + (request.headers.get("X-Request-Id", "")[:200] or uuid.uuid4().hex)
-            with self._core().admit(
-                ScheduledSequence(completion.prompt, completion.limit, completion.blocks, completion.finish)
-            ) as stream:
-                answer = CompletionAnswer(form, id, completion, stream, self._parts)
+            with self._core().admit(self._sequence(completion), completion.grammar) as stream:
+                answer = CompletionAnswer(form, id, completion, stream, self._faults, self._parts.seed)
                 return await (answer.stream_to(request) if completion.stream else answer.whole())
 
         return handler
 
+    def native(self, route: str, form: AnswerForm) -> Handler:
+        """The handler of one of Ollama's routes."""
+
+        async def handler(request: web.Request) -> web.StreamResponse:
+            completion = await self._read(route, request, native_body(await request.read()))
+            with self._core().admit(self._sequence(completion), completion.grammar) as stream:
+                answer = NativeAnswer(form, "", completion, stream, self._faults, self._parts.seed)
+                return await (answer.stream_to(request) if completion.stream else answer.whole())
+
+        return handler
+
+    def _sequence(self, completion: CompletionRequest) -> ScheduledSequence:
+        parts = self._parts
+        return ScheduledSequence(
+            completion.prompt,
+            completion.limit,
+            completion.blocks,
+            completion.finish,
+            priority=completion.priority if parts.by_priority else 0,
+            adapter=completion.model if completion.model in parts.models.adapters else "",
+        )
+
     async def embeddings(self, request: web.Request) -> web.Response:
         completion = await self._read("embeddings", request)
-        with self._core().admit(
-            ScheduledSequence(completion.prompt, 0, completion.blocks, completion.finish)
-        ) as stream:
+        with self._core().admit(self._sequence(completion)) as stream:
             await stream.more(0)
             return web.json_response(responses.embedding(f"embd-{uuid.uuid4().hex}", int(time.time()), completion))
 
-    async def _read(self, route: str, request: web.Request) -> CompletionRequest:
+    async def _read(self, route: str, request: web.Request, body: bytes = b"") -> CompletionRequest:
+        """The request, from `body` or its own, once its model is loaded and its images are prepared."""
         behaviour, parts = self._faults.behaviour, self._parts
-        if behaviour.error:
-            raise CORE_DEAD
         capacity = None if behaviour.oversized else parts.capacity
-        body = await request.read()
+        body = body or await request.read()
         if not behaviour.pnm and b"data:image/x-portable-" in body:
             raise NO_PNM
-        completion = parse_request(route, body, parts.model, parts.seed, capacity)
+        names = (*parts.models.names, *parts.models.adapters)
+        completion = parse_request(route, body, names, parts.seed, capacity, parts.answer_tokens)
+        if completion.limit <= 1 and not behaviour.one_token:
+            raise bad_request("bootstrap_room is required")
+        await parts.models.load(completion.model)
         seconds = min(completion.pixels * parts.image_seconds_per_pixel, MAX_IMAGE_S)
         if seconds:
             await asyncio.get_running_loop().run_in_executor(parts.preprocessor, time.sleep, seconds)
@@ -172,7 +234,7 @@ class EngineApi:
         """The core with the fewest open requests among those with room in the queue."""
         free = [core for core in self._parts.cores if core.scheduler.has_room()]
         if not free:
-            raise QUEUE_FULL
+            raise RequestRefused(self._parts.full_status, "ServiceUnavailableError", "The waiting queue is full.")
         return min(free, key=lambda core: core.open)
 
     # --- faults ---
@@ -182,8 +244,8 @@ class EngineApi:
             {
                 "kind": kind,
                 "text": row.text,
-                "modes": row.modes,
-                "alarms": row.alarms,
+                "modes": numbers_of(kind, MODES),
+                "alarms": numbers_of(kind, ALARMS),
                 "parameter": row.parameter and {"name": row.parameter.name, "default": row.parameter.default},
             }
             for kind, row in FAULTS.items()
@@ -205,70 +267,3 @@ class EngineApi:
     async def clear_faults(self, request: web.Request) -> web.Response:
         self._faults.clear(request.query.get("kind"))
         return web.json_response({"active": self._faults.active})
-
-
-class CompletionAnswer:
-    """One completion being delivered to its client."""
-
-    def __init__(
-        self, form: AnswerForm, id: str, completion: CompletionRequest, stream: TokenStream, parts: EngineParts
-    ) -> None:
-        self._form, self._id, self._completion, self._stream = form, id, completion, stream
-        self._created = int(time.time())
-        self._faults = parts.faults
-        self._words = responses.words(completion, parts.seed, parts.faults.behaviour.text)
-        self._opened = not form.opens
-
-    async def whole(self) -> web.Response:
-        """Respond with all tokens at once, in JSON."""
-        seen = 0
-        while not self._stream.done:
-            seen = await self._stream.more(seen)
-        await self._wait_for_piece(1)
-        text = self._words(self._stream.ready)
-        return web.json_response(
-            responses.whole(
-                self._form, self._id, self._created, self._completion, text, self._usage(self._stream.ready)
-            )
-        )
-
-    async def stream_to(self, request: web.Request) -> web.StreamResponse:
-        """Send tokens as server-sent events as they are generated."""
-        response = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8"})
-        await response.prepare(request)
-        seen = pieces = 0
-        while seen < self._completion.limit:
-            ready = await self._stream.more(seen)
-            await self._wait_for_piece(pieces)
-            await response.write(self._events(seen, ready))
-            seen, pieces = ready, pieces + 1
-        await response.write(self._closing(seen))
-        await response.write_eof()
-        return response
-
-    async def _wait_for_piece(self, pieces: int) -> None:
-        await self._faults.until(
-            lambda behaviour: behaviour.answering and (behaviour.max_pieces is None or pieces < behaviour.max_pieces)
-        )
-
-    def _events(self, seen: int, ready: int) -> bytes:
-        """The events of the tokens from `seen` to `ready`; a chat starts with its role."""
-        first = b"" if self._opened else self._chunk([responses.opening()], 0)
-        self._opened = True
-        finish = self._completion.finish if ready >= self._completion.limit else None
-        return first + self._chunk([responses.choice(self._form, self._words(ready - seen), finish)], ready)
-
-    def _closing(self, seen: int) -> bytes:
-        if not self._completion.include_usage:
-            return responses.DONE
-        return self._encode([], usage=self._usage(seen)) + responses.DONE
-
-    def _chunk(self, choices: list[dict[str, Any]], generated: int) -> bytes:
-        more = {"usage": self._usage(generated)} if self._completion.continuous_usage else {}
-        return self._encode(choices, **more)
-
-    def _encode(self, choices: list[dict[str, Any]], **more: Any) -> bytes:
-        return responses.chunk(self._form, self._id, self._created, self._completion.model, choices, **more)
-
-    def _usage(self, generated: int) -> dict[str, Any]:
-        return responses.usage(self._completion, generated, self._stream.sequence.cached)

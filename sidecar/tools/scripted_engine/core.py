@@ -72,10 +72,14 @@ class EngineCore:
         return len(self._streams)
 
     @contextmanager
-    def admit(self, sequence: ScheduledSequence) -> Iterator[TokenStream]:
+    def admit(self, sequence: ScheduledSequence, grammar: bool = False) -> Iterator[TokenStream]:
         """Queue a request; leaving the block early aborts it, as a disconnecting client does."""
-        now = asyncio.get_running_loop().time()
+        loop = asyncio.get_running_loop()
+        now = loop.time()
         self._start_idle_fault(now)
+        if grammar and (seconds := self._faults.behaviour.grammar_seconds):
+            sequence.held = True
+            loop.call_later(seconds, setattr, sequence, "held", False)
         stream = self._streams[sequence] = TokenStream(sequence, now)
         self.scheduler.add(sequence)
         self._activity.notify()
@@ -85,12 +89,19 @@ class EngineCore:
             if self._streams.pop(sequence, None):
                 self._abort(sequence)
 
+    def restart(self) -> None:
+        """Become the core of a new process."""
+        self.scheduler = Scheduler(self.scheduler.limits)
+        self._streams.clear()
+        self._compiled = False
+        self._idle_since = asyncio.get_running_loop().time()
+
     async def run(self) -> None:
         """Step until cancelled."""
         while True:
             await self._faults.until(self._is_stepping)
             if not self.scheduler.is_busy():
-                await self._activity.until(self.scheduler.is_busy)
+                await self._activity.until(lambda: self.scheduler.is_busy())  # a restart replaces the scheduler
                 continue
             step = self.scheduler.plan(self._faults.behaviour)
             self._activity.notify()  # sequences may have been admitted
@@ -128,6 +139,8 @@ class EngineCore:
             if stream:
                 self._metrics.output(self._rank, output, now - stream.arrived, now - stream.last_at, stream.ready)
                 stream.push(output, now)
+            elif output.sequence.zombie:
+                self._metrics.generated(self._rank, output.tokens)
             if output.done:
                 self._streams.pop(output.sequence, None)
         self._publish(now)

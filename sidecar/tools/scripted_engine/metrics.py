@@ -7,10 +7,11 @@ like a real one.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from collections.abc import Sequence as Rows
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric
 from prometheus_client.exposition import choose_encoder
 
 from sidecar.tools.scripted_engine.behaviour import Behaviour
@@ -36,12 +37,36 @@ GARBAGE_PAGE = (
 )
 
 
+class BackendPage:
+    """The page of backend `number` of `count` behind one port: its counters are a share of the registry's.
+
+    It was started before the first one, by as many hours as its number.
+    """
+
+    def __init__(self, registry: CollectorRegistry, number: int, count: int) -> None:
+        self._registry, self._number, self._share = registry, number, number / count
+
+    def collect(self) -> Iterator[Metric]:
+        for family in self._registry.collect():
+            if family.type in ("counter", "histogram"):
+                family.samples = [s._replace(value=float(int(s.value * self._share))) for s in family.samples]
+            elif family.name == "process_start_time_seconds":
+                family.samples = [s._replace(value=s.value - 3600 * self._number) for s in family.samples]
+            yield family
+
+
 class EngineMetrics:
     """All series of one engine of `ranks` data-parallel ranks, each with a KV cache of `kv_tokens`."""
 
     def __init__(self, model: str, ranks: int, kv_tokens: int) -> None:
-        self.registry = CollectorRegistry()
         self._labels = [(model, str(rank)) for rank in range(ranks)]
+        self._kv_tokens = kv_tokens
+        self.scrapes = 0  # metrics pages served
+        self.restart()
+
+    def restart(self) -> None:
+        """Become the page of a new process: its counters are 0."""
+        self.registry = CollectorRegistry()
         self._running = self._gauge("vllm:num_requests_running", "Number of requests in model execution batches.")
         self._waiting = self._gauge("vllm:num_requests_waiting", "Number of requests waiting to be processed.")
         self._kv_usage = self._gauge("vllm:kv_cache_usage_perc", "KV-cache usage. 1 means 100 percent usage.")
@@ -51,7 +76,7 @@ class EngineMetrics:
             (*LABELS, "sleep_state"),
             registry=self.registry,
         )
-        self._cache_config(kv_tokens // BLOCK_TOKENS)
+        self._cache_config(self._kv_tokens // BLOCK_TOKENS)
         self._queries = self._counter("vllm:prefix_cache_queries", "Prefix cache queries, in number of queried tokens.")
         self._hits = self._counter("vllm:prefix_cache_hits", "Prefix cache hits, in number of cached tokens.")
         self._preemptions = self._counter("vllm:num_preemptions", "Cumulative number of preemption from the engine.")
@@ -75,8 +100,7 @@ class EngineMetrics:
         self._request = self._histogram(
             "vllm:e2e_request_latency_seconds", "Histogram of e2e request latency in seconds.", REQUEST_BUCKETS
         )
-        self._published_preemptions = [0] * ranks
-        self.scrapes = 0  # metrics pages served
+        self._published_preemptions = [0] * len(self._labels)
         start = Gauge(
             "process_start_time_seconds",
             "Start time of the process since unix epoch in seconds.",
@@ -108,6 +132,10 @@ class EngineMetrics:
             self._success.labels(*labels, output.sequence.finish).inc()
             self._request.labels(*labels).observe(age)
 
+    def generated(self, rank: int, tokens: int) -> None:
+        """Count tokens that are nobody's."""
+        self._generation.labels(*self._labels[rank]).inc(tokens)
+
     def gauges(self, rank: int, scheduler: Scheduler) -> None:
         """Publish the core's state."""
         labels = self._labels[rank]
@@ -122,7 +150,9 @@ class EngineMetrics:
         self.scrapes += 1
         self._distort(behaviour)
         encode, content_type = choose_encoder(accept)
-        return encode(self.registry), content_type
+        backend = self.scrapes % behaviour.backends
+        page: Any = BackendPage(self.registry, backend, behaviour.backends) if backend else self.registry
+        return encode(page), content_type
 
     def _distort(self, behaviour: Behaviour) -> None:
         for labels in self._labels:
@@ -130,7 +160,7 @@ class EngineMetrics:
                 self._sleep.labels(*labels, state).set(
                     (state == "awake") != behaviour.sleeping and state != "discard_all"
                 )
-            if behaviour.gauges_zeroed:
+            if behaviour.gauges_zeroed or (behaviour.rank_zeroed and labels[1] == str(behaviour.dead_rank)):
                 self._running.labels(*labels).set(0)
                 self._waiting.labels(*labels).set(0)
             if behaviour.kv_usage is not None:

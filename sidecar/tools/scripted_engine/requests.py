@@ -10,7 +10,7 @@ import binascii
 import hashlib
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -24,6 +24,8 @@ UNKNOWN_IMAGE_TOKENS = 256
 # Base64 characters decoded to find a size; EXIF blocks are at most 64 KiB each.
 MAX_HEAD_CHARACTERS = 1 << 18
 MAX_HASHED_BLOCKS = 2048
+# Members that give a grammar, besides response_format.
+GRAMMARS: Final = ("structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar")
 FINAL_FORMAT = "bmp"  # needs no preprocessing worth counting
 
 
@@ -58,18 +60,24 @@ class CompletionRequest:
     blocks: tuple[int, ...]
     digest: str
     base64_floats: bool = False
+    priority: int = 0
+    grammar: bool = False
+    tools: bool = False
 
 
-def parse_request(route: str, body: bytes, served_model: str, seed: int, capacity: int | None) -> CompletionRequest:
+def parse_request(
+    route: str, body: bytes, models: Sequence[str], seed: int, capacity: int | None, unasked: int = 0
+) -> CompletionRequest:
     """Parse a body sent to `route` ("chat", "completions", "embeddings"). Raises RequestRefused.
 
-    `capacity` limits prompt and output tokens together; None is unlimited.
+    The first of `models` serves requests that name none. `capacity` limits prompt and output tokens together; None is
+    unlimited. An answer without a limit has `unasked` tokens; 0: a seeded number.
     """
-    payload = _payload(body, served_model)
+    payload = _payload(body, models)
     parts = _PROMPTS[route](payload)
     text, prompt, pixels = _measure(parts)
     digest = hashlib.blake2b(text, digest_size=16).hexdigest()
-    limit, finish = _limit(route, payload, random.Random(f"{seed}:{digest}:length"))
+    limit, finish = _limit(route, payload, random.Random(f"{seed}:{digest}:length"), unasked)
     if capacity is not None and prompt + limit > capacity:
         raise bad_request(
             f"This model's maximum context length is {capacity} tokens. However, you requested {limit} output "
@@ -80,7 +88,7 @@ def parse_request(route: str, body: bytes, served_model: str, seed: int, capacit
         raise bad_request("stream_options must be an object")
     include = bool(options.get("include_usage"))
     return CompletionRequest(
-        model=served_model,
+        model=payload.get("model") or models[0],
         stream=bool(payload.get("stream")),
         include_usage=include,
         continuous_usage=include and bool(options.get("continuous_usage_stats")),
@@ -91,13 +99,32 @@ def parse_request(route: str, body: bytes, served_model: str, seed: int, capacit
         blocks=_block_hashes(text, prompt),
         digest=digest,
         base64_floats=payload.get("encoding_format") == "base64",
+        priority=priority if isinstance(priority := payload.get("priority"), int) else 0,
+        grammar=any(payload.get(name) for name in GRAMMARS) or _has_format(payload.get("response_format")),
+        tools=bool(payload.get("tools")),
     )
 
 
 Part = str | bytes  # text, or an image's base64 payload
 
 
-def _payload(body: bytes, served_model: str) -> dict[str, Any]:
+def native_body(body: bytes) -> bytes:
+    """A request to /api/chat or /api/generate in OpenAI's form; one that is no JSON object is left as it is."""
+    try:
+        payload = json.loads(body)
+        options = payload.get("options") or {}
+        asked = {name: payload[name] for name in ("model", "messages", "prompt") if name in payload}
+        asked |= {"stream": payload.get("stream", True), "max_tokens": options.get("num_predict")}
+    except (ValueError, AttributeError, RecursionError):
+        return body
+    return json.dumps(asked).encode()
+
+
+def _has_format(asked: Any) -> bool:
+    return isinstance(asked, dict) and asked.get("type") not in (None, "text")
+
+
+def _payload(body: bytes, models: Sequence[str]) -> dict[str, Any]:
     try:
         payload = json.loads(body)
     except (ValueError, RecursionError):
@@ -105,20 +132,20 @@ def _payload(body: bytes, served_model: str) -> dict[str, Any]:
     if not isinstance(payload, dict):
         raise bad_request("the body is not a JSON object")
     model = payload.get("model")
-    if model not in (None, "", served_model):
+    if model and model not in models:
         raise RequestRefused(404, "NotFoundError", f"The model `{str(model)[:100]}` does not exist.")
     if payload.get("n") not in (None, 1):
         raise bad_request("the scripted engine makes one choice: n must be 1")
     return payload
 
 
-def _limit(route: str, payload: dict[str, Any], rng: random.Random) -> tuple[int, str]:
+def _limit(route: str, payload: dict[str, Any], rng: random.Random, unasked: int) -> tuple[int, str]:
     if route == "embeddings":
         return 0, "stop"
     asked = payload.get("max_completion_tokens")
     asked = payload.get("max_tokens") if asked is None else asked
     if asked is None:
-        return rng.randint(16, 256), "stop"
+        return unasked or rng.randint(16, 256), "stop"
     if isinstance(asked, bool) or not isinstance(asked, int) or asked < 1:
         raise bad_request("max_tokens must be at least 1")
     return asked, "length"

@@ -3,8 +3,9 @@
 The rules follow vLLM's scheduler:
 - a step has a token budget; running sequences decode one token each, prefills share the rest (chunked prefill);
 - a chunk that does not finish its prompt yields no output and advances no counter, only KV use grows;
-- waiting sequences are admitted in order of arrival while the batch and the KV cache have room;
-- when a decode finds no room, the youngest sequence is preempted and recomputed;
+- waiting sequences are admitted by priority, then in order of arrival, while the batch and the KV cache have room; one
+  whose grammar is compiled, or whose adapter finds no place in the batch, is passed over;
+- when a decode finds no room, the youngest sequence of the last priority is preempted and recomputed;
 - blocks of finished prompts stay in a bounded prefix cache.
 """
 
@@ -31,6 +32,7 @@ class SchedulerLimits:
     max_waiting: int
     kv_tokens: int
     step_tokens: int  # budget of one step
+    max_adapters: int = 1  # of the running sequences
 
 
 @dataclass(eq=False, slots=True)
@@ -45,6 +47,10 @@ class ScheduledSequence:
     computed: int = 0
     generated: int = 0
     restart: int = 0  # generated tokens to recompute after a preemption
+    priority: int = 0  # the lowest goes first
+    adapter: str = ""
+    held: bool = False  # it cannot be scheduled yet
+    zombie: bool = False  # of nobody
 
     @property
     def target(self) -> int:
@@ -91,7 +97,8 @@ class Scheduler:
         return len(self.waiting) < self.limits.max_waiting
 
     def add(self, sequence: ScheduledSequence) -> None:
-        self.waiting.append(sequence)
+        behind = sum(other.priority > sequence.priority for other in self.waiting)
+        self.waiting.insert(len(self.waiting) - behind, sequence)
 
     def remove(self, sequence: ScheduledSequence) -> bool:
         """Remove a sequence, running or waiting. False if it is already gone."""
@@ -110,6 +117,7 @@ class Scheduler:
 
     def plan(self, behaviour: Behaviour) -> ScheduledStep:
         """Admit what fits, then choose the tokens of the next step."""
+        self._set_zombies(behaviour)
         if behaviour.admitting:
             self._admit()
         movable = self._movable(behaviour)
@@ -134,15 +142,30 @@ class Scheduler:
         return outputs
 
     def _admit(self) -> None:
-        while self.waiting and len(self.running) < self.limits.max_batch:
-            head = self.waiting[0]
+        if len(self.running) >= self.limits.max_batch:
+            return
+        for head in list(self.waiting):
+            if len(self.running) >= self.limits.max_batch:
+                return
+            if head.held or not self._has_place_for(head.adapter):
+                continue
             free = self._capacity() - sum(_blocks(max(s.computed, s.target) + 1) for s in self.running)
             if _blocks(head.target + 1) > free:
                 return
-            self.waiting.popleft()
+            self.waiting.remove(head)
             head.computed = self._cached_tokens(head)
             head.cached = head.cached if head.restart else head.computed
             self.running.append(head)
+
+    def _has_place_for(self, adapter: str) -> bool:
+        batch = {s.adapter for s in self.running} - {""}
+        return not adapter or adapter in batch or len(batch) < self.limits.max_adapters
+
+    def _set_zombies(self, behaviour: Behaviour) -> None:
+        if not behaviour.zombies and any(s.zombie for s in self.running):
+            self.running[:] = [s for s in self.running if not s.zombie]
+        while behaviour.zombies and len(self.running) < self.limits.max_batch:
+            self.running.append(ScheduledSequence(1, 1 << 40, computed=1, zombie=True))
 
     def _cached_tokens(self, sequence: ScheduledSequence) -> int:
         """Leading prompt tokens in the prefix cache; at least one is always computed."""
@@ -164,9 +187,11 @@ class Scheduler:
     def _preempt_for_room(self, decodes: list[ScheduledSequence]) -> list[ScheduledSequence]:
         """Preempt the youngest sequence until each decode has a block for its next token."""
         while decodes and self._needed_blocks(decodes) > self._capacity() and len(self.running) > 1:
-            youngest = self.running.pop()
+            youngest = max(reversed(self.running), key=lambda s: s.priority)
+            self.running.remove(youngest)
             youngest.computed, youngest.restart = 0, youngest.generated
-            self.waiting.appendleft(youngest)
+            before = sum(other.priority < youngest.priority for other in self.waiting)
+            self.waiting.insert(before, youngest)
             self.preemptions += 1
             decodes = [s for s in decodes if s is not youngest]
         return decodes
@@ -196,7 +221,7 @@ class Scheduler:
 
     def _decode(self, sequence: ScheduledSequence, prompt: int = 0, *, new_kv: bool = True) -> StepOutput:
         """Generate one token; the first token after a prefill takes its KV slot in the next step."""
-        sequence.computed += new_kv
+        sequence.computed += new_kv and not sequence.zombie
         if sequence.limit:
             sequence.generated += 1
         sequence.restart = 0

@@ -27,6 +27,7 @@ from sidecar.tools.scripted_engine.core import EngineCore
 from sidecar.tools.scripted_engine.faults import FAULTS, Faults
 from sidecar.tools.scripted_engine.metrics import EngineMetrics
 from sidecar.tools.scripted_engine.scheduler import SchedulerLimits
+from sidecar.tools.scripted_engine.served_models import ServedModels
 
 # As in vLLM's API server.
 BACKLOG = 2048
@@ -43,7 +44,15 @@ class EngineSettings:
     prefill_tokens_per_second: float = flag(20_000.0, number(1, 1_000_000_000, "tokens per second"), "Speed of prefill")
     decode_step_ms: float = flag(10.0, number(0, 60_000, "milliseconds"), "Time of one decode step")
     max_batch: int = flag(64, integer(1, 4096), "Most running sequences")
-    max_waiting: int = flag(2048, integer(1, 100_000), "Most waiting sequences before 503")
+    max_waiting: int = flag(2048, integer(1, 100_000), "Most waiting sequences before requests are refused")
+    full_status: int = flag(503, integer(400, 599), "Status of requests beyond --max-waiting")
+    scheduling: str = flag("fcfs", one_of("fcfs", "priority"), "Order of waiting requests, as vLLM's policies")
+    adapters: int = flag(0, integer(0, 1000), "LoRA adapters that it serves as models: adapter-1, adapter-2, ...")
+    max_adapters: int = flag(1, integer(1, 1000), "Most adapters in the batch; requests for others wait")
+    models: int = flag(1, integer(1, 1000), "Models that it serves, one loaded at a time: NAME, NAME-2, ...")
+    model_load_seconds: float = flag(5.0, number(0, 3600, "seconds"), "Time to load one of several models")
+    model_status: str = flag("none", one_of("none", "listed"), "Whether /v1/models says which of several is loaded")
+    answer_tokens: int = flag(0, integer(0, 1_000_000), "Tokens of an answer without a limit; 0: a seeded number")
     kv_tokens: int = flag(131_072, integer(64, 100_000_000), "Tokens that the KV cache holds")
     chunked_prefill_tokens: int = flag(2048, integer(1, 1_000_000), "Token budget of one step")
     data_parallel: int = flag(1, integer(1, 64), "Ranks, each with a core of its own")
@@ -66,6 +75,7 @@ class EngineSettings:
             self.max_waiting,
             self.kv_tokens,
             self.chunked_prefill_tokens,
+            self.max_adapters,
         )
 
 
@@ -73,7 +83,8 @@ class ScriptedEngine:
     """The engine as an async context manager: it listens from entry to exit.
 
     `faults` are also at /faults, `cores` are its ranks. The `crash` fault calls `on_exit` with the exit code; by
-    default the port closes, all connections break and `exit_code` is set.
+    default the port closes, all connections break and `exit_code` is set. `restarts` counts those of the `restart`
+    faults.
     """
 
     def __init__(
@@ -86,6 +97,14 @@ class ScriptedEngine:
         self.faults = Faults(self._initial_behaviour())
         self.cores: tuple[EngineCore, ...] = ()
         self.exit_code: int | None = None
+        self.restarts = 0
+        self.models = ServedModels(
+            self.settings.served_model,
+            self.settings.models,
+            self.settings.model_load_seconds,
+            status=self.settings.model_status == "listed",
+            adapters=self.settings.adapters,
+        )
         self._activity = EngineCondition()
         self._sock = sock
         self._on_exit = on_exit
@@ -172,9 +191,12 @@ class ScriptedEngine:
     def _parts(self, metrics: EngineMetrics) -> EngineParts:
         settings = self.settings
         return EngineParts(
-            settings.served_model,
+            self.models,
             settings.seed,
             settings.kv_tokens,
+            settings.answer_tokens,
+            settings.scheduling == "priority",
+            settings.full_status,
             settings.image_ms / 1e9,
             self.cores,
             self.faults,
@@ -183,14 +205,20 @@ class ScriptedEngine:
         )
 
     async def _apply_process_faults(self) -> None:
-        """Open or close the port, or exit, as the faults demand."""
+        """Open or close the port, restart or exit, as the faults demand."""
         while self.exit_code is None:
             await self.faults.until(
-                lambda behaviour: behaviour.exit_code is not None or behaviour.port_open != bool(self._site)
+                lambda behaviour: (
+                    behaviour.exit_code is not None
+                    or behaviour.restart is not None
+                    or behaviour.port_open != bool(self._site)
+                )
             )
             behaviour = self.faults.behaviour
             if behaviour.exit_code is not None:
                 await self._exit(behaviour.exit_code)
+            elif behaviour.restart is not None:
+                await self._restart(*behaviour.restart)
             elif behaviour.port_open:
                 await self._open()
             else:
@@ -202,15 +230,34 @@ class ScriptedEngine:
         self.exit_code = code
         await self._close()
 
+    async def _restart(self, down: float, fault: str) -> None:
+        """Close the port, and open it after `down` seconds as a new process that has this fault, or none."""
+        await self._close()
+        self.faults.clear()
+        await asyncio.sleep(down)
+        for core in self.cores:
+            core.restart()
+        if self._metrics:
+            self._metrics.restart()
+        if fault:
+            self.faults.start(fault)
+        self.restarts += 1
+        await self._open()
+
     async def _open(self) -> None:
         sock = self._sock or bind_socket(self._address[:2])
         self._sock = None  # the site closes it
+        self._listener = sock
         self._site = web.SockSite(self._runner, sock, backlog=BACKLOG)
         await self._site.start()
         self._activity.notify()
 
     async def _close(self) -> None:
         if self._site:
+            # asyncio leaks a connection that is being accepted while its server closes: let those in first.
+            asyncio.get_running_loop().remove_reader(self._listener)
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
             await self._site.stop()
         self._site = None
         for connection in list(self._runner.server.connections if self._runner.server else ()):

@@ -1,0 +1,94 @@
+"""Whether the engine accepts connections, on one address, several, or a Unix socket."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sidecar.signals.port import PortSignal
+
+NAME = "engine.example"
+
+
+@pytest.fixture
+def resolve(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """A function: the addresses that NAME has from now on."""
+    real = socket.getaddrinfo
+
+    def set_addresses(*addresses: str) -> None:
+        def found(host: str, port: int, *args: Any, **options: Any) -> Any:
+            if host != NAME:
+                return real(host, port, *args, **options)
+            if not addresses:
+                raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+            return [entry for address in addresses for entry in real(address, port, *args, **options)]
+
+        monkeypatch.setattr(socket, "getaddrinfo", found)
+
+    return set_addresses
+
+
+async def test_one_listener_of_several_addresses_is_enough(resolve: Callable[..., None]) -> None:
+    """An engine that accepts on one address of its name is open; only when all refuse it is closed."""
+    resolve("127.0.0.1", "127.0.0.2")
+    with socket.create_server(("127.0.0.2", 0)) as listener:
+        port = PortSignal(f"http://{NAME}:{listener.getsockname()[1]}")
+        await port.poll()
+        assert port.opened.is_set() and port.refused_since is None
+    await port.poll()
+    assert port.refused_since is not None and port.trouble == ""
+
+
+async def test_an_address_of_a_kind_that_this_machine_lacks_is_left_out(resolve: Callable[..., None]) -> None:
+    """An IPv6 address without a route, or one that refuses as well, does not hide that the other one refuses."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        number = listener.getsockname()[1]
+    resolve("127.0.0.1", "::1")
+    port = PortSignal(f"http://{NAME}:{number}")
+    await port.poll()
+    assert port.refused_since is not None
+
+
+async def test_a_name_without_an_address_is_no_refusal(
+    resolve: Callable[..., None], caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is said once, and nothing is known of the engine."""
+    resolve()
+    port = PortSignal(f"http://{NAME}:1")
+    for _ in range(2):
+        await port.poll()
+    assert port.refused_since is None and not port.opened.is_set()
+    assert f"host {NAME} cannot be resolved" in port.trouble and caplog.text.count(NAME) == 1
+
+
+async def test_a_unix_socket_is_open_or_refuses(tmp_path: Path) -> None:
+    """Before its engine made the socket, and after it died, connections are refused; in between they are accepted."""
+    path = tmp_path / "engine.sock"
+    port = PortSignal(f"unix:{path}")
+    await port.poll()
+    assert port.refused_since is not None and not port.opened.is_set()
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen()
+        await port.poll()
+        assert port.refused_since is None and port.opened.is_set()
+    await port.poll()
+    assert path.exists() and port.refused_since is not None
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write to every socket")
+async def test_a_socket_without_permission_says_so(tmp_path: Path) -> None:
+    """It is neither open nor refusing, and the remedy is named."""
+    path = tmp_path / "engine.sock"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen()
+        path.chmod(0)
+        port = PortSignal(f"unix:{path}")
+        await port.poll()
+    assert port.refused_since is None and "may not write" in port.trouble
