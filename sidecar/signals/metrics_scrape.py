@@ -24,7 +24,7 @@ from sidecar.signals.identify import MAX_PAGE_BYTES
 # A page older than this many periods is no longer merged into the relay's page.
 MAX_PAGE_AGE_PERIODS: Final = 5
 _REMEDIES: Final = (
-    ((400,), "; llama.cpp's router mode has a page for each model only, which is not read"),
+    ((400,), "; in llama.cpp's router mode each model has its own, which is not read"),
     ((401, 403), "; set --engine-key"),
     ((404, 501), "; start the engine with its metrics on (SGLang: --enable-metrics, llama.cpp: --metrics)"),
 )
