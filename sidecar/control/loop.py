@@ -227,9 +227,9 @@ class ControlLoop:
         self._fan_out.on_decision(result)
         if garbage.found and not before:
             _log.warning("garbage_output: %s", GARBAGE)
-        is_known = result.outcome in ("rejected", "moot") and last is not None and last.detail == result.detail
-        if result.outcome not in ("ok", "refused") and not is_known:
-            _log.warning("canary %s: %s", result.outcome, result.detail)
+        if is_canary_news(result, last):
+            level = logging.INFO if result.outcome == "moot" else logging.WARNING
+            _log.log(level, "canary %s: %s", result.outcome, result.detail)
 
     def _canary_failed(self, sent: float, allowed: float, error: str) -> None:
         """End a canary that the sidecar could not run: one that stays outstanding forever would end all judging."""
@@ -268,3 +268,10 @@ class ControlLoop:
             await asyncio.to_thread(self._state_store.write, content)
         except OSError as e:
             _log.error("cannot save the learned state (%s); a restart of the sidecar would forget it", e.strerror)
+
+
+def is_canary_news(result: CanaryResult, last: CanaryResult | None) -> bool:
+    """Whether a canary's end is worth a line: it did not pass, and the one before did not end in the same way."""
+    if result.outcome in ("ok", "refused"):
+        return False
+    return last is None or (last.outcome, last.detail) != (result.outcome, result.detail)

@@ -32,6 +32,7 @@ CONTACT_TIMEOUT_S: Final = 2.0
 # An older page is no reading any more, and is not merged into the relay's page.
 MAX_PAGE_AGE_S: Final = 10.0
 _REMEDIES: Final = (
+    ((400,), "; in llama.cpp's router mode each model has its own, which is not read"),
     ((401, 403), "; set --engine-key"),
     ((404, 501), "; start the engine with its metrics on (SGLang: --enable-metrics, llama.cpp: --metrics)"),
 )

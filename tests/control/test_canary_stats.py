@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from sidecar.control.loop import is_canary_news
 from sidecar.control.state import ControlState, add_canary
 from sidecar.events import CanaryResult, RequestSize
 from sidecar.health.garbage import MIN_CANARIES, STRIKES
@@ -25,6 +26,13 @@ def test_a_canary_costs_what_its_tokens_cost() -> None:
 
 def ended(outcome: str, *, known: bool = False) -> CanaryResult:
     return CanaryResult(outcome, 1.0, 1.1, 8.0, known=known)  # type: ignore[arg-type]
+
+
+def test_a_hang_of_an_hour_is_one_line_of_starved_canaries() -> None:
+    """A canary that ends as the one before did is no news; one that ends otherwise is, unless it passes."""
+    starved, rejected = ended("starved"), ended("rejected")
+    assert is_canary_news(starved, None) and is_canary_news(starved, ended("ok")) and is_canary_news(rejected, starved)
+    assert not is_canary_news(starved, starved) and not is_canary_news(ended("ok"), starved)
 
 
 @pytest.mark.parametrize(

@@ -198,6 +198,7 @@ async def test_an_engine_that_rests_is_left_alone(serve: Serve, session: aiohttp
 @pytest.mark.parametrize(
     ("status", "body", "why"),
     [
+        (400, PAGE, "answered 400; in llama.cpp's router mode"),
         (404, PAGE, "answered 404; start the engine with its metrics on"),
         (401, PAGE, "answered 401; set --engine-key"),
         (500, PAGE, "answered 500"),

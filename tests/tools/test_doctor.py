@@ -156,6 +156,13 @@ async def test_an_unknown_engine_is_taken_as_openai(servers: list[web.AppRunner]
     assert found["canary"].level == "ok"
 
 
+async def test_a_page_for_each_model_is_no_fault(servers: list[web.AppRunner]) -> None:
+    """A router that has no page of its own was started with its metrics on."""
+    listed = json.dumps({"data": [{"id": "m", "owned_by": "llamacpp"}]})
+    found = await of_engine(await serve(servers, v1_models=(200, listed), metrics=(400, "model name is missing")))
+    assert found["engine-metrics"].level == "absent" and "each model has its own" in found["engine-metrics"].what
+
+
 @pytest.mark.parametrize(("says", "words"), [(True, "no model is loaded"), (False, "several models and none known")])
 async def test_no_model_is_loaded_by_looking(says: bool, words: str) -> None:
     """Of a server that loads on demand nothing is asked that it would load a model for, and the report says so."""

@@ -102,6 +102,10 @@ def _metrics(met: ProbeAnswers, kind: EngineKind) -> DoctorFinding:
     page = met.pages.get(kind.metrics_path)
     if page is None:
         status = met.status.get(kind.metrics_path, 0)
+        if status == 400:  # llama.cpp's router mode wants a model's name
+            return DoctorFinding(
+                "absent", f"{kind.metrics_path} answers 400: each model has its own, which is not read"
+            )
         return DoctorFinding("warn", f"{kind.metrics_path} answers {status or met.error}", remedy)
     try:
         read = metrics_parser.parse(page, kind)
