@@ -346,7 +346,7 @@ class Progress:
         self._sample, self._read_at = sample, now
         since_wall, self._read_wall = self._read_wall, wall
         is_new = last is not None and started_after(last, sample, since_wall)
-        self._busy = load(sample) > (1 if canary else 0)
+        self._busy = load(sample) > (1 if canary and not self._foreign else 0)
         self._look_for_foreign(last, sample, now, canary=canary)
         if before is None or any_moved(before, sample, ALL):
             self._moved_at = now
@@ -437,7 +437,8 @@ class Progress:
         hidden = 0.0 if counted else min(limits.cap, self._longest_hidden(work))
         early = sum(hold.since <= since + CLOSE_S for hold in work)
         unseen = 0.0 if 0 < early <= learned.concurrent else hidden
-        one_by_one = unseen if learned.one_by_one >= MIN_ONE_BY_ONE else 0.0
+        is_unknown = bool(work) and all(hold.route in TIMED_ROUTES for hold in work)
+        one_by_one = unseen if is_unknown or learned.one_by_one >= MIN_ONE_BY_ONE else 0.0
         is_streaming = counted or not any(hold.whole for hold in work)
         gap = learned.gap if is_streaming else max(learned.gap, learned.whole_gap)
         asked, _ = allowed_silence(predicted, floor, gap, limits)
@@ -525,7 +526,8 @@ class Progress:
             alone is not None and alone - self._worked_at > FOREIGN_AFTER_S
         )
         self.learned.foreign |= is_foreign
-        self._foreign = has_excess and (self._foreign or is_foreign)
+        stays = load(sample) > (0 if canary else self._open)
+        self._foreign = is_foreign or (self._foreign and stays)
 
     def _silent_since(self, work: list[OpenWork], busy: bool, now: float) -> float:
         if not work and not busy:

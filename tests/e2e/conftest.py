@@ -23,7 +23,7 @@ from ..waiting import PATIENCE
 
 QUICK = {
     "silence-floor": "1.5",
-    "silence-kill": "3",
+    "silence-kill": "8",
     "silence-cap": "12",  # so 2.4 s before anything is learned, and 4 s more for an unresponsive API
     "canary-interval": "1",
     "kill-interval": "0",  # some see more than one hang
