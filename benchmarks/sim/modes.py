@@ -336,7 +336,7 @@ def prefill_of(w: World) -> tuple[float, float, float]:
 def right_reasons(w: World, mode: Mode, load: str) -> tuple[str, ...]:
     """The catalogue's, and what is as right where the evidence cannot tell more: no one's request but a canary is out,
     or the engine's page does not count its steps, or its tokens."""
-    counts = {"iterations", "generation_tokens"} & set(w.site.lacks)
+    counts = {"iterations", "counters"} & set(w.site.lacks)
     is_unexplained = load == "idle" or (bool(counts) and "livelock" in mode.case.reasons) or not w.site.page
     return (*mode.case.reasons, *(UNEXPLAINED if is_unexplained and not mode.is_field else ()))
 
