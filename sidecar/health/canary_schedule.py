@@ -33,6 +33,6 @@ def canary_allowed(state: State, evidence: Evidence, passed_seconds: Sequence[fl
     if evidence.age is not None:
         return max(shortest, evidence.kill_after - evidence.age)
     if len(passed_seconds) < MIN_KNOWN_CANARIES:
-        return evidence.allowed
+        return max(evidence.allowed, limits.unlearned)
     slowest = min(max(passed_seconds), MAX_MEDIANS * median(passed_seconds))
     return min(max(shortest, CANARY_MARGIN * slowest), limits.cap)

@@ -204,6 +204,7 @@ class HealthMonitor:
         self._was_exempt = False  # at the last tick, by more than calls without an answer
         self._doubted_at: float | None = None  # since when the engine has been thought to hang
         self._restored_stall = False  # and nothing has disproved it yet
+        self._stall_unknown_at: float | None = None  # a doubt became unknown then, by the sidecar's own trouble
 
     # --- events ---
 
@@ -343,6 +344,8 @@ class HealthMonitor:
         before, hold_before = self.state, self.kill_policy.reason
         self.state, condition = verdict.judge(before, inputs)
         self.kill_policy.tick(self.state.state, self._proof(), readings.gpus, now, cause=self.state.reason)
+        if self.state.state == "unknown" and before.state in ("suspect", "stalled"):
+            self._stall_unknown_at = now
         self._learn_start(before, now)
         self._forget_engine(before, condition, now)
         self.readiness_hold.tick(self.state.state, now)
@@ -356,7 +359,7 @@ class HealthMonitor:
         self.progress.is_speed_known = bool(settings.coefficients) or (bool(settings.model) and has_gpu)
         self.progress.max_context = self.partial_hangs.table.max_context = readings.identity.max_context
         self.partial_hangs.table.is_fcfs = readings.is_fcfs
-        self._disturbs = readings.canary_disturbs
+        self._disturbs = readings.canary_disturbs and not readings.unanswered
 
     def _own_health(self, relays: tuple[RelayUse, ...], now: float, wall: float) -> float:
         """Withhold judgement for a full window if the sidecar itself was not healthy. Returns its lag."""
@@ -555,7 +558,11 @@ class HealthMonitor:
     @property
     def is_doubtful(self) -> bool:
         """Whether the last known state is a stall, or an operator must act, and no token shows the contrary."""
-        return self._restored_stall or (self.kill_policy.state.handover != "" and self.state.state == "unknown")
+        doubted_at = self._stall_unknown_at
+        is_open = doubted_at is not None and self.state.state == "unknown" and (self._proof() or 0.0) <= doubted_at
+        return (
+            self._restored_stall or is_open or (self.kill_policy.state.handover != "" and self.state.state == "unknown")
+        )
 
     @property
     def is_usual(self) -> bool:

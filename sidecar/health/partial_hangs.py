@@ -57,7 +57,7 @@ MIN_UNSERVED: Final = 3
 # count as silent; and how often one followed the other, which a hang of all connections and its end do twice.
 CANARIES_KEPT: Final = 8
 MIN_EACH_CANARIES: Final = 2
-MIN_CANARY_CHANGES: Final = 3
+MIN_CANARY_CHANGES: Final = 4
 # Seconds that a finding must last, and share of the open requests that must be stuck, before it fails liveness.
 SEVERE_AFTER_S = 180.0
 SEVERE_STUCK_SHARE = 0.5

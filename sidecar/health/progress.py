@@ -397,7 +397,9 @@ class Progress:
         bounds = self._bounds(work, since, known=known, counted=is_counted, foreign=busy and self._foreign)
         age = max(0.0, now - since) if work or busy else None
         has_whole = any(hold.whole for hold in work)
-        self._open_gap, self._explained = age or 0.0, self.limits.margin * bounds.predicted
+        is_explained = bounds.ruled_by in ("predicted", "unknown", "cap")
+        self._open_gap = age or 0.0
+        self._explained = bounds.allowed if is_explained else self.limits.margin * bounds.predicted
         self._whole = (self._whole or has_whole) and age is not None
         self._tainted = (self._tainted or not learn) and age is not None
         kind, at = self.last()
@@ -431,7 +433,8 @@ class Progress:
         `known`: this engine's own gaps are; `counted`: it counts its tokens; `foreign`: it has work of unknown size.
         """
         limits, learned = self.limits, self.learned
-        floor = limits.floor if known else max(limits.floor, limits.unlearned)
+        # An idle engine is judged by its canaries, which have no gaps.
+        floor = limits.floor if known or not (work or foreign) else max(limits.floor, limits.unlearned)
         prefill = early_prefill(work, since, floor)
         predicted, unmeasured = learned.seconds(prefill), self._unmeasured(prefill)
         hidden = 0.0 if counted else min(limits.cap, self._longest_hidden(work))
@@ -440,7 +443,7 @@ class Progress:
         is_unknown = bool(work) and all(hold.route in TIMED_ROUTES for hold in work)
         one_by_one = unseen if is_unknown or learned.one_by_one >= MIN_ONE_BY_ONE else 0.0
         is_streaming = counted or not any(hold.whole for hold in work)
-        gap = learned.gap if is_streaming else max(learned.gap, learned.whole_gap)
+        gap = (learned.gap if is_streaming else max(learned.gap, learned.whole_gap)) if work else 0.0
         asked, _ = allowed_silence(predicted, floor, gap, limits)
         allowed, ruled_by = allowed_silence(predicted, floor, gap, limits, max(unmeasured, one_by_one))
         kill = limits.cap if foreign else min(limits.cap, max(allowed, limits.kill + predicted, unseen))
