@@ -147,7 +147,7 @@ class CanarySignal:
         for path in self.kind.model_paths:
             if path in self._missing:
                 continue
-            async with self.session.get(self.engine + path, headers=self.headers) as response:
+            async with self.session.get(self.engine + path, headers=self.headers, timeout=NO_TIMEOUT) as response:
                 if response.status == 200:
                     self._choice = choose(await read_body(response, MAX_LIST_BYTES), self.model, used)
                     return self._no_model(self._choice, known)

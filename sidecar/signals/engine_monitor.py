@@ -54,6 +54,7 @@ class EngineMonitor:
         self._headers = {"authorization": f"Bearer {chosen.engine_key}"} if chosen.engine_key else {}
         self.scrape = ScrapeSignal("", None, absent="the engine has not answered yet")
         self._sleep = SleepSignal(session, "", (), {})
+        self._silent = False  # it takes connections and does not answer what would recognise it
         self._restarted = asyncio.Event()
         self.kind: EngineKind | None = None if chosen.engine_kind == "auto" else KINDS[chosen.engine_kind]
         self.canary: CanarySignal | None = None
@@ -81,7 +82,7 @@ class EngineMonitor:
     @property
     def unanswered(self) -> bool:
         """Whether the engine accepts connections and does not respond: its API or all of it hangs."""
-        return self.scrape.unanswered
+        return self._silent or self.scrape.unanswered
 
     @property
     def canary_disturbs(self) -> bool:
@@ -125,6 +126,7 @@ class EngineMonitor:
     async def _set_up(self) -> None:
         """Recognise this engine process and create its signals."""
         self._missing.clear()
+        self.scrape.unanswered = False  # that was the process before
         if self._settings.engine_kind == "auto":
             name = await self._recognise()
             if name != self.kind_name:
@@ -185,11 +187,14 @@ class EngineMonitor:
             )
             self._note_missing(answers)
             await self._note_trouble(answers)
+            self._silent = answers.unanswered
             name, status = registry.recognise(answers.pages), answers.status[MODELS]
             attempts += status not in registry.LOADING_STATUSES
             if name != "openai" or registry.is_foreign(answers.pages):
+                self._silent = False
                 return name
             if attempts >= MAX_INCONCLUSIVE_ATTEMPTS:
+                self._silent = False
                 if status in (401, 403):
                     _log.warning("engine %s requires an API key; set --engine-key", url)
                 return name

@@ -18,11 +18,15 @@ MISSING_STATUS: Final = 404
 
 @dataclass(slots=True)
 class ProbeAnswers:
-    """Responses by path: the HTTP status, or 0 with the last reason in `error`; and the bodies of status 200."""
+    """Responses by path: the HTTP status, or 0 with the last reason in `error`; and the bodies of status 200.
+
+    `unanswered`: the last request was taken, and got no answer.
+    """
 
     pages: dict[str, bytes] = field(default_factory=dict)
     status: dict[str, int] = field(default_factory=dict)
     error: str = ""
+    unanswered: bool = False
 
 
 async def probe_engine(
@@ -54,6 +58,7 @@ async def request_pages(
     """Request these paths and add the responses to `answers`."""
     timeout = aiohttp.ClientTimeout(total=timeout_s)
     for path in paths:
+        answers.unanswered = False
         try:
             async with session.get(engine + path, headers=headers, timeout=timeout) as response:
                 if response.status == 200:
@@ -61,5 +66,6 @@ async def request_pages(
                 answers.status[path] = response.status
         except TimeoutError:
             answers.status[path], answers.error = 0, f"no answer in {timeout_s:.0f} s"
+            answers.unanswered = True
         except (aiohttp.ClientError, OSError, ValueError) as e:
             answers.status[path], answers.error = 0, f"no connection ({type(e).__name__})"

@@ -435,3 +435,20 @@ async def test_what_another_model_cannot_do_is_no_evidence(canary: Callable[...,
         signal = canary(shown, kind="openai")
         outcomes = [(await signal.send(PATIENCE, used)).outcome for used in ("chat", "embed", "rank", "chat")]
         assert outcomes == ["ok", "rejected", "rejected", "ok"]
+
+
+async def test_a_list_of_models_may_take_as_long_as_the_canary() -> None:
+    """The session's own limit does not end it: "no token within 900 s" after 300 s would be untrue."""
+    listed = asyncio.Event()
+    async with engine(**{COMPLETIONS: (200, TOKEN)}) as shown:
+        short = aiohttp.ClientTimeout(total=0.1)
+        async with aiohttp.ClientSession(timeout=short) as session:
+
+            async def slow(_: web.Request) -> web.Response:
+                await asyncio.sleep(0.5)
+                listed.set()
+                return web.Response(text=models("vllm")[1])
+
+            shown.handlers["/v1/models"] = slow
+            result = await CanarySignal(session, shown.url, KINDS["vllm"], {}).send(PATIENCE)
+    assert result.outcome == "ok" and listed.is_set()

@@ -222,6 +222,28 @@ async def test_an_engine_without_a_page_shows_a_blocked_api(
         await until(lambda: not contact.unanswered)
 
 
+async def test_a_restarted_engine_that_answers_nothing_is_seen_while_it_is_recognised(
+    meet: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What takes connections and answers nothing cannot be recognised, and that is known; what answers ends it."""
+    free = asyncio.Event()
+    async with shown("vllm") as engine:
+        contact = await meet(engine)
+        await until(lambda: isinstance(contact.read(), Value))
+
+        async def blocked(_: web.Request) -> web.Response:
+            await free.wait()
+            return web.Response(status=503)
+
+        engine.handlers["/v1/models"] = blocked
+        monkeypatch.setattr(engine_monitor, "REQUEST_TIMEOUT_S", 0.2)
+        contact.engine_restarted()
+        await until(lambda: contact.unanswered)
+        free.set()
+        await until(lambda: not contact.unanswered)
+        engine.handlers.clear()
+
+
 real = engine_monitor.ScrapeSignal
 
 
