@@ -415,7 +415,7 @@ MODES: Final[dict[int, tuple[Story, ...]]] = {
     32: (Story(partial(hangs_again, faults=("freeze",) * 2), Setting(flags=RESTARTED)),),
     33: (Story(partial(hangs_again, faults=("freeze_busy",) * 3), Setting(flags=RESTARTED), relays=TWO),),
     34: (Story(partial(hangs_again, faults=("livelock", "freeze")), Setting(flags=RESTARTED), relays=TWO),),
-    35: (Story(full_of_long_prompts, Setting(flags=PATIENT), within=FOUND_S),),
+    35: (Story(full_of_long_prompts, Setting(flags=PATIENT), alone=True, within=FOUND_S),),
     36: (Story(partial(amid_calls, row=TRANSCRIPTION), Setting(flags=PATIENT), relays=TWO, within=FOUND_S),),
     37: (
         Story(

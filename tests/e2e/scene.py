@@ -253,7 +253,7 @@ async def scene(setting: Setting, relays: int, folder: Path, library: Path | Non
     driver.touch()
     environ = {"LD_LIBRARY_PATH": str(library), "NVML_STUB_SCRIPT": str(driver)} if library else {}
     made = EngineSettings(**{"listen": ("127.0.0.1", 0), "decode_step_ms": 20.0, **setting.engine})
-    flags = {"drain_seconds": "2", "workers": str(relays), "silence_kill": "3", **setting.flags}
+    flags = {"drain_seconds": "2", "workers": str(relays), "silence_kill": "6", **setting.flags}
     connector = aiohttp.TCPConnector(limit=0, force_close=True)  # a connection each, so that all relays get some
     async with (
         ScriptedEngine(made) as engine,

@@ -35,7 +35,8 @@ class HangCase:
 
 MODES: Final = (
     HangCase(1, "The core is dead, the API answers 200.", ("freeze",), "liveness", ("no_progress",)),
-    HangCase(2, "Running 0, waiting above 0, for minutes.", ("freeze_admission",), "liveness", ("admission_stalled",)),
+    HangCase(2, "Running 0, waiting above 0, for minutes.", ("freeze_admission",), "liveness",
+             ("admission_stalled", "no_progress")),
     HangCase(3, "The head of the queue is larger than the KV cache; it recovers when that request is aborted.",
              ("oversized_head",), "request", ("prompt_exceeds_kv_cache",)),
     HangCase(4, "KV connector and memory pressure deadlock.", ("kv_deadlock",), "liveness", ("no_progress",)),
@@ -68,8 +69,9 @@ MODES: Final = (
     HangCase(26, "A server that only makes images freezes.", ("images_only", "freeze"), "liveness", ("no_progress",)),
     # refusals
     HangCase(27, "The core freezes with a full queue: more requests, and canaries, get 503.", ("freeze_busy",),
-             "liveness", ("no_progress",)),
-    HangCase(28, "The same where a full queue answers 429.", ("freeze_busy",), "liveness", ("no_progress",)),
+             "liveness", ("no_progress", "admission_stalled")),
+    HangCase(28, "The same where a full queue answers 429.", ("freeze_busy",), "liveness",
+             ("no_progress", "admission_stalled")),
     HangCase(29, "After a fault it refuses everything at once, and nothing runs.", ("refuse_all",), "liveness",
              ("refuses_work",)),
     HangCase(30, "The front lost its worker: everything gets 404, no model is listed.", ("worker_lost",), "liveness",
