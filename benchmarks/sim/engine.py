@@ -230,7 +230,7 @@ class Engine:
         if not self.how.stuck_one:
             self._victim = None
         elif self._victim is None:
-            self._victim = next((s for s in self.running if s.owner == USER), None)
+            self._victim = next((s for s in self.running if s.owner == USER and s.first), None)
         return [s for s in self.running if s is not self._victim and s.rank != self.how.dead_rank]
 
     def _prefill(self, gpu: float, dt: float, now: float, out: list[Event]) -> float:

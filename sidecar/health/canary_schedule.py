@@ -4,8 +4,8 @@ Rules:
 - Start-up may compile for minutes: its canary gets the cap.
 - The canary of an idle engine is judged by those before it: by their median, so that one which waited out a pause
   does not lengthen the next.
-- The canary of a silence is given the rest of it: one that waits until a kill is due says as much as many that are
-  given up, and leaves nothing in the engine's queue.
+- The canary of a silence is given the rest of it, as long as a kill usually takes: one that waits until then says as
+  much as many that are given up, and leaves nothing in the engine's queue.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def canary_allowed(state: State, evidence: Evidence, passed_seconds: Sequence[fl
         return limits.cap
     shortest = min(limits.floor, CANARY_FLOOR_S)
     if evidence.age is not None:
-        return max(shortest, evidence.kill_after - evidence.age)
+        return max(shortest, min(evidence.kill_after - evidence.age, limits.kill))
     if len(passed_seconds) < MIN_KNOWN_CANARIES:
         return max(evidence.allowed, limits.unlearned)
     slowest = min(max(passed_seconds), MAX_MEDIANS * median(passed_seconds))

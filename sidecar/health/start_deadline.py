@@ -11,9 +11,9 @@ from typing import Final
 from sidecar.health.progress import SilenceLimits
 
 # Times the longest start seen; and caps, for a start that may take longer than any before (a model that is loaded from
-# the network instead of a cache): an hour by default.
+# the network instead of a cache): 37 minutes by default.
 START_MARGIN: Final = 3.0
-START_CAPS: Final = 4.0
+START_CAPS: Final = 2.5
 # A start takes connections when it is done. One that takes them and answers nothing for so many unlearned floors (five
 # minutes by default), or twice the longest start, is none.
 SILENT_FLOORS: Final = 5.0

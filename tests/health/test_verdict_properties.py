@@ -54,7 +54,7 @@ def silent(ticks: int, canary: str) -> Pod:
     pod = Pod().served()
     pod.request()
     pod.deliver()
-    pod.canaries = canary
+    pod.canaries = canary.removeprefix("canary ")
     for _ in range(ticks):
         if pod.tick() in DOWN:
             break
