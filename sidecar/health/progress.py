@@ -436,9 +436,7 @@ class Progress:
         # An idle engine is judged by its canaries, which have no gaps.
         floor = limits.floor if known or not (work or foreign) else max(limits.floor, limits.unlearned)
         prefill = early_prefill(work, since, floor)
-        longest = max(
-            (hold.prefill for hold in work if hold.first_at is None and hold.since <= since + floor), default=0.0
-        )
+        waiting = [hold.prefill for hold in work if hold.first_at is None and hold.since <= since + floor]
         predicted, unmeasured = learned.seconds(prefill), self._unmeasured(max(waiting, default=0.0))
         hidden = 0.0 if counted else min(limits.cap, self._longest_hidden(work))
         early = sum(hold.since <= since + CLOSE_S for hold in work)
