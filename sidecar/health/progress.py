@@ -438,7 +438,9 @@ class Progress:
         prefill = early_prefill(work, since, floor)
         waiting = [hold.prefill for hold in work if hold.first_at is None and hold.since <= since + floor]
         predicted, unmeasured = learned.seconds(prefill), self._unmeasured(max(waiting, default=0.0))
-        hidden = 0.0 if counted else min(limits.cap, self._longest_hidden(work))
+        # A counter of tokens counts neither pictures nor what else goes by unread.
+        uncounted = [hold for hold in work if hold.route in TIMED_ROUTES] if counted else work
+        hidden = 0.0 if any(hold.shows for hold in work) else min(limits.cap, self._longest_hidden(uncounted))
         early = sum(hold.since <= since + CLOSE_S for hold in work)
         unseen = 0.0 if 0 < early <= learned.concurrent else hidden
         is_unknown = bool(work) and all(hold.route in TIMED_ROUTES for hold in work)
@@ -463,9 +465,7 @@ class Progress:
         return 0.0 if self.is_speed_known or prefill <= self.learned.measured_to else UNMEASURED_SLOWNESS * prefill
 
     def _longest_hidden(self, work: list[OpenWork]) -> float:
-        """Seconds for which one of these may be generated unseen; 0 where one that shows stands still with the rest."""
-        if any(hold.shows for hold in work):
-            return 0.0
+        """Seconds for which one of these may be generated unseen."""
         return max((self._hidden(hold) for hold in work), default=0.0)
 
     def _look_for_concurrency(self, work: list[OpenWork], now: float) -> None:

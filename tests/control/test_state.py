@@ -266,7 +266,7 @@ def test_where_no_canary_passes_users_silence_decides_later() -> None:
     pod = Pod()
     pod.watch()
     pod.canaries, pod.control.health.canaries.passes = "rejected", None
-    pod.tick(60)
+    pod.tick(240)
     assert pod.states <= {"idle", "unknown"} and pod.state == "unknown"
     pod.decoding()
     assert 20 < pod.until("suspect") < 30

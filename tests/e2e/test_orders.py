@@ -11,7 +11,7 @@ from sidecar.tools.scripted_engine.server import ScriptedEngine
 from ..waiting import PATIENCE
 
 # SGLang's; the scripted engine is a vLLM and answers 404
-UNKNOWN = ("/release_memory_occupation", "/pause_generation", "/update_weights_from_disk")
+UNKNOWN = ("/release_kv_cache_memory", "/pause_generation", "/update_weights_from_disk")
 
 
 async def hang_up(sidecar: Any, path: str, announced: str) -> None:

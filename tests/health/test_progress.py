@@ -268,6 +268,17 @@ def test_a_request_that_nobody_reads_is_work_of_unknown_size() -> None:
     assert p.evidence([], 171.0).age is None
 
 
+def test_a_counter_of_tokens_says_nothing_of_work_that_goes_by_unread() -> None:
+    """Pictures are no tokens: an engine that counts those may be silent for a picture all the same."""
+    p = learned()
+    p.engine(EngineSample(running=1, generation_tokens=4), 9.0)
+    p.engine(EngineSample(running=1, generation_tokens=5), 10.0)
+    p.engine(EngineSample(running=0, generation_tokens=5), 11.0)
+    p.unread_opened((0, "a"), 11.0)
+    assert p.evidence([], 11.5).kill_after == LIMITS.cap
+    assert p.evidence([item(11.0, first=11.2)], 11.5).kill_after < LIMITS.cap, "a stream that shows would go on"
+
+
 def test_counters_that_stand_still_over_running_work_are_evidence() -> None:
     """Any that moves, also by prefill, ends it."""
     p = learned()
