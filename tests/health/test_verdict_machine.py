@@ -245,12 +245,24 @@ class Machine(RuleBasedStateMachine):
             assert e.outstanding > 0, "a part hangs only with work"
             assert any(WARNED <= p.now - at <= WITHIN for at in self.suspected), "readiness goes long before liveness"
             return
-        assert condition == "confirmed"
+        if condition == "start_overdue":
+            assert before.replaced and not before.served
+            return
         assert before.state == "suspect", "a stall is always suspected first; never is it found from unknown or exempt"
         canary = p.control.health.canaries.last
         assert canary is not None
-        assert canary.outcome in ("failed", "starved")
-        assert canary.started >= before.since
+        is_told = canary.outcome in ("failed", "starved") and canary.started >= (e.progress_at or 0.0)
+        if condition == "lost":
+            assert e.age is None and is_told
+            assert before.lost_at is not None
+            assert p.now - before.lost_at > LIMITS.kill
+        elif condition == "refuses_long":
+            assert e.outstanding == 0
+        else:
+            assert condition == "confirmed"
+            assert e.age is not None
+            assert e.age > e.kill_after, "silent beyond the time of a kill"
+            assert is_told or e.frozen or e.age > verdict.UNASKED_KILLS * e.kill_after
         assert p.now - p.delivered_at > verdict.FRESH_PROGRESS_S, "not while anything is delivered"
         assert e.age is None or e.age > e.allowed, "silent beyond what is allowed, or nothing but the canary was out"
         assert e.allowed <= CAP + LIMITS.blocked + 1e-9
