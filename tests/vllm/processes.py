@@ -55,6 +55,7 @@ ENGINE_FLAGS = (
 SIDECAR_FLAGS = {
     "canary-interval": "1",
     "silence-floor": "3",
+    "silence-kill": "9",
     "kill-interval": "0",  # one sidecar sees several hangs
     "silence-cap": "30",  # so 6 s before anything is learned
     "drain-seconds": "2",
