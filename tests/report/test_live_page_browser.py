@@ -148,12 +148,12 @@ def test_what_is_absent_says_why(site: Any, open_page: Callable[..., webdriver.C
     assert text_of(driver, "#engine") == "could not be read: connection refused"
     assert "off" in text_of(driver, "#images")
     assert "silence alone" in text_of(driver, "#canary")
-    site.publish(moment(canary=None))
-    await_text(driver, "#canary", "no result yet")
     assert "nothing outstanding" in text_of(driver, "#now-silence-of")
     assert "GPU busy not read" in text_of(driver, "#charts")
     assert text_of(driver, "#tenants") == "no request yet"
     assert not driver.find_element(By.ID, "draining").is_displayed()
+    site.publish(moment(canary=None))
+    await_text(driver, "#canary", "no result yet")
     site.publish(moment(601.0, draining=True))
     WebDriverWait(driver, PATIENCE, 0.05).until(lambda d: d.find_element(By.ID, "draining").is_displayed())
 
