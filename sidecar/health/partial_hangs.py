@@ -399,10 +399,10 @@ class StuckStreams:
         return bool(open_) and sum(stream.stuck for stream in open_) / len(open_) >= SEVERE_STUCK_SHARE
 
     def are_suspected(self) -> bool:
-        """Whether several streams had fallen silent one by one."""
+        """Whether several streams had fallen silent one by one, not all at once."""
         long = CLOCK_RUNS_AFTER_PROGRESS_S + self.table.limits.floor
-        silent = sum(stream.first and self.table.clock - stream.seen > long for stream in self.table.open)
-        return silent >= MIN_REPEATED_STUCK
+        silent = [stream.seen for stream in self.table.open if stream.first and self.table.clock - stream.seen > long]
+        return len(silent) >= MIN_REPEATED_STUCK and max(silent) - min(silent) > self.table.limits.floor
 
     def _is_stuck(self, stream: OpenStream, sample: EngineSample | None, learned: LatencyModel) -> bool:
         table = self.table
