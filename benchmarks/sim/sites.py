@@ -103,8 +103,8 @@ def prefills(trace: Trace, co: cost_model.Coefficients) -> tuple[float, ...]:
 
 
 def kill_bound() -> float:
-    """Seconds of silence before which nothing is killed, whatever is allowed; 0 where no setting bounds them."""
-    return float(getattr(Settings(engine="http://engine"), "silence_kill", 0.0))
+    """Seconds of silence before which nothing is killed, whatever is allowed."""
+    return Settings(engine="http://engine").silence_kill
 
 
 def windows(

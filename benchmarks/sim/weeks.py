@@ -9,7 +9,7 @@ Why passing over hides no false kill. A verdict leaves the calm states (idle, pr
 exemption, a part that hangs, requests that were overtaken, left unserved or refused, the sidecar's own trouble, a
 restart, a refused port, a canary that does not pass, or a silence longer than `allowed`. All but the last are alarms
 here, always in full resolution, or need an engine that is not healthy. A healthy engine's silence can end in a kill
-only when it outlasts `allowed` and the bound of kills (`silence_kill`, where the settings have it), and a canary
+only when it outlasts `allowed` and the bound of kills (`silence_kill`), and a canary
 starves in it. It is bounded per arrival by `sites.longest_gap`, in whatever order requests are scheduled, and `allowed`
 from below by `sites.least_allowed` (nothing learned; all that is learned lengthens it). Arrivals whose bound comes to
 80 % of the larger of `allowed` and the bound of kills are the natural windows; elsewhere no kill is possible. They are

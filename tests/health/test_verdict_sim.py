@@ -27,11 +27,8 @@ from sidecar.events import Admitted, Delivered, Settled, UnreadRequest  # noqa: 
 from sidecar.health.progress import SilenceLimits  # noqa: E402
 from sidecar.load.cost_model import Coefficients  # noqa: E402
 from sidecar.readings import Value  # noqa: E402
-from sidecar.settings import Settings  # noqa: E402
 
 CO = Coefficients()
-# Silences of the field's reports kill, and its hangs stay, where kills do not wait for a bound of their own.
-WAITS = hasattr(Settings(engine="http://engine"), "silence_kill")
 TRACES = {"synthetic": traces.synthetic()}
 TRACE = TRACES["synthetic"]
 
@@ -283,7 +280,7 @@ def test_a_field_report_of_a_healthy_engine_does_what_it_says(alarm: Alarm) -> N
     w.run(5)
     assert CLAIMS[alarm.text](w), (w.longest, w.seen, w.overtaken)
     assert w.site == before
-    if WAITS and not alarm.hidden:
+    if not alarm.hidden:
         assert w.killed(began) is None, w.trail
         assert (w.cut, w.engine.harmed) == (0, 0)
     weeks.settle(w)
@@ -317,7 +314,6 @@ def test_a_field_report_of_a_hang_hangs(mode: modes.Mode, load: str) -> None:
     assert sum(seq is not None and seq.sent == 5 for seq in sent) == (3 if mode.number in HALF else 0)
 
 
-@pytest.mark.skipif(not WAITS, reason="kills do not wait for a bound of their own: the field's hangs are not found")
 @pytest.mark.parametrize(("mode", "load"), FIELD, ids=lambda p: p if isinstance(p, str) else str(p.number))
 def test_the_production_code_finds_the_hang_of_a_field_report(mode: modes.Mode, load: str) -> None:
     """What is owed comes, with a right reason."""
