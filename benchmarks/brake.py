@@ -4,7 +4,7 @@
 
 The engine serves for a fixed or a random time (exponential), hangs, is found, is killed as soon as the policy allows,
 is restarted as soon as kubelet's back-off allows, and loads. Policy and back-off are production code under a simulated
-clock, in steps of ten seconds. Beside it the same engine, killed whenever it is found.
+clock, in steps of ten seconds. Compared with the same engine, killed whenever a hang is found.
 """
 
 from __future__ import annotations

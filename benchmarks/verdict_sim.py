@@ -165,7 +165,7 @@ def page(
             f"Simulated, not measured. Seed {args.seed}, traces: {names}; {spent[0]:.0f} s ({spent[1]:.0f} s of CPU) "
             f"on {args.processes} process(es).",
             report.coverage(tally),
-            "## Figures\n\nHangs of the whole engine, but for those amid a long prefill.\n\n"
+            "## Figures\n\nHangs of the whole engine, except those during a long prefill.\n\n"
             + report.figures(tally, trials),
             "## Both axes, in the terms of Chen, Toueg and Aguilera (2002)\n\n" + report.quality(tally, trials),
             "## Whole-engine hangs: found/all, then p50 / p99 seconds to the first failing check\n\n"

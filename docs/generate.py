@@ -287,13 +287,13 @@ How a kill may still be held back is in [kill-policy.md](kill-policy.md).
 ## The balance
 
 A stream that is silent on the wire need not be stuck: a parser holds back the arguments of a tool call, thoughts are
-hidden, an answer comes in one piece. No stop-watch can tell these from a hang, so tokens are counted: those that the
+hidden, an answer comes in one piece. A stop-watch cannot tell these from a hang, so tokens are counted: those that the
 engine says it generated, less those that streams delivered. What is left was generated for the silent ones.
 
 ![The balance of one silent stream](assets/balance.svg)
 
-While the balance rises, the engine works for the silent stream and its time begins anew. When the stream is stuck, what
-is generated is what the others get, and the balance falls by a quarter of what a working stream would have had. A
+While the balance rises, the engine works for the silent stream and its time restarts. When the stream is stuck, what is
+generated is what the others get, and the balance falls by a quarter of what a working stream would have had. A
 stream that would long have all that its client allows is no longer believed. Engines that count no tokens, or only at
 the end of a request, get the time of what the client allows (`max_tokens`, else the model's longest context) before
 liveness fails.
@@ -317,15 +317,15 @@ not been run with these rules.
 
 | figure | found | with one bound for both probes, 200 weeks |
 |---|---|---|
-| false kills | 1 in 2,178 alarms: a picture that went by unread; mended, the same week is calm | 16 in 501 |
+| false kills | 1 in 2,178 alarms: a picture that went by unread; since the fix the same week is calm | 16 in 501 |
 | healthy requests ended | 2, by that kill | 57 |
 | readiness withdrawn, queues empty: p50 / p99 | 13 / 22 s | p99 103 s |
 | readiness withdrawn, queues full: p50 / p99 | 13 / 26 s | p99 268 s |
 | kill, queues empty or full: p50 / p99 | 77 / 108 s | p99 292 s |
 | hangs of public failure reports, with their own reason | 54 of 54 | 2 of 18 |
 
-- Amid a prompt far longer than any seen, at a machine of unknown speed, 5 of 36 hangs were found within the trial. The
-  others wait for `--silence-cap`.
+- During a prompt far longer than any seen, on a machine of unknown speed, 5 of 36 hangs were found within the trial.
+  The others wait for `--silence-cap`.
 - Stops that an operator orders past the relay, without any sign, are taken for hangs: 11 such kills.
 - An engine that hangs 12, 20 or 30 minutes after each recovery is unready for 1.03 to 1.04 times as long as with
   simple restarts (`benchmarks/brake.py --days 10`, same day and machine); it was 3.3 to 4.2 times.

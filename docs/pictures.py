@@ -53,7 +53,7 @@ def drawings() -> dict[str, str]:
 
 @dataclass(frozen=True, slots=True)
 class Hang:
-    """A hang of a learned engine amid one stream, judged twice a second: when what happened, in seconds."""
+    """A hang of a learned engine during one stream, judged twice a second: when what happened, in seconds."""
 
     floor: float
     kill: float
@@ -113,7 +113,7 @@ def silence() -> str:
         (found.kill, f"kill bound {found.kill:.0f} s"),
     )
     parts += [line(x(at), 52, x(at), 214) + text(x(at), 230, name, "middle") for at, name in marks]
-    return svg(244, "A hang amid one stream: readiness goes at the floor, liveness at the kill bound", parts)
+    return svg(244, "A hang during one stream: readiness goes at the floor, liveness at the kill bound", parts)
 
 
 # --- the balance ---
@@ -156,7 +156,7 @@ def balance() -> str:
         text(plot.x(BALANCE_S * 0.97), plot.y(well[-1]) + 66, "withheld: the engine works for it", "end"),
         text(plot.x(BALANCE_S * 0.98), plot.y(0) - 12, "it is stuck: the others get all", "end"),
     ]
-    return svg(300, f"Generated minus delivered, for one silent stream beside {OTHERS} others", parts)
+    return svg(300, f"Generated minus delivered, for one silent stream next to {OTHERS} others", parts)
 
 
 # --- a queue ---

@@ -30,7 +30,7 @@ NOT_FOUND, TOO_MANY, REFUSED = 404, 429, 503  # statuses
 FAULTS: dict[str, dict[str, int | bool]] = {
     "refuse_all": {"refuses": REFUSED},  # nothing runs, and everything is refused at once
     "worker_lost": {"refuses": NOT_FOUND},  # the front lives, the worker behind it is gone
-    "zombies": {"zombies": True},  # what clients left goes on for ever, in all slots
+    "zombies": {"zombies": True},  # abandoned sequences run forever, in all slots
     "deaf_listener": {"deaf": True},  # of two listeners one takes connections and answers none
     "rank_gauge_stands": {"zero_gauge": True},  # the gauge of a dead rank reads 0
     "memory_released": {"released": True},  # a request that comes meanwhile kills the core

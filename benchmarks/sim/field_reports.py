@@ -78,7 +78,7 @@ def prompt_of(w: World, seconds: float) -> int:
     return max(1, int((sqrt(a * a + 2 * b * ms) - a) / b))  # each token attends to those before it: half of the square
 
 
-def told(w: World) -> dict[str, object]:
+def counted_or_not(w: World) -> dict[str, object]:
     """A site that counts what it generates, or one that does not; and how long its sequences may be."""
     counts = {"page": True, "lacks": frozenset()} if either(w) else {"page": either(w), "lacks": UNCOUNTED}
     return {**counts, "context": w.rng.choice((0, CONTEXT_TOKENS))}
@@ -91,7 +91,7 @@ def hidden(share: float) -> Callable[[World], None]:
     """Streams whose tokens the engine keeps: arguments of tool calls to their end, thoughts for a `share` of them."""
 
     def story(w: World) -> None:
-        with site(w, **told(w)):
+        with site(w, **counted_or_not(w)):
             if either(w):
                 w.traffic(few(w))
             seqs = []
@@ -109,7 +109,7 @@ def whole_answers(batch: int) -> Callable[[World], None]:
     """Answers in one piece as long as their model allows, without max_tokens; `batch` 1: a canary waits for them."""
 
     def story(w: World) -> None:
-        with site(w, **told(w), **({"max_batch": 1, "kind": "llamacpp"} if batch else {})):
+        with site(w, **counted_or_not(w), **({"max_batch": 1, "kind": "llamacpp"} if batch else {})):
             tokens = [tokens_in(w, spread(w.rng, 60, 600)) for _ in range(1 if batch else w.rng.randrange(1, 9))]
             seqs = [w.request(int(spread(w.rng, 200, 4000)), n, False, Special(unlimited=True)) for n in tokens]
             served(w, seqs, 620)
@@ -120,7 +120,7 @@ def whole_answers(batch: int) -> Callable[[World], None]:
 
 def after_short_answers(w: World) -> None:
     """One slot: forty short answers in one piece, then one of minutes."""
-    with site(w, **told(w), max_batch=1, kind="llamacpp"):
+    with site(w, **counted_or_not(w), max_batch=1, kind="llamacpp"):
         for _ in range(40):
             served(w, [w.request(50, tokens_in(w, spread(w.rng, 0.1, 1)), False)], 20)
         served(w, [w.request(50, tokens_in(w, spread(w.rng, 80, 300)), False, Special(unlimited=either(w)))], 320)
@@ -173,11 +173,11 @@ def prefixes(w: World) -> None:
         w.run(spread(w.rng, 60, 150))
 
 
-# --- the engine stands, or is far slower than any coefficient says ---
+# --- the engine stops, or is far slower than its coefficients predict ---
 
 
 def compiles(times: int, low: float, high: float) -> Callable[[World], None]:
-    """The whole engine stands while kernels of a new shape compile, in the midst of service."""
+    """The whole engine stops during service while kernels of a new shape compile."""
 
     def story(w: World) -> None:
         for _ in range(times):
@@ -264,7 +264,7 @@ def route(name: str, *, learned: bool) -> Callable[[World], None]:
 
 
 def odd_pages(**changes: object) -> Callable[[World], None]:
-    """A page that takes seconds, or that another process answers each time; amid traffic, and a long prefill."""
+    """A page that takes seconds, or that another process answers each time, during traffic and a long prefill."""
 
     def story(w: World) -> None:
         lacks = frozenset({"started"}) if either(w) else frozenset()
@@ -283,7 +283,7 @@ def odd_pages(**changes: object) -> Callable[[World], None]:
 
 
 def long_start(w: World) -> None:
-    """The engine is restarted beside the sidecar, and takes up to 20 minutes to load."""
+    """The engine is restarted next to a running sidecar, and takes up to 20 minutes to load."""
     w.traffic(None)
     seconds = spread(w.rng, 300, 1170)
     closed = w.rng.choice((1.0, 10.0, seconds))
@@ -344,7 +344,7 @@ def impatient(w: World) -> None:
 
 def without_canary(w: World) -> None:
     """The engine refuses every canary: a prefill, a compilation, a long answer in one piece, each alone."""
-    with site(w, takes_canary=False, kv_tokens=2_000_000, **told(w)):
+    with site(w, takes_canary=False, kv_tokens=2_000_000, **counted_or_not(w)):
         w.traffic(few(w))
         w.run(60)
         w.traffic(None)

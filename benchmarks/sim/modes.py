@@ -48,7 +48,7 @@ FIELD = (
     HangCase(143, "An engine of transcriptions freezes.", ("freeze_busy",), "liveness", ("no_progress",)),
     HangCase(151, "Restarted inside its container, it takes connections and answers nothing.", ("api_block",),
              "liveness", ("startup_stuck", "api_blocked")),
-    HangCase(152, "Restarted inside its container, it loads for ever.", ("start_hang",), "liveness",
+    HangCase(152, "Restarted inside its container, it loads forever.", ("start_hang",), "liveness",
              ("startup_stuck",)),
     HangCase(161, "Zombies hold all slots; users leave after 30 s.", ("zombies",), "readiness", ("work_unserved",)),
     HangCase(205, "The worker behind the front is lost: 404 to all.", ("worker_lost",), "liveness", ("refuses_work",)),
@@ -123,7 +123,7 @@ def new_and_silent(w: World) -> None:
 
 
 def new_and_loading(w: World) -> None:
-    """The engine was restarted at once, and loads for ever."""
+    """The engine was restarted at once, and loads forever."""
     w.restart_engine(2.0)
     w.engine.fault("start_hang")
 
@@ -321,7 +321,7 @@ def strike(w: World, mode: Mode) -> None:
 
 
 def over(w: World, mode: Mode, at: float) -> bool:
-    """Whether all have spoken; where readiness is owed, for long enough to see whether liveness follows."""
+    """Whether liveness has failed and every baseline has killed; otherwise the trial goes on to its horizon."""
     return w.first(UNLIVE, at) is not None and all(b.killed_at is not None for b in w.rivals.baselines)
 
 

@@ -112,7 +112,7 @@ def by_queue(trials: Sequence[Trial]) -> str:
 
 
 def field(trials: Sequence[Trial]) -> str:
-    """One row per hang of the field's reports and load: what is owed, and what came."""
+    """One row per hang of the field's reports and load: what was expected, and what happened."""
     rows = []
     for mode, load in dict.fromkeys((t.mode, t.load) for t in trials if t.is_field):
         mine = [t for t in trials if (t.mode, t.load) == (mode, load)]

@@ -73,7 +73,7 @@ class _Tried:
     known: set[str] = field(default_factory=set)  # all paths that did
     rejected: set[CanaryForm] = field(default_factory=set)
     failures: dict[CanaryForm, int] = field(default_factory=dict)  # of forms that never passed
-    served: set[str] = field(default_factory=set)  # routes of users whose forms were tried once more
+    served: set[str] = field(default_factory=set)  # routes of users whose forms were tried again
     has_transfer: bool = False  # the engine misses the names of a transfer
     is_doubted: bool = False  # the form that passed was refused the last time
 
@@ -122,7 +122,7 @@ class CanaryForms:
         tried.failures.clear()
 
     def failed(self, form: CanaryForm, model: str = "", *, starved: bool = False) -> None:
-        """A form that never passed failed: others go first. It counts as rejected in the end, unless it `starved`."""
+        """A form that never passed failed: others go first. After MAX_FAILURES it is rejected, unless it `starved`."""
         tried = self._tried(model)
         if form.path in tried.known:
             return

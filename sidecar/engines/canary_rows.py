@@ -25,8 +25,8 @@ IDLE_ENDS: Final = ("load", "unload")
 class CanaryRow:
     """One canary. `fields` are its body without the model.
 
-    `routes`: the users' routes that it stands for, as relay/request_body.py names them. `works` tells whether the JSON
-    of the answer shows work; None: it is a stream of one token, which takes a priority. `is_upload`: a form with a
+    `routes`: the users' routes that it stands for, as relay/request_body.py names them. `works` decides whether the
+    JSON of the answer shows work; None: it is a stream of one token, which takes a priority. `is_upload`: a form with a
     sound file, no JSON. `names_model`: the engine wants the model's name. `prompt_tokens` count if the answer does not
     say.
     """

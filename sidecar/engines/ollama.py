@@ -4,7 +4,7 @@
   are loaded, with the context that each was loaded with.
 - A request with another context than the loaded one makes it load the model again (sched.go, needsReload): a canary
   asks for the one that is loaded. A user who chooses num_gpu, num_thread or num_batch is not seen there.
-- A request begins the model's time to live anew, and its prompt takes the place of a user's in the cache of a slot, of
+- A request restarts the model's time to live, and its prompt takes the place of a user's in the cache of a slot, of
   which there is one by default (OLLAMA_NUM_PARALLEL). So canaries are sent only into a suspicion.
 """
 

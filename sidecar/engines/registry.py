@@ -84,7 +84,7 @@ def is_foreign(pages: Mapping[str, bytes]) -> bool:
 
 
 def _mark_paths(models: bytes) -> Iterator[str]:
-    """The marks worth a request. Kinds whose list of models tells them by its owner are excluded by a foreign one."""
+    """The marks worth a request. Kinds known by the owner in their list of models are excluded by a foreign one."""
     cards = _cards(models)
     own_named = any(card.get("owned_by") == card.get("id") for card in cards)
     tagged = any(":" in str(card.get("id")) for card in cards)

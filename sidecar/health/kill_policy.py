@@ -3,11 +3,11 @@
 A kill is liveness that begins to fail; kubelet restarts the container. Rules:
 - A kill is to be paid for by six minutes of service. While all are paid for, the next comes at once: a brake would cost
   more than the restarts. As long as some are not, there is an interval between kills, which doubles with every six
-  minutes owed. Whatever makes the verdict wrong must not cause a storm of restarts, each of which costs minutes of
+  minutes unpaid. A wrong verdict, for any reason, must not cause a storm of restarts, each of which costs minutes of
   loading. Ten minutes of service without a break pay for everything: that restart helped.
 - Replicas that stall at once are killed one after another: each waits for its own share of the jitter.
-- When the service of some restarts is owed, the engine is escalated to an operator, and tried again once an hour until
-  an attempt helps: an hour later the cause may be gone, and nobody may have come.
+- When the service of some restarts is unpaid, the engine is escalated to an operator, and tried again once an hour
+  until an attempt helps: an hour later the cause may be gone, and no operator may have come.
 - After an XID that only a reset of the GPU or a reboot repairs, no restart is requested until an operator resumes
   restarts or the engine was healthy for an hour.
 - A kill stands until the engine was seen to restart or to recover: liveness that continues to fail is no second kill.
@@ -41,8 +41,8 @@ KILL_REASONS: Final = (*REASON_TEXTS, OTHER)
 MAX_CODE_CHARS: Final = 64
 MAX_CODES: Final = 200
 
-# The longest time between two kills: while half an hour is owed, or after an escalation, a pod costs at most a restart
-# an hour.
+# The longest time between two kills: while half an hour is unpaid, or after an escalation, a pod costs at most a
+# restart an hour.
 MAX_INTERVAL_S: Final = 3600.0
 # Replicas that stall at once are killed within this time, each at its own time, by POD_UID or POD_NAME. Longer than a
 # period of their liveness probe (5 s), which would bring them together again, and short compared with the silence that

@@ -55,7 +55,7 @@ MIN_EXCESS_READINGS: Final = 5
 BATCH_TOKENS: Final = 16_384
 # Routes whose answer is no text: their time is that of the route.
 TIMED_ROUTES: Final = ("audio", "unread")
-# Processes behind one port that are told apart.
+# Processes behind one port that are distinguished.
 MAX_PAGES: Final = 4
 # A start time of the engine's process that lies so long before the last page is not of a new process.
 START_SLACK_S: Final = 2.0
@@ -65,7 +65,7 @@ FROZEN_SLACK_S: Final = 2.0
 TOGETHER_S: Final = 2.0
 # Requests that came so soon after the silence began were there with it.
 CLOSE_S: Final = 1.0
-# A request that nobody reads and that is answered sooner may need the API process only (/tokenize).
+# A request passed on unread that is answered sooner may need the API process only (/tokenize).
 MIN_UNREAD_WORK_S: Final = 2.0
 # A canary next to users' work that takes longer waited for it.
 ONE_BY_ONE_S: Final = 4.0
@@ -311,7 +311,7 @@ class Progress:
         self._mark("completed", now)
 
     def unread_opened(self, key: Key, now: float) -> None:
-        """A request that nobody reads is with the engine."""
+        """A request that the relay passes on unread is with the engine."""
         self.unread[key] = UnreadWork(now)
         self.admitted(key, None, now, "unread")
 
@@ -331,9 +331,9 @@ class Progress:
 
     def canary_passed(self, started: float, ended: float) -> None:
         """A canary passed. Next to users' requests that were there before and after it, it shows concurrency."""
-        beside = sum(since < started for since in self._work_since)
-        if beside and self._ended_at < started:
-            self.learned.concurrent, self.learned.one_by_one = max(self.learned.concurrent, beside), 0
+        others = sum(since < started for since in self._work_since)
+        if others and self._ended_at < started:
+            self.learned.concurrent, self.learned.one_by_one = max(self.learned.concurrent, others), 0
         elif self._ended_at >= started and ended - started > ONE_BY_ONE_S:
             self.learned.one_by_one += 1
 
@@ -457,7 +457,7 @@ class Progress:
         return max(self.kinds.items(), key=lambda item: item[1]) if self.kinds else ("none", None)
 
     def moves(self, since: float) -> bool:
-        """Whether any counter of the engine moved amid a silence since `since`."""
+        """Whether any counter of the engine moved during the silence since `since`."""
         return self._moved_at > since + FROZEN_SLACK_S
 
     def _unmeasured(self, prefill: float) -> float:
@@ -500,7 +500,7 @@ class Progress:
     def _is_frozen(self, work: list[OpenWork], since: float, now: float, *, counted: bool) -> bool:
         """Whether the engine's page shows work, and no counter of it moved in the silence.
 
-        Only counters that move while it works can tell: tokens, or answers where they are short.
+        Only counters that move while it works can show it: tokens, or answers where they are short.
         """
         if self._sample is None or now - self._read_at > COUNTER_STALE_S or load(self._sample) <= 0:
             return False

@@ -32,7 +32,7 @@ class HangClues:
     """What a cause is chosen from. `sample` is None where the page could not be read; `xid_age` None without an XID.
 
     `unanswered`: seconds for which the API has answered nothing; `iterating`: readings in a row in which steps moved;
-    `part`: the code of a part that had begun to hang before, "" for none; `moves`: a counter of the engine moved amid
+    `part`: the code of a part that had begun to hang before, "" for none; `moves`: a counter of the engine moved in
     the silence; `waiting`: seconds for which the oldest of the relay's requests has waited, None where one of them was
     begun or none is open; `ended`: seconds since the engine ended a request, None before it did; `vanished`: requests
     that ran left the engine's gauge and did not end.
@@ -161,7 +161,7 @@ STATE_TEXTS: Final[dict[str, str]] = {
     "canary_ok": "a canary passed",
     "within_allowed": "work is outstanding and silent, within the time that it may be",
     "no_work": "nothing is outstanding",
-    "garbage_output": "the last canaries were answered otherwise than all before them; nothing is restarted for it",
+    "garbage_output": "the last canaries were answered differently from all before them; nothing is restarted for it",
     "awaiting_first_token": "the engine has started and served nothing yet",
     "engine_restarted": "another process of the engine answers; it has served nothing yet",
     "engine_restarting": "the stalled or dead engine is being restarted",

@@ -1,7 +1,7 @@
 """Pure: how long an engine process that replaced another one may start, before liveness fails.
 
 kubelet's start-up probe watches the first start of a container, and every start after kubelet's own restarts. A process
-that a supervisor started anew inside the container is watched by nobody else.
+that a supervisor restarted inside the container is watched only here.
 """
 
 from __future__ import annotations

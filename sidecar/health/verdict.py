@@ -10,7 +10,7 @@ to the next state and its reason. Rules:
   UNASKED_KILLS times as long. "Busy" confirms where the counters stand still.
 - What served and refuses everything now is not ready, then dead. So is a process that replaced another one under the
   sidecar and never serves.
-- Unknown is neither healthy nor failed, and never for ever.
+- Unknown is neither healthy nor failed, and never lasts forever.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ def _is_refused_long(before: VerdictState, inputs: VerdictInputs) -> bool:
 
 
 def _silence(before: VerdictState, inputs: VerdictInputs) -> float:
-    """Seconds of silence; a canary that passes begins it anew."""
+    """Seconds of silence; a canary that passes resets it."""
     return min(inputs.evidence.age or 0.0, inputs.now - before.window_at)
 
 

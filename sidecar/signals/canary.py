@@ -41,7 +41,7 @@ class CanarySignal:
     """Sends canaries. `send` never raises; the caller sends one at a time.
 
     `asleep` is awaited first, for engines that a request would wake. `priority` puts a request before all others.
-    `is_idle` tells whether the engine says that nothing runs.
+    `is_idle` returns whether the engine reports that nothing runs.
     """
 
     session: aiohttp.ClientSession

@@ -18,7 +18,7 @@ IDLE_INTERVAL_S: Final = 5.0
 
 @dataclass(eq=False, slots=True)
 class ContactPace:
-    """The pace of one engine. `busy` is set by whoever knows of work or of a doubt, and cleared when there is none."""
+    """The pace of one engine. `busy` is set while work or a doubt is known, and cleared when there is none."""
 
     busy: asyncio.Event = field(default_factory=asyncio.Event)
     clock: Callable[[], float] = time.monotonic

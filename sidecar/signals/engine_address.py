@@ -124,7 +124,7 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 
 async def _speaks_tls(host: str, port: int) -> bool:
-    """Whether a TLS handshake succeeds, whoever signed the certificate."""
+    """Whether a TLS handshake succeeds, regardless of who signed the certificate."""
     context = ssl.create_default_context()
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     try:

@@ -49,7 +49,7 @@ class HangProofThread:
             except Exception as e:  # noqa: BLE001 - any error becomes part of the evidence
                 result = Failed(f"the engine's processes could not be examined ({type(e).__name__})")
             self._busy = False
-            with suppress(concurrent.futures.InvalidStateError):  # nobody waits any more
+            with suppress(concurrent.futures.InvalidStateError):  # no caller is waiting any more
                 done.set_result(result)
 
         self._busy = True

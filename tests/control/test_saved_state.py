@@ -82,7 +82,7 @@ def test_another_process_of_the_engine_shares_only_what_was_learned() -> None:
 
 
 def file_of_version_3(it: SavedState, now: float = 100.0) -> Any:
-    """As the sidecar wrote it before kills had reasons, amid a stall after two useless restarts of three."""
+    """As the sidecar wrote it before kills had reasons, during a stall after two useless restarts of three."""
     raw = file_of(it, now)
     for new in ("kills", "owed", "credited", "restarted"):
         del raw["kept"]["fleet"][new]

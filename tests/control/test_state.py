@@ -262,7 +262,7 @@ def test_the_model_that_users_were_served_with_last_is_known_until_the_engine_is
 
 
 def test_where_no_canary_passes_users_silence_decides_later() -> None:
-    """Idle, nothing can be known. Over work that is silent for long readiness goes, and at last liveness."""
+    """When idle, nothing can be known. Work that is silent for long fails readiness first, and liveness later."""
     pod = Pod()
     pod.watch()
     pod.canaries, pod.control.health.canaries.passes = "rejected", None

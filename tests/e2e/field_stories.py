@@ -69,7 +69,7 @@ async def all_served(s: Scene, *requests: Awaitable[str]) -> None:
 
 
 async def stopped_after(s: Scene, tasks: list[asyncio.Task[Any]], *waited: asyncio.Task[str]) -> None:
-    """Wait for requests to be served, then end the clients that were beside them."""
+    """Wait for requests to be served, then end the clients next to them."""
     await all_served(s, *waited)
     for task in tasks:
         task.cancel()
@@ -171,7 +171,7 @@ async def with_a_queue(s: Scene) -> None:
 
 
 async def while_idle(s: Scene, fault: str, **parameters: float) -> None:
-    """Nobody asks but canaries."""
+    """Only canaries are sent."""
     s.fault(fault, **parameters)
 
 
@@ -184,13 +184,13 @@ async def withheld(s: Scene) -> None:
     await all_served(s, *(s.ask(LONG, tools=TOOLS) for _ in range(3)))
 
 
-async def hidden(s: Scene, tokens: int | None = LONG, *, fault: str = "hide", beside: int = 0, **body: Any) -> None:
+async def hidden(s: Scene, tokens: int | None = LONG, *, fault: str = "hide", others: int = 0, **body: Any) -> None:
     """A long stream of which nothing is seen before its end, once the engine is known."""
-    clients = s.crowd(max(beside, 2))
+    clients = s.crowd(max(others, 2))
     await learnt(s)
     s.begin()
     s.fault(fault)
-    if not beside:
+    if not others:
         for client in clients:
             client.cancel()
     await stopped_after(s, clients, s.open(tokens, **body))
@@ -253,7 +253,7 @@ async def long_embedding(s: Scene) -> None:
 
 
 async def without_a_limit(s: Scene, requests: int = 4) -> None:
-    """Short answers, then whole ones of which nobody said how long they may be."""
+    """Short answers, then whole ones without a limit of their length."""
     clients = s.crowd(2)
     await learnt(s)
     s.begin()
@@ -263,7 +263,7 @@ async def without_a_limit(s: Scene, requests: int = 4) -> None:
 
 
 async def unknown_work(s: Scene, path: str, **body: Any) -> None:
-    """A request that nobody priced, on an engine that does nothing else meanwhile."""
+    """A request without a price, on an engine that does nothing else meanwhile."""
     s.fault("serial_http")
     await all_served(s, s.call(path, body))
 
@@ -307,7 +307,7 @@ async def first_long_prompt_again(s: Scene) -> None:
 
 
 async def served_then_idle(s: Scene, row: Call) -> None:
-    """Users are served, then nobody asks, then they are served again."""
+    """Users are served, then there are no requests, then users are served again."""
     path, body = row
     for _ in range(LEARNT):
         await all_served(s, s.call(path, body()))
@@ -340,7 +340,7 @@ async def users_model(s: Scene) -> None:
 
 
 async def nothing_loaded(s: Scene) -> None:
-    """Nobody uses any model."""
+    """No client uses any model."""
     s.begin()
     await asyncio.sleep(WATCHED_S)  # the idle time
     assert s.engine.models.loads == 0
@@ -369,7 +369,7 @@ async def foreign_streams(s: Scene) -> None:
 
 
 async def odd_pages(s: Scene, fault: str, **parameters: float) -> None:
-    """Users are served, then nobody asks."""
+    """Users are served, then there are no requests."""
     clients = s.crowd(2)
     await s.served()
     s.fault(fault, **parameters)
@@ -379,7 +379,7 @@ async def odd_pages(s: Scene, fault: str, **parameters: float) -> None:
     await asyncio.sleep(WATCHED_S / 2)  # the idle time
 
 
-# Patience that would add up over a queue, or start from what nobody has learned, is longer than a test waits.
+# Patience that would add up over a queue, or start before anything was learned, is longer than a test waits.
 PATIENT: Final = {"silence_cap": "400"}
 FOUND_S: Final = 80.0
 # Without counters a canary decides whether readiness stays; it needs a moment on a busy machine.
@@ -440,7 +440,7 @@ MODES: Final[dict[int, tuple[Story, ...]]] = {
 }
 ALARMS: Final[dict[int, tuple[Story, ...]]] = {
     18: (Story(withheld, Setting(flags=COUNTED)),),
-    19: (Story(partial(hidden, beside=3), Setting(flags=COUNTED), relays=TWO),),
+    19: (Story(partial(hidden, others=3), Setting(flags=COUNTED), relays=TWO),),
     20: (
         Story(
             partial(hidden, tokens=400, fault="withhold_tools", tools=TOOLS),

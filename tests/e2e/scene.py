@@ -105,7 +105,7 @@ class Scene:
         return await self._ended(end())
 
     def begin(self) -> None:
-        """What is owed is owed from here."""
+        """What the case expects is measured from here."""
         self.began = time.monotonic()
         self.ended.clear()
 

@@ -75,7 +75,7 @@ def test_the_row_gets_what_is_owed(row: Row, found: dict[str, Found]) -> None:
 
 
 def test_every_mode_and_alarm_is_played() -> None:
-    """Every row of the catalogue has a story, names faults that exist, and has a reason where one is owed."""
+    """Every row of the catalogue has a story, names faults that exist, and has a reason where one is expected."""
     for kind, cases in CASES.items():
         assert [case.number for case in cases] == list(STORIES[kind]) == list(range(1, len(cases) + 1))
         for case in cases:

@@ -103,7 +103,7 @@ def test_a_rejected_form_is_tried_again_only_where_users_are_served() -> None:
 
 
 def test_failures_of_a_form_that_never_passed_end() -> None:
-    """A form that answers 500 or breaks off comes after the others, and is left out in the end; starving leaves it."""
+    """A form that answers 500 or breaks off comes after the others and is later left out; one that starves is kept."""
     forms = CanaryForms(KINDS["tgi"], None)
     completions, chat = CanaryForm(COMPLETIONS), CanaryForm(CHAT)
     forms.failed(completions, "m")

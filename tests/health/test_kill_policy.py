@@ -130,7 +130,7 @@ def test_an_engine_that_hangs_again_and_again_but_serves_between_is_restarted_at
 
 
 def test_each_minute_of_service_shortens_the_interval_again() -> None:
-    """Four kills without service, then four minutes of it: less is owed; ten minutes without a break forgive all."""
+    """Four kills without service, then four of it leave less unpaid; ten minutes without a break forgive all."""
     story = Story(replace(LIMITS, useless=0))
     for _ in range(4):
         story.hang()
@@ -159,7 +159,7 @@ def test_hangs_at_random_cost_little_more_than_the_restarts() -> None:
 
 
 def test_two_restarts_that_do_not_help_are_followed_by_one_an_hour() -> None:
-    """Stalled a third time: handed over, and tried again once an hour for as long as nobody comes."""
+    """Stalled a third time: escalated, and tried again once an hour until an operator comes."""
     story = Story()
     for _ in range(2):
         story.be("stalled", 1200)
@@ -175,7 +175,7 @@ def test_two_restarts_that_do_not_help_are_followed_by_one_an_hour() -> None:
 
 
 def test_hangs_every_five_minutes_grow_apart_and_never_end_for_ever() -> None:
-    """Served for nearly five minutes after each restart, which is too little: in the end one attempt an hour."""
+    """Served for nearly five minutes after each restart, which is too little: it comes down to one attempt an hour."""
     story = Story()
     while story.now < 2 * DAY:
         story.hang()
@@ -256,7 +256,7 @@ def test_a_broken_gpu_ends_by_an_operator_or_a_healthy_hour(xid: int, clear: str
 
 
 def test_an_operator_ends_any_hold() -> None:
-    """Resumed: killed at once, and the counting begins anew."""
+    """Resumed: killed at once, and counting starts again."""
     story = Story()
     for _ in range(2):
         story.be("stalled", 1200)

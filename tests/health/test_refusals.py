@@ -44,7 +44,7 @@ def test_busy_is_a_refusal_only_while_nothing_runs() -> None:
 
 @pytest.mark.parametrize("status", [400, 404, 422, 429])
 def test_users_alone_may_all_be_wrong(status: int) -> None:
-    """A client with the name of another model is refused for ever."""
+    """A client with the name of another model is refused forever."""
     refusals = RefusedWork()
     for n in range(50):
         user(refusals, status, 10.0 + n)

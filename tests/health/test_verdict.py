@@ -72,7 +72,7 @@ def test_a_silent_hang_is_suspect_then_stalled_once_a_fresh_canary_starved() -> 
 
 
 def test_without_a_canary_that_tells_silence_takes_three_times_as_long() -> None:
-    """Unknown is never for ever: users' silence alone decides in the end."""
+    """Unknown never lasts forever: after long enough users' silence decides alone."""
     w = World().started()
     w.work_since = w.progress_at = w.now
     assert w.wait(58).state == "suspect", "no kill without a confirming canary"
@@ -121,7 +121,7 @@ def test_an_engine_that_served_and_refuses_everything_is_unready_then_dead() -> 
 
 
 def test_a_process_that_replaced_another_has_a_deadline_to_serve() -> None:
-    """A supervisor in the container started it anew, and it never answers. The pod's own start is kubelet's."""
+    """A supervisor in the container restarted it, and it never answers. The pod's own start is kubelet's."""
     first = World()
     assert first.tick(start_overdue=True).state == "starting"
     w = World().started()

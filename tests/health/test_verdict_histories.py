@@ -26,7 +26,7 @@ steps = st.lists(
 @given(steps)
 def test_stalled_needs_the_silence_of_a_kill_and_a_canary_that_failed_in_it(script: list[tuple[str, int]]) -> None:
     """In any history: stalled is entered only from suspect, never within the time of a kill, and only by a canary that
-    was sent in the silence and failed or starved, or by three times that silence where none tells."""
+    was sent in the silence and failed or starved, or by three times that silence where none can."""
     w = World().started()
     for action, ticks in script:
         _act(w, action)

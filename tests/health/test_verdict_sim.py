@@ -316,7 +316,7 @@ def test_a_field_report_of_a_hang_hangs(mode: modes.Mode, load: str) -> None:
 
 @pytest.mark.parametrize(("mode", "load"), FIELD, ids=lambda p: p if isinstance(p, str) else str(p.number))
 def test_the_production_code_finds_the_hang_of_a_field_report(mode: modes.Mode, load: str) -> None:
-    """What is owed comes, with a right reason."""
+    """The expected probe fails, with a right reason."""
     found = tried(mode, load)
     assert found.found is not None, found.trail
     assert found.right, found.trail

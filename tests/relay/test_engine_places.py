@@ -80,7 +80,7 @@ async def test_requests_and_websockets_reach_an_engine_of_a_private_authority(ri
 
 
 async def test_a_certificate_that_is_not_trusted_is_no_start(rig: Any, tmp_path: Path) -> None:
-    """The client is not told to wait for an engine that runs."""
+    """The error does not claim that an engine that runs is starting."""
     async with engine(tls=Authority(tmp_path).context()) as url:
         relay = await rig(url)
         async with relay.client.post(f"{relay.url}/v1/completions", data=b"{}") as answer:

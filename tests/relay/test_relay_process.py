@@ -193,7 +193,7 @@ async def test_it_outlives_its_control_process(relay_process: Any, serve: Any, e
 
 
 async def test_the_next_control_process_learns_of_open_calls(relay_process: Any, serve: Any, emitted: Any) -> None:
-    """Unread calls that are open when control is replaced are told to the next one, and so are their ends."""
+    """Unread calls that are open when control is replaced are reported to the next one, and so are their ends."""
     url, go_on = await two_step_engine(serve)
     process = await relay_process(url)
     async with aiohttp.ClientSession() as client:

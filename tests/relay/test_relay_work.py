@@ -266,5 +266,5 @@ async def test_an_admission_tells_what_the_body_says_of_its_turn(rig: Any, serve
     packed, encoded = gzip.compress(b"{}", mtime=0), {"content-encoding": "gzip"}
     async with r.client.post(r.url + "/v1/chat/completions", data=packed, headers=encoded) as got:
         await got.read()
-    told = [(event.priority, event.reorders, event.withholds) for event in r.emitted.of(Admitted)]
-    assert told == [(-7, False, False), (0, True, False), (0, False, True), (0, True, True)]
+    reported = [(event.priority, event.reorders, event.withholds) for event in r.emitted.of(Admitted)]
+    assert reported == [(-7, False, False), (0, True, False), (0, False, True), (0, True, True)]

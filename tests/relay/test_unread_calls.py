@@ -27,7 +27,7 @@ def marks(r: Any) -> list[tuple[bool, int]]:
 
 
 class HeldEngine:
-    """An engine that answers once it is told to."""
+    """An engine that answers when the test lets it."""
 
     def __init__(self, status: int = 200) -> None:
         self.status = status

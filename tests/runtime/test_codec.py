@@ -91,5 +91,5 @@ async def test_channel_delivers_in_order_and_reports_the_end() -> None:
         writer.send(record)
     writer.close()
     await closed.wait()
-    writer.send(RECORDS[0])  # which raises nothing although nobody listens
+    writer.send(RECORDS[0])  # which raises nothing although there is no reader
     assert got == RECORDS

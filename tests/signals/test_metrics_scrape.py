@@ -155,7 +155,7 @@ async def test_a_slow_page_is_read_and_meanwhile_the_api_asked(serve: Serve, ses
 
 
 async def test_a_page_too_old_is_no_reading(serve: Serve, session: aiohttp.ClientSession) -> None:
-    """While the next page is outstanding the last one is evidence for so long, not for ever."""
+    """While the next page is outstanding the last one is evidence for a limited time, not forever."""
     now = 0.0
     signal = ScrapeSignal(await serve(answering()), parse, clock=lambda: now)
     await signal.poll(session)
@@ -166,7 +166,7 @@ async def test_a_page_too_old_is_no_reading(serve: Serve, session: aiohttp.Clien
 
 
 async def test_each_scrape_has_a_connection_of_its_own(serve: Serve) -> None:
-    """Of several API processes the one that hangs does not keep the page for ever."""
+    """Of several API processes the one that hangs does not keep the page forever."""
     peers: set[object] = set()
     thrice = asyncio.Event()
 

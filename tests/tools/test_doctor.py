@@ -369,11 +369,11 @@ def test_more_processes_than_cpus_is_a_warning() -> None:
 
 def test_text_is_aligned_and_remedies_follow() -> None:
     """One line each, the remedy below, a count at the end."""
-    lines = text({"a": DoctorFinding("ok", "well"), "longer": DoctorFinding("fail", "broken", "mend it")}).splitlines()
+    lines = text({"a": DoctorFinding("ok", "well"), "longer": DoctorFinding("fail", "broken", "fix it")}).splitlines()
     assert lines == [
         "ok      a       well",
         "fail    longer  broken",
-        "                -> mend it",
+        "                -> fix it",
         "1 to fix",
     ]
 

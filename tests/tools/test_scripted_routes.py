@@ -103,7 +103,7 @@ async def test_the_length_of_an_answer_without_a_limit() -> None:
     [("/api/chat", {"messages": [{"role": "user", "content": "hello"}]}), ("/api/generate", {"prompt": "hello"})],
 )
 async def test_native_routes_answer_in_lines(path: str, asked: dict[str, Any]) -> None:
-    """They stream lines of JSON unless told not to; the last one is done and has the counts."""
+    """They stream lines of JSON unless asked not to; the last one is done and has the counts."""
     async with running_engine() as client:
         body = {**asked, "options": {"num_predict": 4}}
         async with client.session.post(path, json=body) as response:

@@ -48,7 +48,7 @@ NO_PNM = RequestRefused(500, "InternalServerError", "The image format Pnm is not
 REFUSED = ("NotFoundError", "Not Found")
 REFUSALS = {500: (CORE_DEAD.kind, str(CORE_DEAD)), 503: ("ServiceUnavailableError", "The engine takes no work.")}
 WORK_PATHS = ("/v1/", "/api/")
-# Connections that are told apart.
+# Connections that are distinguished.
 MAX_CLIENTS = 1 << 16
 
 

@@ -19,7 +19,7 @@ class Behaviour:
     last_token: bool = True  # a sequence of more than `short` tokens can generate its last token
     short: int = 0
     stuck_one: bool = False  # the oldest running sequence never advances
-    zombies: bool = False  # sequences of nobody fill the batch and generate for ever
+    zombies: bool = False  # sequences without a client fill the batch and generate forever
     grammar_seconds: float = 0.0  # before a request with a grammar can be scheduled; later ones overtake it
     oversized: bool = False  # a prompt over the KV capacity is queued instead of refused
     kv_usage: float | None = None  # reported instead of the actual value

@@ -94,11 +94,11 @@ MODES: Final = (
     # restarts inside the container
     HangCase(38, "It was restarted inside its container, and the new process answers nothing.", ("restart_silent",),
              "liveness", ("startup_stuck",)),
-    HangCase(39, "It was restarted inside its container, and loads for ever.", ("restart_loading",), "liveness",
+    HangCase(39, "It was restarted inside its container, and loads forever.", ("restart_loading",), "liveness",
              ("startup_stuck",)),
     HangCase(40, "It was restarted inside its container, and never generates a token.", ("restart", "freeze"),
              "liveness", ("startup_stuck",)),
-    # work that moves for nobody
+    # work that moves for no client
     HangCase(41, "Zombies hold all slots, users give up one after the other.", ("zombies",), "readiness",
              ("work_unserved",)),
     HangCase(42, "Requests that did not come through the sidecar hold all slots, its users give up.", (), "readiness",
@@ -115,9 +115,9 @@ MODES: Final = (
              ("no_progress",)),
     HangCase(47, "It freezes behind a port with the counters of several backends.",
              ("freeze_busy", "several_backends"), "liveness", ("no_progress",)),
-    HangCase(48, "A frozen core with requests in its queue: not admission has stopped, all has.", ("freeze_busy",),
+    HangCase(48, "A frozen core with requests in its queue: everything stops, not just admission.", ("freeze_busy",),
              "liveness", ("no_progress",)),
-    HangCase(49, "It freezes while nobody uses it.", ("freeze",), "liveness", ("no_progress", "canary_lost")),
+    HangCase(49, "It freezes while it is idle.", ("freeze",), "liveness", ("no_progress", "canary_lost")),
 )  # fmt: skip
 
 ALARMS: Final = (
@@ -140,7 +140,7 @@ ALARMS: Final = (
     HangCase(17, "The sidecar itself was stopped, starved, restarted, or its clock jumped.", (), "silence"),
     # silence on the wire
     HangCase(18, "Tool calls that the engine's parser withholds until they are whole.", ("withhold_tools",), "ready"),
-    HangCase(19, "Reasoning that is hidden from the client, beside streams that move.", ("hide",), "ready"),
+    HangCase(19, "Reasoning that is hidden from the client, next to streams that move.", ("hide",), "ready"),
     HangCase(20, "A withheld tool call of an engine without counters, as long as the client allowed.",
              ("withhold_tools", "no_metrics"), "ready"),
     # orders other than that of arrival
@@ -151,7 +151,7 @@ ALARMS: Final = (
     HangCase(24, "Forty whole answers, then a long one on an engine with one slot.", (), "ready"),
     HangCase(25, "Streams whose tokens come all at once, then a long one.", ("hide",), "ready"),
     HangCase(26, "Many short embeddings, then a long one.", (), "ready"),
-    # bounds that nobody set
+    # limits that no client set
     HangCase(27, "Whole answers without a limit are far longer than any before.", (), "ready"),
     HangCase(28, "A stream without a limit that is hidden for far longer than any before.", ("hide",), "ready"),
     HangCase(29, "A whole answer without a limit on an engine without counters.", ("no_metrics",), "ready"),

@@ -133,7 +133,7 @@ class EngineMetrics:
             self._request.labels(*labels).observe(age)
 
     def generated(self, rank: int, tokens: int) -> None:
-        """Count tokens that are nobody's."""
+        """Count tokens of sequences that have no client."""
         self._generation.labels(*self._labels[rank]).inc(tokens)
 
     def gauges(self, rank: int, scheduler: Scheduler) -> None:

@@ -50,7 +50,7 @@ class ScheduledSequence:
     priority: int = 0  # the lowest goes first
     adapter: str = ""
     held: bool = False  # it cannot be scheduled yet
-    zombie: bool = False  # of nobody
+    zombie: bool = False  # it has no client
 
     @property
     def target(self) -> int:
