@@ -21,7 +21,7 @@ STRIKES: Final = 5
 MAX_ANSWERS: Final = 16
 
 GARBAGE: Final = (
-    f"the last {STRIKES} canaries answered otherwise than all before them: the engine may compute garbage; "
+    f"the last {STRIKES} canaries answered differently from all before them: the engine may compute garbage; "
     "nothing is restarted for it"
 )
 
