@@ -328,7 +328,8 @@ not been run with these rules.
   The others wait for `--silence-cap`.
 - Stops that an operator orders past the relay, without any sign, are taken for hangs: 11 such kills.
 - An engine that hangs 12, 20 or 30 minutes after each recovery is unready for 1.03 to 1.04 times as long as with
-  simple restarts (`benchmarks/brake.py --days 10`, same day and machine); it was 3.3 to 4.2 times.
+  simple restarts (`benchmarks/brake.py --days 10`, same day and machine); before it was 3.1 to 3.9 times. For
+  hangs at random times it is 1.2 to 1.6 times.
 
 Targets:
 

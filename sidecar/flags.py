@@ -6,7 +6,6 @@ A parser turns text into a value. It also names what it expects, for errors, and
 from __future__ import annotations
 
 import re
-import ssl
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -99,7 +98,10 @@ _SOCKET: Final = re.compile(r"(http\+)?unix:(?://)?(\S+)")
 MAX_SOCKET_PATH_BYTES: Final = 107
 
 
-@parser("an http(s) URL such as http://127.0.0.1:8000, or a Unix socket such as unix:/run/engine.sock", "URL")
+@parser(
+    "an http(s) URL such as http://127.0.0.1:8000, or a Unix socket such as unix:/run/engine.sock (at most 107 bytes)",
+    "URL",
+)
 def engine_url(text: str) -> str:
     """A base URL; a Unix socket becomes unix:/path, also from http+unix://%2Fpath."""
     if (found := _SOCKET.fullmatch(text)) is None:
@@ -112,6 +114,8 @@ def engine_url(text: str) -> str:
 
 @parser("a file of PEM certificates", "FILE")
 def ca_file(text: str) -> str:
+    import ssl  # here, so that `sidecar probe` starts quickly
+
     try:
         ssl.create_default_context(cafile=text)
     except OSError:  # SSLError included

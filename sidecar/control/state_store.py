@@ -54,10 +54,11 @@ class StateStore:
 
     def take_resume(self) -> bool:
         """Remove the file `resume`. Returns True if an operator had touched it. Raises OSError."""
-        resume = self._state_dir.path / RESUME
-        touched = resume.exists()
-        resume.unlink(missing_ok=True)
-        return touched
+        try:
+            (self._state_dir.path / RESUME).unlink()  # at once: a file touched a moment later is the next one
+        except FileNotFoundError:
+            return False
+        return True
 
     def _origin(self) -> StateOrigin:
         listeners = listening_socket.listening_inodes(self._engine)

@@ -63,19 +63,17 @@ CLOCK_JUMP_S: Final = 5.0
 HEARTBEAT_STALE_S: Final = 4.0
 MAX_VERDICT_CHANGES: Final = 50
 MAX_CANARIES: Final = 16
-UNUSABLE_CANARIES: Final = 3
 MAX_SAVED_CANARIES: Final = 64
 MAX_SAVED_PAUSES: Final = 64
 
 # Canaries in a row that did not pass where none ever has, before none counts as usable.
 MIN_UNUSABLE_CANARIES: Final = 3
 
-# States whose silences teach: what ended a doubt may have been a fault.
-LEARNING_STATES: Final = frozenset[State]({"idle", "progressing", "quiet"})
+# States without a doubt. Their silences teach (what ended a doubt may have been a fault), and the engine's time in them
+# is its price.
+CALM_STATES: Final = frozenset[State]({"idle", "progressing", "quiet"})
 # States in which a silence is taken for a hang.
 DOUBTED_STATES: Final = frozenset[State]({"suspect", "stalled", "dead"})
-# States in which the engine's time is its price.
-CALIBRATED_STATES: Final = frozenset[State]({"idle", "progressing", "quiet"})
 
 RESTORED: Final = "sidecar_restarted"
 UNKNOWN_ENGINE: Final = EngineIdentity()
@@ -239,6 +237,8 @@ class HealthMonitor:
             case UnreadRequest(on=True):
                 self.progress.unread_opened((relay, event.id), event.at)
             case UnreadRequest():
+                if 200 <= event.status < 300:
+                    self.refusals.served()
                 self.progress.unread_closed((relay, event.id), event.status, event.at)
             case EnginePauseChanged():
                 self.exemptions.pause(event)
@@ -295,7 +295,7 @@ class HealthMonitor:
         is_idle = self.evidence.age is None
         self.refusals.canary(result, idle=self._is_engine_idle())
         self.partial_hangs.canary_ended(result, idle=is_idle)
-        self.canaries.ended(result, teaches=self.state.state in LEARNING_STATES)
+        self.canaries.ended(result, teaches=self.state.state in CALM_STATES)
         if result.outcome == "ok":
             self.progress.canary_passed(result.started, result.ended)
             if self.garbage.observe(result.digest, result.model):
@@ -387,7 +387,7 @@ class HealthMonitor:
                 canaries.touched = now
             canary = canaries.touched >= self._read_at
             is_new = self.progress.engine(sample, at, wall=wall - (now - at), canary=canary)
-            self.partial_hangs.table.read(sample, at, canary=canary)
+            self.partial_hangs.table.read(sample, at, self.progress.before, canary=canary)
             self._clues.read(sample)
             restarted = is_new and not self._served_since_start(sample, now, wall)
             self._read_at = at
@@ -446,7 +446,7 @@ class HealthMonitor:
     def _evidence(self, readings: TickReadings, work: Iterable[OpenWork], now: float) -> Evidence:
         """Compare the silence so far with what the outstanding work may take; own lag adds patience."""
         extra = 2 * max((self.lag, *(relay.lag for relay in readings.relays)))
-        learn = self.state.state in LEARNING_STATES
+        learn = self.state.state in CALM_STATES
         return self.progress.evidence(work, now, extra=extra, learn=learn, unanswered=readings.unanswered)
 
     def _record_clues(self, readings: TickReadings, now: float) -> None:
@@ -513,7 +513,7 @@ class HealthMonitor:
 
     def _learn_start(self, before: verdict.VerdictState, now: float) -> None:
         """The engine has served its first token: its start took so long."""
-        if self.state.served and not before.served:
+        if self.state.served and not before.startup_done:
             self.progress.learned.start_time(now - self._clues.start_at)
 
     def _forget_engine(self, before: verdict.VerdictState, condition: str, now: float) -> None:
@@ -567,7 +567,7 @@ class HealthMonitor:
     @property
     def is_usual(self) -> bool:
         """Whether the engine's time is that of the relay's work alone, so that its coefficients can be judged."""
-        return self.is_trusted and self.state.state in CALIBRATED_STATES and not self.progress.learned.foreign
+        return self.is_trusted and self.state.state in CALM_STATES and not self.progress.learned.foreign
 
     def probe_state(self) -> ProbeState:
         """What probes render."""

@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Final
 
 from sidecar.events import LONGEST_ANSWER_TOKENS, Admitted, CanaryResult, FirstToken, RequestBlocked, Settled
@@ -204,17 +205,17 @@ class StreamTable:
             self._serve(stream)
         return event.delivered_tokens > MAX_FIRST_PIECES
 
-    def read(self, sample: EngineSample, at: float, *, canary: bool) -> None:
+    def read(self, sample: EngineSample, at: float, before: EngineSample | None, *, canary: bool) -> None:
         """Compare with the engine's counters: a silent stream for which it generates is not silent.
 
-        `canary`: one ran since the last reading.
+        `before`: the page of the same process before; `canary`: one ran since then.
         """
         since = self.balance.read_at
         open_ = self.open
         still = [stream for stream in open_ if since is not None and stream.received_at < since]
         silent = sum(stream.first for stream in still)
         moving, waiting = len(open_) - len(still), len(still) - silent
-        self.balance.read(sample, at, moving=moving, silent=silent, waiting=waiting, canary=canary)
+        self.balance.read(sample, at, before, moving=moving, silent=silent, waiting=waiting, canary=canary)
         for stream in still:
             if self.balance.level > stream.level and not stream.stuck and not self._is_overdue(stream):
                 self.restart_silence(stream)
@@ -429,20 +430,27 @@ class OvertakenRequests:
 
     def detect(self, sample: EngineSample | None, learned: LatencyModel) -> str:
         """The finding in words, "" for none."""
-        found = [stream for stream in self.table.open if not stream.first and self._is_overtaken(stream, learned)]
-        if not found or has_kv_pressure(sample):
+        if not self.table.is_fcfs or has_kv_pressure(sample):
+            return ""
+        found, early = [], 0.0  # the prefill of those that wait up to each
+        for stream in sorted(self.table.streams.values(), key=lambda stream: stream.number):
+            if stream.first:
+                continue
+            early += stream.prefill
+            if not stream.blocked and self._is_overtaken(stream, early, learned):
+                found.append(stream)
+        if not found:
             return ""
         longest = max(self.table.clock - stream.seen for stream in found)
         return f"{len(found)} requests have waited for up to {longest:.0f} s while later ones like them were served"
 
-    def _is_overtaken(self, stream: OpenStream, learned: LatencyModel) -> bool:
+    def _is_overtaken(self, stream: OpenStream, early: float, learned: LatencyModel) -> bool:
         table = self.table
         unseen = table.held_back(stream, learned) if stream.whole else 0.0
         if table.unexplained(stream, learned) <= max(table.min_silence, unseen):
             return False
         if table.overtakes(stream) < MIN_OVERTAKES:
             return False
-        early = sum(s.prefill for s in table.streams.values() if not s.first and s.number <= stream.number)
         return table.clock - stream.seen > table.limits.margin * learned.seconds(early)
 
 
@@ -453,9 +461,9 @@ class UnservedWork:
     limits: SilenceLimits
     left: deque[float] = field(default_factory=lambda: deque(maxlen=MAX_SERVED_KEPT))
 
-    def settle(self, event: Settled, admitted_at: float) -> None:
-        """A request that the engine had ended."""
-        has_waited = event.sent_at is not None and event.at - max(admitted_at, event.sent_at) >= self.limits.floor
+    def settle(self, event: Settled, silent_since: float) -> None:
+        """A request that the engine had ended. `silent_since`: when its silence began to be the engine's."""
+        has_waited = event.sent_at is not None and event.at - max(silent_since, event.sent_at) >= self.limits.floor
         if event.outcome == "client_cancelled" and event.delivered_bytes == 0 and has_waited:
             self.left.append(event.at)
 
@@ -477,17 +485,21 @@ class UnservedWork:
 class SilentConnections:
     """Of the connections to an idle engine some are answered and others not: one of its listeners hangs."""
 
-    ends: deque[bool] = field(default_factory=lambda: deque(maxlen=CANARIES_KEPT))  # whether the last canaries passed
+    # The last canaries: when each ended, and whether it passed.
+    ends: deque[tuple[float, bool]] = field(default_factory=lambda: deque(maxlen=CANARIES_KEPT))
 
     def observe(self, canary: CanaryResult) -> None:
         """A canary of an idle engine ended. Each has a connection of its own."""
         if canary.outcome in ("ok", "starved"):
-            self.ends.append(canary.outcome == "ok")
+            self.ends.append((canary.ended, canary.outcome == "ok"))
 
-    def detect(self) -> str:
+    def detect(self, now: float) -> str:
         """The finding in words, "" for none."""
-        passed, changes = sum(self.ends), sum(a != b for a, b in zip(self.ends, list(self.ends)[1:], strict=False))
-        starved = len(self.ends) - passed
+        while self.ends and self.ends[0][0] < now - STUCK_WINDOW_S:
+            self.ends.popleft()
+        ends = [has_passed for _, has_passed in self.ends]
+        passed, changes = sum(ends), sum(a != b for a, b in pairwise(ends))
+        starved = len(ends) - passed
         if min(passed, starved) < MIN_EACH_CANARIES or changes < MIN_CANARY_CHANGES:
             return ""
         return f"{starved} of the last {len(self.ends)} connections got no answer while the others did"
@@ -573,7 +585,7 @@ class PartialHangDetector:
                 "stream_stuck": self.stuck_streams.detect(),
                 "request_overtaken": self.overtaken_requests.detect(sample, learned),
                 "work_unserved": self.unserved_work.detect(now),
-                "connection_silent": self.silent_connections.detect(),
+                "connection_silent": self.silent_connections.detect(now),
             }
         for reason, detail in findings.items():
             if not detail:
@@ -588,6 +600,8 @@ class PartialHangDetector:
         """Whether a restart is worth its cost: what stands still stays so, and it is much of the engine."""
         if seconds < SEVERE_AFTER_S or reason in NEVER_SEVERE:
             return False
+        if reason == "connection_silent" and self.table.streams:
+            return False  # its canaries are of an idle engine: they say nothing of those who are served now
         return reason != "stream_stuck" or self.stuck_streams.are_most()
 
     def suspected_cause(self) -> str:

@@ -230,6 +230,7 @@ class Progress:
     prefill_at: float | None = None
     iterating: int = 0  # readings in a row in which the engine's steps moved
     unread: dict[Key, UnreadWork] = field(default_factory=dict)
+    before: EngineSample | None = None  # the page of the same process before the last one; None where there was none
     _sample: EngineSample | None = None
     _read_at: float = 0.0
     _read_wall: float = 0.0
@@ -327,7 +328,9 @@ class Progress:
 
     def relay_lost(self, relay: int) -> None:
         """A relay died, and its connections with it."""
-        self.unread = {key: work for key, work in self.unread.items() if key[0] != relay}
+        for key in [key for key in self.unread if key[0] == relay]:
+            del self.unread[key]
+            self._timed.pop(key, None)
 
     def canary_passed(self, started: float, ended: float) -> None:
         """A canary passed. Next to users' requests that were there before and after it, it shows concurrency."""
@@ -343,11 +346,15 @@ class Progress:
         `canary`: one ran between the two readings, so counters that moved prove nothing about the users' work.
         """
         last, before = self._sample, self._match(sample)
+        self.before = before
         self._sample, self._read_at = sample, now
         since_wall, self._read_wall = self._read_wall, wall
         is_new = last is not None and started_after(last, sample, since_wall)
         self._busy = load(sample) > (1 if canary and not self._foreign else 0)
-        self._look_for_foreign(last, sample, now, canary=canary)
+        if before is None and last is not None:
+            self._foreign = False  # of another process, of which nothing is known
+        else:
+            self._look_for_foreign(before, sample, now, canary=canary)
         if before is None or any_moved(before, sample, ALL):
             self._moved_at = now
         if before is None:  # another process, or one of several behind the port: nothing to compare with

@@ -52,7 +52,6 @@ class TokenBalance:
     level: float = 0.0
     each: float = 0.0
     read_at: float | None = None
-    _generated: float = 0.0
     _pace: float = 0.0  # tokens per second of one running sequence; 0 until the counter was seen to move
     _delivered: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=MAX_PENDING))  # (when, events)
     _weight: float = 1.0  # tokens of an event
@@ -66,24 +65,39 @@ class TokenBalance:
 
     def delivered(self, events: int, at: float) -> None:
         """A stream brought so many events."""
-        self._delivered.append((at, min(events, MAX_BURST_S * self._pace) if self._pace else events))
+        counted = min(events, MAX_BURST_S * self._pace) if self._pace else events
+        if self._delivered and at - self._delivered[-1][0] < MIN_READ_INTERVAL_S:  # so that none is dropped
+            at, counted = self._delivered[-1][0], counted + self._delivered.pop()[1]
+        self._delivered.append((at, counted))
 
-    def read(self, sample: EngineSample, at: float, *, moving: int, silent: int, waiting: int, canary: bool) -> None:
+    def read(
+        self,
+        sample: EngineSample,
+        at: float,
+        before: EngineSample | None,
+        *,
+        moving: int,
+        silent: int,
+        waiting: int,
+        canary: bool,
+    ) -> None:
         """A new reading. Since the last one `moving` streams brought something; `silent` and `waiting` ones did not.
 
-        Those that wait have had no first token. `canary`: one ran meanwhile.
+        `before`: the page of the same process before, None for a process's first one. Those that wait have had no first
+        token. `canary`: one ran meanwhile.
         """
         events = 0.0
         while self._delivered and self._delivered[0][0] <= at:
             events += self._delivered.popleft()[1]
-        before, since = self._generated, self.read_at
+        since = self.read_at
         if sample.generation_tokens is None or sample.tokens_at_end:
             self.read_at = None
             return
-        self._generated, self.read_at = sample.generation_tokens, at
-        if since is None or self._generated < before:  # the first, or another process
+        self.read_at = at
+        if since is None or before is None or before.generation_tokens is None:
             return
-        grown = max(0.0, self._generated - before - (MAX_CANARY_TOKENS if canary else 0))
+        grown = sample.generation_tokens - before.generation_tokens
+        grown = max(0.0, grown - (MAX_CANARY_TOKENS if canary else 0))
         running = max(1.0, moving + silent + waiting if sample.running is None else sample.running)
         pace = grown / running / max(at - since, MIN_READ_INTERVAL_S)
         self._pace = max(PACE_DECAY * self._pace if grown else self._pace, pace)

@@ -206,8 +206,11 @@ def _is_refusing(before: VerdictState, inputs: VerdictInputs) -> bool:
 
 
 def _is_refusing_long(before: VerdictState, inputs: VerdictInputs) -> bool:
-    is_doubted = before.state in ("suspect", "stalled")
-    return is_doubted and _is_refusing(before, inputs) and (inputs.refusing or 0.0) > inputs.evidence.kill_after
+    kill = inputs.evidence.kill_after
+    if not _is_refusing(before, inputs) or (inputs.refusing or 0.0) <= kill:
+        return False
+    is_warned = before.reason == "refuses_work" and inputs.now - before.since > kill / 2  # readiness goes first
+    return before.state == "stalled" or (before.state == "suspect" and is_warned)
 
 
 def _is_start_overdue(before: VerdictState, inputs: VerdictInputs) -> bool:
@@ -376,12 +379,15 @@ def _enter(before: VerdictState, inputs: VerdictInputs, condition: str, state: S
     changes: dict[str, float | int | bool | None] = {"part": condition in ("part", "part_severe")}
     if condition in ("progress", "canary_ok", "canary_ok_busy"):
         changes["served"] = True
+    if condition == "stuck" and _has_canary_passed(before, inputs):
+        changes["window_at"] = inputs.now
     if condition == "canary_ok_busy":
         changes["window_at"] = inputs.now
         if before.state in ("suspect", "quiet"):
             changes["stuck_cycles"] = before.stuck_cycles + 1
     if state == "starting" and before.state != "starting":
-        changes |= {"served": False, "rejected": 0, "engine_since": inputs.now, "stuck_cycles": 0, "replaced": True}
+        changes |= {"served": False, "rejected": 0, "engine_since": inputs.now, "stuck_cycles": 0}
+        changes["replaced"] = before.replaced or condition != "not_served"  # which may follow a canary's end
         return _entered(before, inputs, state, reason, {**changes, "lost_at": None})
     if condition == "restarted":
         changes |= {"served": False, "engine_since": inputs.now, "replaced": True}

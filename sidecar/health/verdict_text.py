@@ -137,8 +137,10 @@ def _outlook(state: VerdictState, inputs: VerdictInputs, condition: str) -> str:
         return "liveness does not for this: the engine computes; restart it by hand if the work stays where it is"
     if condition == "refuses":
         return f"liveness fails at {kill} unless something is served"
+    if not inputs.is_working and inputs.can_ask is False:
+        return "no canary passes here"
     if not inputs.is_working:
-        return f"liveness fails once no canary has passed for {kill}" if inputs.can_ask else "no canary passes here"
+        return f"liveness fails once no canary has passed for {kill}"
     if inputs.can_ask:
         return f"liveness fails at {kill} unless a canary passes"
     blind = evidence.kill_after * (1.0 if evidence.frozen else UNASKED_KILLS)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import pytest
 
 from sidecar.control.state import ControlState
-from sidecar.events import AbortRequests, Settled
+from sidecar.events import (
+    AbortRequests,
+    Settled,
+)
 from sidecar.health.monitor import TICK_S, TickReadings
 from sidecar.load.cost_model import Coefficients
 from sidecar.readings import EngineSample, GpuSample, Reading, Value
@@ -259,6 +262,50 @@ def test_the_model_that_users_were_served_with_last_is_known_until_the_engine_is
     pod.page = EngineSample(generation_tokens=0, started_wall=WALL + pod.now)
     pod.tick(1)
     assert "starting" in pod.states and pod.control.health.used_model == ""
+
+
+def test_what_is_served_unread_ends_refusals() -> None:
+    """An image server that takes no canary answers its own route, while a client of another one gets 500 each time."""
+    pod = Pod()
+    pod.canaries, pod.control.health.canaries.passes = "rejected", False
+    pod.watch()
+    for n in range(60):
+        pod.control.on_event(0, UnreadRequest(f"i{n}", pod.now, on=True))
+        pod.tick(6)
+        pod.control.on_event(0, UnreadRequest(f"i{n}", pod.now, on=False, status=200))
+        id = pod.admit()
+        pod.control.on_event(0, Settled(id, pod.now, "engine_error", 500, None, 0, 0, None, pod.now, 0.0))
+        pod.tick(4)
+    assert not pod.states & {"suspect", "stalled"}
+
+
+def test_the_unread_requests_of_a_relay_end_with_it() -> None:
+    """Nothing of them is left to be timed."""
+    pod = Pod()
+    pod.control.on_event(0, UnreadRequest("a", pod.now, on=True))
+    pod.control.relay_lost(0, pod.now)
+    pod.tick(1)
+    assert pod.control.health.evidence.outstanding == 0
+    assert not pod.control.health.progress._timed
+
+
+def test_a_start_that_ends_without_a_canary_is_as_long_as_it_was() -> None:
+    """The first user may come hours later: that is no start of hours, which would be allowed to the next process."""
+    control = ControlState(Settings(engine="http://engine"), Coefficients(), 0.0, 0.0)
+    readings = TickReadings(NOTHING, NOTHING, NOTHING, (), None, "openai")
+    now = 0.0
+    for _ in range(4):
+        control.canary_ended(CanaryResult("rejected", now, now + 0.1, 900.0))
+        now += 0.5
+        control.tick(readings, now, now)
+    for _ in range(40):
+        now += 0.5
+        control.tick(readings, now, now)
+    control.on_event(0, Admitted("a", now, "t", "m", "chat", True, RequestSize(10, output=5), 5, 1.0))
+    control.on_event(0, FirstToken("a", now))
+    control.on_event(0, Delivered("a", now, 3, 12))
+    control.tick(readings, now + 0.5, now + 0.5)
+    assert control.health.state.served and control.health.progress.learned.start_seconds < 10
 
 
 def test_where_no_canary_passes_users_silence_decides_later() -> None:

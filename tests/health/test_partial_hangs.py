@@ -212,6 +212,18 @@ def test_connections_of_which_some_are_never_answered_are_a_finding() -> None:
     assert e.finding is None
 
 
+def test_canaries_of_an_idle_time_restart_no_engine_that_serves_now() -> None:
+    """They are not asked while users are served, so what they found grows old; it is forgotten after five minutes."""
+    e = Engine()
+    for n in range(8):
+        e.canary("ok" if n % 2 else "starved")
+    running = e.decoding()
+    e.tick(250, running)
+    assert e.finding is not None and e.finding.reason == "connection_silent" and not e.finding.severe
+    e.tick(60, running)
+    assert e.finding is None
+
+
 def test_a_hang_and_its_end_are_no_silent_connection() -> None:
     """Canaries that starve in a row and pass in a row are of the whole engine."""
     e = Engine()

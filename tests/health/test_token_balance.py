@@ -9,7 +9,7 @@ import pytest
 from sidecar.events import Admitted, FirstToken, RequestSize
 from sidecar.health.latency_model import LatencyModel
 from sidecar.health.partial_hangs import PartialHangDetector
-from sidecar.health.progress import Key, SilenceLimits
+from sidecar.health.progress import Key, Progress, SilenceLimits
 from sidecar.readings import EngineSample
 
 RATE = 25.0  # tokens per second of each running sequence
@@ -23,6 +23,7 @@ class Batch:
         self.random = random.Random(seed)
         self.now, self.generated, self.due = 1000.0, 0.0, 1000.0
         self.scrape: tuple[float, EngineSample] | None = None
+        self.before: EngineSample | None = None
         self.tokens = tokens  # of an event
         self.parts, self.learned = PartialHangDetector(SilenceLimits()), LatencyModel(slowness=1.0, token_seconds=0.04)
         self.others = [self.begin(str(n)) for n in range(others)]
@@ -54,8 +55,8 @@ class Batch:
             self.scrape = (self.now, sample)
             self.due = self.now + 1.0 + 0.3 * self.random.random()
         elif self.scrape is not None and self.now >= self.scrape[0] + 0.4:
-            self.parts.table.read(self.scrape[1], self.scrape[0], canary=False)
-            self.scrape = None
+            self.parts.table.read(self.scrape[1], self.scrape[0], self.before, canary=False)
+            self.before, self.scrape = self.scrape[1], None
 
 
 @pytest.mark.parametrize(("others", "tokens"), [(1, 1.0), (1, 2.5), (8, 1.0), (8, 2.5), (64, 1.0), (64, 2.5)])
@@ -89,3 +90,13 @@ def test_one_silent_stream_of_a_batch_that_is_stuck_is_ended(others: int, tokens
         key = batch.begin("silent")
         batch.run(120, stuck=1)
         assert batch.ended == [key]
+
+
+def test_processes_that_take_turns_behind_one_port_generate_nothing_by_that() -> None:
+    """Each page is compared with the one before of the same process."""
+    parts, progress = PartialHangDetector(SilenceLimits()), Progress(SilenceLimits())
+    for n in range(20):
+        page = EngineSample(running=1, waiting=0, generation_tokens=1000.0 if n % 2 else 500.0)
+        progress.engine(page, 10.0 + n)
+        parts.table.read(page, 10.0 + n, progress.before, canary=False)
+    assert parts.table.balance.level <= 500, "only the first turn looks like growth"

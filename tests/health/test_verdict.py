@@ -116,8 +116,33 @@ def test_an_engine_that_served_and_refuses_everything_is_unready_then_dead() -> 
     w = World().started()
     assert w.tick(refusing=13.0).state == "suspect"
     assert w.memory.reason == "refuses_work"
-    assert w.tick(refusing=KILL + 1).state == "stalled"
-    assert w.tick(refusing=KILL + 2).state == "stalled"
+    assert w.tick(refusing=KILL + 1).state == "suspect", "readiness has its time"
+    for _ in range(round(KILL)):
+        w.tick(refusing=KILL + 2)
+    assert w.memory.state == "stalled"
+    assert w.tick(refusing=KILL + 3).state == "stalled"
+
+
+def test_an_engine_whose_canaries_pass_is_never_killed() -> None:
+    """Users' work may stand still for as long as it likes: each canary that passes begins the silence again."""
+    w = World().started()
+    w.work_since = w.progress_at = w.now
+    for n in range(600):
+        if n % 4 == 0:
+            w.canary_ends("ok")
+        if n == 400:
+            w.canary_ends("starved")
+        assert w.tick().state != "stalled"
+    assert (w.memory.state, w.memory.reason) == ("suspect", "work_stuck")
+
+
+def test_a_canary_that_failed_at_the_pods_own_start_makes_no_replaced_process() -> None:
+    """The deadline is for a process that took the place of another one; kubelet watches the pod's own start."""
+    w = World()
+    for outcome in ("rejected", "rejected", "rejected", "failed"):
+        w.canary_ends(outcome)
+        w.tick()
+    assert w.memory.state == "starting" and not w.memory.replaced
 
 
 def test_a_process_that_replaced_another_has_a_deadline_to_serve() -> None:

@@ -343,6 +343,7 @@ async def refuse(client: Client) -> None:
     await client.json("/faults", {"kind": "refuse", "seconds": 0.2})
     with pytest.raises(aiohttp.ClientError):
         await stream
+    await client.engine.until(lambda: not client.engine.listening)
     with pytest.raises(aiohttp.ClientConnectorError):
         await client.json("/health")
     await client.engine.until(lambda: client.engine.listening)
@@ -379,7 +380,7 @@ async def zombies(client: Client) -> None:
 
 
 async def slow_grammar(client: Client) -> None:
-    client.engine.faults.start("slow_grammar", duration=0.2)
+    client.engine.faults.start("slow_grammar", duration=2)
     waits = client.start(1, response_format={"type": "json_object"})
     await client.engine.until(lambda: client.engine.open == 1)
     await client.chat(5)
@@ -473,7 +474,7 @@ async def half_deaf(client: Client) -> None:
 
 
 async def slow_metrics(client: Client) -> None:
-    client.engine.faults.start("slow_metrics", delay=0.2)
+    client.engine.faults.start("slow_metrics", delay=2)
     page = client.get("/metrics")
     assert (await client.json("/version"))[0] == 200 and not page.done()
     assert await page == 200
@@ -511,7 +512,7 @@ async def restart_loading(client: Client) -> None:
 async def _restarted(client: Client, kind: str) -> None:
     stream = client.start(LONG)
     await client.running()
-    client.engine.faults.start(kind, down=0.1)
+    client.engine.faults.start(kind, down=2)
     with pytest.raises(aiohttp.ClientError):
         await stream
     with pytest.raises(aiohttp.ClientConnectorError):

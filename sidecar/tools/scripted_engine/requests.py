@@ -108,13 +108,19 @@ def parse_request(
 Part = str | bytes  # text, or an image's base64 payload
 
 
+NO_LIMIT: Final = (-1, -2)  # of Ollama's `num_predict`: endless, and as far as the context goes
+
+
 def native_body(body: bytes) -> bytes:
     """A request to /api/chat or /api/generate in OpenAI's form; one that is no JSON object is left as it is."""
     try:
         payload = json.loads(body)
         options = payload.get("options") or {}
-        asked = {name: payload[name] for name in ("model", "messages", "prompt") if name in payload}
-        asked |= {"stream": payload.get("stream", True), "max_tokens": options.get("num_predict")}
+        asked = {name: payload[name] for name in ("model", "messages", "prompt", "tools") if name in payload}
+        limit = options.get("num_predict")
+        asked |= {"stream": payload.get("stream", True), "max_tokens": None if limit in NO_LIMIT else limit}
+        if payload.get("format"):
+            asked["response_format"] = {"type": "json_object"}
     except (ValueError, AttributeError, RecursionError):
         return body
     return json.dumps(asked).encode()

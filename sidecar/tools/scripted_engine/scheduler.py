@@ -158,8 +158,10 @@ class Scheduler:
             self.running.append(head)
 
     def _has_place_for(self, adapter: str) -> bool:
+        if not adapter:
+            return True
         batch = {s.adapter for s in self.running} - {""}
-        return not adapter or adapter in batch or len(batch) < self.limits.max_adapters
+        return adapter in batch or len(batch) < self.limits.max_adapters
 
     def _set_zombies(self, behaviour: Behaviour) -> None:
         if not behaviour.zombies and any(s.zombie for s in self.running):
@@ -190,8 +192,9 @@ class Scheduler:
             youngest = max(reversed(self.running), key=lambda s: s.priority)
             self.running.remove(youngest)
             youngest.computed, youngest.restart = 0, youngest.generated
-            before = sum(other.priority < youngest.priority for other in self.waiting)
-            self.waiting.insert(before, youngest)
+            if not youngest.zombie:  # another one takes its place
+                before = sum(other.priority < youngest.priority for other in self.waiting)
+                self.waiting.insert(before, youngest)
             self.preemptions += 1
             decodes = [s for s in decodes if s is not youngest]
         return decodes

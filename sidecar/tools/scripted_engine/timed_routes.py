@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import json
 from dataclasses import dataclass
 from typing import Final
 
@@ -58,7 +57,7 @@ class _TimedHandler:
         await request.read()
         if self._row.answer is not None:
             await self._work(seconds)
-            return web.Response(body=json.dumps(self._row.answer), content_type="application/json")
+            return web.json_response(self._row.answer)
         response = web.StreamResponse(headers={"Content-Type": self._row.media})
         await response.prepare(request)
         for _ in range(max(1, round(seconds / PIECE_S))):
