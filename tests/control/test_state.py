@@ -7,7 +7,13 @@ import pytest
 from sidecar.control.state import ControlState
 from sidecar.events import (
     AbortRequests,
+    Admitted,
+    CanaryResult,
+    Delivered,
+    FirstToken,
+    RequestSize,
     Settled,
+    UnreadRequest,
 )
 from sidecar.health.monitor import TICK_S, TickReadings
 from sidecar.load.cost_model import Coefficients
