@@ -29,7 +29,9 @@ KEY_REFUSED: Final = (401, 403)
 FAILED_FINISH_REASONS: Final = ("abort", "error")
 DIGEST_BYTES: Final = 8
 # How often a form that never passed may fail (500, a broken answer) before it counts as rejected.
-MAX_FAILURES: Final = 3
+MAX_FAILURES: Final = 10
+# Forms that fail in one canary: with the failures above, half a minute of start-up in which a front may answer 500.
+MAX_TRIES: Final = 3
 # Models whose rejections are remembered.
 MAX_MODELS: Final = 16
 # SGLang with its prefill and decode apart answers 400 "without bootstrap room id". What it sends to itself as a health
@@ -153,11 +155,10 @@ class CanaryForms:
         return True
 
     def _tried(self, model: str) -> _Tried:
-        if model not in self._models:
-            while len(self._models) >= MAX_MODELS:
-                del self._models[next(iter(self._models))]
-            self._models[model] = _Tried()
-        return self._models[model]
+        self._models[model] = tried = self._models.pop(model, None) or _Tried()
+        while len(self._models) > MAX_MODELS:  # the least used goes
+            del self._models[next(iter(self._models))]
+        return tried
 
     def _all(self, tried: _Tried) -> Iterator[CanaryForm]:
         for row in self._kind.canaries:
@@ -177,7 +178,7 @@ def body(kind: EngineKind, form: CanaryForm, model: str, more: Mapping[str, Any]
             request["priority"] = form.priority
         if form.fake_transfer:
             request |= FAKE_TRANSFER
-    for name, value in (more or {}).items():
+    for name, value in ({} if form.row.is_upload else more or {}).items():
         at = request.get(name)
         request[name] = {**at, **value} if isinstance(at, dict) and isinstance(value, dict) else value
     return request

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
+from sidecar.events import SHORT_ROUTES
+
 # Keys that engines read prompts from. Everything below them counts as prompt text, token ids, or media.
 _PROMPT_KEYS: Final = (
     *("messages", "prompt", "input", "inputs", "text", "system", "instructions", "tools", "suffix", "content"),
@@ -29,7 +31,6 @@ _MEDIA_TYPES: Final = _IMAGE_TYPES | _AUDIO_TYPES | _VIDEO_TYPES
 _TEXT_KEYS: Final = ("text", "content")  # read by engines regardless of the part's type
 _PRINTED_KEYS: Final = frozenset(("tools", "tool", "arguments"))  # JSON that engines print into the prompt
 _BINARY_KEYS: Final = frozenset(("data", "file_data"))  # base64 in every API: documents, files, embeddings
-_NOT_GENERATIVE: Final = frozenset(("embeddings", "rerank", "score", "pooling", "classify"))
 # Members that make a request wait for something of its own, while later ones are served: a grammar that is compiled, KV
 # blocks or weights that are fetched, a slot. Those of holders are TGI's and SGLang's.
 # vLLM: entrypoints/openai/chat_completion/protocol.py (earlier versions: `guided_*`); SGLang:
@@ -83,7 +84,7 @@ def describe(
 
     `read` maps a text of the payload to what its client wrote.
     """
-    generative = route not in _NOT_GENERATIVE
+    generative = route not in SHORT_ROUTES
     if payload is None:
         text_bytes = 0 if route == "audio" else body_bytes
         return RequestShape(generative=generative, text_bytes=text_bytes, reorders=True, withholds=True)  # unknown

@@ -111,7 +111,7 @@ class ResponseSender:
             await self._put(response.write_eof())
         finally:
             self._admission.usage = usage_of(body)
-            self._open_requests.deliver(self._admission, 0, len(body), started=False)
+            self._admission.bytes += len(body)  # settled at once: nothing of it is left to report
         return response
 
     async def _start(self, response: web.StreamResponse, sse: SSE | None) -> None:

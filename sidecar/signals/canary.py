@@ -36,6 +36,10 @@ FAILED_DEPENDENCY: Final = 424
 Ended = tuple[str, str, CanaryAnswer | None, bool]  # outcome, detail, the answer that passed, known
 
 
+# Different refusals that an operator is shown.
+MAX_REFUSALS: Final = 12
+
+
 @dataclass(eq=False)
 class CanarySignal:
     """Sends canaries. `send` never raises; the caller sends one at a time.
@@ -57,7 +61,7 @@ class CanarySignal:
         self._forms = CanaryForms(self.kind, priority)
         self._missing: set[str] = set()  # lists of models that are not there
         self._sent: tuple[CanaryForm, str] | None = None  # the last form and its model
-        self._refusals = ""  # of the forms that never passed
+        self._refusals: dict[str, None] = {}  # of the forms that never passed, as many as there are forms
         self.forget_model()
 
     async def send(self, allowed: float, used: str = "", route: str = "") -> CanaryResult:
@@ -94,6 +98,7 @@ class CanarySignal:
         model, forms = choice.model, self._forms
         asked: set[CanaryForm] = set()
         refusals: list[str] = []
+        failures = 0  # of forms that never passed: they prove nothing, and the engine may be starting
         proof = ""  # the outcome of a known form that the engine refused
         while form := forms.next_form(model, route, asked):
             asked.add(form)
@@ -109,21 +114,25 @@ class CanarySignal:
             )
             if status in canary_request.OTHER_FORM:
                 self.forget_model()  # the name may be rejected: the next canary looks it up again
-            if known:
+            if known and status not in canary_request.KEY_REFUSED:  # a key that was changed proves nothing
                 proof = "failed" if status in (200, FAILED_DEPENDENCY) or status >= 500 else "rejected"
             if forms.refused(form, model, status, text):
                 continue
             if status in canary_request.BUSY:
                 return "busy", refusals[-1], None, known
-            if known:
+            if known or status in canary_request.KEY_REFUSED:
                 break
             forms.failed(form, model)
-            if status in canary_request.KEY_REFUSED:
+            failures += 1
+            if failures == canary_request.MAX_TRIES:
                 break
         if proof:
             return proof, f"{_joined(refusals)}; it has passed before", None, True
-        self._refusals = _joined(refusals) or self._refusals
-        return "rejected", f"no canary passes here: {self._refusals}{_remedy(self._refusals)}", None, False
+        self._refusals |= dict.fromkeys(refusals)
+        said = ", ".join(list(self._refusals)[-MAX_REFUSALS:])
+        # Before anything has passed, the engine may still be starting behind its front.
+        outcome = "failed" if failures and not forms.has_passed else "rejected"
+        return outcome, f"no canary passes here: {said}{_remedy(said)}", None, False
 
     async def _ask(self, form: CanaryForm, choice: Choice) -> tuple[int, CanaryAnswer, bytes]:
         """Send one request; an error inside a response of status 200 counts as its status. The bytes are an error's."""
@@ -162,8 +171,9 @@ class CanarySignal:
         status, detail = response.status, f"HTTP {response.status} on {path}"
         if status in canary_request.BUSY:
             return "busy", detail, None, known
-        # a list that fails says nothing of whether tokens are generated; one that is refused, or gone, does
-        return "rejected", f"{detail}{_remedy(detail) or '; set --canary-model'}", None, known and status < 500
+        # a list that fails says nothing of whether tokens are generated, nor does a key; one that is gone does
+        proves = status < 500 and status not in canary_request.KEY_REFUSED
+        return "rejected", f"{detail}{_remedy(detail) or '; set --canary-model'}", None, known and proves
 
     def _no_model(self, choice: Choice, known: bool) -> Ended | None:
         if choice.model:

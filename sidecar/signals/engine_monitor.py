@@ -173,6 +173,7 @@ class EngineMonitor:
                     _log.info("engine %s: %s", self._settings.engine, registry.NO_PNM)
                 self.identity = identity
                 break
+            self._missing -= set(kind.model_paths)  # a front may have none until its models are there
             await asyncio.sleep(interval)
             interval = min(2 * interval, MAX_IDENTITY_INTERVAL_S)
         pages["/metrics"] = await self.scrape.first_page()

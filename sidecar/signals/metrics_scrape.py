@@ -73,7 +73,7 @@ class ScrapeSignal:
         self._headers = {"Accept": "text/plain;version=0.0.4", "Accept-Encoding": "identity", **self.headers}
         self._reading: Reading[EngineSample] = Absent("not read yet" if self.parse else self.absent)
         self._page: tuple[float, bytes] | None = None
-        self._read = asyncio.Event()  # a good page was read
+        self._has_page = asyncio.Event()  # a good page was read
         self.unanswered = False  # the port accepts connections, and nothing at all answers on them
         self.trouble = ""  # why no connection can be made; see EngineAddress
 
@@ -100,7 +100,7 @@ class ScrapeSignal:
 
     async def first_page(self) -> bytes:
         """The last good page, once there is one."""
-        await self._read.wait()
+        await self._has_page.wait()
         assert self._page is not None
         return self._page[1]
 
@@ -127,7 +127,7 @@ class ScrapeSignal:
                 now = self.clock()
                 self._page = (now, page)  # after parsing: garbage would break the merged page
                 self._store(Value(sample, at=now, seconds=now - started))
-                self._read.set()
+                self._has_page.set()
                 if sample.running or sample.waiting:
                     self.pace.worked()
             self.unanswered, self.trouble = False, ""

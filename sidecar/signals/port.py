@@ -62,16 +62,19 @@ class PortSignal:
         if self._path:
             return await self._try()
         found = await asyncio.get_running_loop().getaddrinfo(self._host, self._port, type=socket.SOCK_STREAM)
-        unknown: OSError | None = None
+        refused, foreign, unknown = False, OSError("no address"), None
         for address in dict.fromkeys(str(entry[4][0]) for entry in found):
             try:
                 if await self._try(address):
                     return True
+                refused = True
             except OSError as e:
-                if e.errno not in _FOREIGN_ERRORS:
+                if e.errno in _FOREIGN_ERRORS:
+                    foreign = e
+                else:
                     unknown = e
-        if unknown is not None:
-            raise unknown
+        if unknown is not None or not refused:  # this machine's own trouble refuses nothing
+            raise unknown or foreign
         return False
 
     async def _try(self, address: str = "") -> bool:

@@ -55,6 +55,14 @@ async def test_an_address_of_a_kind_that_this_machine_lacks_is_left_out(resolve:
     assert port.refused_since is not None
 
 
+async def test_addresses_that_this_machine_cannot_reach_refuse_nothing(resolve: Callable[..., None]) -> None:
+    """A node that lost its route, or has no port left, says nothing of the engine."""
+    resolve("2001:db8::1")
+    port = PortSignal(f"http://{NAME}:80")
+    await port.poll()
+    assert port.refused_since is None and not port.opened.is_set()
+
+
 async def test_a_name_without_an_address_is_no_refusal(
     resolve: Callable[..., None], caplog: pytest.LogCaptureFixture
 ) -> None:

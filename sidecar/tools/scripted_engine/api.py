@@ -83,8 +83,8 @@ def application(parts: EngineParts) -> web.Application:
             *timed_routes(parts.faults),
             web.post("/v1/chat/completions", api.complete("chat", CHAT)),
             web.post("/v1/completions", api.complete("completions", COMPLETION)),
-            web.post("/api/chat", api.native("chat", CHAT)),
-            web.post("/api/generate", api.native("completions", COMPLETION)),
+            web.post("/api/chat", api.complete("chat", CHAT, NativeAnswer, native_body)),
+            web.post("/api/generate", api.complete("completions", COMPLETION, NativeAnswer, native_body)),
             web.post("/v1/embeddings", api.embeddings),
             web.get("/faults", api.list_faults),
             web.post("/faults", api.start_fault),
@@ -173,26 +173,21 @@ class EngineApi:
 
     # --- work ---
 
-    def complete(self, route: str, form: AnswerForm) -> Handler:
-        """The handler of one completion route."""
+    def complete(
+        self,
+        route: str,
+        form: AnswerForm,
+        answer: type[CompletionAnswer] = CompletionAnswer,
+        translate: Callable[[bytes], bytes] = bytes,
+    ) -> Handler:
+        """The handler of one completion route. `translate` makes OpenAI's form of a body."""
 
         async def handler(request: web.Request) -> web.StreamResponse:
-            completion = await self._read(route, request)
+            completion = await self._read(route, translate(await request.read()))
             id = form.prefix + (request.headers.get("X-Request-Id", "")[:200] or uuid.uuid4().hex)
             with self._core().admit(self._sequence(completion), completion.grammar) as stream:
-                answer = CompletionAnswer(form, id, completion, stream, self._faults, self._parts.seed)
-                return await (answer.stream_to(request) if completion.stream else answer.whole())
-
-        return handler
-
-    def native(self, route: str, form: AnswerForm) -> Handler:
-        """The handler of one of Ollama's routes."""
-
-        async def handler(request: web.Request) -> web.StreamResponse:
-            completion = await self._read(route, request, native_body(await request.read()))
-            with self._core().admit(self._sequence(completion), completion.grammar) as stream:
-                answer = NativeAnswer(form, "", completion, stream, self._faults, self._parts.seed)
-                return await (answer.stream_to(request) if completion.stream else answer.whole())
+                made = answer(form, id, completion, stream, self._faults, self._parts.seed)
+                return await (made.stream_to(request) if completion.stream else made.whole())
 
         return handler
 
@@ -208,16 +203,15 @@ class EngineApi:
         )
 
     async def embeddings(self, request: web.Request) -> web.Response:
-        completion = await self._read("embeddings", request)
+        completion = await self._read("embeddings", await request.read())
         with self._core().admit(self._sequence(completion)) as stream:
             await stream.more(0)
             return web.json_response(responses.embedding(f"embd-{uuid.uuid4().hex}", int(time.time()), completion))
 
-    async def _read(self, route: str, request: web.Request, body: bytes = b"") -> CompletionRequest:
-        """The request, from `body` or its own, once its model is loaded and its images are prepared."""
+    async def _read(self, route: str, body: bytes) -> CompletionRequest:
+        """The request in `body`, once its model is loaded and its images are prepared."""
         behaviour, parts = self._faults.behaviour, self._parts
         capacity = None if behaviour.oversized else parts.capacity
-        body = body or await request.read()
         if not behaviour.pnm and b"data:image/x-portable-" in body:
             raise NO_PNM
         names = (*parts.models.names, *parts.models.adapters)
