@@ -61,7 +61,7 @@ class CanarySignal:
         self._forms = CanaryForms(self.kind, priority)
         self._missing: set[str] = set()  # lists of models that are not there
         self._sent: tuple[CanaryForm, str] | None = None  # the last form and its model
-        self._refusals: dict[str, None] = {}  # of the forms that never passed, as many as there are forms
+        self._refusals: dict[str, None] = {}  # of the forms that never passed, the last ones
         self.forget_model()
 
     async def send(self, allowed: float, used: str = "", route: str = "") -> CanaryResult:
@@ -128,8 +128,8 @@ class CanarySignal:
                 break
         if proof:
             return proof, f"{_joined(refusals)}; it has passed before", None, True
-        self._refusals |= dict.fromkeys(refusals)
-        said = ", ".join(list(self._refusals)[-MAX_REFUSALS:])
+        self._refusals = dict.fromkeys([*self._refusals, *refusals][-MAX_REFUSALS:])
+        said = ", ".join(self._refusals)
         # Before anything has passed, the engine may still be starting behind its front.
         outcome = "failed" if failures and not forms.has_passed else "rejected"
         return outcome, f"no canary passes here: {said}{_remedy(said)}", None, False
