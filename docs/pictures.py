@@ -122,14 +122,8 @@ def silence() -> str:
 def levels(*, is_stuck: bool) -> list[float]:
     """The level each second since a stream fell silent, as seen from where it was then."""
     found = TokenBalance()
-    found.read(
-        EngineSample(generation_tokens=0.0, running=OTHERS + 1),
-        0.0,
-        moving=OTHERS + 1,
-        silent=0,
-        waiting=0,
-        canary=False,
-    )
+    before = EngineSample(generation_tokens=0.0, running=OTHERS + 1)
+    found.read(before, 0.0, None, moving=OTHERS + 1, silent=0, waiting=0, canary=False)
     generated, seen = 0.0, []
     for second in range(1, BALANCE_S + 11):
         is_silent = second > 10
@@ -139,7 +133,8 @@ def levels(*, is_stuck: bool) -> list[float]:
             found.delivered(PACE, second - 0.5)
         sample = EngineSample(generation_tokens=generated, running=OTHERS + 1)
         silent = int(is_silent)
-        found.read(sample, float(second), moving=OTHERS + 1 - silent, silent=silent, waiting=0, canary=False)
+        found.read(sample, float(second), before, moving=OTHERS + 1 - silent, silent=silent, waiting=0, canary=False)
+        before = sample
         if second >= 10:
             seen.append(found.level)
     return [level - seen[0] for level in seen]
