@@ -227,6 +227,7 @@ class Trial:
     expected: float
     liveness: float | None
     readiness: float | None
+    since_token: float | None  # the same from the engine's last token, where that came after the fault
     ended: float | None  # the first request that the control aborted
     found: float | None
     right: bool
@@ -365,6 +366,7 @@ def result(w: World, mode: Mode, load: str, predicted: tuple[float, float, float
         *predicted,
         since(live, at),
         since(ready, at),
+        since(ready, at if ready is None else max(at, ready.token_at)),
         since(ended, at),
         since(found, at),
         right,

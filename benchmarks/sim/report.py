@@ -72,8 +72,10 @@ def figures(tally: Tally, trials: Sequence[Trial]) -> str:
     short = [t for t in trials if t.whole and t.load != LOADS[3]]
     for which, some in (("", short), (", without mode 12", [t for t in short if t.mode != API_BLOCKED])):
         for name, loads in {"empty": LOADS[:3], "full": (FULL,)}.items():
-            cells = cell([t.readiness for t in some if t.load in loads])
-            rows.append((f"readiness withdrawn, queues {name}{which}: found/all, p50 / p99 s", cells, "<= 20"))
+            mine = [t for t in some if t.load in loads]
+            what = f"readiness withdrawn, queues {name}{which}: found/all, p50 / p99 s"
+            rows.append((f"{what}, from the engine's last token", cell([t.since_token for t in mine]), "<= 20"))
+            rows.append((f"{what}, from the fault", cell([t.readiness for t in mine]), ""))
         for proof in levels(t.proof for t in some):
             kills = cell([t.liveness for t in some if t.proof == proof])
             target = "<= 120" if proof == UNPROVEN else "<= 40"

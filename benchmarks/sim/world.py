@@ -56,13 +56,14 @@ class Judge(ControlState):
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """The verdict from `at` on, and whether /readyz passes."""
+    """The verdict from `at` on, whether /readyz passes, and when the engine last put out a token."""
 
     at: float
     state: str
     reason: str
     ready: bool = True
     proof: str = UNPROVEN
+    token_at: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -429,4 +430,4 @@ class World:
         last = self.trail[-1] if self.trail else None
         if last is None or (last.state, last.reason, last.ready) != (m.state, m.reason, ready):
             proof = str(self.control.health.verdict.evidence.get("proof", UNPROVEN))
-            self.trail.append(Change(self.now, m.state, m.reason, ready, proof))
+            self.trail.append(Change(self.now, m.state, m.reason, ready, proof, self.engine.token_at))

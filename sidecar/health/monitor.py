@@ -488,7 +488,7 @@ class HealthMonitor:
             xid_age=self._clues.xid_age(now),
             unanswered=self._clues.unanswered(now),
             iterating=self.progress.iterating,
-            part=self.partial_hangs.suspected_cause(),
+            part=self.partial_hangs.suspected_cause(self.progress.learned),
             moves=self.progress.moves(now - (self.evidence.age or 0.0)),
             waiting=None if waiting is None else now - waiting,
             ended=None if ended is None else now - ended,
@@ -503,8 +503,8 @@ class HealthMonitor:
 
     def _refusing(self, now: float) -> float | None:
         """Seconds for which the engine has refused everything; None while it does not."""
-        floor, is_idle = self.progress.limits.floor, self.evidence.outstanding == 0
-        return self.refusals.seconds(now, floor, can_ask=self.canaries.passes, idle=is_idle)
+        open_for = self.evidence.age if self.evidence.outstanding else None
+        return self.refusals.seconds(now, self.progress.limits.floor, can_ask=self.canaries.passes, open_for=open_for)
 
     def _is_start_overdue(self, now: float) -> bool:
         """Whether this process of the engine has been starting for longer than any may."""

@@ -41,8 +41,10 @@ MAX_SERVED_KEPT = 64
 MIN_SILENT_STREAMS = 2
 # First tokens without any other, before the silence of all streams counts as stalled decodes.
 MIN_FIRST_TOKENS = 3
-# Seconds over which they must have come: prefills that go first end in bursts.
+# Seconds over which they must have come, and how many times the seconds of their prefills: prefills that go first end
+# in bursts.
 PREFILL_BURST_S = 3.0
+PREFILL_BURST_FACTOR = 1.5
 # Requests that ended without an admission, before admission counts as stalled.
 MIN_FREED = 3
 # Share of the KV cache in use from which preempted streams may wait long, and how many times longer.
@@ -121,6 +123,7 @@ class StreamTable:
     served_at: float = 0.0  # the last first token
     freed: int = 0  # requests that ended since then
     decoded_at: float = 0.0  # the last token of any stream past its first pieces
+    decoded_prefilled: float = 0.0  # `prefilled` then
     first_tokens: int = 0  # since then
     _numbers: int = 0
     _ticked_at: float | None = None
@@ -340,10 +343,13 @@ class StalledDecodes:
         count = len(silent_streams)
         return f"{count} streams have their first token and no other for {silent:.0f} s, while prefills go on"
 
-    def is_suspected(self) -> bool:
-        """Whether first tokens had come over some time, and no other token."""
+    def is_suspected(self, learned: LatencyModel) -> bool:
+        """Whether first tokens had come over some time, longer than their prefills took, and no other token."""
         table = self.table
-        return table.first_tokens >= MIN_FIRST_TOKENS and table.served_at - table.decoded_at >= PREFILL_BURST_S
+        prefills = learned.slowness * (table.prefilled - table.decoded_prefilled)
+        seconds = table.served_at - table.decoded_at
+        is_long = seconds >= max(PREFILL_BURST_S, PREFILL_BURST_FACTOR * prefills)
+        return table.first_tokens >= MIN_FIRST_TOKENS and is_long
 
 
 @dataclass(slots=True)
@@ -604,11 +610,11 @@ class PartialHangDetector:
             return False  # its canaries are of an idle engine: they say nothing of those who are served now
         return reason != "stream_stuck" or self.stuck_streams.are_most()
 
-    def suspected_cause(self) -> str:
+    def suspected_cause(self, learned: LatencyModel) -> str:
         """The reason code of a part whose hang may have filled up the whole engine until nothing moves; "" for none."""
         suspected = {
             "rank_silent": self.silent_rank.is_suspected(),
-            "decode_stalled": self.stalled_decodes.is_suspected(),
+            "decode_stalled": self.stalled_decodes.is_suspected(learned),
             "stream_stuck": self.stuck_streams.are_suspected(),
         }
         return next(iter([*self._since, *(reason for reason, holds in suspected.items() if holds)]), "")
@@ -625,7 +631,8 @@ class PartialHangDetector:
     def _decode(self) -> None:
         if "decode_stalled" in self._since:  # it is over: what all were silent for was no single stream's
             self.table.restart_silence(*self.table.streams.values())
-        self.table.decoded_at, self.table.first_tokens = self.table.clock, 0
+        table = self.table
+        table.decoded_at, table.decoded_prefilled, table.first_tokens = table.clock, table.prefilled, 0
 
 
 def has_kv_pressure(sample: EngineSample | None) -> bool:

@@ -3,7 +3,7 @@
 Rules:
 - A refusal is a 404 or a 5xx to a user's request before any byte, or a canary that has passed before and is rejected
   now. 429 and 503 are refusals only while the engine has nothing to do.
-- Anything served ends it. A request that is open at the engine was not refused.
+- Anything served ends it, and so does a request that was open at the engine for long: it was not refused.
 - Users alone may all be wrong; canaries refused with them, or 5xx to many users where no canary passes, are not.
 """
 
@@ -55,9 +55,14 @@ class RefusedWork:
         self.users += event.status >= 500
         self._refused(event.at)
 
-    def seconds(self, now: float, floor: float, *, can_ask: bool | None, idle: bool) -> float | None:
-        """For how long everything has been refused; None before that is known for `floor` seconds."""
-        if not idle:
+    def seconds(self, now: float, floor: float, *, can_ask: bool | None, open_for: float | None) -> float | None:
+        """For how long everything has been refused; None before that is known for `floor` seconds.
+
+        `open_for`: for how long requests have been open at the engine in silence, None where none is.
+        """
+        if open_for is not None:
+            if open_for > floor:
+                self.served()
             return None
         is_known = self.canaries >= MIN_CANARIES or (can_ask is False and self.users >= MIN_USERS)
         if self.since is None or not is_known or now - self.since < floor:

@@ -37,8 +37,8 @@ REJECTED_STARTS: Final = 3
 PART_HOLD_S: Final = 120.0
 # Over the allowed silence, engine steps alone hold suspicion off for so long, and prefill evidence alone for so many
 # times.
-STEPS_HOLD_OFF_S: Final = 6.0
-PREFILL_HOLD_OFF: Final = 1.5
+STEPS_HOLD_OFF_S: Final = 3.0
+PREFILL_HOLD_OFF: Final = 1.25
 # Where no canary passes, so many times the silence withdraws readiness, and so many times fails liveness. An answer
 # that may be generated unseen keeps readiness for all of its time.
 UNASKED_FACTOR: Final = 2.0
@@ -137,7 +137,12 @@ def _is_silent(before: VerdictState, inputs: VerdictInputs) -> bool:
     evidence, age = inputs.evidence, inputs.evidence.age
     is_blind = inputs.can_ask is False and not evidence.frozen
     allowed = max(UNASKED_FACTOR * evidence.allowed, evidence.hidden) if is_blind else evidence.allowed
-    if age is None or _silence(before, inputs) <= allowed:
+    if age is None:
+        return False
+    silence = _silence(before, inputs)
+    if inputs.canary and _is_canary_newer(inputs) and _has_canary(inputs, _asked_since(before), "failed", "starved"):
+        silence, age = (max(x, inputs.now - inputs.canary.started) for x in (silence, age))  # sent before the work came
+    if silence <= allowed:
         return False
     steps = _is_fresh(evidence.steps_age) and age <= allowed + STEPS_HOLD_OFF_S
     prefill = _is_fresh(evidence.prefill_age) and age <= PREFILL_HOLD_OFF * allowed
@@ -151,6 +156,11 @@ def _is_fresh(age: float | None) -> bool:
 def _has_canary(inputs: VerdictInputs, since: float, *outcomes: str) -> bool:
     """Whether the last canary ended so, and was sent at `since` or later."""
     return inputs.canary is not None and inputs.canary.outcome in outcomes and inputs.canary.started >= since
+
+
+def _asked_since(before: VerdictState) -> float:
+    """A canary that was sent earlier says nothing of this silence."""
+    return max(before.engine_since, before.window_at)
 
 
 def _is_canary_newer(inputs: VerdictInputs) -> bool:
@@ -180,7 +190,7 @@ def _is_confirmed(before: VerdictState, inputs: VerdictInputs) -> bool:
     evidence, silence = inputs.evidence, _silence(before, inputs)
     if silence <= evidence.kill_after:
         return False
-    since = max(before.engine_since, before.window_at)
+    since = _asked_since(before)
     if _is_canary_newer(inputs) and _has_canary(inputs, since, "busy") and evidence.frozen:
         return True
     if inputs.can_ask and _is_canary_newer(inputs) and _has_canary(inputs, since, "failed", "starved"):
@@ -198,7 +208,7 @@ def _is_lost(before: VerdictState, inputs: VerdictInputs) -> bool:
 def _is_canary_lost(before: VerdictState, inputs: VerdictInputs) -> bool:
     if not before.served or inputs.is_working or not inputs.can_ask or not _is_canary_newer(inputs):
         return False
-    return _has_canary(inputs, max(before.engine_since, before.window_at), "failed", "starved")
+    return _has_canary(inputs, _asked_since(before), "failed", "starved")
 
 
 def _is_refusing(before: VerdictState, inputs: VerdictInputs) -> bool:

@@ -295,6 +295,18 @@ def test_first_tokens_without_any_other_are_decodes_that_stall() -> None:
     assert e.finding is None
 
 
+@pytest.mark.parametrize(("prefill", "cause"), [(0.1, "decode_stalled"), (1.0, "")])
+def test_prefills_that_go_first_are_no_decodes_that_stalled(prefill: float, cause: str) -> None:
+    """A whole engine that hangs at the end of a burst of prefills gets no reason of a part."""
+    e = Engine()
+    e.decoding()
+    for _ in range(20):
+        e.first(e.admit(prefill=prefill))
+        e.tick(1)
+    e.tick(10, silent=True)
+    assert e.parts.suspected_cause(e.learned) == cause
+
+
 def ranks(*rows: tuple[float, float]) -> EngineSample:
     """(running, generation tokens) by rank."""
     return EngineSample(running=1, ranks=tuple(RankSample(n, r, 0, g) for n, (r, g) in enumerate(rows)))

@@ -19,7 +19,7 @@ def user(refusals: RefusedWork, status: int, at: float, outcome: Any = "engine_e
 
 
 def refusing(refusals: RefusedWork, now: float, can_ask: bool | None = True) -> float | None:
-    return refusals.seconds(now, 12.0, can_ask=can_ask, idle=True)
+    return refusals.seconds(now, 12.0, can_ask=can_ask, open_for=None)
 
 
 def test_a_canary_that_passed_before_and_is_rejected_now_refuses() -> None:
@@ -64,6 +64,11 @@ def test_anything_served_ends_it_and_an_open_request_was_not_refused() -> None:
     refusals = RefusedWork()
     for at in (10.0, 20.0):
         canary(refusals, "rejected", at)
-    assert refusals.seconds(40.0, 12.0, can_ask=True, idle=False) is None
-    user(refusals, 200, 41.0, "ok", 5)
-    assert refusing(refusals, 60.0) is None
+    assert refusals.seconds(40.0, 12.0, can_ask=True, open_for=1.0) is None
+    assert refusing(refusals, 40.0) == 30.0, "one that came just now may be refused like the others"
+    assert refusals.seconds(41.0, 12.0, can_ask=True, open_for=13.0) is None
+    assert refusing(refusals, 60.0) is None, "the engine held one for longer than the floor"
+    for at in (70.0, 80.0):
+        canary(refusals, "rejected", at)
+    user(refusals, 200, 91.0, "ok", 5)
+    assert refusing(refusals, 110.0) is None

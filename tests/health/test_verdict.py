@@ -71,6 +71,16 @@ def test_a_silent_hang_is_suspect_then_stalled_once_a_fresh_canary_starved() -> 
     assert w.states() == ["progressing", "quiet", "suspect", "stalled"]
 
 
+def test_the_silence_of_a_canary_counts_for_work_that_came_meanwhile() -> None:
+    """A canary of an idle engine starved, then work came: readiness need not wait for all of a silence again."""
+    w = World().started()
+    w.wait(8)
+    w.work_since = w.now - 2
+    w.canary_ends("starved", took=6)
+    assert w.wait(2).state == "quiet"
+    assert w.wait(1).state == "suspect", "8 s after the canary was sent, 4 s after the work came"
+
+
 def test_without_a_canary_that_tells_silence_takes_three_times_as_long() -> None:
     """Unknown never lasts forever: after long enough users' silence decides alone."""
     w = World().started()
