@@ -6,7 +6,7 @@
 - Sleep: with --sleep-idle-seconds the model is unloaded after that time, /props reports it, and any request wakes it.
   /health, /props and /models do not, nor does /metrics in newer versions. It did in older ones, so a sleeping server is
   not scraped. A canary is a request: with --canary-interval below its idle time the server never sleeps.
-- --api-key leaves /health and /v1/models open. It has no priorities.
+- --api-key leaves /health open, older versions also /v1/models (seen). It has no priorities.
 - Router mode (no model given): /v1/models lists all models with their `status`, and a POST loads the one that it names.
   GETs without a model load none (seen): /metrics is 400, /props the router's own.
 - Cache: a request goes to the idle slot whose prompt begins as its own does (server-context.cpp, get_available_slot).

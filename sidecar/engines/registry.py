@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
+from itertools import pairwise
 from typing import Any, Final
 
 from sidecar.engines.engine_type import MODELS, EngineKind, KindMark
@@ -116,8 +117,15 @@ def identity(pages: Mapping[str, bytes]) -> EngineIdentity:
         flags=tuple(f"{name}={value}" for name, value in flags(pages.get(METRICS, b"")).items()),
         prepared=not rust,
         max_context=_max_context(pages),
-        slots=_size(props.get("total_slots")),
+        slots=_size(props.get("total_slots")) or _fewest_slots(listed),
     )
+
+
+def _fewest_slots(models: bytes) -> int:
+    """The fewest slots that llama.cpp's router gives a model, as its list says; 0 if it does not."""
+    found = [_member(card.get("status"), "args") for card in _cards(models)]
+    pairs = [pair for args in found if isinstance(args, list) for pair in pairwise(args)]
+    return min((int(n) for flag, n in pairs if flag in ("-np", "--parallel") and str(n).isdigit()), default=0)
 
 
 def _max_context(pages: Mapping[str, bytes]) -> int:

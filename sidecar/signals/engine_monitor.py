@@ -86,9 +86,14 @@ class EngineMonitor:
 
     @property
     def canary_disturbs(self) -> bool:
-        """Whether a canary costs this engine's users something: then only a suspicion is worth one."""
+        """Whether a canary costs this engine's users something: then only a suspicion is worth one.
+
+        A page that hangs with the engine, and is late while nothing else is known to be outstanding, is one.
+        """
         kind = self.kind
-        return kind is not None and (kind.canary_disturbs or (kind.slots_cache and self.identity.slots == 1))
+        if kind is None or (kind.page_hangs and self.scrape.is_late and not self._pace.busy.is_set()):
+            return False
+        return kind.canary_disturbs or (kind.slots_cache and self.identity.slots == 1)
 
     @property
     def trouble(self) -> str:

@@ -74,6 +74,7 @@ class ScrapeSignal:
         self._reading: Reading[EngineSample] = Absent("not read yet" if self.parse else self.absent)
         self._page: tuple[float, bytes] | None = None
         self._has_page = asyncio.Event()  # a good page was read
+        self._asked_at: float | None = None  # since when a page has been awaited in vain
         self.unanswered = False  # the port accepts connections, and nothing at all answers on them
         self.trouble = ""  # why no connection can be made; see EngineAddress
 
@@ -85,6 +86,11 @@ class ScrapeSignal:
         if isinstance(reading, Value) and self.clock() - reading.at > MAX_PAGE_AGE_S:
             return Failed(f"the metrics page has not answered for {MAX_PAGE_AGE_S:g} s")
         return reading
+
+    @property
+    def is_late(self) -> bool:
+        """Whether the page has been awaited for longer than it is worth."""
+        return self._asked_at is not None and self.clock() - self._asked_at > MAX_PAGE_AGE_S
 
     def page(self) -> str | None:
         """The last good page as text; None if there is none or it is stale."""
@@ -115,10 +121,11 @@ class ScrapeSignal:
     async def poll(self, session: aiohttp.ClientSession) -> Reading[EngineSample]:
         """Scrape once; store and return the reading."""
         if self.sleep_state is not None and self.sleep_state():
-            self.unanswered = False
+            self.unanswered, self._asked_at = False, None
             self._store(Absent("the engine is asleep; a scrape would wake it"))
             return self._reading
         started = self.clock()
+        self._asked_at = started if self._asked_at is None else self._asked_at
         watching = asyncio.create_task(self._watch_contact(session))
         try:
             page = await self._fetch(session)
@@ -130,7 +137,7 @@ class ScrapeSignal:
                 self._has_page.set()
                 if sample.running or sample.waiting:
                     self.pace.worked()
-            self.unanswered, self.trouble = False, ""
+            self.unanswered, self._asked_at, self.trouble = False, None, ""
         except Exception as e:  # noqa: BLE001 - no page and no parser may end the control process
             self._fail(e)
         finally:
@@ -140,7 +147,7 @@ class ScrapeSignal:
 
     def _fail(self, error: Exception) -> None:
         if not isinstance(error, TimeoutError):  # else what the contact said last holds
-            self.unanswered = False
+            self.unanswered, self._asked_at = False, None
         trouble, before = self.explain(error), self.trouble
         self.trouble = trouble
         if self.parse is not None:

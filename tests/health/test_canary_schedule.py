@@ -37,7 +37,14 @@ def test_a_slow_engines_canaries_have_a_multiple_of_what_they_took() -> None:
     """What canaries take is known from those before; until then the floor rules."""
     assert canary_allowed("idle", IDLE, KNOWN, LIMITS) == 8.0
     assert canary_allowed("idle", IDLE, [1.0, 4.0, 2.0], LIMITS) == 20.0
-    assert canary_allowed("idle", replace(IDLE, allowed=60.0), [0.1], LIMITS) == 60.0
+    assert canary_allowed("idle", replace(IDLE, learned=False), [0.1], LIMITS) == 60.0
+
+
+def test_where_users_taught_enough_one_canary_tells() -> None:
+    """An engine with one slot is asked so seldom that it would never have three."""
+    assert canary_allowed("idle", IDLE, [], LIMITS) == 60.0
+    assert canary_allowed("idle", IDLE, [0.1], LIMITS) == 12.0
+    assert canary_allowed("idle", IDLE, [5.0], LIMITS) == 25.0
 
 
 def test_one_canary_that_waited_out_a_pause_does_not_lengthen_the_next() -> None:

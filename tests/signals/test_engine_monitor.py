@@ -14,7 +14,7 @@ from aiohttp import web
 from sidecar.engines import sglang
 from sidecar.readings import Absent, Value
 from sidecar.settings import Settings
-from sidecar.signals import engine_monitor
+from sidecar.signals import engine_monitor, metrics_scrape
 from sidecar.signals.engine_monitor import EngineMonitor
 
 from ..engines.engine_faces import FACES, OnDemand, Shown, models, page, said, shown
@@ -106,6 +106,26 @@ async def test_a_canary_that_costs_users_a_cache_is_known(
         contact = await meet(engine)
         await until(lambda: contact.identity.models != ())
         assert (contact.canary_disturbs, contact.identity.slots) == (disturbs, slots)
+
+
+async def never(request: web.Request) -> web.StreamResponse:
+    await asyncio.Event().wait()
+    raise AssertionError
+
+
+async def test_a_page_that_hangs_is_worth_a_canary_in_the_only_slot(
+    meet: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The decoding loop renders llama.cpp's page: if it does not come, and nothing runs, it may have stopped."""
+    async with shown("llamacpp") as engine:
+        engine.answers["/props"] = said(default_generation_settings={"n_ctx": 2048}, total_slots=1)
+        contact = await meet(engine)
+        await until(lambda: contact.identity.models != ())
+        assert contact.canary_disturbs
+        monkeypatch.setattr(metrics_scrape, "MAX_PAGE_AGE_S", 0.05)
+        engine.handlers["/metrics"] = never
+        await until(lambda: contact.scrape.is_late)
+        assert not contact.canary_disturbs
 
 
 async def test_an_idle_llama_gets_its_canaries_in_one_slot(meet: Callable[..., Any]) -> None:

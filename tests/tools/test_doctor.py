@@ -235,7 +235,7 @@ def test_the_engines_threads(wanted: str | None, level: str) -> None:
     command = [sys.executable, "-c", code]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env) as child:
         assert child.stdout and child.stdin
-        found = engine_checks.threads(f"http://127.0.0.1:{int(child.stdout.readline())}")
+        found = engine_checks.threads(f"http://127.0.0.1:{int(child.stdout.readline())}", "vllm")
         child.stdin.close()
         child.wait(PATIENCE)
     assert found.level == level
@@ -243,9 +243,9 @@ def test_the_engines_threads(wanted: str | None, level: str) -> None:
 
 def test_an_engine_elsewhere_has_no_threads_to_see(unused_tcp_port: int) -> None:
     """A process that is not on this machine is absent, not wrong."""
-    assert engine_checks.threads(f"http://127.0.0.1:{unused_tcp_port}").level == "absent"
+    assert engine_checks.threads(f"http://127.0.0.1:{unused_tcp_port}", "vllm").level == "absent"
     with socket.create_server(("127.0.0.1", 0)) as other:
-        assert engine_checks.threads(f"http://192.0.2.1:{other.getsockname()[1]}").level == "absent"
+        assert engine_checks.threads(f"http://192.0.2.1:{other.getsockname()[1]}", "vllm").level == "absent"
 
 
 def test_a_directory_that_cannot_be_is_a_failure(tmp_path: Path) -> None:

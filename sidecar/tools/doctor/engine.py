@@ -60,7 +60,7 @@ async def check(chosen: Settings) -> dict[str, DoctorFinding]:
             "engine-rest": await _rest(session, address.base, kind),
             "images-shm": shared_memory(chosen, kind.name),
             "images-engine": prepared(chosen, met),
-            "engine-threads": threads(chosen.engine),
+            "engine-threads": threads(chosen.engine, kind.name),
         }
 
 
@@ -174,8 +174,10 @@ def prepared(chosen: Settings, met: ProbeAnswers) -> DoctorFinding:
     return DoctorFinding("ok", "it says nothing against prepared images; one that it refuses goes on as it came")
 
 
-def threads(engine: str) -> DoctorFinding:
+def threads(engine: str, kind: str) -> DoctorFinding:
     """OMP_NUM_THREADS of the engine's process, if it is visible on this machine."""
+    if kind == "llamacpp":
+        return DoctorFinding("absent", "llama.cpp takes the number of its threads from --threads")
     is_local = host_and_port(engine)[0] in LOCAL_HOSTS
     pids = engine_processes.find_listeners(engine)[0] if is_local else set()
     if not pids:
