@@ -13,8 +13,6 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Final
 
-from aiohttp import web
-
 from sidecar.errors import SidecarError
 from sidecar.events import Admitted, Delivered, RequestBlocked, RequestSize, Settled, State, Trace, Usage
 from sidecar.load.estimator import Estimate
@@ -52,7 +50,6 @@ class Admission:
     price: Price | None = None  # of a usage, if the client wants it in the answer
     scope: asyncio.Timeout | None = None
     abort_error: SidecarError | None = None
-    answer: web.StreamResponse | None = None  # whose head the client has
     events: SSE | None = None  # the answer's reader, if it is an event stream in plain text
     status: int = 0
     tokens: int = 0

@@ -1,121 +1,159 @@
-"""The connection to the client: bodies read within a bound, answers written, and whose connection broke.
+"""The connection to the client: bodies read within bounds, answers written, and whose connection broke.
 
 Rules: a client that is gone raises ClientGone, one that does not read ClientStalled, an engine that broke EngineBroke.
-aiohttp raises the same errors for both connections, so each call is wrapped by the side that it talks to.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Iterable, Iterator
-from contextlib import contextmanager, suppress
-from typing import Final
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, Final
 
-import aiohttp
-from aiohttp import web
-
-from sidecar.errors import BodyTooLarge
+from sidecar.errors import BodyTooLarge, RequestError
 from sidecar.images.protocol import Data
+from sidecar.relay import headers
+from sidecar.relay.http.client import Request
+from sidecar.relay.http.engine import Answer, EngineError
+from sidecar.relay.http.head import Field
 from sidecar.relay.outcomes import ClientGone, ClientStalled, EngineBroke
 
-# What reading from the engine raises when its connection breaks.
-ENGINE_ERRORS: Final = (aiohttp.ClientError, OSError, TimeoutError)
 # Longer than people and batch jobs pause. A connection that is not read keeps a slot of the engine's batch.
 CLIENT_STALL_S: Final = 600.0
 MAX_PIECE_BYTES: Final = 1 << 20  # a client must read this much within its timeout when an answer is long
+JSON_TYPE: Final = (b"content-type", b"application/json; charset=utf-8")
+REASONS: Final = {
+    200: b"OK",
+    400: b"Bad Request",
+    404: b"Not Found",
+    406: b"Not Acceptable",
+    408: b"Request Timeout",
+    413: b"Content Too Large",
+    429: b"Too Many Requests",
+    431: b"Request Header Fields Too Large",
+    500: b"Internal Server Error",
+    501: b"Not Implemented",
+    502: b"Bad Gateway",
+    503: b"Service Unavailable",
+}
 
 
-async def expect(request: web.BaseRequest) -> None:
-    """Send 100 Continue if the client waits for it (curl does, above 1 MiB)."""
-    if request.headers.get("expect", "").lower() == "100-continue":
-        await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        request.writer.output_size = 0  # aiohttp takes output for a begun answer
+class BodiesFull(RequestError, code="bodies_full", status=429, retry_after=1):
+    """The bodies of other requests fill the memory that this process may use for them."""
 
 
-async def read(request: web.BaseRequest, limit: int, flag: str = "--max-body-bytes") -> bytes:
-    """The whole body. Raises BodyTooLarge above `limit` bytes, which `flag` sets."""
+class BodyBudget:
+    """The bytes of request bodies that one process may hold at once."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.held = 0
+
+    def take(self, size: int) -> None:
+        """Hold `size` more bytes. Raises BodiesFull."""
+        if self.held and self.held + size > self.limit:
+            raise BodiesFull("the request bodies under way fill the sidecar's memory; send the request again")
+        self.held += size
+
+    @contextmanager
+    def reading(self) -> Iterator[HeldBytes]:
+        """The bytes of one request, for a block at most."""
+        held = HeldBytes(self)
+        try:
+            yield held
+        finally:
+            held.release()
+
+
+class HeldBytes:
+    """What one request holds of a budget."""
+
+    __slots__ = ("_budget", "size")
+
+    def __init__(self, budget: BodyBudget) -> None:
+        self._budget = budget
+        self.size = 0
+
+    def grow(self, size: int) -> None:
+        """Hold at least `size` bytes in all. Raises BodiesFull."""
+        if size > self.size:
+            self._budget.take(size - self.size)
+            self.size = size
+
+    def release(self) -> None:
+        """The bytes are needed no more."""
+        self._budget.held -= self.size
+        self.size = 0
+
+
+async def read(request: Request, limit: int, held: HeldBytes | None = None, flag: str = "--max-body-bytes") -> bytes:
+    """The whole body. Raises BodyTooLarge above `limit` bytes, which `flag` sets, and BodiesFull."""
     too_large = f"the request body is larger than {limit} bytes ({flag})"
-    if (request.content_length or 0) > limit:
+    announced = request.fields.length() or 0
+    if announced > limit:
         raise BodyTooLarge(too_large)
-    await expect(request)
-    pieces: list[bytes] = []
-    size = 0
-    while piece := await request.content.readany():
+    if held is not None:
+        held.grow(announced)
+    request.want_body()
+    body, pieces, size = request.body, [], 0
+    while piece := await body.next():
         size += len(piece)
         if size > limit:
             raise BodyTooLarge(too_large)
+        if held is not None:
+            held.grow(size)
         pieces.append(piece)
     return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 
-async def next_chunk(answer: aiohttp.ClientResponse) -> bytes:
-    """The next bytes of the engine's answer; empty at its end. Raises EngineBroke if it ends early."""
+async def read_answer(answer: Answer) -> bytes:
+    """The whole body of an answer. Raises EngineBroke if it ends early."""
     try:
-        return await answer.content.readany()
-    except ENGINE_ERRORS:
+        return await answer.body.read()
+    except EngineError:
         raise EngineBroke("the engine's answer ended early") from None
 
 
-async def send(step: Awaitable[object]) -> None:
-    """Send the answer's head, a part of it, or its end."""
+async def drain(request: Request) -> None:
+    """Wait until the client has read enough. Raises ClientGone."""
     try:
-        await step
+        await request.reply.drain()
     except ConnectionError:
         raise ClientGone from None
 
 
-async def send_long(response: web.StreamResponse, groups: Iterable[list[Data]], within: float) -> None:
-    """Send an answer held in memory. Raises ClientStalled if the client reads nothing for `within` seconds."""
+async def send_long(request: Request, groups: Iterable[list[Data]], within: float) -> None:
+    """Send a body held in memory. Raises ClientStalled if the client reads nothing for `within` seconds."""
     try:
         for group in groups:
             data = memoryview(group[0] if len(group) == 1 else b"".join(group))
             for at in range(0, len(data), MAX_PIECE_BYTES):
+                request.reply.write(data[at : at + MAX_PIECE_BYTES])
                 async with asyncio.timeout(within):
-                    await send(response.write(data[at : at + MAX_PIECE_BYTES]))
-        async with asyncio.timeout(within):
-            await send(response.write_eof())
+                    await drain(request)
+        request.reply.end()
     except TimeoutError:
         raise ClientStalled from None
 
 
-class BusyConnections:
-    """The client connections of one relay process that have a request under way."""
-
-    def __init__(self) -> None:
-        self._busy: set[object] = set()
-        self._idle = asyncio.Event()
-        self._idle.set()
-
-    def __len__(self) -> int:
-        return len(self._busy)
-
-    @contextmanager
-    def busy(self, connection: object) -> Iterator[None]:
-        """A request is under way on `connection` for a block."""
-        self._busy.add(connection)
-        self._idle.clear()
-        try:
-            yield
-        finally:
-            self._busy.discard(connection)
-            if not self._busy:
-                self._idle.set()
-
-    async def drain(self, server: web.Server, seconds: float) -> bool:
-        """Close idle connections and wait for the busy ones, at most `seconds`. Returns whether all became idle."""
-        for connection in server.connections:
-            if connection not in self._busy:
-                connection.close()
-        with suppress(TimeoutError):
-            await asyncio.wait_for(self._idle.wait(), seconds)
-        return not self._busy
+def send_json(request: Request, value: Any, *, status: int = 200, fields: Iterable[Field] = ()) -> None:
+    """Answer with JSON."""
+    body = json.dumps(value).encode()
+    request.reply.begin(status, REASONS.get(status, b"Error"), [JSON_TYPE, *fields], body=body)
 
 
-def hang_up(request: web.BaseRequest, *, at_once: bool = False) -> web.Response:
-    """Close the client's connection; `at_once`: also discard what it has not read.
+def refuse(request: Request, error: RequestError, id: str) -> None:
+    """Answer with an error; where it is too late for that, hang up."""
+    if request.reply.begun:
+        hang_up(request)
+        return
+    if isinstance(error, BodyTooLarge):
+        request.keep_alive = False  # the rest of the body is not worth reading
+    extra = [] if error.retry_after is None else headers.retry_after(error.retry_after)
+    send_json(request, error.body(), status=error.status, fields=[(b"x-request-id", id.encode()), *extra])
 
-    aiohttp needs an answer all the same; this one is never sent.
-    """
-    if (transport := request.transport) is not None:
-        (transport.abort if at_once else transport.close)()
-    return web.Response()
+
+def hang_up(request: Request, *, at_once: bool = False) -> None:
+    """Close the client's connection; `at_once`: also discard what it has not read."""
+    request.connection.close(at_once=at_once)

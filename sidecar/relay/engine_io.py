@@ -1,187 +1,160 @@
-"""The connections to the engine, and bodies that go out without being copied.
+"""Requests to the engine: over a kept connection where a request may be sent twice, else over a fresh one.
 
-Rules: nothing is decoded, redirected, stored or limited in time here. A connection that was not read to its end is
-closed, which is how an engine learns that its client left. An engine may close a kept connection just as it is reused:
-a request that breaks on one before a byte of its answer came is sent once more, on a fresh one. What cannot be sent
-twice starts on a fresh one.
+Rules: an engine may close a kept connection just as it is reused: a request that breaks on one before a byte of its
+answer came is sent once more, on a fresh one. What cannot be sent twice starts on a fresh one.
 """
 
 from __future__ import annotations
 
 import re
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from types import SimpleNamespace
-from typing import Any, Final
-
-import aiohttp
-from aiohttp import hdrs, payload, web
-from aiohttp.abc import AbstractStreamWriter
-from yarl import URL
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Final
+from urllib.parse import urlsplit
 
 from sidecar.errors import BadTarget
 from sidecar.events import Trace
-from sidecar.relay import client_io, headers
+from sidecar.relay import headers
+from sidecar.relay.http import client
+from sidecar.relay.http.engine import Answer, EngineConnection, EngineError, Place, Pool, Send, Unanswered
+from sidecar.relay.http.head import request_head
 from sidecar.relay.open_requests import OpenRequests
 from sidecar.relay.outcomes import engine_error
 from sidecar.relay.request_body import Buffer
 from sidecar.signals.engine_address import EngineAddress
+from sidecar.signals.listening_socket import host_and_port, socket_path
 
-MAX_HEADER_BYTES: Final = 64 << 10  # one header or request line, both ways (uvicorn's limit for all of them)
-READ_BUFFER_BYTES: Final = 256 << 10
-_CONNECT_TIMEOUT_S: Final = 5.0  # the engine is on this machine
 # A connection that the engine was closing breaks at once. What breaks later may have been worked on: it is not
 # repeated.
 MAX_STALE_S: Final = 2.0
 MAX_REPEATED_BYTES: Final = 64 << 10  # a body up to this is kept until its answer begins, and may be sent twice
-_KEEPALIVE_S: Final = 3.0  # uvicorn closes an idle connection after 5 s
 _WRITE_BYTES: Final = 256 << 10  # passed to the socket at once
-_ABSOLUTE_FORM: Final = re.compile(r"https?://[^/?#]*(.*)", re.IGNORECASE)
-_AIOHTTP_HEADERS: Final = (hdrs.ACCEPT, hdrs.ACCEPT_ENCODING, hdrs.USER_AGENT, hdrs.CONTENT_TYPE)
+Take = Callable[[bytes], None]
+_ABSOLUTE_FORM: Final = re.compile(rb"https?://[^/?#]*(.*)", re.IGNORECASE | re.DOTALL)
 
 
-class Unanswered(aiohttp.ClientConnectionError):
-    """The connection broke before a byte of the answer came."""
+def place_of(address: EngineAddress) -> Place:
+    """Where to connect to for an engine."""
+    if path := socket_path(address.url):
+        return Place("", 0, socket=path, authority=b"localhost")
+    url = urlsplit(address.url)
+    host, port = host_and_port(address.url)
+    return Place(
+        host, port, tls=address.tls(), authority=url.netloc.rpartition("@")[2].encode(), prefix=url.path.encode()
+    )
 
 
-class BodyPayload(payload.Payload):
+class BodyPayload:
     """A request body in pieces. `sent` is called when the last of them has been written.
 
     A short body is kept until its answer begins, because it may be sent twice; a long one is dropped when written.
     """
 
-    _autoclose = True  # holds nothing that needs closing
+    __slots__ = ("form", "original", "pieces", "sent", "size")
 
-    def __init__(self, pieces: Sequence[Buffer], sent: Callable[[], None]) -> None:
-        super().__init__(None)
-        self._pieces = pieces
-        self._sent = sent
+    def __init__(self, pieces: Sequence[Buffer], sent: Callable[[], None] = lambda: None) -> None:
+        self.pieces = pieces
+        self.sent = sent
         # builds the client's own body, if the engine may refuse this one
         self.original: Callable[[], BodyPayload] | None = None
         self.form = ""  # in which its images are
-        self._size = sum(len(piece) for piece in pieces)
+        self.size = sum(len(piece) for piece in pieces)
 
-    def decode(self, encoding: str = "utf-8", errors: str = "strict") -> str:
-        return b"".join(self._pieces).decode(encoding, errors)
+    @property
+    def is_repeatable(self) -> bool:
+        """Whether it may be sent twice."""
+        return self.size <= MAX_REPEATED_BYTES
 
-    async def write(self, writer: AbstractStreamWriter) -> None:
-        for piece in self._pieces:
-            if len(piece) <= _WRITE_BYTES:
-                await writer.write(piece)
-                continue
+    async def write(self, engine: EngineConnection) -> None:
+        """Write a long body, as fast as the engine reads it."""
+        for piece in self.pieces:
             view = memoryview(piece)
             for at in range(0, len(view), _WRITE_BYTES):
-                await writer.write(view[at : at + _WRITE_BYTES])
-        self._sent()
-        if not is_repeatable(self):
-            self.drop()
+                engine.write(view[at : at + _WRITE_BYTES])
+                await engine.drain()
+        self.sent()
+        self.drop()
 
     def drop(self) -> None:
         """Release the bytes: they are not sent again."""
-        self._pieces = ()
+        self.pieces = ()
 
 
 class EngineClient:
-    """Sends clients' requests to the engine, over kept and fresh connections.
+    """Sends clients' requests to the engine. What breaks is raised as an error for the client.
 
-    What breaks is raised as an error for the client. Clients' connections bound the number of these.
+    Clients' connections bound the number of these.
     """
 
-    def __init__(self, engine: EngineAddress, open_requests: OpenRequests) -> None:
-        self._base = engine.base
+    def __init__(self, place: Place, open_requests: OpenRequests) -> None:
+        self._place = place
         self._open_requests = open_requests
-        trace = aiohttp.TraceConfig()
-        trace.on_connection_reuseconn.append(_note_reuse)
-        self._kept = _session(engine, [trace], keepalive_timeout=_KEEPALIVE_S)
-        self.fresh = _session(engine, [], force_close=True)  # each of its requests gets a connection of its own
-
-    def url(self, request: web.BaseRequest) -> URL:
-        """The engine's URL for a request's target, byte for byte (except a trailing `?`)."""
-        return URL(self._base + origin_form(request.raw_path), encoded=True)
+        self.pool = Pool(place)
 
     async def send(
-        self, request: web.BaseRequest, id: str, data: Any, *, trace: Trace | None = None, length: int | None = None
-    ) -> aiohttp.ClientResponse:
-        """The head of the engine's answer, which the caller closes: left early, its connection closes too."""
-        passed = headers.to_engine(request, id=id, trace=trace, length=length)
-        method, url, reused_at = request.method, self.url(request), list[float]()
+        self,
+        request: client.Request,
+        id: str,
+        body: BodyPayload | None,
+        *,
+        trace: Trace | None = None,
+        stream: Send | None = None,
+        is_upgrade: bool = False,
+    ) -> Answer:
+        """The head of the engine's answer, which the caller closes: left early, its connection closes too.
 
-        def ask(session: aiohttp.ClientSession) -> Awaitable[aiohttp.ClientResponse]:
-            return session.request(
-                method, url, headers=passed, data=data, allow_redirects=False, trace_request_ctx=reused_at
-            )
+        `stream` writes a body that comes in pieces, with the client's own framing.
+        """
+        length = None if body is None else body.size
+        passed = headers.to_engine(
+            request, self._place.authority, id=id, trace=trace, length=length, is_upgrade=is_upgrade
+        )
+        head = request_head(request.method, self._place.prefix + origin_form(request.target), passed)
+        inform = request.reply.inform
+
+        async def ask(engine: EngineConnection) -> Answer:
+            try:
+                if body is None or not body.is_repeatable:
+                    return await engine.ask(request.method, head, inform, stream if body is None else body.write)
+                answering = engine.ask(request.method, b"".join((head, *body.pieces)), inform)
+                body.sent()
+                return await answering
+            except BaseException:
+                engine.close()
+                raise
 
         try:
-            if not is_repeatable(data):
-                return await ask(self.fresh)
-            try:
-                answer = await ask(self._kept)
-            except Unanswered:
-                if not reused_at or time.monotonic() - reused_at[0] >= MAX_STALE_S:
-                    raise
-                answer = await ask(self.fresh)
-        except client_io.ENGINE_ERRORS as e:
+            is_repeatable = stream is None and not is_upgrade and (body is None or body.is_repeatable)
+            kept = self.pool.kept() if is_repeatable else None
+            if kept is None:
+                answer = await ask(await self.pool.fresh())
+            else:
+                answer = await self._ask_again(ask, kept)
+        except EngineError as e:
             raise engine_error(e, self._open_requests.verdict) from None
-        if isinstance(data, BodyPayload):
-            data.drop()
+        if body is not None:
+            body.drop()
         return answer
 
+    async def _ask_again(self, ask: Callable[[EngineConnection], Awaitable[Answer]], kept: EngineConnection) -> Answer:
+        """Ask over a kept connection; over a fresh one if that was stale."""
+        reused_at = time.monotonic()
+        try:
+            return await ask(kept)
+        except Unanswered:
+            if time.monotonic() - reused_at >= MAX_STALE_S:
+                raise
+        return await ask(await self.pool.fresh())
+
     async def close(self) -> None:
-        await self._kept.close()
-        await self.fresh.close()
+        self.pool.close()
 
 
-async def _note_reuse(session: aiohttp.ClientSession, context: SimpleNamespace, params: object) -> None:
-    context.trace_request_ctx.append(time.monotonic())
-
-
-async def _once(request: aiohttp.ClientRequest, send: aiohttp.ClientHandlerType) -> aiohttp.ClientResponse:
-    """Send a request once: aiohttp itself repeats a GET on any connection that breaks."""
-    try:
-        return await send(request)
-    except aiohttp.ClientConnectorError:
-        raise
-    except aiohttp.ServerDisconnectedError as e:
-        # a message that is no text is the part of the head that came
-        raise (Unanswered if isinstance(e.message, str) else aiohttp.ClientConnectionError)() from e
-    except (aiohttp.ClientOSError, aiohttp.ClientConnectionResetError) as e:
-        raise Unanswered from e
-
-
-def is_repeatable(data: Any) -> bool:
-    """Whether a body may be sent twice."""
-    if isinstance(data, BodyPayload):
-        return (data.size or 0) <= MAX_REPEATED_BYTES
-    return data is None or isinstance(data, bytes)
-
-
-def _session(engine: EngineAddress, traces: list[aiohttp.TraceConfig], **options: Any) -> aiohttp.ClientSession:
-    return aiohttp.ClientSession(
-        connector=engine.connector(limit=0, **options),
-        cookie_jar=aiohttp.DummyCookieJar(),
-        skip_auto_headers=_AIOHTTP_HEADERS,
-        auto_decompress=False,
-        timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_TIMEOUT_S),
-        read_bufsize=READ_BUFFER_BYTES,
-        max_line_size=MAX_HEADER_BYTES,
-        max_field_size=MAX_HEADER_BYTES,
-        trace_configs=traces,
-        middlewares=(_once,),
-    )
-
-
-async def stream(read: Callable[[], Awaitable[bytes]], sent: Callable[[], None]) -> AsyncIterator[bytes]:
-    """A request body as `read` gets it from its client. `sent` is called when the last byte has been written."""
-    while piece := await read():
-        yield piece
-    sent()
-
-
-def origin_form(raw_path: str) -> str:
+def origin_form(target: bytes) -> bytes:
     """A request target as path and query, bytes as they came. Raises BadTarget without a path (`*`, CONNECT's)."""
-    if raw_path.startswith("/"):
-        return raw_path
-    absolute = _ABSOLUTE_FORM.fullmatch(raw_path)
+    if target.startswith(b"/"):
+        return target
+    absolute = _ABSOLUTE_FORM.fullmatch(target)
     if absolute is None:
         raise BadTarget("only request targets with a path can be passed to the engine")
-    return absolute[1] if absolute[1].startswith("/") else "/" + absolute[1]
+    return absolute[1] if absolute[1].startswith(b"/") else b"/" + absolute[1]

@@ -1,9 +1,9 @@
 """The data path: read, prepare, admit, send, stream, settle.
 
 Rules: engine work is admitted, anything else passes through unread (passthrough.py). A body of work is read whole; an
-answer goes out chunk by chunk as it comes. When the client leaves, aiohttp cancels the handler
-(`handler_cancellation`), and leaving the exchange closes the connection to the engine. The sidecar's errors become
-answers in one place, `handle`.
+answer goes out chunk by chunk as it comes. When the client leaves, the handler is cancelled,
+and leaving the exchange closes the connection to the engine. The sidecar's errors become answers in one place,
+`handle`.
 """
 
 from __future__ import annotations
@@ -17,19 +17,21 @@ from contextlib import closing
 from functools import partial
 from typing import TYPE_CHECKING
 
-import aiohttp
-from aiohttp import web
-
-from sidecar.errors import BodyTooLarge, Draining, ImagesOff, Internal, RequestError, place_of
+from sidecar.errors import Draining, ImagesOff, Internal, RequestError, place_of
 from sidecar.events import AbortRequests, Command, Event, LoadReport, MetricsPage
 from sidecar.load import request_shape
 from sidecar.relay import client_io, engine_io, headers, metrics_page, outcomes, passthrough, request_body, response
 from sidecar.relay.admission import Admission
 from sidecar.relay.concurrency import MAX_QUEUED, ConcurrencyLimit, share_of
 from sidecar.relay.engine_io import BodyPayload
+from sidecar.relay.http.client import ClientConnection, Request
+from sidecar.relay.http.engine import Answer
+from sidecar.relay.http.head import Fields
+from sidecar.relay.http.server import Server
 from sidecar.relay.media import image_refusals, inline
 from sidecar.relay.open_requests import OpenRequests
 from sidecar.relay.pricing.charge import Pricing
+from sidecar.runtime.memory_limit import memory_limit
 from sidecar.settings import Settings
 from sidecar.signals.engine_address import EngineAddress
 from sidecar.trace_context import new_trace, parse_traceparent
@@ -38,6 +40,9 @@ if TYPE_CHECKING:  # a relay without images does not load them
     from sidecar.images.service import ImageService, PreparedImage
 
 _log = logging.getLogger(__name__)
+
+CUT_S = 1.0  # for error events to clients when a drain runs out of time
+BODY_SHARE = 0.25  # of the container's memory, for request bodies: each is held up to three times while it is prepared
 
 
 class Relay:
@@ -56,7 +61,7 @@ class Relay:
         index: int = 0,
         image_key: bytes = b"",
         images: ImageService | None = None,
-        preprocess: Callable[[web.BaseRequest], Awaitable[web.StreamResponse]] | None = None,
+        preprocess: Callable[[Request], Awaitable[None]] | None = None,
         fetch: inline.Fetch | None = None,
         is_shm_ready: Callable[[], bool] | None = None,
         max_queued: int = MAX_QUEUED,
@@ -76,9 +81,12 @@ class Relay:
         self._refusals = image_refusals.Refusals()
         self._pricing = pricing
         self._metrics_page = metrics_page.MergedMetricsPage(emit)
-        self._engine = engine_io.EngineClient(EngineAddress(settings.engine, settings.engine_ca), self._open_requests)
+        place = engine_io.place_of(EngineAddress(settings.engine, settings.engine_ca))
+        self._engine = engine_io.EngineClient(place, self._open_requests)
+        self._tenant_header = settings.tenant_header.lower().encode("latin-1")
+        self._budget = client_io.BodyBudget(body_budget(settings.max_body_bytes, settings.workers))
         self.close = self._engine.close
-        self._connections = client_io.BusyConnections()
+        self.server = Server(self.handle, self._refuse_connection)
         self.is_draining = False
 
     # --- commands and life ---
@@ -102,82 +110,92 @@ class Relay:
     @property
     def open(self) -> int:
         """Client requests under way."""
-        return len(self._connections)
+        return sum(connection.is_busy for connection in self.server.connections)
 
-    async def drain(self, server: web.Server, seconds: float) -> None:
+    async def drain(self, seconds: float) -> None:
         """Close idle connections and wait for open requests, at most `seconds`; cut off what is left."""
         self.is_draining = True
-        if not await self._connections.drain(server, seconds):
+        if not await self.server.drain(seconds):
             _log.warning("%d requests did not end within %.0f s and are cut off", self.open, seconds)
-            self._open_requests.cutting = True
-        await server.shutdown(timeout=0.5)
+            self._open_requests.cut()
+            await self.server.drain(CUT_S)
+        await self.server.close()
 
     # --- one request ---
 
-    async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
+    async def handle(self, request: Request) -> None:
         """Answer one request; the only place where the sidecar's errors become answers."""
-        id = headers.request_id(request.headers) or self._open_requests.new_id()
-        with self._connections.busy(request.protocol):
-            try:
-                if self.is_draining:
-                    raise Draining("this server is shutting down; send the request again")
-                return await self._dispatch(request, id)
-            except (outcomes.ClientStalled, outcomes.ClientGone, outcomes.EngineBroke) as e:
-                return client_io.hang_up(request, at_once=isinstance(e, outcomes.ClientStalled))
-            except RequestError as e:
-                return _refuse(request, e, id)
-            except Exception as e:  # noqa: BLE001  # the border: a defect costs one request, and its place is logged
-                _log.error("request failed: %s at %s", type(e).__name__, place_of(e))
-                return _refuse(request, Internal("internal error of the sidecar"), id)
-            finally:
-                if self.is_draining:
-                    request.protocol.close()
+        id = headers.request_id(request.fields) or self._open_requests.new_id()
+        if self.is_draining:
+            request.keep_alive = False
+        try:
+            if self.is_draining:
+                raise Draining("this server is shutting down; send the request again")
+            await self._dispatch(request, id)
+        except (outcomes.ClientStalled, outcomes.ClientGone, outcomes.EngineBroke) as e:
+            client_io.hang_up(request, at_once=isinstance(e, outcomes.ClientStalled))
+        except RequestError as e:
+            client_io.refuse(request, e, id)
+        except Exception as e:  # noqa: BLE001  # the border: a defect costs one request, and its place is logged
+            _log.error("request failed: %s at %s", type(e).__name__, place_of(e))
+            client_io.refuse(request, Internal("internal error of the sidecar"), id)
 
-    async def _dispatch(self, request: web.BaseRequest, id: str) -> web.StreamResponse:
-        path = engine_io.origin_form(request.raw_path).partition("?")[0]
+    def _refuse_connection(self, connection: ClientConnection, error: RequestError) -> None:
+        """Answer what is no request."""
+        request = Request(connection, "", b"", "1.1", Fields())
+        client_io.refuse(request, error, self._open_requests.new_id())
+
+    async def _dispatch(self, request: Request, id: str) -> None:
+        path = engine_io.origin_form(request.target).partition(b"?")[0].decode("latin-1")
         if request.method == "POST":
             route = request_body.route_of(path)
             if route is not None:
-                return await self._work(request, route, id)
+                await self._work(request, route, id)
+                return
             if path == "/v1/preprocess":
                 if self._preprocess is None:
                     raise ImagesOff(
                         "images are off; start the sidecar with --images inline and --model DIR to use /v1/preprocess"
                     )
-                return await self._preprocess(request)
+                await self._preprocess(request)
+                return
         elif path == "/metrics" and request.method == "GET" and (page := await self._metrics_page.get()) is not None:
-            return web.Response(body=page, headers={"content-type": metrics_page.CONTENT_TYPE, "x-request-id": id})
+            fields = [(b"content-type", metrics_page.CONTENT_TYPE.encode()), (b"x-request-id", id.encode())]
+            request.reply.begin(200, b"OK", fields, body=page)
+            return
         max_bytes = self._settings.max_body_bytes
-        return await passthrough.forward(request, id, self._engine, self._open_requests, max_bytes, self._load_report)
+        await passthrough.forward(
+            request, id, self._engine, self._open_requests, self._budget, max_bytes, self._load_report
+        )
 
-    async def _work(self, request: web.BaseRequest, route: str, id: str) -> web.StreamResponse:
+    async def _work(self, request: Request, route: str, id: str) -> None:
         """Engine work: one admission, settled before its client gets an error."""
-        tenant = headers.tenant(request.headers, self._settings.tenant_header)
+        tenant = headers.tenant(request.fields, self._tenant_header)
         trace = None
         if self._settings.otlp_endpoint:
-            given, state = request.headers.get("traceparent", ""), request.headers.get("tracestate", "")
+            given, state = request.fields.get(b"traceparent"), request.fields.get(b"tracestate")
             trace = parse_traceparent(given, state) or new_trace()
         admission = Admission(self._open_requests.new_id(), route, tenant, trace)
         try:
-            with self._open_requests.settling(admission):
+            with self._budget.reading() as held, self._open_requests.settling(admission):
                 self._open_requests.check(time.monotonic())
-                return await self._admitted(request, admission, await self._ready(request, admission), id)
+                await self._admitted(request, admission, await self._ready(request, admission, held), id, held)
         except RequestError as e:
-            if admission.answer is None:
+            if not request.reply.begun:
                 raise
-            return await response.end_with_error(request, admission, e)
+            await response.end_with_error(request, admission, e)
         finally:
             # the answer, which waits for this call to return, goes out before anything is learned from it
             asyncio.get_running_loop().call_soon(self._pricing.settle, admission)
             if self._images is not None:
                 self._images.release(admission.id)
 
-    async def _ready(self, request: web.BaseRequest, admission: Admission) -> BodyPayload:
+    async def _ready(self, request: Request, admission: Admission, held: client_io.HeldBytes) -> BodyPayload:
         """The body to send: read, charged, its images prepared, and admitted."""
-        body = await client_io.read(request, self._settings.max_body_bytes)
+        body = await client_io.read(request, self._settings.max_body_bytes, held)
         admission.read_at = time.monotonic()
         parsed = request_body.ParsedBody(body)
-        if admission.route != "audio" and "content-encoding" not in request.headers:
+        if admission.route != "audio" and b"content-encoding" not in request.fields:
             parsed = request_body.extract_data_urls(body, secrets.token_hex(16), links=self._fetch is not None)
         admission.shape = request_shape.describe(parsed.payload, admission.route, len(body), parsed.text)
         await self._pricing.charge(admission, parsed)
@@ -220,18 +238,18 @@ class Relay:
         name = partial(inline.cache_name, self._image_key, admission.tenant) if self._engine_kind == "vllm" else None
         data = BodyPayload(rebuild(inline.replacements(parts, prepared, name)), sent)
         data.form = inline.form_of(prepared)
-        if has_originals and data.form and self._refusals.is_trial(data.form, data.size or 0):
+        if has_originals and data.form and self._refusals.is_trial(data.form, data.size):
             # the request's sending time stays that of its first attempt
-            data.original = lambda: BodyPayload(rebuild(inline.originals(parts, prepared)), lambda: None)
+            data.original = lambda: BodyPayload(rebuild(inline.originals(parts, prepared)))
         return data
 
     async def _admitted(
-        self, request: web.BaseRequest, admission: Admission, data: BodyPayload, id: str
-    ) -> web.StreamResponse:
+        self, request: Request, admission: Admission, data: BodyPayload, id: str, held: client_io.HeldBytes
+    ) -> None:
         """The answer to `data`; if its prepared images are refused, that to the original body."""
 
-        async def send(body: BodyPayload) -> aiohttp.ClientResponse:
-            answer = await self._engine.send(request, id, body, trace=admission.trace, length=body.size)
+        async def send(body: BodyPayload) -> Answer:
+            answer = await self._engine.send(request, id, body, trace=admission.trace)
             admission.status = answer.status
             return answer
 
@@ -240,37 +258,35 @@ class Relay:
             with closing(await send(data)) as answer:
                 if not await self._refusals.is_refusal(answer, data):
                     data.original = None
-                    return await self._respond(request, answer, admission, id)
+                    held.release()
+                    await self._respond(request, answer, admission, id)
+                    return
             assert data.original is not None
             refused_with = admission.status
             with closing(await send(data.original())) as answer:
                 self._refusals.on_original(refused_with, answer)
-                return await self._respond(request, answer, admission, id)
+                held.release()
+                await self._respond(request, answer, admission, id)
 
-    async def _respond(
-        self, request: web.BaseRequest, answer: aiohttp.ClientResponse, admission: Admission, id: str
-    ) -> web.StreamResponse:
+    async def _respond(self, request: Request, answer: Answer, admission: Admission, id: str) -> None:
         """Send the engine's answer to the client."""
         overhead = admission.overhead(time.monotonic())
-        ours = {"x-sidecar-mu": f"{admission.mu:.4f}", "x-sidecar-overhead-ms": f"{overhead * 1e3:.3f}"}
-        if headers.wants_price(request.headers):
+        ours = {b"x-sidecar-mu": b"%.4f" % admission.mu, b"x-sidecar-overhead-ms": b"%.3f" % (overhead * 1e3)}
+        if headers.wants_price(request.fields):
             admission.price = partial(self._pricing.price_milli, admission)
         hides_usage = admission.shape.ask_usage and response.is_stream(answer)
-        drop = "content-length" if (admission.price is not None or hides_usage) and response.can_change(answer) else ""
-        passed = headers.to_client(request.headers, answer.headers, id, self._load_report, ours, drop=drop)
+        drop = (
+            b"content-length" if (admission.price is not None or hides_usage) and response.can_change(answer) else b""
+        )
+        passed = headers.to_client(request.fields, answer.fields, id, self._load_report, ours, drop=drop)
         try:
-            return await response.ResponseSender(request, answer, passed, admission, self._open_requests).send()
+            await response.ResponseSender(request, answer, passed, admission, self._open_requests).send()
         except outcomes.EngineBroke:
-            if admission.answer is None:  # the client can still get an error
+            if not request.reply.begun:  # the client can still get an error
                 raise outcomes.engine_error(None, self._open_requests.verdict) from None
             raise
 
 
-def _refuse(request: web.BaseRequest, error: RequestError, id: str) -> web.Response:
-    if request.writer.output_size:  # too late for another answer
-        return client_io.hang_up(request)
-    extra = {} if error.retry_after is None else headers.retry_after(error.retry_after)
-    response = web.json_response(error.body(), status=error.status, headers={"x-request-id": id, **extra})
-    if isinstance(error, BodyTooLarge):
-        response.force_close()  # the rest of the body is not worth reading
-    return response
+def body_budget(max_body_bytes: int, workers: int) -> int:
+    """Bytes of request bodies that one relay process may hold: a share of the memory that the container may use."""
+    return max(max_body_bytes, int(memory_limit() * BODY_SHARE / workers))

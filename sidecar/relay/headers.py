@@ -1,7 +1,7 @@
-"""Pure: headers on their way through, in both directions.
+"""Pure: header fields on their way through, in both directions.
 
-Rules: hop-by-hop headers end here (RFC 9110, 7.6.1); all others pass unchanged. The sidecar's replace the engine's of
-the same name.
+Rules: hop-by-hop fields end here (RFC 9110, 7.6.1); all others pass as the bytes that came, in their order. The
+sidecar's replace the engine's of the same name.
 """
 
 from __future__ import annotations
@@ -11,81 +11,109 @@ import re
 from collections.abc import Mapping
 from typing import Final
 
-from aiohttp import web
-from multidict import CIMultiDict, CIMultiDictProxy
-
 from sidecar.events import LoadReport, Trace
 from sidecar.load.tenant_limits import MAX_TENANT_NAME_CHARS
+from sidecar.relay.http.client import Request
+from sidecar.relay.http.head import Field, Fields
 from sidecar.trace_context import format_traceparent
 
-_CONNECTION_HEADERS: Final = ("connection", "keep-alive", "proxy-connection", "te", "trailer", "transfer-encoding")
-_HOP_BY_HOP: Final = frozenset({*_CONNECTION_HEADERS, "upgrade", "proxy-authenticate", "proxy-authorization"})
+_CONNECTION_FIELDS: Final = (b"connection", b"keep-alive", b"proxy-connection", b"te", b"transfer-encoding")
+_HOP_BY_HOP: Final = frozenset({*_CONNECTION_FIELDS, b"upgrade", b"proxy-authenticate", b"proxy-authorization"})
 # `host` becomes the engine's; `expect` is answered here, because the body is read here
-_NOT_TO_ENGINE: Final = _HOP_BY_HOP | {"host", "expect"}
+_NOT_TO_ENGINE: Final = _HOP_BY_HOP | {b"host", b"expect"}
+_NOT_TO_ENGINE_AS_IS: Final = _NOT_TO_ENGINE | {b"content-length"}
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}", re.ASCII)
 
-Headers = CIMultiDict[str]
-Received = CIMultiDictProxy[str]
 
-
-def request_id(headers: Received) -> str:
+def request_id(fields: Fields) -> str:
     """The client's `x-request-id` if it is valid, else empty."""
-    given = headers.get("x-request-id", "")
+    given = fields.get(b"x-request-id")
     return given if _REQUEST_ID.fullmatch(given) else ""
 
 
-def tenant(headers: Received, name: str) -> str:
-    """Tenant of a request, from the header `name`. Bytes that are not UTF-8 are read as Latin-1."""
-    given = headers.get(name, "")
-    if not given.isascii():
-        raw = given.encode(errors="surrogateescape")
-        try:
-            given = raw.decode()
-        except UnicodeDecodeError:
-            given = raw.decode("latin-1")
+def tenant(fields: Fields, name: bytes) -> str:
+    """Tenant of a request, from the last field `name`: the one that the nearest gateway wrote.
+
+    Bytes that are not UTF-8 are read as Latin-1.
+    """
+    raw = fields.last(name)
+    try:
+        given = raw.decode()
+    except UnicodeDecodeError:
+        given = raw.decode("latin-1")
     return given[:MAX_TENANT_NAME_CHARS] or "default"
 
 
-def to_engine(request: web.BaseRequest, *, id: str, trace: Trace | None = None, length: int | None = None) -> Headers:
-    """What the engine gets. `length`: bytes of the body, if known; `trace`: the sidecar's span, if tracing is on."""
-    passed, remote = _passed(request.headers, _NOT_TO_ENGINE), request.remote or ""
-    passed["x-request-id"] = id
-    forwarded = passed.get("x-forwarded-for")
-    passed["x-forwarded-for"] = f"{forwarded}, {remote}" if forwarded else remote
-    passed.setdefault("x-forwarded-proto", "http")
-    if host := request.headers.get("host"):
-        passed.setdefault("x-forwarded-host", host)
+def to_engine(
+    request: Request,
+    authority: bytes,
+    *,
+    id: str,
+    trace: Trace | None = None,
+    length: int | None = None,
+    is_upgrade: bool = False,
+) -> list[Field]:
+    """What the engine gets.
+
+    `authority`: the engine's, for `host`; `length`: bytes of a body that is sent whole; `trace`: the sidecar's span, if
+    tracing is on.
+    """
+    given = request.fields
+    dropped = _dropped(given, _NOT_TO_ENGINE if length is None else _NOT_TO_ENGINE_AS_IS)
+    dropped |= {b"x-request-id", b"x-forwarded-for", *([b"traceparent"] if trace is not None else [])}
+    passed = [(b"host", authority), *(field for field in given.all if field[0].lower() not in dropped)]
+    passed.append((b"x-request-id", id.encode()))
+    forwarded = [value for name, value in given.all if name.lower() == b"x-forwarded-for"]
+    passed.append((b"x-forwarded-for", b", ".join([*forwarded, *([request.peer.encode()] if request.peer else [])])))
+    if b"x-forwarded-proto" not in given:
+        passed.append((b"x-forwarded-proto", request.scheme))
+    if b"host" in given and b"x-forwarded-host" not in given:
+        passed.append((b"x-forwarded-host", given.get(b"host").encode("latin-1")))
     if trace is not None:
-        passed["traceparent"] = format_traceparent(trace)
+        passed.append((b"traceparent", format_traceparent(trace).encode()))
+    if is_upgrade:
+        passed += [(b"connection", b"upgrade"), (b"upgrade", given.get(b"upgrade").encode("latin-1"))]
     if length is not None:
-        passed["content-length"] = str(length)
+        if length or request.has_body or request.method not in ("GET", "HEAD", "OPTIONS", "DELETE"):
+            passed.append((b"content-length", b"%d" % length))
+    elif b"transfer-encoding" in given:
+        passed.append((b"transfer-encoding", b"chunked"))
     return passed
 
 
 def to_client(
-    request: Received, answer: Received, id: str, report: LoadReport | None, ours: Mapping[str, str], *, drop: str = ""
-) -> Headers:
-    """What the client gets: the engine's headers, replaced by `ours`; `drop` names one more that ends here."""
-    passed = _passed(answer, _HOP_BY_HOP | {drop} if drop else _HOP_BY_HOP)
-    passed.update({"x-request-id": id, **ours})
+    request: Fields,
+    answer: Fields,
+    id: str,
+    report: LoadReport | None,
+    ours: Mapping[bytes, bytes],
+    *,
+    drop: bytes = b"",
+) -> list[Field]:
+    """What the client gets: the engine's fields, replaced by `ours`; `drop` names one more that ends here."""
+    added = {b"x-request-id": id.encode(), **ours}
     if report is not None:  # in the form that the request asks for, if it asks
         forms = {"JSON": report.orca_json, "TEXT": report.orca_text, "BIN": report.orca_bin}
-        if value := forms.get(request.get("endpoint-load-metrics-format", "").upper()):
-            passed["endpoint-load-metrics"] = value
-    return passed
+        if value := forms.get(request.get(b"endpoint-load-metrics-format").upper()):
+            added[b"endpoint-load-metrics"] = value.encode()
+    dropped = _dropped(answer, _HOP_BY_HOP) | {drop, *added}
+    return [*(field for field in answer.all if field[0].lower() not in dropped), *added.items()]
 
 
-def retry_after(seconds: float) -> dict[str, str]:
+def retry_after(seconds: float) -> list[Field]:
     """When to retry: whole seconds for HTTP, milliseconds for OpenAI's clients, which look for those first."""
-    return {"retry-after": str(max(1, math.ceil(seconds))), "retry-after-ms": str(math.ceil(seconds * 1000))}
+    whole, milli = max(1, math.ceil(seconds)), math.ceil(seconds * 1000)
+    return [(b"retry-after", b"%d" % whole), (b"retry-after-ms", b"%d" % milli)]
 
 
-def wants_price(headers: Received) -> bool:
+def wants_price(fields: Fields) -> bool:
     """Whether the client wants what its request cost, `mu_milli`, in the answer's usage."""
-    return headers.get("x-sidecar-usage", "").strip().lower() == "mu"
+    return fields.get(b"x-sidecar-usage").strip().lower() == "mu"
 
 
-def _passed(headers: Received, dropped: frozenset[str]) -> Headers:
-    if (named := headers.get("connection")) is not None:
-        dropped = dropped.union(token.strip().lower() for token in named.split(","))
-    return CIMultiDict([item for item in headers.items() if item[0].lower() not in dropped])
+def _dropped(fields: Fields, always: frozenset[bytes]) -> frozenset[bytes]:
+    """The names of the fields that end here; those that `connection` names, too."""
+    if b"connection" not in fields:
+        return always
+    named = {token.encode("latin-1") for token in fields.tokens(b"connection")}
+    return always | (named - {b"content-length"})  # which frames the body

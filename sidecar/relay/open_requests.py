@@ -20,7 +20,7 @@ from sidecar.events import Event, FirstToken, RequestBlocked, State
 from sidecar.load.estimator import Estimate
 from sidecar.relay.admission import NO_ESTIMATE, Admission
 from sidecar.relay.client_io import CLIENT_STALL_S
-from sidecar.relay.outcomes import DrainCut, abort_error, stalled
+from sidecar.relay.outcomes import abort_error, cut, stalled
 from sidecar.relay.unread_call import UnreadCall
 
 EVENT_FLUSH_INTERVAL_S: Final = 0.2
@@ -65,6 +65,12 @@ class OpenRequests:
         for id in ids:
             if (admission := self._open.get(id)) is not None:
                 admission.abort(abort_error(code))
+
+    def cut(self) -> None:
+        """A drain ran out of time: end every open request with an error that its client can read."""
+        self.cutting = True
+        for admission in self._open.values():
+            admission.abort(cut())
 
     def check(self, now: float) -> None:
         """Raise EngineStalled while the engine is stalled. A dead one is still tried; it may have restarted already."""
@@ -169,7 +175,7 @@ class OpenRequests:
         self._undelivered.discard(admission)  # Settled has the sums
         del self._open[admission.id]
         if isinstance(error, asyncio.CancelledError) and self.cutting:
-            error = DrainCut()
+            error = cut()
         self.emit(admission.settle(error, self.verdict, time.monotonic()))
 
     def _check_clients(self) -> None:

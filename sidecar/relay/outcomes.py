@@ -5,10 +5,9 @@ from __future__ import annotations
 import asyncio
 from typing import Final
 
-import aiohttp
-
 from sidecar.errors import EngineStalled, EngineUnreachable, PromptTooLarge, RequestError, SidecarError, StreamStuck
 from sidecar.events import Outcome, State
+from sidecar.relay.http.engine import NotConnected, NoTls
 
 
 class ClientGone(SidecarError):
@@ -23,12 +22,13 @@ class EngineBroke(SidecarError):
     code = "engine_broke"  # its answer ended early; the client already has part of it
 
 
-class DrainCut(SidecarError):
-    code = "drain_cut"  # a drain ran out of time
+class DrainCut(RequestError, code="drain_cut", status=503, retry_after=1):
+    """A drain ran out of time."""
 
 
 # The first match counts; any other error means "lost".
 _OUTCOMES: Final[tuple[tuple[tuple[type[BaseException], ...], Outcome], ...]] = (
+    ((DrainCut,), "lost"),
     ((EngineUnreachable, EngineBroke), "engine_error"),
     ((EngineStalled, StreamStuck), "stalled"),
     ((RequestError,), "rejected"),
@@ -54,6 +54,11 @@ def reason_of(error: BaseException | None, status: int) -> str:
     return str(getattr(error, "reason", error.code)) if isinstance(error, SidecarError) else "internal"
 
 
+def cut() -> DrainCut:
+    """The error of what is open when a drain runs out of time."""
+    return DrainCut("this server shut down before the answer was complete; send the request again")
+
+
 def stalled() -> EngineStalled:
     """The error of every request when the whole engine hangs."""
     return EngineStalled("the engine made no progress and was given up; send the request again")
@@ -61,11 +66,11 @@ def stalled() -> EngineStalled:
 
 def engine_error(error: BaseException | None, verdict: State) -> RequestError:
     """The error for a client that has nothing of its answer yet, when the connection to the engine broke."""
-    if verdict == "stalled" and not isinstance(error, aiohttp.ClientConnectorError):
+    if verdict == "stalled" and not isinstance(error, NotConnected):
         return stalled()
-    if isinstance(error, aiohttp.ClientSSLError):
+    if isinstance(error, NoTls):
         return EngineUnreachable("the engine cannot be reached over TLS; the sidecar's log says why")
-    if isinstance(error, aiohttp.ClientConnectorError | TimeoutError):
+    if isinstance(error, NotConnected):
         return EngineUnreachable("the engine does not accept connections; it may be starting or restarting")
     return EngineUnreachable("the engine closed the connection before it answered")
 

@@ -1,8 +1,8 @@
 """Requests that are not known as engine work: both bodies pass unread, and nothing is admitted.
 
 Rules: a short body is read, so that it may be sent again on a fresh connection; a long one streams. Calls that pause
-the engine or let it go on are reported, and the body of one that resumes is read for the parts that it names. Any
-other call that may be work is reported while it is with the engine.
+the engine or let it go on are reported, and read whole first: one that resumes may name parts. Any
+other call that may be work is reported while it is with the engine, and so is a WebSocket.
 """
 
 from __future__ import annotations
@@ -13,80 +13,137 @@ import time
 from collections.abc import Awaitable
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Any, Final
-
-from aiohttp import web
+from typing import Final
 
 from sidecar.events import LoadReport
 from sidecar.relay import client_io, engine_io, engine_pauses, headers, websocket
+from sidecar.relay.engine_io import BodyPayload
+from sidecar.relay.http.client import Request
+from sidecar.relay.http.engine import Answer, EngineConnection, EngineError
+from sidecar.relay.http.head import Field, chunk, last_chunk
 from sidecar.relay.open_requests import OpenRequests
+from sidecar.relay.outcomes import EngineBroke
 from sidecar.relay.unread_call import WORKING_METHODS, UnreadCall
 
 _pause_call_ids: Final = itertools.count(1)
 
 
 async def forward(
-    request: web.BaseRequest,
+    request: Request,
     id: str,
     engine: engine_io.EngineClient,
     open_requests: OpenRequests,
+    budget: client_io.BodyBudget,
     max_body_bytes: int,
     report: LoadReport | None,
-) -> web.StreamResponse:
+) -> None:
     """Pass a request to the engine, and its answer back. `report`: the load report for the answer's header."""
-    if websocket.is_wanted(request):
-        passed = headers.to_engine(request, id=id)
-        return await websocket.relay(request, engine.fresh, engine.url(request), passed)
-    path, _, query = engine_io.origin_form(request.raw_path).partition("?")
+    target = engine_io.origin_form(request.target).decode("latin-1")
+    path, _, query = target.partition("?")
     route, is_partial, data = engine_pauses.route_of(request.method, path), False, None
-    if route is not None and route.turn == "resumes":
-        data = await client_io.read(request, max_body_bytes)
-        is_partial = engine_pauses.is_partial(query, data)
-    elif request.body_exists and (request.content_length or math.inf) <= engine_io.MAX_REPEATED_BYTES:
-        data = await client_io.read(request, engine_io.MAX_REPEATED_BYTES)
-    pause = engine_pauses.PauseCall(open_requests.emit, time.monotonic, next(_pause_call_ids), route, is_partial)
-    with open_requests.passing(is_work=route is None and request.method in WORKING_METHODS) as call:
-        client = _Client(request, call, open_requests)
-        with closing(pause):
-            body: Any = data
-            if data is None and request.body_exists:
-                await client_io.expect(request)
-                body = engine_io.stream(client.read, pause.sent)
-            else:
-                pause.sent()
-            answer = await engine.send(request, id, body)
-            pause.answered(answer.status)
-        call.status = answer.status
-        with closing(answer):
-            passed = headers.to_client(request.headers, answer.headers, id, report, {})
-            response = web.StreamResponse(status=answer.status, reason=answer.reason, headers=passed)
-            await client.write(response.prepare(request))
-            while chunk := await client_io.next_chunk(answer):
-                open_requests.receive(call, len(chunk))
-                await client.write(response.write(chunk))
-            await client.write(response.write_eof())
-            return response
+    is_upgrade = websocket.is_wanted(request)
+    with budget.reading() as held:
+        if route is not None and route.turn != "during":  # what is never complete is no order
+            data = await client_io.read(request, max_body_bytes, held)
+            is_partial = route.turn == "resumes" and engine_pauses.is_partial(query, data)
+        elif request.has_body and (request.fields.length() or math.inf) <= engine_io.MAX_REPEATED_BYTES:
+            data = await client_io.read(request, engine_io.MAX_REPEATED_BYTES, held)
+        pause = engine_pauses.PauseCall(open_requests.emit, time.monotonic, next(_pause_call_ids), route, is_partial)
+        is_work = is_upgrade or (route is None and request.method in WORKING_METHODS)
+        with open_requests.passing(is_work=is_work) as call:
+            client = _Client(request, call, open_requests)
+            with closing(pause):
+                if data is None and request.has_body:
+                    request.want_body()
+                    upload = _Upload(request, client, pause)
+                    answer = await engine.send(request, id, None, stream=upload.write)
+                else:
+                    pause.sent()
+                    body = None if data is None else BodyPayload([data])
+                    answer = await engine.send(request, id, body, is_upgrade=is_upgrade)
+                pause.answered(answer.status)
+            call.status = answer.status
+            held.release()
+            with closing(answer):
+                passed = headers.to_client(request.fields, answer.fields, id, report, {})
+                if answer.is_upgrade:
+                    await websocket.tunnel(request, answer, passed, lambda size: open_requests.receive(call, size))
+                else:
+                    await _answer(request, answer, passed, client)
+
+
+async def _answer(request: Request, answer: Answer, passed: list[Field], client: _Client) -> None:
+    """Pass an answer on as it comes."""
+    request.reply.begin(answer.status, answer.reason, passed)
+    try:
+        await answer.body.pipe(client.writer(answer))
+    except EngineError:
+        raise EngineBroke("the engine's answer ended early") from None
+    finally:
+        request.connection.on_resume = None
+    request.reply.end(answer.body.trailers)
+    await client.wait(client_io.drain(request))
+
+
+@dataclass(frozen=True, slots=True)
+class _Upload:
+    """A body on its way from the client to the engine, in the client's framing."""
+
+    _request: Request
+    _client: _Client
+    _pause: engine_pauses.PauseCall
+
+    async def write(self, engine: EngineConnection) -> None:
+        """Write all of it, as fast as the engine reads it."""
+        is_chunked = b"transfer-encoding" in self._request.fields
+        while piece := await self._client.read():
+            engine.write(chunk(piece) if is_chunked else piece)
+            await engine.drain()
+        if is_chunked:
+            engine.write(last_chunk(self._request.body.trailers))
+        self._pause.sent()
 
 
 @dataclass(frozen=True, slots=True)
 class _Client:
     """The client of an unread call: while it is waited for, the engine is not to blame."""
 
-    _request: web.BaseRequest
+    _request: Request
     _call: UnreadCall
     _open_requests: OpenRequests
 
     async def read(self) -> bytes:
         """The next piece of its upload; empty at the end."""
         self._call.reading_since = time.monotonic()
-        piece = await self._request.content.readany()
+        piece = await self._request.body.next()
         self._call.reading_since = None
         self._open_requests.resume(self._call)
         return piece
 
-    async def write(self, step: Awaitable[object]) -> None:
-        """Send it the answer's head, a part of it, or its end."""
-        self._call.writing_since = time.monotonic()
-        await client_io.send(step)
+    def writer(self, answer: Answer) -> engine_io.Take:
+        """What takes each piece of an answer; the engine waits while the client does not read."""
+        request, call, open_requests = self._request, self._call, self._open_requests
+        connection, reply = request.connection, request.reply
+
+        def take(piece: bytes) -> None:
+            open_requests.receive(call, len(piece))
+            reply.write(piece)
+            if connection.is_blocked and call.writing_since is None:
+                call.writing_since = time.monotonic()
+                answer.pause()
+
+        def go_on() -> None:
+            if call.writing_since is not None:
+                call.writing_since = None
+                open_requests.resume(call)
+                answer.resume()
+
+        connection.on_resume = go_on
+        return take
+
+    async def wait(self, step: Awaitable[None]) -> None:
+        """Wait for the client to take the last of it."""
+        self._call.writing_since = self._call.writing_since or time.monotonic()
+        await step
         self._call.writing_since = None
         self._open_requests.resume(self._call)

@@ -22,7 +22,6 @@ from functools import partial
 from typing import Any, Final
 
 import uvloop
-from aiohttp import web
 
 from sidecar.errors import place_of
 from sidecar.events import Event, Heartbeat, RelayConnected
@@ -31,7 +30,7 @@ from sidecar.kernels import families
 from sidecar.load.cost_model import Coefficients
 from sidecar.load.estimator import Estimator
 from sidecar.load.tenant_limits import TenantLimits
-from sidecar.relay import engine_io, url_policy
+from sidecar.relay import url_policy
 from sidecar.relay.control_link import ControlLink
 from sidecar.relay.handler import Relay
 from sidecar.relay.media.fetch import Fetcher
@@ -43,9 +42,6 @@ from sidecar.relay.pricing.tenant_accounts import TenantAccounts
 from sidecar.settings import Settings
 
 _log = logging.getLogger(__name__)
-# Drops aiohttp's traceback for each malformed request: the client's 400 is enough.
-_http_log = logging.getLogger("sidecar.relay.http")
-_http_log.setLevel(logging.CRITICAL)
 
 HEARTBEAT_INTERVAL_S: Final = 1.0
 _LAG_CHECKS_PER_HEARTBEAT: Final = 4  # a heartbeat carries the largest lag
@@ -88,24 +84,14 @@ async def _serve(context: RelayContext, listener: socket.socket) -> None:
     link = ControlLink(context.control, lambda at: RelayConnected(at, context.index, os.getpid(), context.restarts))
     async with _relay(context, link.send) as relay:
         link.on_command = relay.on_command
-        server = web.Server(
-            relay.handle,
-            handler_cancellation=True,
-            access_log=None,
-            logger=_http_log,
-            auto_decompress=False,
-            read_bufsize=engine_io.READ_BUFFER_BYTES,
-            max_line_size=engine_io.MAX_HEADER_BYTES,
-            max_field_size=engine_io.MAX_HEADER_BYTES,
-        )
         # objects alive now stay, and requests leave almost no cycles: collect less often
         gc.freeze()
         gc.set_threshold(10_000, 20, 20)
-        accepting = await loop.create_server(server, sock=listener, backlog=_LISTEN_BACKLOG)
+        accepting = await loop.create_server(relay.server, sock=listener, backlog=_LISTEN_BACKLOG)
         async with _background(link.run, partial(_send_heartbeats, link, relay)):
             await ended.wait()
             accepting.close()
-            await relay.drain(server, context.settings.drain_seconds)
+            await relay.drain(context.settings.drain_seconds)
     await link.close()
 
 

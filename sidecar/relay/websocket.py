@@ -1,83 +1,70 @@
-"""WebSockets (`/v1/realtime`), passed on message by message. Not admitted: the size of their work is unknown."""
+"""WebSockets (`/v1/realtime`): the handshake passes as any request does, and after the engine's 101 all bytes do.
+
+Rules: nothing is read of them, so extensions, close codes and refusals are the engine's. Whoever does not read lets
+the other side wait. Each side's end is passed on; the tunnel is over when both have ended.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
-from typing import Any, Final
+from collections.abc import Callable
+from typing import Final
 
-import aiohttp
-from aiohttp import web
-from yarl import URL
+from sidecar.relay.http.client import Request
+from sidecar.relay.http.engine import Answer
+from sidecar.relay.http.head import Field
 
-from sidecar.errors import EngineUnreachable
-from sidecar.relay.headers import Headers
-
-MAX_MESSAGE_BYTES: Final = 16 << 20
-_CLOSE_TIMEOUT_S: Final = 2.0
-
-Socket = web.WebSocketResponse | aiohttp.ClientWebSocketResponse
+_END_TIMEOUT_S: Final = 2.0  # for the other side to end after one did
 
 
-def is_wanted(request: web.BaseRequest) -> bool:
+def is_wanted(request: Request) -> bool:
     """Whether the request asks for a WebSocket."""
-    return request.headers.get("upgrade", "").lower() == "websocket" and request.method == "GET"
+    return request.method == "GET" and "websocket" in request.fields.tokens(b"upgrade")
 
 
-async def relay(
-    request: web.BaseRequest, session: aiohttp.ClientSession, url: URL, passed: Headers
-) -> web.StreamResponse:
-    """Pass messages both ways until one side closes. The client gets the engine's refusal of a handshake."""
-    offered = [name.strip() for name in request.headers.get("sec-websocket-protocol", "").split(",") if name.strip()]
-    kept = [(name, value) for name, value in passed.items() if not name.lower().startswith("sec-websocket-")]
+async def tunnel(request: Request, answer: Answer, passed: list[Field], receive: Callable[[int], None]) -> None:
+    """Pass bytes both ways until both sides have ended. `receive` is told of the bytes that the engine sent."""
+    client, ended = request.connection, asyncio.Event()
+    upgraded = [(b"connection", b"upgrade"), (b"upgrade", answer.fields.get(b"upgrade").encode("latin-1"))]
+    request.reply.upgrade(answer.status, answer.reason, [*passed, *upgraded])
+    sides = {"client", "engine"}
+
+    def end(side: str) -> None:
+        sides.discard(side)
+        ended.set()
+
+    def to_client(data: bytes) -> None:
+        if not data:
+            client.write_eof()
+            end("engine")
+            return
+        receive(len(data))
+        client.write(data)
+        if client.is_blocked:
+            engine.pause()
+
+    def to_engine(data: bytes) -> None:
+        if not data:
+            engine.write_eof()
+            end("client")
+            return
+        engine.write(data)
+        if engine.is_blocked:
+            client.pause()
+
+    engine = answer.tunnel(to_client)
+    engine.on_resume, client.on_resume = client.resume, engine.resume
+    client.take_over(to_engine)
     try:
-        engine = await session.ws_connect(
-            url,
-            headers=kept,
-            protocols=offered,
-            autoping=False,
-            max_msg_size=MAX_MESSAGE_BYTES,
-            timeout=aiohttp.ClientWSTimeout(ws_close=_CLOSE_TIMEOUT_S),
-        )
-    except aiohttp.WSServerHandshakeError as e:
-        return web.Response(status=e.status if e.status >= 400 else 502)
-    except (aiohttp.ClientError, OSError, TimeoutError):
-        raise EngineUnreachable("the engine did not accept the WebSocket") from None
-    async with engine:
-        client = web.WebSocketResponse(
-            protocols=[engine.protocol] if engine.protocol else (),
-            autoping=False,
-            compress=False,
-            max_msg_size=MAX_MESSAGE_BYTES,
-            timeout=_CLOSE_TIMEOUT_S,
-        )
-        await client.prepare(request)
-        await _both_ways(client, engine)
-        return client
-
-
-async def _both_ways(client: web.WebSocketResponse, engine: aiohttp.ClientWebSocketResponse) -> None:
-    directions = {asyncio.create_task(_pass(client, engine)), asyncio.create_task(_pass(engine, client))}
-    try:
-        await asyncio.wait(directions, return_when=asyncio.FIRST_COMPLETED)
+        await ended.wait()
+        ended.clear()
+        if sides:
+            try:
+                async with asyncio.timeout(_END_TIMEOUT_S):
+                    await ended.wait()
+            except TimeoutError:
+                pass
     finally:
-        for direction in directions:
-            direction.cancel()
-        await asyncio.gather(*directions, return_exceptions=True)
-        await engine.close(code=_close_code(client))
-        await client.close(code=_close_code(engine))
-
-
-async def _pass(source: Socket, sink: Socket) -> None:
-    kinds = aiohttp.WSMsgType
-    send: dict[aiohttp.WSMsgType, Callable[[Any], Awaitable[None]]]
-    send = {kinds.TEXT: sink.send_str, kinds.BINARY: sink.send_bytes, kinds.PING: sink.ping, kinds.PONG: sink.pong}
-    async for message in source:
-        if message.type in send:
-            await send[message.type](message.data)
-
-
-def _close_code(closed: Socket) -> int:
-    """The close code to pass on; 1005 and 1006 mean that there was none, and may not be sent."""
-    code = closed.close_code
-    return code if code is not None and code not in (1005, 1006) else 1000
+        engine.on_resume = client.on_resume = None
+        engine.close()
+        client.close()

@@ -48,6 +48,12 @@ class EngineAddress:
             return aiohttp.UnixConnector(path, **options)
         return aiohttp.TCPConnector(ssl=_trust(self.ca) if self.ca else True, **options)
 
+    def tls(self) -> ssl.SSLContext | None:
+        """What the engine's certificate is checked with; None without TLS."""
+        if not self.url.startswith("https:"):
+            return None
+        return _trust(self.ca) if self.ca else ssl.create_default_context()
+
     def explain(self, error: BaseException) -> str:
         """The trouble that an error of a request shows."""
         for cause in _causes(error):

@@ -30,6 +30,8 @@ from sidecar.images.tensor_budget import TensorBudget
 from sidecar.kernels import families
 from sidecar.relay import client_io, url_policy
 from sidecar.relay.client_io import CLIENT_STALL_S
+from sidecar.relay.http.client import Request
+from sidecar.relay.http.server import Server as HttpServer
 from sidecar.relay.media.fetch import Fetcher
 from sidecar.relay.media.inline import MAX_IMAGES
 from sidecar.relay.media.preprocess_api import SAFETENSORS, negotiate, preprocess
@@ -55,14 +57,14 @@ class Service:
         self.url = ""
         self.session: aiohttp.ClientSession
 
-    async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
+    async def handle(self, request: Request) -> None:
         try:
-            return await preprocess(request, self.images, self.chosen, self.facts.append, self.fetch, self.client_stall)
+            await preprocess(request, self.images, self.chosen, self.facts.append, self.fetch, self.client_stall)
         except RequestError as e:
-            return web.json_response(e.body(), status=e.status)
+            client_io.refuse(request, e, "")
         except ClientStalled:
             self.stalled.set()
-            return client_io.hang_up(request, at_once=True)
+            client_io.hang_up(request, at_once=True)
 
     async def post(self, **request: Any) -> tuple[int, bytes, str]:
         """Status, body and content type of one request."""
@@ -73,14 +75,13 @@ class Service:
 @pytest.fixture
 async def service(server: Server, images: ImageService) -> AsyncIterator[Service]:
     found = Service(images, replace(server.settings, max_body_bytes=900_000, image_max_bytes=500_000))
-    runner = web.ServerRunner(web.Server(found.handle))
-    await runner.setup()
-    site = web.TCPSite(runner, "127.0.0.1", 0)
-    await site.start()
-    found.url = f"http://127.0.0.1:{runner.addresses[0][1]}/v1/preprocess"
+    listening = HttpServer(found.handle, lambda connection, error: connection.close())
+    accepting = await asyncio.get_running_loop().create_server(listening, "127.0.0.1", 0)
+    found.url = f"http://127.0.0.1:{accepting.sockets[0].getsockname()[1]}/v1/preprocess"
     async with aiohttp.ClientSession() as found.session:
         yield found
-    await runner.cleanup()
+    accepting.close()
+    await listening.close()
 
 
 def truth(files: list[bytes], **options: Any) -> Any:

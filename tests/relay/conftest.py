@@ -14,7 +14,6 @@ from aiohttp import web
 from sidecar.events import Event, Settled
 from sidecar.load.cost_model import Coefficients
 from sidecar.load.estimator import Estimator
-from sidecar.relay import engine_io
 from sidecar.relay.client_io import CLIENT_STALL_S
 from sidecar.relay.concurrency import MAX_QUEUED
 from sidecar.relay.handler import Relay
@@ -57,13 +56,11 @@ class Rig:
     def __init__(
         self,
         relay: Relay,
-        server: web.Server,
         address: tuple[str, int],
         client: aiohttp.ClientSession,
         emitted: EmittedEvents,
     ) -> None:
         self.relay = relay
-        self.server = server
         self.host, self.port = address
         self.client = client
         self.emitted = emitted
@@ -152,18 +149,9 @@ async def emitted() -> EmittedEvents:
 async def _rig(own: Settings, pricing: Pricing, ways: dict[str, Any]) -> AsyncIterator[Rig]:
     emitted = EmittedEvents()
     relay = Relay(own, emitted, pricing, **ways)
-    server = web.Server(
-        relay.handle,
-        handler_cancellation=True,
-        access_log=None,
-        auto_decompress=False,
-        read_bufsize=engine_io.READ_BUFFER_BYTES,
-        max_line_size=engine_io.MAX_HEADER_BYTES,
-        max_field_size=engine_io.MAX_HEADER_BYTES,
-    )
-    accepting = await asyncio.get_running_loop().create_server(server, "127.0.0.1", 0)
+    accepting = await asyncio.get_running_loop().create_server(relay.server, "127.0.0.1", 0)
     async with aiohttp.ClientSession(auto_decompress=False) as client:
-        yield Rig(relay, server, accepting.sockets[0].getsockname(), client, emitted)
+        yield Rig(relay, accepting.sockets[0].getsockname(), client, emitted)
     accepting.close()
-    await server.shutdown(0.1)
+    await relay.server.close()
     await relay.close()

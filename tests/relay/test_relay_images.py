@@ -12,6 +12,7 @@ from aiohttp import web
 from sidecar.events import STATES, Admitted, ImagePrepared, LoadReport
 from sidecar.images.service import ImageService
 from sidecar.kernels import families
+from sidecar.relay.http.client import Request
 from sidecar.relay.media.inline import MAX_IMAGES
 from sidecar.settings import Settings
 from sidecar.tools import synthetic_photos
@@ -142,8 +143,8 @@ async def test_preprocess_says_how_to_switch_it_on(rig: Any, serve: Any) -> None
         assert got.status == 404
         assert "--images" in (await got.json())["error"]["message"]
 
-    async def served(request: web.BaseRequest) -> web.StreamResponse:
-        return web.Response(body=await request.read(), headers={"x-method": request.method})
+    async def served(request: Request) -> None:
+        request.reply.begin(200, b"OK", [], body=await request.body.read())
 
     r = await rig(await serve(echo), preprocess=served)
     async with r.client.post(r.url + "/v1/preprocess", data=b"x") as got:

@@ -212,7 +212,7 @@ async def test_targets_that_are_no_path_are_refused(rig: Any, serve_raw: Any, re
 async def test_garbage_is_answered_and_survived(rig: Any, serve_raw: Any) -> None:
     """Bytes that are no HTTP get a 400, and the next client is served."""
     r = await rig(await serve_raw(scripted(OK, [])))
-    assert (await r.raw(b"\x16\x03\x01 garbage\r\n\r\n")).startswith(b"HTTP/1.0 400 ")
+    assert (await r.raw(b"\x16\x03\x01 garbage\r\n\r\n")).startswith(b"HTTP/1.1 400 ")
     async with r.client.get(r.url + "/") as got:
         assert got.status == 200
 

@@ -64,9 +64,6 @@ async def test_every_scrape_is_answered_alike_from_one_page(r: Any) -> None:
         answers = [await w.scrape() for _ in range(3)]
     assert {(status, body) for status, _, body in answers} == {("HTTP/1.1 200 OK", PAGE.encode())}
     assert len({headers.pop("x-request-id") for _, headers, _ in answers}) == 3
-    assert (
-        len({headers.pop("date") for _, headers, _ in answers}) <= 2
-    )  # the clock may step from one second to the next
     assert answers[0][1] == answers[1][1] == answers[2][1]
     assert answers[0][1]["content-type"] == metrics_page.CONTENT_TYPE
     assert not r.emitted.all

@@ -309,7 +309,7 @@ async def test_what_a_drain_cuts_off_ends(rig: Any, serve: Any) -> None:
     r = await rig(await serve(engine))
     asked = asyncio.create_task(r.client.post(r.url + "/v1/images/generations", json={}))
     await soon(engine.called)
-    await r.relay.drain(r.server, 0.0)
+    await r.relay.drain(0.0)
     assert marks(r) == [(True, 0), (False, 0)]
     await asyncio.wait((asked,), timeout=PATIENCE)
     assert isinstance(asked.exception(), aiohttp.ClientError)

@@ -11,11 +11,10 @@ import logging
 import re
 from typing import Final
 
-import aiohttp
-
 from sidecar.events import LoadReport
-from sidecar.relay import client_io, response
+from sidecar.relay import response
 from sidecar.relay.engine_io import BodyPayload
+from sidecar.relay.http.engine import Answer, EngineError
 
 # How engines refuse an image format that they do not know: its name, the errors of Pillow, of Rust's `image` and of
 # stb, media types, URLs. A false match costs one more attempt.
@@ -56,23 +55,23 @@ class Refusals:
                 _log.info("the engine restarted: it gets prepared images again")
             self._process, self._refused, self._accepted = load.process, False, {}
 
-    async def is_refusal(self, answer: aiohttp.ClientResponse, data: BodyPayload) -> bool:
+    async def is_refusal(self, answer: Answer, data: BodyPayload) -> bool:
         """Whether `answer` refuses `data` for the form of its images; an acceptance is remembered."""
         if data.original is None:
             return False
         if answer.ok:
-            self._accepted[data.form] = max(data.size or 0, self._accepted.get(data.form, 0))
+            self._accepted[data.form] = max(data.size, self._accepted.get(data.form, 0))
             return False
         if answer.status in (413, 415):  # too large, media type
             return True
         if response.is_stream(answer) or not response.can_change(answer):
             return False
         try:
-            return _FORMAT_REFUSAL.search(await answer.read()) is not None
-        except client_io.ENGINE_ERRORS:
+            return _FORMAT_REFUSAL.search(await answer.body.peek()) is not None
+        except EngineError:
             return False  # the next read raises it
 
-    def on_original(self, status: int, answer: aiohttp.ClientResponse) -> None:
+    def on_original(self, status: int, answer: Answer) -> None:
         """The engine answered the original, after a refusal with `status`."""
         if answer.ok and not self._refused:
             self._refused = True

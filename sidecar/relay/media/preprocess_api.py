@@ -13,6 +13,7 @@ bounded, too.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 import secrets
@@ -22,17 +23,20 @@ from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import replace
 from itertools import chain
 from typing import Any, Final
+from urllib.parse import parse_qs
 
-from aiohttp import BodyPartReader, web
+from aiohttp import BodyPartReader, MultipartReader, StreamReader
+from aiohttp.base_protocol import BaseProtocol
 from aiohttp.http_exceptions import HttpProcessingError
 
-from sidecar.errors import BadImage, BodyTooLarge, RequestError
+from sidecar.errors import BadImage, RequestError
 from sidecar.events import Event, ImagePrepared
 from sidecar.images import tensor_layout
 from sidecar.images.protocol import LAYOUT, TENSORS, Data
 from sidecar.images.service import ImageService, PreparedTensors
 from sidecar.kernels.grid import ProcessorSpec
 from sidecar.relay import client_io, headers, request_body, url_policy
+from sidecar.relay.http.client import Request
 from sidecar.relay.media.inline import Fetch, all_of, check_count, failure
 from sidecar.settings import Settings
 
@@ -60,47 +64,54 @@ class NotImplementedHere(RequestError, code="handoff_not_implemented", status=50
 
 
 async def preprocess(
-    request: web.BaseRequest,
+    request: Request,
     images: ImageService,
     settings: Settings,
     emit: Emit,
     fetch: Fetch | None = None,
     client_stall: float = client_io.CLIENT_STALL_S,
-) -> web.StreamResponse:
+) -> None:
     """Serve one request; emit one ImagePrepared per image. `fetch` gets images behind links. Raises RequestError."""
-    handoff = request.headers.get(HANDOFF_HEADER, "")
+    handoff = request.fields.get(HANDOFF_HEADER.encode())
     if handoff not in ("", "shm"):
         raise NotImplementedHere(f"{HANDOFF_HEADER}: {handoff[:16]!r} is not available; send shm, or omit the header")
-    want = TENSORS if handoff else negotiate(request.headers.get("accept", ""))
+    want = TENSORS if handoff else negotiate(request.fields.get(b"accept"))
     if not images.spec.tensors:
         raise BadRequest("tensors are not available for this model: its processor resizes in floating point")
-    spec = with_values(images.spec, request.query.get("values", ""))
+    spec = with_values(images.spec, _query(request, "values"))
     sources = await _read_sources(request, settings, fetch)
     if not sources:
         raise BadRequest(
             "no image in the request; send one as a data URL, a part named image, or a body of type image/*"
         )
-    tenant = headers.tenant(request.headers, settings.tenant_header)
+    tenant = headers.tenant(request.fields, settings.tenant_header.lower().encode("latin-1"))
     with images.tensor_budget.for_request() as reserve:
         prepared = images.tensors(sources, want=want, tenant=tenant, spec=spec, reserve=reserve)
         done = await _report(prepared, sources, emit)
         layout = _layout(done, spec)
         if want == LAYOUT:
-            return web.json_response(layout)
+            client_io.send_json(request, layout)
+            return
         head, size = _safetensors_head(layout)
         if not handoff:
-            response = web.StreamResponse(headers={"content-type": SAFETENSORS, "content-length": str(size)})
-            await client_io.send(response.prepare(request))
-            await client_io.send(response.write(head))
-            await client_io.send_long(response, _pieces(done, spec), client_stall)
-            return response
+            fields = [(b"content-type", SAFETENSORS.encode()), (b"content-length", b"%d" % size)]
+            request.reply.begin(200, b"OK", fields)
+            request.reply.write(head)
+            await client_io.send_long(request, _pieces(done, spec), client_stall)
+            return
         file = await images.share(head, *chain.from_iterable(_pieces(done, spec)))
         if file is None:
             raise NotImplementedHere(
                 f"{HANDOFF_HEADER}: no shared memory available (see --image-cache-bytes); omit the header"
             )
         segment = {"name": f"{file.folder}/{file.name}", "format": "safetensors", "bytes": size}
-        return web.json_response(layout | {"segments": [segment]})
+        client_io.send_json(request, layout | {"segments": [segment]})
+
+
+def _query(request: Request, name: str) -> str:
+    """A parameter of the query; "" if it is not there."""
+    query = parse_qs(request.target.partition(b"?")[2].decode("latin-1"))
+    return query.get(name, [""])[0]
 
 
 def with_values(spec: ProcessorSpec, values: str) -> ProcessorSpec:
@@ -181,11 +192,11 @@ async def _report(work: Awaitable[list[PreparedTensors]], sources: list[Source],
     return done
 
 
-async def _read_sources(request: web.BaseRequest, settings: Settings, fetch: Fetch | None) -> list[Source]:
+async def _read_sources(request: Request, settings: Settings, fetch: Fetch | None) -> list[Source]:
     """The request's images, at most MAX_IMAGES of them."""
-    kind = request.content_type.lower()
+    kind = request.fields.media_type()
     if kind.startswith("image/"):
-        return [(await client_io.read(request, settings.image_max_bytes, "--image-max-bytes"), False)]
+        return [(await client_io.read(request, settings.image_max_bytes, flag="--image-max-bytes"), False)]
     if kind == "multipart/form-data":
         return await _read_parts(request, settings)
     if kind == JSON:
@@ -228,21 +239,18 @@ def _base64_of(url: Data, index: int) -> memoryview:
     return view[at + len(BASE64_MARK) :]
 
 
-async def _read_parts(request: web.BaseRequest, settings: Settings) -> list[Source]:
+async def _read_parts(request: Request, settings: Settings) -> list[Source]:
     """The parts named `image`. Raises BadRequest, BadImage or BodyTooLarge."""
-    too_large = f"the request body is larger than {settings.max_body_bytes} bytes (--max-body-bytes)"
-    if (request.content_length or 0) > settings.max_body_bytes:
-        raise BodyTooLarge(too_large)
-    await client_io.expect(request)
+    body = StreamReader(BaseProtocol(asyncio.get_running_loop()), limit=1 << 30)
+    body.feed_data(await client_io.read(request, settings.max_body_bytes))
+    body.feed_eof()
     found: list[Source] = []
     try:
-        async for part in await request.multipart():
+        async for part in MultipartReader({"Content-Type": request.fields.get(b"content-type")}, body):
             if not isinstance(part, BodyPartReader) or part.name != "image":
                 raise BadRequest("multipart: every part must be named image and hold one image")
             check_count(len(found) + 1)
             found.append((await _read_part(part, settings.image_max_bytes, len(found)), False))
-            if sum(len(data) for data, _ in found) > settings.max_body_bytes:  # its length may not be announced
-                raise BodyTooLarge(too_large)
     except (ValueError, AssertionError, HttpProcessingError):  # what aiohttp raises
         raise BadRequest("multipart: the body is cut off or has no boundary") from None
     return found

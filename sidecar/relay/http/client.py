@@ -1,0 +1,462 @@
+"""Connections of clients: requests in, one after the other, and their answers out.
+
+Rules:
+- What llhttp refuses is a 400 and the end of the connection: no bytes that two parsers could read in two ways go on.
+- Requests that are sent ahead wait for their turn. A client that leaves cancels what is done for it.
+- A client may end its side before its answer begins, and still read: its requests are answered. Whether it has left
+  altogether shows only when something is written to it, so a "100 Continue", which every client skips, is written to
+  one that waits.
+- Heads, bodies and idle connections have deadlines, all looked at by one timer of the server.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Final, cast
+
+import httptools
+
+from sidecar.errors import RequestError
+from sidecar.relay.http.body import Body
+from sidecar.relay.http.head import MAX_HEAD_BYTES, Field, Fields, answer_head, chunk, has_body, last_chunk
+
+if TYPE_CHECKING:
+    from sidecar.relay.http.server import Server
+
+HEAD_TIMEOUT_S: Final = 30.0  # from the first byte of a head, or from the connection to its first head
+BODY_TIMEOUT_S: Final = 60.0  # between two pieces of a body that is waited for
+IDLE_TIMEOUT_S: Final = 3630.0  # longer than Envoy keeps a connection
+# From the end of a client's side to the questions whether it is still there: the first is answered by a reset, which
+# the second one meets. Later ones find a client that leaves while it waits.
+LEFT_PROBES_S: Final = (0.1, 0.1, 5.0)
+LINGER_S: Final = 2.0  # for the rest of a body that is not wanted, so that the client reads its answer
+MAX_AHEAD: Final = 32  # requests that wait for their turn on one connection
+MAX_HELD_BYTES: Final = 256 << 10  # of another protocol, while the engine has not answered the handshake
+CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
+
+
+class Malformed(RequestError, code="malformed_request"):
+    """The bytes are no HTTP request, or one that could be read in two ways."""
+
+
+class HeadTooLarge(RequestError, code="head_too_large", status=431):
+    """The request line and the header fields together are too long."""
+
+
+class TooSlow(RequestError, code="request_timeout", status=408):
+    """The client did not send the rest of its request in time."""
+
+
+class Request:
+    """One request, and the way to answer it."""
+
+    __slots__ = (
+        "body",
+        "connection",
+        "expects",
+        "fields",
+        "has_body",
+        "keep_alive",
+        "method",
+        "reply",
+        "target",
+        "version",
+    )
+
+    def __init__(self, connection: ClientConnection, method: str, target: bytes, version: str, fields: Fields) -> None:
+        self.connection = connection
+        self.method = method
+        self.target = target
+        self.version = version
+        self.fields = fields
+        self.body = Body(connection)
+        self.has_body = bool(fields.length()) or b"transfer-encoding" in fields
+        self.expects = version == "1.1" and fields.get(b"expect").lower() == "100-continue"
+        self.keep_alive = False
+        self.reply = Reply(self)
+
+    @property
+    def peer(self) -> str:
+        """The client's address; "" if there is none."""
+        return self.connection.peer
+
+    @property
+    def scheme(self) -> bytes:
+        """How the client speaks to this server."""
+        return b"https" if self.connection.is_tls else b"http"
+
+    def want_body(self) -> None:
+        """Tell a client that waits for it (curl does, above 1 MiB) to send the body."""
+        if self.expects and not self.reply.begun:
+            self.expects = False
+            self.connection.write(CONTINUE)
+
+
+class Reply:
+    """The answer to one request. Writing to a client that has left does nothing: its handler is being cancelled."""
+
+    __slots__ = ("_is_chunked", "_request", "_sends_body", "begun", "ended", "is_delimited")
+
+    def __init__(self, request: Request) -> None:
+        self._request = request
+        self._is_chunked = False
+        self._sends_body = True
+        self.begun = False
+        self.ended = False
+        self.is_delimited = False  # its length was announced
+
+    def begin(self, status: int, reason: bytes, fields: Iterable[Field], *, body: bytes | None = None) -> None:
+        """Send the head. With `body`, the whole answer: its length is added."""
+        request, connection = self._request, self._request.connection
+        passed = list(fields)
+        self._sends_body = has_body(request.method, status)
+        if body is not None and self._sends_body:
+            passed = [field for field in passed if field[0].lower() != b"content-length"]
+            passed.append((b"content-length", b"%d" % len(body)))
+        self.is_delimited = any(name.lower() == b"content-length" for name, _ in passed)
+        if self._sends_body and not self.is_delimited:
+            if request.version == "1.1":
+                self._is_chunked = True
+                passed.append((b"transfer-encoding", b"chunked"))
+            else:
+                request.keep_alive = False
+        if not request.keep_alive:
+            passed.append((b"connection", b"close"))
+        elif request.version == "1.0":
+            passed.append((b"connection", b"keep-alive"))
+        self.begun = True
+        head = answer_head(status, reason, passed)
+        if body is None:
+            connection.write(head)
+        else:
+            connection.write(head + body if self._sends_body else head)
+            self.ended = True
+
+    def upgrade(self, status: int, reason: bytes, fields: Iterable[Field]) -> None:
+        """Send the head that ends HTTP on this connection."""
+        self.begun = self.ended = True
+        self._request.connection.write(answer_head(status, reason, fields))
+
+    def inform(self, status: int, reason: bytes, fields: Iterable[Field]) -> None:
+        """Pass on an interim answer (1xx)."""
+        if self._request.version == "1.1" and not self.begun:
+            self._request.connection.write(answer_head(status, reason, fields))
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Send a piece of the body."""
+        if data and self._sends_body:
+            self._request.connection.write(chunk(data) if self._is_chunked else data)
+
+    def end(self, trailers: Iterable[Field] = ()) -> None:
+        """The body is complete."""
+        if not self.ended:
+            self.ended = True
+            if self._is_chunked:
+                self._request.connection.write(last_chunk(trailers))
+            elif not self.is_delimited and self._sends_body:
+                self._request.keep_alive = False
+
+    @property
+    def is_blocked(self) -> bool:
+        """Whether the client has to read before more is written."""
+        return self._request.connection.is_blocked
+
+    async def drain(self) -> None:
+        """Wait until the client has read enough."""
+        await self._request.connection.drain()
+
+    def on_resume(self, call: Callable[[], None] | None) -> None:
+        """Call this whenever the client has read enough after it was blocked."""
+        self._request.connection.on_resume = call
+
+
+class ClientConnection(asyncio.Protocol):
+    """One connection. `peer`: the client's address. `busy`: a request is being handled."""
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+        self._loop = asyncio.get_running_loop()
+        self._parser = httptools.HttpRequestParser(self)
+        self._transport: asyncio.Transport | None = None
+        self.task: asyncio.Task[None] | None = None
+        self._queue: deque[Request | RequestError] = deque()
+        self._next: asyncio.Future[None] | None = None
+        self._drained: asyncio.Future[None] | None = None
+        self._reading: Request | None = None  # whose body is coming
+        self._current: Request | None = None  # which is being handled
+        self._fields: list[Field] = []
+        self._target = b""
+        self._head_bytes = 0
+        self._in_head = False
+        self._is_refused = False  # nothing that comes is read any more
+        self._half_closed = False
+        self._pausing = 0
+        self._is_paused = False
+        self._since = time.monotonic()  # of the head, of the last piece of a body, or of being idle
+        self._served = 0
+        self._tunnel: Callable[[bytes], None] | None = None
+        self._held: bytearray | None = None  # what came after a request to upgrade that is undecided
+        self._head_since = self._since
+        self.peer = ""
+        self.is_tls = False
+        self.is_blocked = False
+        self.is_closing = False
+        self.on_resume: Callable[[], None] | None = None
+
+    # --- asyncio.Protocol ---
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast("asyncio.Transport", transport)
+        peer = transport.get_extra_info("peername")
+        self.peer = str(peer[0]) if isinstance(peer, tuple) else ""
+        self.is_tls = transport.get_extra_info("sslcontext") is not None
+        self._server.connections.add(self)
+        self.task = self._loop.create_task(self._serve())
+
+    def data_received(self, data: bytes) -> None:
+        if self._tunnel is not None:
+            self._tunnel(data)
+            return
+        if self._held is not None:
+            self._held += data
+            if len(self._held) > MAX_HELD_BYTES:
+                self.pause()
+            return
+        if self._is_refused:
+            return
+        self._since = self._server.now
+        if self._in_head or self._reading is None:
+            self._head_bytes += len(data)
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserUpgrade as e:
+            self._upgrade(data[e.args[0] :])
+        except httptools.HttpParserError:
+            self._refuse(Malformed("the request is not valid HTTP/1.1, or could be read in two ways"))
+        if self._in_head and self._head_bytes > MAX_HEAD_BYTES:
+            self._refuse(HeadTooLarge(f"the request line and the headers are longer than {MAX_HEAD_BYTES} bytes"))
+
+    def eof_received(self) -> bool:
+        if self._tunnel is not None:
+            self._tunnel(b"")
+            return True
+        current = self._current
+        if self._in_head or self._reading is not None or (current is None and not self._queue):
+            return False
+        if current is not None and current.reply.begun and not current.reply.ended:
+            return False  # it left: what it wanted to say, it said before its answer began
+        self._half_closed = True
+        self._loop.call_later(LEFT_PROBES_S[0], self._probe, 1)
+        return True
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._server.connections.discard(self)
+        self.is_closing, self.is_blocked = True, False
+        if self._reading is not None:
+            self._reading.body.fail(ConnectionResetError())
+        if self.task is not None:
+            self.task.cancel()
+        if self._drained is not None and not self._drained.done():
+            self._drained.set_exception(ConnectionResetError())
+
+    def pause_writing(self) -> None:
+        self.is_blocked = True
+
+    def resume_writing(self) -> None:
+        self.is_blocked = False
+        if self._drained is not None and not self._drained.done():
+            self._drained.set_result(None)
+        if self.on_resume is not None:
+            self.on_resume()
+
+    # --- llhttp ---
+
+    def on_message_begin(self) -> None:
+        self._in_head, self._fields, self._target = True, [], b""
+        self._head_since = self._server.now
+
+    def on_url(self, url: bytes) -> None:
+        self._target += url
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._in_head:
+            self._fields.append((name, value))
+        elif self._reading is not None:
+            self._reading.body.trailers.append((name, value))
+
+    def on_headers_complete(self) -> None:
+        self._in_head, self._head_bytes = False, 0
+        parser = self._parser
+        request = Request(
+            self, parser.get_method().decode("latin-1"), self._target, parser.get_http_version(), Fields(self._fields)
+        )
+        self._reading = request
+        if request.version not in ("1.0", "1.1"):
+            self._refuse(Malformed("only HTTP/1.0 and HTTP/1.1 are spoken here"))
+            return
+        request.keep_alive = parser.should_keep_alive()
+        self._put(request)
+
+    def on_body(self, data: bytes) -> None:
+        if self._reading is not None:
+            self._reading.body.feed(data)
+
+    def on_message_complete(self) -> None:
+        if self._reading is not None:
+            self._reading.body.end()
+            self._reading = None
+
+    # --- flow ---
+
+    def pause(self) -> None:
+        """A body of this connection waits for its reader."""
+        if not self._is_paused and self._transport is not None and not self.is_closing:
+            self._is_paused = True
+            self._transport.pause_reading()
+
+    def resume(self) -> None:
+        """Its reader wants more."""
+        if self._is_paused and self._transport is not None and not self.is_closing:
+            self._is_paused = False
+            self._transport.resume_reading()
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Send bytes; nothing happens if the client has left."""
+        if self._transport is not None and not self.is_closing:
+            self._transport.write(data)
+
+    def write_eof(self) -> None:
+        """End our side."""
+        if self._transport is not None and not self.is_closing and self._transport.can_write_eof():
+            self._transport.write_eof()
+
+    async def drain(self) -> None:
+        """Wait until the client has read enough. Raises ConnectionResetError if it left."""
+        if self.is_closing:
+            raise ConnectionResetError
+        if self.is_blocked:
+            self._drained = self._loop.create_future()
+            try:
+                await self._drained
+            finally:
+                self._drained = None
+
+    def close(self, *, at_once: bool = False) -> None:
+        """Close the connection when what was written has been sent; `at_once`: drop that."""
+        if self._transport is not None:
+            (self._transport.abort if at_once else self._transport.close)()
+
+    def take_over(self, tunnel: Callable[[bytes], None]) -> None:
+        """From now on each piece goes to `tunnel`; an empty one at the end of the client's side."""
+        self._tunnel, held, self._held = tunnel, self._held, None
+        self.resume()
+        if held:
+            tunnel(bytes(held))
+
+    # --- requests ---
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a request is being handled, or waits for it."""
+        return self._current is not None or bool(self._queue)
+
+    def check(self, now: float) -> None:
+        """Close the connection if a deadline has passed."""
+        waited = now - self._since
+        request = self._current
+        if request is not None:
+            if request.body.wanted and self._reading is request and not self._is_paused and waited > BODY_TIMEOUT_S:
+                request.body.fail(TooSlow(f"no byte of the body came for {BODY_TIMEOUT_S:.0f} s"))
+            return
+        if self._in_head and now - self._head_since > HEAD_TIMEOUT_S:
+            self._refuse(TooSlow(f"the head was not complete within {HEAD_TIMEOUT_S:.0f} s"))
+        elif not self._in_head and waited > (IDLE_TIMEOUT_S if self._served else HEAD_TIMEOUT_S):
+            self.close()
+
+    def _put(self, item: Request | RequestError) -> None:
+        self._queue.append(item)
+        if len(self._queue) > MAX_AHEAD:
+            self.pause()
+        if self._next is not None and not self._next.done():
+            self._next.set_result(None)
+
+    def _refuse(self, error: RequestError) -> None:
+        """Answer with an error when its turn comes, and read nothing more."""
+        if self._is_refused:
+            return
+        self._is_refused, self._in_head = True, False
+        if self._reading is not None:
+            self._reading.keep_alive = False
+            self._reading.body.fail(error)
+            self._reading = None
+        else:
+            self._put(error)
+
+    def _upgrade(self, rest: bytes) -> None:
+        """The client asks for another protocol. Only a WebSocket is spoken; other offers are ignored."""
+        request = self._queue[-1] if self._queue else self._current
+        if isinstance(request, Request) and "websocket" in request.fields.tokens(b"upgrade"):
+            self._held = bytearray(rest)
+        else:
+            self._start_again(rest)
+
+    def _start_again(self, data: bytes) -> None:
+        """Parse what comes as a request."""
+        self._parser = httptools.HttpRequestParser(self)
+        if data:
+            self.data_received(data)
+
+    def _probe(self, n: int) -> None:
+        """Ask a client that has ended its side whether it still waits for its answer, for the n-th time."""
+        request = self._current
+        if request is not None and not request.reply.begun and request.version == "1.1" and not self.is_closing:
+            self.write(CONTINUE)
+            self._loop.call_later(LEFT_PROBES_S[min(n, len(LEFT_PROBES_S) - 1)], self._probe, n + 1)
+
+    async def _serve(self) -> None:
+        try:
+            while not self.is_closing:
+                while not self._queue:
+                    if self._half_closed or self._is_refused:
+                        return
+                    self._since = self._server.now
+                    self._next = self._loop.create_future()
+                    await self._next
+                item = self._queue.popleft()
+                if len(self._queue) <= MAX_AHEAD:
+                    self.resume()
+                if isinstance(item, RequestError):
+                    self._server.refuse(self, item)
+                    return
+                self._current = item
+                try:
+                    await self._server.handle(item)
+                finally:
+                    self._current, self.on_resume = None, None
+                    self._server.on_idle()
+                self._served += 1
+                if self._tunnel is not None or not await self._finish(item):
+                    return
+                if self._held is not None:  # the engine refused the handshake
+                    held, self._held = bytes(self._held), None
+                    self._start_again(held)
+        finally:
+            if self._tunnel is None:
+                self.close()
+            self._server.on_idle()
+
+    async def _finish(self, request: Request) -> bool:
+        """Whether the connection can serve another request."""
+        if not request.reply.ended:
+            return False
+        if not request.body.ended and request.body.error is None and not self.is_closing:
+            request.body.discard()
+            try:
+                async with asyncio.timeout(LINGER_S):
+                    await request.body.next()
+            except (TimeoutError, OSError, RequestError):
+                return False
+        return request.keep_alive and not self._server.is_closing and request.body.ended
