@@ -7,7 +7,8 @@ processes, and all of them are counted: user and system time by the clock of eac
 `sidecar run` with its defaults, so that everything is admitted, priced and booked. "Added" is the time of a request
 less that of the same round's direct one. A paced stream has a chunk each 50 ms; its delay is from the engine's write to
 the client's read. The forwarder moves bytes between two sockets and is the least that any relay can cost here. Figures
-are medians over the rounds. Answers are compared with the engine's own before anything is timed.
+are medians over the rounds. Answers are compared with the engine's own before anything is timed. The engine's metrics
+page is short; scrape.py has the cost of long ones.
 """
 
 from __future__ import annotations

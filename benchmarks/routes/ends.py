@@ -17,7 +17,7 @@ from .processes import answers, cores, free_port, running, until
 
 SOURCE = Path(__file__).with_name("load.cpp")
 BUILD = Path(__file__).parents[2] / "build"
-FULL_TIMEOUT_S = 60.0
+FULL_TIMEOUT_S = 30.0
 
 
 def program() -> str:

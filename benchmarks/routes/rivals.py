@@ -185,7 +185,8 @@ def vllm_router_environment() -> Path:
         ):
             done = subprocess.run([uv, *command], capture_output=True, text=True)
             if done.returncode:
-                raise Absent(f"vllm-router {VLLM_ROUTER} cannot be installed: {done.stderr.strip()[-300:]}")
+                reason = " ".join(done.stderr.split())
+                raise Absent(f"vllm-router {VLLM_ROUTER} cannot be installed: {reason[:300]}")
         (home / "complete").touch()
     return home
 
