@@ -74,7 +74,7 @@ def to_engine(
     if is_upgrade:
         passed += [(b"connection", b"upgrade"), (b"upgrade", given.get(b"upgrade").encode("latin-1"))]
     if length is not None:
-        if length or request.has_body or request.method not in ("GET", "HEAD", "OPTIONS", "DELETE"):
+        if length or b"content-length" in given or b"transfer-encoding" in given:
             passed.append((b"content-length", b"%d" % length))
     elif b"transfer-encoding" in given:
         passed.append((b"transfer-encoding", b"chunked"))
