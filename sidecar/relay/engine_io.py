@@ -109,13 +109,14 @@ class EngineClient:
         passed = headers.to_engine(
             request, self._place.authority, id=id, trace=trace, length=length, is_upgrade=is_upgrade
         )
-        head = request_head(request.method, self._place.prefix + origin_form(request.target), passed)
+        head = request_head(request.method, self._target(request.target), passed)
         inform = request.reply.inform
 
         async def ask(engine: EngineConnection) -> Answer:
             try:
                 if body is None or not body.is_repeatable:
-                    return await engine.ask(request.method, head, inform, stream if body is None else body.write)
+                    send = stream if body is None else body.write
+                    return await engine.ask(request.method, head, inform, send, may_upgrade=is_upgrade)
                 answering = engine.ask(request.method, b"".join((head, *body.pieces)), inform)
                 body.sent()
                 return await answering
@@ -136,6 +137,10 @@ class EngineClient:
             body.drop()
         return answer
 
+    def _target(self, target: bytes) -> bytes:
+        path = origin_form(target)
+        return path if path == b"*" else self._place.prefix + path
+
     async def _ask_again(self, ask: Callable[[EngineConnection], Awaitable[Answer]], kept: EngineConnection) -> Answer:
         """Ask over a kept connection; over a fresh one if that was stale."""
         reused_at = time.monotonic()
@@ -151,8 +156,8 @@ class EngineClient:
 
 
 def origin_form(target: bytes) -> bytes:
-    """A request target as path and query, bytes as they came. Raises BadTarget without a path (`*`, CONNECT's)."""
-    if target.startswith(b"/"):
+    """A request target as path and query, bytes as they came. Raises BadTarget without a path (CONNECT's)."""
+    if target.startswith(b"/") or target == b"*":
         return target
     absolute = _ABSOLUTE_FORM.fullmatch(target)
     if absolute is None:

@@ -14,14 +14,13 @@ from typing import Final
 from sidecar.events import LoadReport, Trace
 from sidecar.load.tenant_limits import MAX_TENANT_NAME_CHARS
 from sidecar.relay.http.client import Request
-from sidecar.relay.http.head import Field, Fields
+from sidecar.relay.http.head import Field, Fields, with_length
 from sidecar.trace_context import format_traceparent
 
 _CONNECTION_FIELDS: Final = (b"connection", b"keep-alive", b"proxy-connection", b"te", b"transfer-encoding")
 _HOP_BY_HOP: Final = frozenset({*_CONNECTION_FIELDS, b"upgrade", b"proxy-authenticate", b"proxy-authorization"})
 # `host` becomes the engine's; `expect` is answered here, because the body is read here
 _NOT_TO_ENGINE: Final = _HOP_BY_HOP | {b"host", b"expect"}
-_NOT_TO_ENGINE_AS_IS: Final = _NOT_TO_ENGINE | {b"content-length"}
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}", re.ASCII)
 
 
@@ -59,7 +58,7 @@ def to_engine(
     tracing is on.
     """
     given = request.fields
-    dropped = _dropped(given, _NOT_TO_ENGINE if length is None else _NOT_TO_ENGINE_AS_IS)
+    dropped = _dropped(given, _NOT_TO_ENGINE)
     dropped |= {b"x-request-id", b"x-forwarded-for", *([b"traceparent"] if trace is not None else [])}
     passed = [(b"host", authority), *(field for field in given.all if field[0].lower() not in dropped)]
     passed.append((b"x-request-id", id.encode()))
@@ -74,9 +73,8 @@ def to_engine(
     if is_upgrade:
         passed += [(b"connection", b"upgrade"), (b"upgrade", given.get(b"upgrade").encode("latin-1"))]
     if length is not None:
-        if length or b"content-length" in given or b"transfer-encoding" in given:
-            passed.append((b"content-length", b"%d" % length))
-    elif b"transfer-encoding" in given:
+        return with_length(passed, length) if length or request.has_body else passed
+    if b"transfer-encoding" in given:
         passed.append((b"transfer-encoding", b"chunked"))
     return passed
 

@@ -21,7 +21,17 @@ import httptools
 
 from sidecar.errors import RequestError
 from sidecar.relay.http.body import Body
-from sidecar.relay.http.head import MAX_HEAD_BYTES, Field, Fields, answer_head, chunk, has_body, last_chunk
+from sidecar.relay.http.head import (
+    MAX_HEAD_BYTES,
+    Field,
+    Fields,
+    answer_head,
+    chunk,
+    fault_of,
+    has_body,
+    last_chunk,
+    with_length,
+)
 
 if TYPE_CHECKING:
     from sidecar.relay.http.server import Server
@@ -114,8 +124,7 @@ class Reply:
         passed = list(fields)
         self._sends_body = has_body(request.method, status)
         if body is not None and self._sends_body:
-            passed = [field for field in passed if field[0].lower() != b"content-length"]
-            passed.append((b"content-length", b"%d" % len(body)))
+            passed = with_length(passed, len(body))
         self.is_delimited = any(name.lower() == b"content-length" for name, _ in passed)
         if self._sends_body and not self.is_delimited:
             if request.version == "1.1":
@@ -191,6 +200,7 @@ class ClientConnection(asyncio.Protocol):
         self._target = b""
         self._head_bytes = 0
         self._in_head = False
+        self._is_again = False  # a head that is known is parsed once more
         self._is_refused = False  # nothing that comes is read any more
         self._half_closed = False
         self._pausing = 0
@@ -230,6 +240,9 @@ class ClientConnection(asyncio.Protocol):
         self._since = self._server.now
         if self._in_head or self._reading is None:
             self._head_bytes += len(data)
+            if not self._in_head and b"  " in data.lstrip(b"\r\n").partition(b"\r\n")[0]:
+                self._refuse(Malformed("there is more than one space in the request line"))
+                return
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade as e:
@@ -275,6 +288,8 @@ class ClientConnection(asyncio.Protocol):
     # --- llhttp ---
 
     def on_message_begin(self) -> None:
+        if self._is_again:
+            return
         self._in_head, self._fields, self._target = True, [], b""
         self._head_since = self._server.now
 
@@ -282,21 +297,25 @@ class ClientConnection(asyncio.Protocol):
         self._target += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
+        if self._is_again:
+            return
         if self._in_head:
             self._fields.append((name, value))
         elif self._reading is not None:
             self._reading.body.trailers.append((name, value))
 
     def on_headers_complete(self) -> None:
+        if self._is_again:
+            return
         self._in_head, self._head_bytes = False, 0
         parser = self._parser
         request = Request(
             self, parser.get_method().decode("latin-1"), self._target, parser.get_http_version(), Fields(self._fields)
         )
-        self._reading = request
-        if request.version not in ("1.0", "1.1"):
-            self._refuse(Malformed("only HTTP/1.0 and HTTP/1.1 are spoken here"))
+        if fault := fault_of(request.method, request.target, request.version, request.fields):
+            self._refuse(Malformed(fault))
             return
+        self._reading = request
         request.keep_alive = parser.should_keep_alive()
         self._put(request)
 
@@ -305,8 +324,9 @@ class ClientConnection(asyncio.Protocol):
             self._reading.body.feed(data)
 
     def on_message_complete(self) -> None:
-        if self._reading is not None:
-            self._reading.body.end()
+        request = self._reading
+        if request is not None and not (self._parser.should_upgrade() and request.has_body):
+            request.body.end()
             self._reading = None
 
     # --- flow ---
@@ -397,11 +417,25 @@ class ClientConnection(asyncio.Protocol):
 
     def _upgrade(self, rest: bytes) -> None:
         """The client asks for another protocol. Only a WebSocket is spoken; other offers are ignored."""
+        if self._reading is not None:  # llhttp takes its body for the other protocol
+            self._read_body(self._reading, rest)
+            return
         request = self._queue[-1] if self._queue else self._current
         if isinstance(request, Request) and "websocket" in request.fields.tokens(b"upgrade"):
             self._held = bytearray(rest)
         else:
             self._start_again(rest)
+
+    def _read_body(self, request: Request, data: bytes) -> None:
+        """Parse what comes as the body of a request whose head is known."""
+        length = request.fields.length()
+        framing = b"transfer-encoding: chunked" if length is None else b"content-length: %d" % length
+        self._parser = httptools.HttpRequestParser(self)
+        self._is_again = True
+        self._parser.feed_data(b"POST / HTTP/1.1\r\n%b\r\n\r\n" % framing)
+        self._is_again = False
+        if data:
+            self.data_received(data)
 
     def _start_again(self, data: bytes) -> None:
         """Parse what comes as a request."""

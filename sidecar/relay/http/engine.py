@@ -105,6 +105,7 @@ class EngineConnection(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._parser: httptools.HttpResponseParser | None = None
         self._method = ""
+        self._may_upgrade = False
         self._waiter: asyncio.Future[Answer] | None = None
         self._inform: Inform | None = None
         self._answer: Answer | None = None
@@ -113,6 +114,7 @@ class EngineConnection(asyncio.Protocol):
         self._head_bytes = 0
         self._pieces: list[bytes] = []
         self._is_complete = False
+        self._is_beyond = False  # what comes is no part of the answer
         self._until_close = False
         self._keep = False
         self._is_paused = False
@@ -144,8 +146,10 @@ class EngineConnection(asyncio.Protocol):
         except httptools.HttpParserUpgrade as e:
             self._rest = data[e.args[0] :]
         except httptools.HttpParserError as e:
-            self._break(EngineError(f"not HTTP: {type(e).__name__}"))
-            return
+            if not self._is_complete:
+                self._break(EngineError(f"not HTTP: {type(e).__name__}"))
+                return
+            self._keep = False
         if self._answer is None and self._head_bytes > MAX_HEAD_BYTES:
             self._break(EngineError("the head is too long"))
             return
@@ -181,12 +185,17 @@ class EngineConnection(asyncio.Protocol):
     # --- llhttp ---
 
     def on_message_begin(self) -> None:
+        if self._is_complete:
+            self._is_beyond, self._keep = True, False
+            return
         self._fields, self._reason = [], b""
 
     def on_status(self, status: bytes) -> None:
         self._reason += status
 
     def on_header(self, name: bytes, value: bytes) -> None:
+        if self._is_beyond:
+            return
         if self._answer is None:
             self._fields.append((name, value))
         else:
@@ -194,11 +203,16 @@ class EngineConnection(asyncio.Protocol):
 
     def on_headers_complete(self) -> None:
         assert self._parser is not None
+        if self._is_beyond:
+            return
         status, fields = self._parser.get_status_code(), Fields(self._fields)
         if 100 <= status < 200 and status != 101:
-            if self._inform is not None and status != 100:
+            if self._inform is not None:
                 self._inform(status, self._reason, fields)
             return
+        if status == 101 and not self._may_upgrade:
+            self._keep = False
+            raise EngineError("an upgrade that was not asked for")
         self._answer = answer = Answer(self, status, self._reason, self._parser.get_http_version(), fields)
         self._keep = self._parser.should_keep_alive()
         is_framed = b"content-length" in fields or b"transfer-encoding" in fields
@@ -210,7 +224,10 @@ class EngineConnection(asyncio.Protocol):
             self._waiter.set_result(answer)
 
     def on_body(self, data: bytes) -> None:
-        self._pieces.append(data)
+        if self._is_complete:
+            self._keep = False  # more than the answer
+        else:
+            self._pieces.append(data)
 
     def on_message_complete(self) -> None:
         if self._answer is not None:
@@ -229,12 +246,15 @@ class EngineConnection(asyncio.Protocol):
 
     # --- a request ---
 
-    async def ask(self, method: str, head: bytes, inform: Inform | None, send: Send | None = None) -> Answer:
+    async def ask(
+        self, method: str, head: bytes, inform: Inform | None, send: Send | None = None, *, may_upgrade: bool = False
+    ) -> Answer:
         """Send a request and wait for the answer's head. Raises EngineError, and what `send` raises.
 
         `head` may hold the body, too; `send` writes a long one. An answer may come before all of it is sent.
         """
         waiter = self._begin(method, inform)
+        self._may_upgrade = may_upgrade
         self.write(head)
         if send is None:
             return await waiter
@@ -247,7 +267,7 @@ class EngineConnection(asyncio.Protocol):
     def _begin(self, method: str, inform: Inform | None) -> asyncio.Future[Answer]:
         self._parser = httptools.HttpResponseParser(self)
         self._method, self._inform, self._answer, self._sending = method, inform, None, None
-        self._is_complete = self._until_close = self._keep = False
+        self._is_complete = self._is_beyond = self._until_close = self._keep = False
         self._head_bytes, self._pieces = 0, []
         self._waiter = waiter = self._loop.create_future()
         if self.is_closed:

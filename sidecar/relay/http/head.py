@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from typing import Final
 
@@ -11,6 +12,10 @@ Field = tuple[bytes, bytes]
 MAX_HEAD_BYTES: Final = 128 << 10
 # Statuses whose answers have no body, next to 1xx and whatever answers a HEAD (RFC 9112, 6.3).
 NO_BODY: Final = frozenset({204, 304})
+
+
+_HOST: Final = re.compile(rb"(?:[A-Za-z0-9._~!$&'()*+;=%-]*|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?")
+_ABSOLUTE: Final = re.compile(rb"https?://([^/?#]*)", re.IGNORECASE)
 
 
 class Fields:
@@ -55,6 +60,33 @@ class Fields:
         if self._first is None:
             self._first = {name.lower(): value for name, value in reversed(self.all)}
         return self._first
+
+
+def with_length(fields: list[Field], length: int) -> list[Field]:
+    """The fields with this length of the body, in the place of the one that was announced."""
+    value = b"%d" % length
+    for i, (name, given) in enumerate(fields):
+        if name.lower() == b"content-length":
+            return fields if given.lstrip(b"0") == value else [*fields[:i], (name, value), *fields[i + 1 :]]
+    return [*fields, (b"content-length", value)]
+
+
+def fault_of(method: str, target: bytes, version: str, fields: Fields) -> str:
+    """What is wrong with a request's head that llhttp accepts; "" if nothing is (RFC 9112, 3.2 and 3.3)."""
+    hosts = [value for name, value in fields if name.lower() == b"host"]
+    if version not in ("1.0", "1.1"):
+        return "only HTTP/1.0 and HTTP/1.1 are spoken here"
+    if version == "1.0" and b"transfer-encoding" in fields:
+        return "HTTP/1.0 has no chunks"
+    if len(hosts) > 1 or (not hosts and version == "1.1"):
+        return "there must be one Host header"
+    if hosts and not _HOST.fullmatch(hosts[0]):
+        return "the Host header is not valid"
+    absolute = _ABSOLUTE.match(target)
+    if absolute is not None and hosts and absolute[1].lower() != hosts[0].lower():
+        return "the target and the Host header name different hosts"
+    is_form = absolute is not None or target.startswith(b"/") or (target == b"*" and method == "OPTIONS")
+    return "" if is_form else "the target is neither a path nor an http address"
 
 
 def has_body(method: str, status: int) -> bool:
