@@ -52,6 +52,10 @@ class Exemptions:
         if event.taken and event.what in self.since:  # a part of a longer pause
             self.since[event.what] = event.at
 
+    def is_stop_called(self) -> bool:
+        """Whether a call that stops the work is with the engine: it may stop it at any moment."""
+        return any(call.what in STOPPING for call in self.calls.values())
+
     def relay_lost(self, relay: int) -> None:
         """End the calls of a dead relay."""
         self.calls = {key: call for key, call in self.calls.items() if key[0] != relay}

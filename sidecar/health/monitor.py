@@ -277,6 +277,8 @@ class HealthMonitor:
         canaries = self.canaries
         if canaries.since is not None or self.draining or self.exemptions.are_stopping():
             return None
+        if self.exemptions.is_stop_called() and self.state.state in CALM_STATES:
+            return None
         last = canaries.last.ended if canaries.last else None
         interval, disturbs = self._settings.canary_interval, self._disturbs
         if not verdict.is_canary_due(self.state, self.evidence, last, interval, disturbs=disturbs):

@@ -56,6 +56,7 @@ MAX_ABORTS_PER_WINDOW = 8
 MIN_REPEATED_STUCK = 3
 # Users who must have left unserved within the window, each after a floor, before their work counts as unserved.
 MIN_UNSERVED: Final = 3
+MIN_UNSERVED_S: Final = 2.0  # over which they leave: clients of one process that ends leave together
 # Canaries of an idle engine that are looked at; how many must have starved, and passed, before some of its connections
 # count as silent; and how often one followed the other, which a hang of all connections and its end do twice.
 CANARIES_KEPT: Final = 8
@@ -125,7 +126,7 @@ class StreamTable:
     decoded_at: float = 0.0  # the last token of any stream past its first pieces
     decoded_prefilled: float = 0.0  # `prefilled` then
     first_tokens: int = 0  # since then
-    _numbers: int = 0
+    numbers: int = 0  # of requests so far
     _ticked_at: float | None = None
 
     @property
@@ -220,7 +221,7 @@ class StreamTable:
         moving, waiting = len(open_) - len(still), len(still) - silent
         self.balance.read(sample, at, before, moving=moving, silent=silent, waiting=waiting, canary=canary)
         for stream in still:
-            if self.balance.level > stream.level and not stream.stuck and not self._is_overdue(stream):
+            if self.balance.level > stream.level and not stream.stuck and not self.is_overdue(stream):
                 self.restart_silence(stream)
 
     def restart_silence(self, *streams: OpenStream) -> None:
@@ -257,8 +258,8 @@ class StreamTable:
         return sum(stream.prefill for stream in self.open if not stream.first and stream.came <= until)
 
     def _next_number(self) -> int:
-        self._numbers += 1
-        return self._numbers
+        self.numbers += 1
+        return self.numbers
 
     def _serve(self, stream: OpenStream) -> None:
         self.prefilled += stream.prefill
@@ -269,7 +270,7 @@ class StreamTable:
         stream.received_at, stream.each = at, self.balance.each
         self.restart_silence(stream)
 
-    def _is_overdue(self, stream: OpenStream) -> bool:
+    def is_overdue(self, stream: OpenStream) -> bool:
         """Whether a stream would long have all that its client allows, if it got as much as the others."""
         missing = stream.max_tokens - stream.tokens
         return self.balance.each - stream.each > self.limits.margin * missing
@@ -462,29 +463,46 @@ class OvertakenRequests:
 
 @dataclass(slots=True)
 class UnservedWork:
-    """Users wait, leave without a byte, and nothing is delivered to any other. `left`: when they left."""
+    """Users leave without a byte, or should long have all that they asked for, and nothing is delivered to any other.
 
-    limits: SilenceLimits
+    `left`: when they left; `served_number`: the last request that had come when something was delivered.
+    """
+
+    table: StreamTable
     left: deque[float] = field(default_factory=lambda: deque(maxlen=MAX_SERVED_KEPT))
+    served_number: int = 0
 
     def settle(self, event: Settled, silent_since: float) -> None:
         """A request that the engine had ended. `silent_since`: when its silence began to be the engine's."""
-        has_waited = event.sent_at is not None and event.at - max(silent_since, event.sent_at) >= self.limits.floor
+        has_waited = (
+            event.sent_at is not None and event.at - max(silent_since, event.sent_at) >= self.table.limits.floor
+        )
         if event.outcome == "client_cancelled" and event.delivered_bytes == 0 and has_waited:
             self.left.append(event.at)
 
     def served(self) -> None:
         """Something was delivered, or a canary passed."""
         self.left.clear()
+        self.served_number = self.table.numbers
 
     def detect(self, now: float) -> str:
         """The finding in words, "" for none."""
         while self.left and self.left[0] < now - STUCK_WINDOW_S:
             self.left.popleft()
-        if len(self.left) < MIN_UNSERVED:
-            return ""
+        # all at once they left because of their own process
+        if len(self.left) < MIN_UNSERVED or self.left[-1] - self.left[0] < MIN_UNSERVED_S:
+            return self._find_overdue(now)
         seconds = now - self.left[0]
         return f"{len(self.left)} users left unserved within {seconds:.0f} s, and nothing was delivered to any other"
+
+    def _find_overdue(self, now: float) -> str:
+        """Requests for which the engine must have generated all that they may have, while nobody got anything."""
+        table, floor = self.table, self.table.limits.floor
+        new = (stream for stream in table.open if not stream.first and stream.number > self.served_number)
+        overdue = [now - s.received_at for s in new if now - s.received_at >= floor and table.is_overdue(s)]
+        if not table.counted or len(overdue) < MIN_UNSERVED:
+            return ""
+        return f"{len(overdue)} users wait for up to {max(overdue):.0f} s, and the engine generates for nobody"
 
 
 @dataclass(slots=True)
@@ -543,7 +561,7 @@ class PartialHangDetector:
         self.silent_rank, self.stalled_decodes = SilentRank(table), StalledDecodes(table)
         self.stalled_admission, self.stuck_streams = StalledAdmission(table), StuckStreams(table)
         self.overtaken_requests, self.oversized_prompt = OvertakenRequests(table), OversizedPrompt(table)
-        self.unserved_work, self.silent_connections = UnservedWork(limits), SilentConnections()
+        self.unserved_work, self.silent_connections = UnservedWork(table), SilentConnections()
         self._since: dict[str, float] = {}
 
     def deliver(self, key: Key, tokens: int, at: float) -> None:

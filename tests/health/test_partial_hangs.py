@@ -183,6 +183,35 @@ def test_users_who_leave_unserved_withdraw_readiness_until_something_is_delivere
     assert e.finding is None
 
 
+def test_what_the_engine_generates_for_nobody_withdraws_readiness() -> None:
+    """Its detokenizer hangs: each new request moves the counter of tokens, and no client gets one."""
+    e = Engine()
+    generated = 0.0
+    for second in range(120):
+        served = second < 20
+        key = e.admit(output=60, max_output=60)
+        if served:
+            e.first(key)
+            e.settle(key, tokens=60)
+        generated += 60
+        before, e.sample = e.sample, EngineSample(generation_tokens=generated, running=1, waiting=0)
+        e.tick(1)
+        e.parts.table.read(e.sample, e.now, before, canary=False)
+        assert served is False or e.finding is None
+    assert e.finding is not None and e.finding.reason == "work_unserved" and not e.finding.severe
+
+
+def test_users_who_leave_together_are_one_process_that_ends() -> None:
+    """A batch client that stops takes all its requests with it."""
+    e = Engine()
+    keys = [e.admit() for _ in range(12)]
+    e.tick(30)
+    for key in keys:
+        e.leave(key)
+    e.tick(1)
+    assert e.finding is None
+
+
 def test_users_who_leave_at_once_or_are_served_are_no_finding() -> None:
     """A stop button is no fault of the engine."""
     e = Engine()

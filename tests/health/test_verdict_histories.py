@@ -7,9 +7,11 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sidecar.events import Directing
 from sidecar.health.partial_hangs import PartialHang
 from sidecar.health.verdict import PART_HOLD_S, UNASKED_KILLS, is_canary_due
 
+from .verdict_pod import Pod
 from .verdict_world import KILL, World, evidence
 
 steps = st.lists(
@@ -116,3 +118,16 @@ def test_the_silence_of_the_whole_engine_goes_before_a_part() -> None:
     w.canary_ends("starved", took=1)
     assert w.tick(part=PART, cause="livelock").state == "stalled"
     assert w.memory.reason == "livelock"
+
+
+def test_no_canary_meets_a_call_that_may_stop_the_engine_at_any_moment() -> None:
+    """SGLang ends when its memory is released while a request runs, and a canary is one."""
+    for ticks in range(30):
+        pod = Pod().served()
+        for _ in range(ticks):
+            pod.tick()
+        if pod.sent is None:
+            pod.control.on_event(0, Directing(pod.now, 1, "engine_sleeping", True))
+            for _ in range(40):
+                pod.tick()
+                assert pod.sent is None
