@@ -93,6 +93,10 @@ class BadTarget(RequestError, code="bad_request_target"):
     """The request target is not a path that may be forwarded to the engine."""
 
 
+class AdminPathRefused(RequestError, code="admin_path_refused", status=403):
+    """A path that controls the engine was requested from another machine (--admin-paths refuse)."""
+
+
 class Internal(RequestError, code="internal_error", status=500):
     """A bug in the sidecar. It costs one request."""
 

@@ -152,6 +152,7 @@ class ControlLoop:
             engine_kind=engine.kind_name,
             unanswered=engine.unanswered,
             resting=engine.resting,
+            denied_rests=dict(engine.denied_rests),
             diagnoses=self.diagnoses.summaries(),
             identity=engine.identity,
             is_fcfs=engine.kind is not None and engine.kind.is_fcfs,

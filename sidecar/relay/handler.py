@@ -23,7 +23,17 @@ from aiohttp import web
 from sidecar.errors import BodyTooLarge, Draining, ImagesOff, Internal, RequestError, place_of
 from sidecar.events import AbortRequests, Command, Event, LoadReport, MetricsPage
 from sidecar.load import request_shape
-from sidecar.relay import client_io, engine_io, headers, metrics_page, outcomes, passthrough, request_body, response
+from sidecar.relay import (
+    admin_paths,
+    client_io,
+    engine_io,
+    headers,
+    metrics_page,
+    outcomes,
+    passthrough,
+    request_body,
+    response,
+)
 from sidecar.relay.admission import Admission
 from sidecar.relay.concurrency import MAX_QUEUED, ConcurrencyLimit, share_of
 from sidecar.relay.engine_io import BodyPayload
@@ -135,6 +145,7 @@ class Relay:
 
     async def _dispatch(self, request: web.BaseRequest, id: str) -> web.StreamResponse:
         path = engine_io.origin_form(request.raw_path).partition("?")[0]
+        admin_paths.check(self._settings.admin_paths, request.method, path, request.remote)
         if request.method == "POST":
             route = request_body.route_of(path)
             if route is not None:

@@ -75,7 +75,7 @@ class Process:
     def __init__(self, emitted: Any, folder: Path) -> None:
         self.emitted = emitted
         self.path = folder / "control"
-        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.listener = socket.create_server(("0.0.0.0", 0))
         self.port = self.listener.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
 
