@@ -37,6 +37,7 @@ from sidecar.load import cost_model
 from sidecar.relay import process as relay_process
 from sidecar.relay.pricing import quota, tenant_accounts
 from sidecar.report import orca_server
+from sidecar.runtime import open_files
 from sidecar.runtime.supervisor import Role, Supervisor
 from sidecar.settings import Settings
 
@@ -51,6 +52,7 @@ ExitCodeRunner = Callable[[Callable[[], int]], int]
 
 def main(chosen: Settings, run_to_exit_code: ExitCodeRunner) -> int:
     """Serve until SIGTERM or SIGINT, drain, return the exit code. Raises UsageError and StartError at startup."""
+    open_files.raise_limit()  # of all processes: many shells and runtimes allow 1024
     coefficients = choose_coefficients(chosen)
     chosen = replace(chosen, images=choose_image_mode(chosen))
 

@@ -12,7 +12,6 @@ import contextlib
 import gc
 import logging
 import os
-import resource
 import signal
 import socket
 import time
@@ -71,9 +70,6 @@ class RelayContext:
 
 def main(context: RelayContext, listener: socket.socket) -> int:
     """Serve until drained. Returns 0."""
-    _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
-    # a stream takes two files; many shells and runtimes allow 1024
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard_limit, hard_limit))
     with contextlib.closing(listener):
         uvloop.run(_serve(context, listener))
     return 0
