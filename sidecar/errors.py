@@ -52,6 +52,10 @@ class EngineUnreachable(RequestError, code="engine_unreachable", status=502, ret
     """The engine refused the connection, or closed it before it responded."""
 
 
+class NoOpenFiles(RequestError, code="no_open_files", status=503, retry_after=1):
+    """The sidecar has no file descriptors left for a connection to the engine."""
+
+
 class EngineStalled(RequestError, code="engine_stalled", status=503, retry_after=10):
     """The engine stalled while this request was waiting."""
 

@@ -7,8 +7,17 @@ from typing import Final
 
 import aiohttp
 
-from sidecar.errors import EngineStalled, EngineUnreachable, PromptTooLarge, RequestError, SidecarError, StreamStuck
+from sidecar.errors import (
+    EngineStalled,
+    EngineUnreachable,
+    NoOpenFiles,
+    PromptTooLarge,
+    RequestError,
+    SidecarError,
+    StreamStuck,
+)
 from sidecar.events import Outcome, State
+from sidecar.runtime import open_files
 
 
 class ClientGone(SidecarError):
@@ -61,6 +70,8 @@ def stalled() -> EngineStalled:
 
 def engine_error(error: BaseException | None, verdict: State) -> RequestError:
     """The error for a client that has nothing of its answer yet, when the connection to the engine broke."""
+    if error is not None and open_files.is_exhausted(error):
+        return NoOpenFiles(open_files.EXHAUSTED_TEXT)
     if verdict == "stalled" and not isinstance(error, aiohttp.ClientConnectorError):
         return stalled()
     if isinstance(error, aiohttp.ClientSSLError):

@@ -16,8 +16,9 @@ RESERVED_FILES: Final = 64
 FILES_PER_REQUEST: Final = 2  # the client's connection and the engine's
 # Some runtimes set a limit of a billion; programs that prepare for each of them would take minutes.
 MAX_LIMIT: Final = 1 << 20
+SCARCE_SHARE: Final = 0.9
 EXHAUSTED: Final = (errno.EMFILE, errno.ENFILE)  # of the process, of the machine
-EXHAUSTED_TEXT: Final = "the sidecar has no file descriptors left; raise its limit (ulimit -n, LimitNOFILE)"
+EXHAUSTED_TEXT: Final = "the sidecar has no file descriptors left: raise its limit (ulimit -n)"
 _OPEN_FILES: Final = Path("/proc/self/fd")
 
 
@@ -40,8 +41,13 @@ def count() -> int:
     try:
         # since Linux 6.2 the folder's size is their number; listing thousands of them would take milliseconds
         return _OPEN_FILES.stat().st_size or sum(1 for _ in _OPEN_FILES.iterdir())
-    except OSError:
-        return 0
+    except OSError as e:
+        return limit() if is_exhausted(e) else 0
+
+
+def is_scarce(open_: int, allowed: int) -> bool:
+    """Whether a process is about to run out of files."""
+    return open_ > SCARCE_SHARE * allowed
 
 
 def max_connections(nofile_limit: int) -> int:
