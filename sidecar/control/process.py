@@ -11,7 +11,7 @@ import logging
 import signal
 import socket
 from collections.abc import Callable
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 
 import aiohttp
 from aiohttp import web
@@ -40,6 +40,8 @@ async def run(
     ended = asyncio.Event()
     async with AsyncExitStack() as stack:
         state_dir = StateDir(settings.state_dir)
+        with suppress(OSError):
+            state_dir.sweep()
         stack.callback(state_dir.clear)
         session = await stack.enter_async_context(open_session(EngineAddress(settings.engine, settings.engine_ca)))
         loop = build(settings, co, state_dir, session, stack)
