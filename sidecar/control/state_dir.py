@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +69,9 @@ class StateDir:
             return None
 
     def clear(self) -> None:
-        """On a clean exit: remove `stalled`."""
-        (self.path / STALLED).unlink(missing_ok=True)
+        """On a clean exit: remove `stalled`. Where that fails it grows old, and then fails no probe."""
+        with suppress(OSError):
+            (self.path / STALLED).unlink(missing_ok=True)
 
 
 def read(path: str) -> tuple[Any, float | None]:
