@@ -25,9 +25,14 @@ _OPEN_FILES: Final = Path("/proc/self/fd")
 def raise_limit() -> None:
     """Allow this process, and those it starts, as many files as it may allow itself."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = MAX_LIMIT if hard == resource.RLIM_INFINITY else min(hard, MAX_LIMIT)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    if soft != resource.RLIM_INFINITY and soft < attainable():
+        resource.setrlimit(resource.RLIMIT_NOFILE, (attainable(), hard))
+
+
+def attainable() -> int:
+    """How many files this process may allow itself."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return MAX_LIMIT if hard == resource.RLIM_INFINITY else min(hard, MAX_LIMIT)
 
 
 def limit() -> int:
