@@ -14,12 +14,12 @@ import socket
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Collection
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
 
 from aiohttp import web
 
+from sidecar.errors import place_of
 from sidecar.runtime import open_files
 from sidecar.runtime.limited_log import LimitedLog
 
@@ -123,30 +123,33 @@ class AdminConnections:
         checking = asyncio.create_task(self._close_overdue())
         try:
             while True:
-                await self._accept(server, listener)
+                try:
+                    await self._accept(server, listener)
+                except Exception as e:  # noqa: BLE001  whatever fails, the port stays open
+                    self._report(e)
+                    await asyncio.sleep(RETRY_S)
         finally:
             checking.cancel()
 
     async def _accept(self, server: web.Server, listener: socket.socket) -> None:
         loop = asyncio.get_running_loop()
-        try:
-            sock, address = await loop.sock_accept(listener)
-        except OSError as e:  # the client left again, or there are no files left
-            if open_files.is_exhausted(e):
-                self._make_room("", AdminLimits(0, 1))
-                self._log.error("accept", "the admin port accepts no connection: %s", open_files.EXHAUSTED_TEXT)
-            await asyncio.sleep(RETRY_S)
-            return
-        connection = AdminConnection(str(address[0]), time.monotonic())
+        sock, address = await loop.sock_accept(listener)
+        connection, protocol = AdminConnection(str(address[0]), time.monotonic()), server()
         self._make_room(connection.client, self._limits)
+        self._open[protocol] = connection  # before its first request can come
+        try:
+            connection.transport, _ = await loop.connect_accepted_socket(lambda: protocol, sock)
+        except OSError:  # it left again
+            del self._open[protocol]
+            sock.close()
 
-        def protocol() -> asyncio.BaseProtocol:
-            made = server()
-            self._open[made] = connection
-            return made
-
-        with suppress(OSError):  # it left again
-            connection.transport, _ = await loop.connect_accepted_socket(protocol, sock)
+    def _report(self, error: Exception) -> None:
+        if open_files.is_exhausted(error):
+            self._make_room("", AdminLimits(0, 1))
+            self._log.error("files", "the admin port accepts no connection: %s", open_files.EXHAUSTED_TEXT)
+        elif not isinstance(error, ConnectionError):  # that one left while it waited
+            text = "the admin port could not accept a connection: %s at %s"
+            self._log.error("accept", text, type(error).__name__, place_of(error))
 
     def _make_room(self, client: str, limits: AdminLimits) -> None:
         self._forget_closed()

@@ -14,6 +14,7 @@ from aiohttp import web
 from sidecar.control import admin_connections
 from sidecar.control.admin_connections import AdminConnection, AdminConnections, AdminLimits, admin_limits, to_close
 
+from ..few_files import no_files_left
 from ..waiting import PATIENCE
 
 NOW = 100.0
@@ -161,4 +162,22 @@ async def test_a_head_that_is_never_whole_ends_its_connection(serve: Serve, monk
         held.append(writer)
     assert len(connections) == 1
     for writer in held:
+        writer.close()
+
+
+async def test_without_files_the_oldest_makes_room(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
+    """The process ran out of files: one that is held for nothing is closed, one line says why, and probes go on."""
+    address, connections = await serve(AdminLimits(16, 16))
+    held = [await asyncio.open_connection(*address) for _ in range(3)]
+    async with asyncio.timeout(PATIENCE):
+        while len(connections) < 3:  # noqa: ASYNC110  accepting has no event
+            await asyncio.sleep(0)
+    with socket.socket() as late:
+        late.setblocking(False)
+        with no_files_left():
+            await asyncio.get_running_loop().sock_connect(late, address)
+            await closed(held[0][0])
+    assert await get(address) == "ok"
+    assert caplog.text.count("no file descriptors left") == 1
+    for _, writer in held:
         writer.close()
