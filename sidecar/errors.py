@@ -52,6 +52,10 @@ class EngineUnreachable(RequestError, code="engine_unreachable", status=502, ret
     """The engine refused the connection, or closed it before it responded."""
 
 
+class NoOpenFiles(RequestError, code="no_open_files", status=503, retry_after=1):
+    """The sidecar has no file descriptors left for a connection to the engine."""
+
+
 class EngineStalled(RequestError, code="engine_stalled", status=503, retry_after=10):
     """The engine stalled while this request was waiting."""
 
@@ -91,6 +95,10 @@ class ImagesOff(RequestError, code="images_off", status=404):
 
 class BadTarget(RequestError, code="bad_request_target"):
     """The request target is not a path that may be forwarded to the engine."""
+
+
+class AdminPathRefused(RequestError, code="admin_path_refused", status=403):
+    """A path that controls the engine was requested from another machine (--admin-paths refuse)."""
 
 
 class Internal(RequestError, code="internal_error", status=500):

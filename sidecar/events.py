@@ -183,11 +183,13 @@ class UnreadRequest:
 
 @dataclass(frozen=True, slots=True)
 class Heartbeat:
-    """A relay process is alive: its own event loop lag (seconds) and open client requests. Sent once a second."""
+    """A relay process is alive: its event loop lag (seconds), open requests, and open files. Sent once a second."""
 
     at: float
     lag: float
     open: int
+    open_files: int = 0
+    max_files: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -120,9 +120,11 @@ class GpuSample:
 
 @dataclass(frozen=True, slots=True)
 class ProcessSample:
-    """One process, read through psutil: resident bytes, CPU seconds used so far, threads."""
+    """One process: resident bytes, CPU seconds used so far, threads, open files and how many it may have open."""
 
     pid: int
     rss: int
     cpu_seconds: float
     threads: int
+    open_files: int = 0
+    max_files: int = 0

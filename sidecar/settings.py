@@ -43,6 +43,12 @@ class Settings:
     engine_kind: str = flag("auto", one_of(*ENGINE_KINDS), "Kind of the engine; auto: recognised by its responses")
     listen: tuple[str, int] = flag(("0.0.0.0", 8080), address, "Address of the relay")
     admin: tuple[str, int] = flag(("0.0.0.0", 9400), address, "Address of probes, load, metrics and the status page")
+    admin_paths: str = flag(
+        "refuse",
+        one_of("refuse", "pass"),
+        "Paths that control the engine (/sleep, /update_weights, /flush_cache, ...), on the relay's port; refuse: from "
+        "other machines",
+    )
     workers: int = flag(1, integer(1, 64), "Number of relay processes")
     model: str = flag("", flags.existing_dir, "Model directory: config.json, preprocessor_config.json, tokenizer.json")
     coefficients: str = flag("", existing_file, "Coefficients file; default: a roofline of --model on its GPU")

@@ -111,6 +111,8 @@ class RelayUse:
     open: int
     lag: float
     pulse_age: float | None
+    open_files: int = 0
+    max_files: int = 0
 
 
 @dataclass(frozen=True, slots=True)

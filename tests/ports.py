@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 import socket
 
+import pytest
+
 # Below the ports that Linux gives to outgoing connections, of which parallel tests make many.
 PORT_RANGE = (12_000, 32_000)
 
@@ -24,3 +26,16 @@ def free_port() -> int:
                 continue
         _given.add(port)
         return port
+
+
+def outer_address() -> str:
+    """An address of this machine other than loopback; skips the test where it has none."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:
+        try:
+            asking.connect(("192.0.2.254", 9))  # sends nothing: the kernel chooses the address to send from
+        except OSError:
+            pytest.skip("this machine has no address but loopback")
+        address = str(asking.getsockname()[0])
+    if address.startswith("127."):
+        pytest.skip("this machine has no address but loopback")
+    return address

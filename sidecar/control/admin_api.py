@@ -14,6 +14,7 @@ from dataclasses import asdict
 from typing import Any, Final
 
 from aiohttp import web
+from aiohttp.typedefs import Middleware
 
 from sidecar.control.loop import ControlLoop
 from sidecar.events import DiagnosisSummary
@@ -27,7 +28,7 @@ Handler = Callable[[web.Request], Any]
 Answer = tuple[Any, int]  # content and HTTP status
 
 
-def make_app(loop: ControlLoop) -> web.Application:
+def make_app(loop: ControlLoop, *middlewares: Middleware) -> web.Application:
     """The admin application."""
     answers: dict[str, Callable[[web.Request], Answer]] = {
         "/livez": lambda _: _probe("live", loop.control.health.probe_state()),
@@ -60,7 +61,7 @@ def make_app(loop: ControlLoop) -> web.Application:
     async def events(request: web.Request) -> web.StreamResponse:
         return await loop.feed.events(request)
 
-    app = web.Application()
+    app = web.Application(middlewares=middlewares)
     app.add_routes([web.get(path, _json(answer)) for path, answer in answers.items()])
     app.add_routes([web.get("/diagnoses/{id}", diagnosis), web.get("/metrics", metrics)])
     app.add_routes([web.get("/", live_page.index), web.get("/events", events)])

@@ -20,6 +20,7 @@ from typing import Any, Final
 from sidecar.control.state_dir import StateDir
 from sidecar.events import DiagnosisSummary
 from sidecar.load.ledger import AdmissionHold
+from sidecar.runtime import safe_files
 from sidecar.signals.process_examiner import ProcessExaminer
 from sidecar.snapshot import Snapshot
 
@@ -105,8 +106,8 @@ class Diagnoses:
         if not _ID.fullmatch(id):
             return None
         try:
-            return (self._folder / f"{id}.json").read_bytes()
-        except FileNotFoundError:
+            return safe_files.read(self._folder / f"{id}.json", MAX_BUNDLE_BYTES)
+        except (OSError, ValueError):
             return None
 
 
@@ -138,8 +139,8 @@ def _outstanding(hold: AdmissionHold, now: float) -> dict[str, Any]:
 def _summary(path: Path) -> DiagnosisSummary | None:
     """Read a bundle that an earlier run left."""
     try:
-        raw = json.loads(path.read_bytes())
-        size, summary = path.stat().st_size, str(raw.get("summary", ""))
-        return DiagnosisSummary(path.stem, float(raw["at"]), str(raw["reason"]), size, summary)
+        data = safe_files.read(path, MAX_BUNDLE_BYTES)
+        raw = json.loads(data)
+        return DiagnosisSummary(path.stem, float(raw["at"]), str(raw["reason"]), len(data), str(raw.get("summary", "")))
     except (OSError, ValueError, KeyError, TypeError):
         return None

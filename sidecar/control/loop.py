@@ -35,6 +35,7 @@ from sidecar.report.metrics import Metrics
 from sidecar.report.prometheus import MetricsPages, merge_pages
 from sidecar.report.tracing import Tracing
 from sidecar.report.usage_store import UsageStore
+from sidecar.runtime.limited_log import LimitedLog
 from sidecar.settings import Settings
 from sidecar.signals import own_process
 from sidecar.signals.engine_monitor import EngineMonitor
@@ -75,6 +76,7 @@ class ControlLoop:
         self.pages, self.feed, self.diagnoses = MetricsPages(metrics.registry), PageFeed(), Diagnoses(state_dir)
         self.pool = RelayPool(settings.workers, self.on_event, self.on_lost)
         self._tasks = BackgroundTasks()
+        self._log = LimitedLog(_log)  # of what fails for as long as a disk is full
         self._ticks = 0
         self._pressure = orca.MovingMean()
         self.ticked_at = now
@@ -152,6 +154,7 @@ class ControlLoop:
             engine_kind=engine.kind_name,
             unanswered=engine.unanswered,
             resting=engine.resting,
+            denied_rests=dict(engine.denied_rests),
             diagnoses=self.diagnoses.summaries(),
             identity=engine.identity,
             is_fcfs=engine.kind is not None and engine.kind.is_fcfs,
@@ -244,7 +247,7 @@ class ControlLoop:
                 _log.info("operator resumed automatic restarts")
                 self.control.health.kill_policy.resume = True
         except OSError as e:
-            _log.error("cannot write to the state directory (%s); exec probes fail open", e.strerror)
+            self._log.error("state", "cannot write to the state directory (%s); exec probes fail open", e.strerror)
 
     async def _write_usage(self, wall: float) -> None:
         """Write what was settled since the last time; what cannot be written is kept and retried."""
@@ -261,13 +264,15 @@ class ControlLoop:
             raise
         except (OSError, sqlite3.Error) as e:
             usage.restore(taken)
-            _log.error("cannot write %s (%s); the usage is kept in memory and the write retried", usage.path, e)
+            text = "cannot write %s (%s); the usage is kept in memory and the write retried"
+            self._log.error("usage", text, usage.path, e)
 
     async def _save(self, content: dict[str, Any]) -> None:
         try:
             await asyncio.to_thread(self._state_store.write, content)
         except OSError as e:
-            _log.error("cannot save the learned state (%s); a restart of the sidecar would forget it", e.strerror)
+            text = "cannot save the learned state (%s); a restart of the sidecar would forget it"
+            self._log.error("memory", text, e.strerror)
 
 
 def is_canary_news(result: CanaryResult, last: CanaryResult | None) -> bool:

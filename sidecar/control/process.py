@@ -11,15 +11,17 @@ import logging
 import signal
 import socket
 from collections.abc import Callable
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 
 import aiohttp
 from aiohttp import web
 
 from sidecar.control.admin_api import make_app
+from sidecar.control.admin_connections import AdminConnections, admin_limits
 from sidecar.control.loop import ControlLoop
 from sidecar.control.state_dir import StateDir
 from sidecar.load.cost_model import Coefficients
+from sidecar.runtime import open_files
 from sidecar.settings import Settings
 from sidecar.signals.engine_address import EngineAddress
 from sidecar.signals.engine_monitor import open_session
@@ -38,6 +40,8 @@ async def run(
     ended = asyncio.Event()
     async with AsyncExitStack() as stack:
         state_dir = StateDir(settings.state_dir)
+        with suppress(OSError):
+            state_dir.sweep()
         stack.callback(state_dir.clear)
         session = await stack.enter_async_context(open_session(EngineAddress(settings.engine, settings.engine_ca)))
         loop = build(settings, co, state_dir, session, stack)
@@ -81,8 +85,11 @@ def build(
 
 async def serve_admin(loop: ControlLoop, sock: socket.socket, stack: AsyncExitStack) -> None:
     """The admin port, until the stack unwinds."""
-    runner = web.AppRunner(make_app(loop), access_log=None, shutdown_timeout=1)
+    connections = AdminConnections(admin_limits(open_files.limit()))
+    runner = web.AppRunner(make_app(loop, connections.track), access_log=None, shutdown_timeout=1)
     await runner.setup()
+    assert runner.server is not None
     stack.push_async_callback(runner.cleanup)
     stack.callback(loop.feed.close)
-    await web.SockSite(runner, sock).start()
+    accepting = asyncio.create_task(connections.run(runner.server, sock))
+    stack.callback(accepting.cancel)

@@ -86,7 +86,8 @@ class RelayPool:
         heartbeat = relay.heartbeat
         if heartbeat is None:
             return RelayUse(index, relay.pid, relay.restarts, 0, 0.0, None)
-        return RelayUse(index, relay.pid, relay.restarts, heartbeat.open, heartbeat.lag, now - heartbeat.at)
+        files = heartbeat.open_files, heartbeat.max_files
+        return RelayUse(index, relay.pid, relay.restarts, heartbeat.open, heartbeat.lag, now - heartbeat.at, *files)
 
     def _accept(self) -> Channel:
         relay = _RelayProcess()

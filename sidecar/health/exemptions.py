@@ -1,10 +1,10 @@
 """Pure: calls that stop an engine's work on purpose (sleep, pause, profile, weight update), as the relay saw them pass.
 
 Rules:
-- A pause counts once the engine accepted it with a 2xx. It holds until its opposite was accepted, the engine was
-  restarted, or a later request got a token. It excuses no longer than the cap, so that a lost `off` cannot hide a hang
-  forever. Age never starts work: until one of these ends the pause, no canary is sent, which may touch memory that the
-  engine has released.
+- A pause counts once the engine accepted it with a 2xx. It holds until its opposite was accepted, the engine denies it
+  when asked (/is_sleeping, /is_paused), the engine was restarted, or a later request got a token. It excuses no longer
+  than the cap, so that a lost `off` cannot hide a hang forever. Age never starts work: until one of these ends the
+  pause, no canary is sent, which may touch memory that the engine has released.
 - While tokens flow nothing is exempt: a profiler runs next to work, and a pause drains it.
 - A call without an answer may have stopped the engine already, or may be only a client's claim. It exempts while it is
   with the engine, at most for the cap within one silence, and never a silence that was in doubt before it came. If the
@@ -13,6 +13,7 @@ Rules:
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -79,6 +80,12 @@ class Exemptions:
         """End the pauses that would have held back a request admitted then: it got its first token."""
         for what in STOPPING:
             if what in self.since and self.since[what] + LATER_ADMISSION_S < admitted_at:
+                del self.since[what]
+
+    def deny(self, denied: Mapping[str, float]) -> None:
+        """End the pauses that the engine itself denied later: it was resumed in a way that no relay saw accepted."""
+        for what, at in denied.items():
+            if what in self.since and self.since[what] < at:
                 del self.since[what]
 
     def active(self, now: float) -> str | None:

@@ -13,7 +13,7 @@ Rules:
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Final, Protocol
 
@@ -84,9 +84,10 @@ class TickReadings:
     """The signals at a tick.
 
     `refused_since`: since when the engine's port refuses connections; `unanswered`: it accepts them, and the API
-    answers nothing; `resting`: the reason code of a rest that the engine reports, "" while it is awake; `is_fcfs`: it
-    serves requests of one model and priority in order; `canary_disturbs`: a canary drops what it keeps for its users;
-    `trouble`: why no connection to it can be made, in one sentence, "" if none is known.
+    answers nothing; `resting`: the reason code of a rest that the engine reports, "" while it is awake; `denied_rests`:
+    those that it denies, and when it was asked; `is_fcfs`: it serves requests of one model and priority in order;
+    `canary_disturbs`: a canary drops what it keeps for its users; `trouble`: why no connection to it can be made, in
+    one sentence, "" if none is known.
     """
 
     engine: Reading[EngineSample]
@@ -102,6 +103,7 @@ class TickReadings:
     is_fcfs: bool = False
     canary_disturbs: bool = False
     trouble: str = ""
+    denied_rests: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def sample(self) -> EngineSample | None:
@@ -422,6 +424,7 @@ class HealthMonitor:
         is_doubted = self.state.state in DOUBTED_STATES
         if self.state.state != "unknown":  # the sidecar's own trouble ends no doubt
             self._doubted_at = (self._doubted_at or before) if is_doubted else None  # the tick before found it
+        self.exemptions.deny(readings.denied_rests)
         exempt = self._reported_exemption(readings)
         if exempt is None and is_silent:
             exempt = self.exemptions.active(now)

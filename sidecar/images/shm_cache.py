@@ -6,8 +6,8 @@ protocol.py. A hit is mapped, not copied, and stays mapped if the entry is evict
 random name: a second link to an entry, or a separate file. Its reader unlinks it; unread files are bounded.
 
 Rules: a problem with an entry is a miss, never an error. Entries appear whole or not at all. A full folder evicts the
-least recently used entries. Nothing outlives the sidecar: `sweep` removes what a crash left. Call `put`, `export` and
-`share` off the event loop: they copy and may evict.
+least recently used entries. Nothing outlives the sidecar: the next start removes what a crash left. Call `put`,
+`export` and `share` off the event loop: they copy and may evict.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import mmap
 import os
 import secrets
 import shutil
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from pathlib import Path
 from typing import Final
 
 from sidecar.images.protocol import PREFIX, Data, FrameError, ImageDone, decode_header, decode_prefix, encode_head
+from sidecar.runtime import locked_folder
 
 # Where Linux and Kubernetes mount shared memory, and where vLLM's plugin looks (plugins/vllm).
 SHM_DIR: Final = "/dev/shm"
@@ -35,7 +35,6 @@ FOLDER_PREFIX: Final = "sidecar-images-"
 SHARED_PREFIX: Final = "out-"
 UNREAD_TIMEOUT_S: Final = 600.0  # after which an exported file that no one has read is removed
 MAX_UNREAD_BYTES: Final = 1 << 30  # total of shared files that may wait for readers that may never come
-LOCK_NAME: Final = "lock"
 EVICTION_TARGET: Final = 0.9  # fraction of the limit that an eviction leaves in use
 MAX_PARSED_ENTRIES: Final = 1024  # per process, about 1 kB each: parsing took a fifth of the time of a hit
 
@@ -172,7 +171,7 @@ class ImageCache:
                     continue
                 if entry.name.startswith(SHARED_PREFIX) and now - stat.st_ctime > UNREAD_TIMEOUT_S:
                     Path(entry.path).unlink(missing_ok=True)
-                elif entry.name != LOCK_NAME:
+                elif entry.name != locked_folder.LOCK_NAME:
                     yield stat, entry.name
 
     def _evict(self, incoming: int) -> None:
@@ -196,46 +195,18 @@ class CacheFolder:
         self.path, self.bytes, self.why = "", 0, ""
         self._lock = -1
         try:
-            sweep(shm)
+            locked_folder.sweep(shm, FOLDER_PREFIX)
             free = shutil.disk_usage(shm).free
             self.bytes = min(max_bytes, free // 2)  # engines need shared memory, too
             if self.bytes > 0 or needed:
-                self.path, self._lock = _make_locked(shm)
+                self.path, self._lock = locked_folder.make(shm, FOLDER_PREFIX)
         except OSError as e:
             self.path, self.bytes, self.why = "", 0, e.strerror or type(e).__name__
 
     def close(self) -> None:
         """Remove it."""
         if self.path:
-            shutil.rmtree(self.path, ignore_errors=True)
-        if self._lock >= 0:
-            os.close(self._lock)
-
-
-def sweep(shm: str) -> None:
-    """Remove folders of sidecars that have exited: no process holds their lock."""
-    for folder in Path(shm).glob(FOLDER_PREFIX + "*"):
-        # an OSError: it is locked, another user's, or being created
-        with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
-            fd = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
-            stack.callback(os.close, fd)
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _make_locked(shm: str) -> tuple[str, int]:
-    """Create a folder and lock it. Returns its path and the lock's descriptor. Raises OSError."""
-    while True:
-        path = tempfile.mkdtemp(prefix=FOLDER_PREFIX, dir=shm)  # mode 0700
-        try:
-            fd = os.open(Path(path) / LOCK_NAME, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
-            fcntl.flock(fd, fcntl.LOCK_EX)
-        except OSError:
-            shutil.rmtree(path, ignore_errors=True)
-            raise
-        if os.fstat(fd).st_nlink:
-            return path, fd
-        os.close(fd)  # another sidecar that was starting took the lock first and swept the folder
+            locked_folder.remove(self.path, self._lock)
 
 
 def _create(path: Path, size: int) -> int:

@@ -15,13 +15,12 @@ from __future__ import annotations
 import logging
 import os
 import secrets
-import shutil
 import signal
 import socket
 import sys
 import tempfile
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -31,17 +30,20 @@ import uvloop
 
 from sidecar import settings
 from sidecar.control import process as control_process
+from sidecar.errors import StartError
 from sidecar.images.shm_cache import SHM_DIR, CacheFolder
 from sidecar.launch.preflight import bind, bind_unix, choose_coefficients, choose_image_mode, reserve
 from sidecar.load import cost_model
 from sidecar.relay import process as relay_process
 from sidecar.relay.pricing import quota, tenant_accounts
 from sidecar.report import orca_server
+from sidecar.runtime import locked_folder, open_files
 from sidecar.runtime.supervisor import Role, Supervisor
 from sidecar.settings import Settings
 
 _log = logging.getLogger("sidecar")
 
+SOCKETS_PREFIX: Final = "sidecar-sockets-"
 IMAGE_SERVER_NICE: Final = 5  # the longest and least urgent work: where cores are scarce, probes and streams go first
 STOP_MARGIN_S: Final = 10.0  # beyond the drain, in which every process must have ended
 
@@ -51,6 +53,7 @@ ExitCodeRunner = Callable[[Callable[[], int]], int]
 
 def main(chosen: Settings, run_to_exit_code: ExitCodeRunner) -> int:
     """Serve until SIGTERM or SIGINT, drain, return the exit code. Raises UsageError and StartError at startup."""
+    open_files.raise_limit()  # of all processes: many shells and runtimes allow 1024
     coefficients = choose_coefficients(chosen)
     chosen = replace(chosen, images=choose_image_mode(chosen))
 
@@ -62,8 +65,7 @@ def main(chosen: Settings, run_to_exit_code: ExitCodeRunner) -> int:
         admin = stack.enter_context(bind("admin", chosen.admin))
         # Port 0 has become a real one.
         chosen = replace(chosen, listen=listener.getsockname()[:2], admin=admin.getsockname()[:2])
-        folder = Path(tempfile.mkdtemp(prefix="sidecar-"))  # mode 0700
-        stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        folder = stack.enter_context(socket_folder())
         control = stack.enter_context(bind_unix(folder / "control"))
         run = guarded(partial(_run_control, chosen, coefficients, admin, control))
         roles = [Role("control", "control", run, (admin, control))]
@@ -92,6 +94,22 @@ def main(chosen: Settings, run_to_exit_code: ExitCodeRunner) -> int:
             run = guarded(partial(_run_relay, replace(context, index=index), listener))
             roles.append(Role("relay", f"relay {index}", run, (listener,)))
         return Supervisor(roles, chosen.drain_seconds + STOP_MARGIN_S).run()
+
+
+@contextmanager
+def socket_folder() -> Iterator[Path]:
+    """The folder of the Unix sockets, for this user only. Raises StartError."""
+    try:
+        parent = tempfile.gettempdir()
+        locked_folder.sweep(parent, SOCKETS_PREFIX)
+        path, lock = locked_folder.make(parent, SOCKETS_PREFIX)
+    except OSError as e:
+        text = "no directory for the sidecar's sockets can be made"
+        raise StartError(f"{text} ({e.strerror}); mount an emptyDir at /tmp, or set TMPDIR") from None
+    try:
+        yield Path(path)
+    finally:
+        locked_folder.remove(path, lock)
 
 
 # --- the body of each process; `restarts` counts its earlier starts ---

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, Literal
-from urllib.parse import parse_qs
+from urllib.parse import parse_qs, unquote
 
 from sidecar.events import Directing, EnginePauseChanged, Event
 from sidecar.relay.request_body import parse_object
@@ -53,8 +53,8 @@ PAUSE_ROUTES: Final = {path: PauseRoute(what, turn) for what, turn, paths in _PA
 
 
 def route_of(method: str, path: str) -> PauseRoute | None:
-    """The route of a request, or None if it neither pauses nor resumes the engine."""
-    return PAUSE_ROUTES.get(path) if method in PAUSE_METHODS else None
+    """The route of a request, or None if it neither pauses nor resumes the engine; `path` as it was sent."""
+    return PAUSE_ROUTES.get(unquote(path)) if method in PAUSE_METHODS else None
 
 
 def is_partial(query: str, body: bytes) -> bool:

@@ -20,7 +20,17 @@ from typing import TYPE_CHECKING
 from sidecar.errors import Draining, ImagesOff, Internal, RequestError, place_of
 from sidecar.events import AbortRequests, Command, Event, LoadReport, MetricsPage
 from sidecar.load import request_shape
-from sidecar.relay import client_io, engine_io, headers, metrics_page, outcomes, passthrough, request_body, response
+from sidecar.relay import (
+    admin_paths,
+    client_io,
+    engine_io,
+    headers,
+    metrics_page,
+    outcomes,
+    passthrough,
+    request_body,
+    response,
+)
 from sidecar.relay.admission import Admission
 from sidecar.relay.concurrency import MAX_QUEUED, ConcurrencyLimit, share_of
 from sidecar.relay.engine_io import BodyPayload
@@ -147,6 +157,7 @@ class Relay:
 
     async def _dispatch(self, request: Request, id: str) -> None:
         path = engine_io.origin_form(request.target).partition(b"?")[0].decode("latin-1")
+        admin_paths.check(self._settings.admin_paths, request.method, path, request.peer)
         if request.method == "POST":
             route = request_body.route_of(path)
             if route is not None:

@@ -5,9 +5,18 @@ from __future__ import annotations
 import asyncio
 from typing import Final
 
-from sidecar.errors import EngineStalled, EngineUnreachable, PromptTooLarge, RequestError, SidecarError, StreamStuck
+from sidecar.errors import (
+    EngineStalled,
+    EngineUnreachable,
+    NoOpenFiles,
+    PromptTooLarge,
+    RequestError,
+    SidecarError,
+    StreamStuck,
+)
 from sidecar.events import Outcome, State
 from sidecar.relay.http.engine import NotConnected, NoTls
+from sidecar.runtime import open_files
 
 
 class ClientGone(SidecarError):
@@ -66,6 +75,8 @@ def stalled() -> EngineStalled:
 
 def engine_error(error: BaseException | None, verdict: State) -> RequestError:
     """The error for a client that has nothing of its answer yet, when the connection to the engine broke."""
+    if error is not None and open_files.is_exhausted(error):
+        return NoOpenFiles(open_files.EXHAUSTED_TEXT)
     if verdict == "stalled" and not isinstance(error, NotConnected):
         return stalled()
     if isinstance(error, NoTls):

@@ -12,7 +12,6 @@ import contextlib
 import gc
 import logging
 import os
-import resource
 import signal
 import socket
 import time
@@ -39,6 +38,8 @@ from sidecar.relay.pricing import tokenizer
 from sidecar.relay.pricing.charge import Pricing
 from sidecar.relay.pricing.quota import Quota
 from sidecar.relay.pricing.tenant_accounts import TenantAccounts
+from sidecar.runtime import open_files
+from sidecar.runtime.limited_log import LimitedLog
 from sidecar.settings import Settings
 
 _log = logging.getLogger(__name__)
@@ -67,9 +68,6 @@ class RelayContext:
 
 def main(context: RelayContext, listener: socket.socket) -> int:
     """Serve until drained. Returns 0."""
-    _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
-    # a stream takes two files; many shells and runtimes allow 1024
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard_limit, hard_limit))
     with contextlib.closing(listener):
         uvloop.run(_serve(context, listener))
     return 0
@@ -166,11 +164,14 @@ async def _restarting(task: Callable[[], Coroutine[Any, Any, None]]) -> None:
 
 async def _send_heartbeats(link: ControlLink, relay: Relay) -> None:
     """Report to control once a second that this process is alive, and how late its timers run."""
-    step = HEARTBEAT_INTERVAL_S / _LAG_CHECKS_PER_HEARTBEAT
+    log, step = LimitedLog(_log), HEARTBEAT_INTERVAL_S / _LAG_CHECKS_PER_HEARTBEAT
     while True:
         worst = 0.0
         for _ in range(_LAG_CHECKS_PER_HEARTBEAT):
             due = time.monotonic() + step
             await asyncio.sleep(step)
             worst = max(worst, time.monotonic() - due)
-        link.send(Heartbeat(time.monotonic(), worst, relay.open))
+        files, most = open_files.count(), open_files.limit()
+        link.send(Heartbeat(time.monotonic(), worst, relay.open, files, most))
+        if open_files.is_scarce(files, most):
+            log.error("files", "%d of %d file descriptors are in use; raise the limit (ulimit -n)", files, most)

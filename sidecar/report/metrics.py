@@ -25,8 +25,8 @@ from sidecar.events import STATES, AbortRequests, CanaryResult, ImagePrepared, O
 from sidecar.health.kill_policy import ESCALATIONS, KILL_REASONS
 from sidecar.health.reasons import REASON_TEXTS
 from sidecar.labels import OTHER, BoundedLabels
-from sidecar.readings import SLOWDOWNS, Failed, GpuSample, Reading, Value
-from sidecar.snapshot import Snapshot
+from sidecar.readings import SLOWDOWNS, Failed, GpuSample, ProcessSample, Reading, Value
+from sidecar.snapshot import RelayUse, Snapshot
 
 Labels = tuple[str, ...]
 MetricRow = tuple[str, Labels, float]  # metric, label values in the table's order, value
@@ -97,6 +97,8 @@ METRICS: Final = (
     Metric("sidecar_signal_up", "1 if a signal was read, 0 if it failed; no series if it is absent.", ("signal",)),
     Metric("sidecar_signal_seconds", "Duration of the last reading of a signal.", ("signal",)),
     Metric("sidecar_loop_lag_seconds", "Event loop lag of a process.", ("process",)),
+    Metric("sidecar_open_files", "File descriptors that a process has open.", ("process",)),
+    Metric("sidecar_max_open_files", "File descriptors that a process may have open (ulimit -n).", ("process",)),
     Metric("sidecar_cost_dollars_total", "Dollars of settled requests; needs --dollars-per-gpu-hour.", _CLIENT[:2]),
     Metric("sidecar_build_info", "Always 1; the labels name version and engine.", ("version", "engine_kind")),
     # The name and unit of DCGM's exporter, for its consumers.
@@ -226,14 +228,23 @@ def gauges(snapshot: Snapshot) -> Iterator[MetricRow]:
         yield "sidecar_canary_usable", (), snapshot.canaries.usable
     yield "sidecar_garbage_output", (), snapshot.canaries.garbage
     yield "sidecar_loop_lag_seconds", ("control",), snapshot.own_lag
+    if isinstance(snapshot.own, Value):
+        yield from _files("control", snapshot.own.value)
     for relay in snapshot.relays:
         yield "sidecar_loop_lag_seconds", (f"relay-{relay.index}",), relay.lag
+        yield from _files(f"relay-{relay.index}", relay)
     yield "sidecar_build_info", (snapshot.version, snapshot.engine_kind), 1
     yield from _signal("scrape", snapshot.engine)
     yield from _signal("process", snapshot.own)
     yield from _signal("gpu", _gpus_signal(snapshot.gpus))
     for gpu in snapshot.gpus.value if isinstance(snapshot.gpus, Value) else ():
         yield from _gpu(gpu)
+
+
+def _files(process: str, of: ProcessSample | RelayUse) -> Iterator[MetricRow]:
+    if of.max_files:  # a relay that has just begun has not said it yet
+        yield "sidecar_open_files", (process,), of.open_files
+        yield "sidecar_max_open_files", (process,), of.max_files
 
 
 def _signal(name: str, reading: Reading[Any]) -> Iterator[MetricRow]:

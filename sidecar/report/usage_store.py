@@ -23,8 +23,10 @@ from pathlib import Path
 from typing import Any, Final
 
 from sidecar.load.ledger import Settlement
+from sidecar.runtime import safe_files
 
 USAGE_FILE: Final = "usage.db"
+SQLITE_SUFFIXES: Final = ("", "-wal", "-shm", "-journal")  # of a database and what belongs to it
 SCHEMA_VERSION: Final = 1
 MINUTE_S, HOUR_S, DAY_S = 60, 3600, 86_400
 TIDY_INTERVAL_S: Final = HOUR_S
@@ -150,7 +152,7 @@ class UsageStore:
 
     def _put_aside(self) -> None:
         _log.error("usage records are damaged, renaming the file to %s.damaged", self.path.name)
-        for suffix in ("-wal", "-shm"):
+        for suffix in SQLITE_SUFFIXES[1:]:
             self.path.with_name(self.path.name + suffix).unlink(missing_ok=True)
         self.path.replace(self.path.with_name(self.path.name + ".damaged"))
 
@@ -214,6 +216,8 @@ def _seen(path: Path) -> frozenset[str]:
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[sqlite3.Connection]:
+    for suffix in SQLITE_SUFFIXES:
+        safe_files.require_no_link(path.with_name(path.name + suffix))
     with contextlib.closing(sqlite3.connect(path, timeout=5, isolation_level=None)) as db:
         for setting in ("auto_vacuum = INCREMENTAL", "journal_mode = WAL", "synchronous = NORMAL"):
             db.execute(f"PRAGMA {setting}")

@@ -2,7 +2,8 @@
 
     start     control alone; if it cannot start (exit code 1 or 2 before it served), the container ends with that code
     serving   SIGUSR1 from control: it serves, now the others are started
-    death     a process that ends is restarted: at once, then with pauses that double while it keeps dying young
+    death     a process that ends is restarted: at once, then with pauses that double while it keeps dying young; one
+              that cannot be forked is tried again in the same way
     SIGTERM   (or SIGINT) to control, which withdraws readiness, and the relays, which finish their streams; after the
               last relay SIGUSR1 ends control, and with it the container; a control that dies before is still replaced
 
@@ -28,6 +29,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final, Literal
 
+from sidecar.runtime.limited_log import LimitedLog
 from sidecar.runtime.prctl import SET_CHILD_SUBREAPER, SET_NAME, die_with, prctl
 
 WATCHED: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD, signal.SIGUSR1)
@@ -81,6 +83,7 @@ class Supervisor:
         self._served = False
         self._deadline: float | None = None  # set by SIGTERM
         self._is_ending = False
+        self._limited = LimitedLog(_log)
         self._status: int | None = None  # set when the container is to end
 
     def run(self) -> int:
@@ -172,11 +175,20 @@ class Supervisor:
     def _start_due(self, now: float) -> None:
         for child in self._children:
             if child.due is not None and child.due <= now:
-                child.due, child.born = None, now
-                child.restarts += 1
-                child.pid = self._fork(child)
+                self._start(child, now)
                 if self._deadline is not None and child is self._control:
                     _kill(child, signal.SIGTERM)  # it stays blocked until the child handles it
+
+    def _start(self, child: _Child, now: float) -> None:
+        child.due, child.born = None, now
+        child.restarts += 1
+        try:
+            child.pid = self._fork(child)
+        except OSError as e:  # too many processes, or too little memory: that can pass
+            child.restarts -= 1
+            child.pause = pause_after(0.0, child.pause)
+            child.due = now + child.pause
+            self._limited.error(child.role.name, "cannot start %s (%s); trying again", child.role.name, e.strerror)
 
     def _fork(self, child: _Child) -> int:
         parent = os.getpid()

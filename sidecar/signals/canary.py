@@ -23,6 +23,7 @@ from sidecar.engines.canary_rows import silence
 from sidecar.engines.engine_type import EngineKind
 from sidecar.engines.model_list import NONE_NAMED, Choice, choose
 from sidecar.events import CanaryResult
+from sidecar.runtime import open_files
 from sidecar.signals.http_body import read_body
 from sidecar.signals.identify import MISSING_STATUS
 
@@ -86,7 +87,9 @@ class CanarySignal:
         except TimeoutError:
             self._failed(starved=True)
             return ended("starved", f"no token within {allowed:.1f} s{self._of()}", known=self._is_known())
-        except aiohttp.ClientConnectorError:
+        except aiohttp.ClientConnectorError as e:
+            if open_files.is_exhausted(e):
+                return ended("moot", open_files.EXHAUSTED_TEXT)
             return ended("refused", "the engine refuses connections")
         except (aiohttp.ClientError, OSError, ValueError, RecursionError) as e:
             self._failed()

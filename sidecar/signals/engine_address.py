@@ -16,6 +16,7 @@ from typing import Any, Final
 
 import aiohttp
 
+from sidecar.runtime import open_files
 from sidecar.signals.identify import ProbeAnswers
 from sidecar.signals.listening_socket import host_and_port, socket_path
 
@@ -56,6 +57,8 @@ class EngineAddress:
 
     def explain(self, error: BaseException) -> str:
         """The trouble that an error of a request shows."""
+        if open_files.is_exhausted(error):
+            return open_files.EXHAUSTED_TEXT
         for cause in _causes(error):
             if isinstance(cause, ssl.SSLCertVerificationError):
                 return self._explain_certificate(cause)

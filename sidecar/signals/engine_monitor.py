@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Mapping
 from functools import partial
 from typing import Final
 
@@ -78,6 +79,11 @@ class EngineMonitor:
         if isinstance(reading, Value) and reading.value.sleeping:
             return "engine_sleeping"
         return self._sleep.read()
+
+    @property
+    def denied_rests(self) -> Mapping[str, float]:
+        """The reasons of a rest that the engine denies, and when it was asked."""
+        return self._sleep.denied
 
     @property
     def unanswered(self) -> bool:

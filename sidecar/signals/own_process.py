@@ -1,4 +1,4 @@
-"""Memory, CPU time and threads of one process of the sidecar, by psutil. A sample takes about 0.1 ms."""
+"""Memory, CPU time, threads and open files of this process. A sample takes about 0.1 ms."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import time
 import psutil
 
 from sidecar.readings import Failed, ProcessSample, Reading, Value
+from sidecar.runtime import open_files
 
 
 def sample(pid: int) -> Reading[ProcessSample]:
@@ -16,7 +17,8 @@ def sample(pid: int) -> Reading[ProcessSample]:
         process = psutil.Process(pid)
         with process.oneshot():
             cpu = process.cpu_times()
-            result = ProcessSample(pid, process.memory_info().rss, cpu.user + cpu.system, process.num_threads())
+            used = process.memory_info().rss, cpu.user + cpu.system, process.num_threads()
+        result = ProcessSample(pid, *used, open_files.count(), open_files.limit())
     except psutil.NoSuchProcess:
         return Failed(f"process {pid} is gone")
     except psutil.AccessDenied:

@@ -2,6 +2,7 @@
 
 - It is polled at most once per `period`, less often as `pace` says. A path that the engine does not have is not
   requested again.
+- `denied` are the reasons whose own sign was answered with no.
 - Without a response for SLEEP_STATE_STALE_S the state is unknown, and unknown is not asleep.
 - `poll` never raises.
 """
@@ -39,6 +40,7 @@ class SleepSignal:
     period: float = SLEEP_POLL_INTERVAL_S
     pace: ContactPace = field(default_factory=ContactPace)
     clock: Callable[[], float] = time.monotonic
+    denied: dict[str, float] = field(default_factory=dict, init=False)  # reason code -> when its sign was asked last
     _state: str = field(default="", init=False)
     _at: float = field(default=0.0, init=False)
 
@@ -66,7 +68,7 @@ class SleepSignal:
 
     async def _request(self, sign: KindSign) -> bool | None:
         """Whether one sign is set; None without a usable response."""
-        timeout = aiohttp.ClientTimeout(total=SLEEP_POLL_TIMEOUT_S)
+        began, timeout = self.clock(), aiohttp.ClientTimeout(total=SLEEP_POLL_TIMEOUT_S)
         try:
             async with self.session.get(self.engine + sign.path, headers=self.headers, timeout=timeout) as response:
                 if response.status in MISSING_STATUSES:
@@ -77,4 +79,7 @@ class SleepSignal:
                 state = json.loads(await read_body(response, MAX_SLEEP_ANSWER_BYTES))
         except (aiohttp.ClientError, OSError, ValueError, RecursionError):
             return None
-        return isinstance(state, dict) and state.get(sign.key) is True
+        answer = state.get(sign.key) if isinstance(state, dict) else None
+        if answer is False:
+            self.denied[sign.means] = began
+        return answer is True

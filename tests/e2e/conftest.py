@@ -159,10 +159,13 @@ async def starter(folder: Path) -> AsyncIterator[Start]:
             count += 1
             relay, admin, state = free_port(), free_port(), folder / chosen.pop("state", f"state{count}")
             host = chosen.pop("host", "127.0.0.1")  # of the relay
+            files = chosen.pop("open_files", "")  # the most that each process may open
             flags = QUICK | {k.replace("_", "-"): v for k, v in chosen.items()}
             flags |= {"engine": engine, "listen": f"{host}:{relay}", "admin": f"127.0.0.1:{admin}"}
             flags |= {"state-dir": str(state)}
             command = [sys.executable, "-m", "sidecar", "run", *(x for k, v in flags.items() for x in (f"--{k}", v))]
+            if files:
+                command = ["sh", "-c", f'ulimit -n {files} && exec "$@"', "sh", *command]
             env = {k: v for k, v in os.environ.items() if not k.startswith("SIDECAR_")} | dict(environ or {})
             process = await asyncio.create_subprocess_exec(*command, stderr=asyncio.subprocess.PIPE, env=env)
             sidecar = Sidecar(f"http://{host}:{relay}", f"http://127.0.0.1:{admin}", state, process, session)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -54,3 +56,54 @@ async def test_a_weight_update_is_exempt_until_its_client_leaves(engine: Scripte
     await sidecar.until_verdict("idle")
     states = {v["verdict"] for v in (await sidecar.get("/verdicts"))[1]["verdicts"]}
     assert "stalled" not in states
+
+
+async def test_uploads_that_never_end_are_no_orders(engine: ScriptedEngine, start: Any) -> None:
+    """Calls whose bodies are still awaited were not sent yet: the pod stays ready, and a hang meanwhile is found."""
+    sidecar = await start(engine.url)
+    await sidecar.until_verdict("idle")
+    url, writers = urlsplit(sidecar.relay), []
+    for path in ("/sleep", "/start_profile", "/update_weights"):
+        reader, writer = await asyncio.open_connection(url.hostname, url.port)
+        writer.write(f"POST {path} HTTP/1.1\r\nhost: x\r\nexpect: 100-continue\r\ncontent-length: 10\r\n\r\n".encode())
+        async with asyncio.timeout(PATIENCE):
+            await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"half")
+        await writer.drain()
+        writers.append(writer)
+    assert (await sidecar.get("/readyz"))[0] == 200
+    engine.faults.start("freeze")
+    await sidecar.until_verdict("stalled")
+    assert "exempt" not in {v["verdict"] for v in (await sidecar.get("/verdicts"))[1]["verdicts"]}
+    for writer in writers:
+        writer.close()
+        await writer.wait_closed()
+
+
+async def test_an_order_lasts_as_long_as_the_engine_confirms_it(engine: ScriptedEngine, start: Any) -> None:
+    """Woken past the relay, the engine denies its sleep: readiness comes back, and a hang that follows is found."""
+    sidecar = await start(engine.url, silence_cap="600", silence_kill="8")
+    await sidecar.until_verdict("idle")
+    async with sidecar.session.post(sidecar.relay + "/sleep") as answer:
+        assert answer.status == 200
+    assert (await sidecar.until_verdict("exempt"))["verdict"]["reason"] == "engine_sleeping"
+    async with sidecar.session.post(engine.url + "/wake_up") as answer:
+        assert answer.status == 200
+    await sidecar.until_verdict("idle")
+    engine.faults.start("freeze")
+    await sidecar.until_verdict("stalled")
+
+
+async def test_an_order_of_a_relay_that_was_killed_is_asked_of_the_engine(engine: ScriptedEngine, start: Any) -> None:
+    """kill -9 while the engine has the call: an update that broke off is over; a sleep that took effect is reported."""
+    sidecar = await start(engine.url)
+    await sidecar.until_verdict("idle")
+    asked = asyncio.create_task(sidecar.session.post(sidecar.relay + "/update_weights?seconds=3000"))
+    await sidecar.until_verdict("exempt")
+    os.kill((await sidecar.until(lambda s: bool(s["relays"])))["relays"][0]["pid"], signal.SIGKILL)
+    await asyncio.wait((asked,))
+    assert asked.exception() is not None
+    await sidecar.until_verdict("idle")
+    async with sidecar.session.post(engine.url + "/sleep") as answer:  # its answer is not seen
+        assert answer.status == 200
+    assert (await sidecar.until_verdict("exempt"))["verdict"]["reason"] == "engine_sleeping"

@@ -20,6 +20,17 @@ def test_an_order_holds_until_its_opposite_and_never_for_longer_than_the_bound()
     assert orders.active(170.0) is None
 
 
+def test_a_pause_that_the_engine_denies_later_is_over() -> None:
+    """It was resumed where no relay saw it; an answer from before the order, or about another one, says nothing."""
+    orders = Exemptions(cap=100.0)
+    orders.pause(EnginePauseChanged(10.0, "engine_sleeping", True))
+    orders.deny({"engine_sleeping": 9.9, "engine_paused": 12.0})
+    assert orders.active(20.0) == "engine_sleeping"
+    orders.deny({"engine_sleeping": 12.0})
+    assert orders.active(20.0) is None
+    assert not orders.are_stopping()
+
+
 @pytest.mark.parametrize("what", STOPPING)
 def test_a_token_of_a_later_request_ends_what_would_have_kept_it_back(what: str) -> None:
     """Draining requests from before the order prove nothing; one that came after it does."""

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from sidecar.images.protocol import ImageDone
-from sidecar.images.shm_cache import LOCK_NAME, SHARED_PREFIX, CacheFolder, ImageCache
+from sidecar.images.shm_cache import SHARED_PREFIX, CacheFolder, ImageCache
+from sidecar.runtime.locked_folder import LOCK_NAME
 
 MAX_BYTES = 1 << 20
 KEYS = [f"{i:02x}" for i in range(24)]

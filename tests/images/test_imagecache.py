@@ -20,7 +20,7 @@ import pytest
 from sidecar.errors import StartError
 from sidecar.images.protocol import PIXELS, TENSORS, ImageDone
 from sidecar.images.service import ImageService
-from sidecar.images.shm_cache import CacheFolder, ImageCache, sweep
+from sidecar.images.shm_cache import CacheFolder, ImageCache
 from sidecar.images.shm_handoff import ShmHandoff
 from sidecar.launch.preflight import choose_image_mode
 from sidecar.settings import Settings
@@ -138,7 +138,7 @@ def test_a_folder_lives_as_long_as_its_sidecar(tmp_path: Path) -> None:
     command = [sys.executable, "-c", code, str(tmp_path)]
     left = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
     assert Path(left).is_dir()
-    sweep(str(tmp_path))
+    CacheFolder(str(tmp_path), 0)
     assert not Path(left).exists() and Path(mine.path).is_dir()
     mine.close()
     assert not list(tmp_path.iterdir())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import resource
 import signal
 import socket
 import sys
@@ -30,6 +31,7 @@ from sidecar.events import (
 )
 from sidecar.relay import process
 from sidecar.runtime.channel import Channel
+from sidecar.runtime.open_files import is_scarce
 
 from ..waiting import PATIENCE
 
@@ -75,7 +77,7 @@ class Process:
     def __init__(self, emitted: Any, folder: Path) -> None:
         self.emitted = emitted
         self.path = folder / "control"
-        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.listener = socket.create_server(("0.0.0.0", 0))
         self.port = self.listener.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
 
@@ -261,6 +263,39 @@ async def test_idle_connections_do_not_delay_the_end(relay_process: Any, serve: 
             assert await got.text() == "ok"
         process.process.terminate()
         assert await process.ended() == (0, b"")
+
+
+def leave_files(pid: int, count: int) -> None:
+    """Let a process open `count` files more; a limit bounds the highest number of a file."""
+    taken = {int(fd.name) for fd in Path(f"/proc/{pid}/fd").iterdir()}
+    *_, last = (number for _, number in zip(range(count), (n for n in range(1 << 16) if n not in taken), strict=False))
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (last + 1, resource.prlimit(pid, resource.RLIMIT_NOFILE)[1]))
+
+
+async def test_its_own_limit_is_named(relay_process: Any, serve: Any) -> None:
+    """Without a file for the engine's connection it blames itself, and reports it, once a minute in the log."""
+
+    async def engine(request: web.BaseRequest) -> web.StreamResponse:
+        return web.Response(text="ok")
+
+    process = await relay_process(await serve(engine))
+    leave_files(process.process.pid, 1)
+    async with aiohttp.ClientSession() as client:
+        for path in ("/v1/completions", "/tokenize"):
+            async with client.post(process.url + path, json={"prompt": "x"}) as got:
+                assert got.status == 503
+                assert (await got.json())["error"]["code"] == "no_open_files"
+        [settled] = await process.emitted.wait(Settled)
+        assert (settled.outcome, settled.error) == ("rejected", "no_open_files")
+        seen = len(process.emitted.of(Heartbeat))
+        heartbeat = (await process.emitted.wait(Heartbeat, seen + 2))[-1]
+        assert is_scarce(heartbeat.open_files, heartbeat.max_files)
+        resource.prlimit(process.process.pid, resource.RLIMIT_NOFILE, (256, 256))
+        async with client.post(process.url + "/tokenize") as got:
+            assert await got.text() == "ok"
+    process.process.terminate()
+    _, errors = await process.ended()
+    assert errors.count(b"file descriptors are in use") == 1
 
 
 async def test_events_and_commands_cross_the_channel(relay_process: Any, serve: Any) -> None:

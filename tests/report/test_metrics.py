@@ -37,6 +37,7 @@ sidecar_images_total{format,outcome} sidecar_image_seconds{stage} sidecar_image_
 sidecar_gpu_utilization_ratio{gpu} sidecar_gpu_memory_used_bytes{gpu} sidecar_gpu_power_watts{gpu}
 sidecar_gpu_xid_errors_total{gpu,xid} sidecar_signal_up{signal} sidecar_signal_seconds{signal}
 sidecar_loop_lag_seconds{process} sidecar_cost_dollars_total{tenant,model} sidecar_build_info
+sidecar_open_files{process} sidecar_max_open_files{process}
 """,
 )
 

@@ -66,6 +66,10 @@ def test_a_snapshot_is_shown_whole() -> None:
     }
     assert got['sidecar_loop_lag_seconds{process="control"}'] == 0.001
     assert got['sidecar_loop_lag_seconds{process="relay-1"}'] == 0.003
+    assert got['sidecar_open_files{process="control"}'] == 30
+    assert got['sidecar_open_files{process="relay-0"}'] == 90
+    assert got['sidecar_max_open_files{process="relay-0"}'] == 4096
+    assert 'sidecar_open_files{process="relay-1"}' not in got  # it has not said it yet
     assert got['sidecar_gpu_utilization_ratio{gpu="0"}'] == 0.93
     assert got['DCGM_FI_DEV_GPU_UTIL{UUID="GPU-0",gpu="0"}'] == 93
     assert got['sidecar_gpu_xid_errors_total{gpu="0",xid="79"}'] == 2

@@ -18,7 +18,7 @@ from ..waiting import PATIENCE
 
 # Each process prints its name and waits; it also prints the SIGTERM and SIGUSR1 that it receives.
 PROGRAM = """
-import os, signal, subprocess, sys
+import os, resource, signal, subprocess, sys
 from functools import partial
 from sidecar.runtime.supervisor import Role, Supervisor
 
@@ -42,6 +42,14 @@ def life(name, end, restarts):
         if end == "orphan":
             os.system("(sleep 0.2; echo orphan) &")  # its child, whose parent ends at once
 
+def allow_processes(count):
+    resource.setrlimit(resource.RLIMIT_NPROC, (count, resource.getrlimit(resource.RLIMIT_NPROC)[1]))
+
+if sys.argv[4]:
+    signal.signal(signal.SIGUSR2, lambda *_: allow_processes(resource.getrlimit(resource.RLIMIT_NPROC)[1]))
+    allow_processes(int(sys.argv[4]))
+    if os.geteuid() == 0:  # no such limit binds root; its saved id lets root send signals
+        os.setresuid(54321, 54321, 0)
 roles = [Role("control", "control", partial(life, "control", sys.argv[1]), ())]
 roles += [Role("relay", f"relay {n}", partial(life, f"relay{n}", sys.argv[2]), ()) for n in range(2)]
 sys.exit(Supervisor(roles, float(sys.argv[3])).run())
@@ -73,9 +81,14 @@ class Program:
 
 
 @contextlib.asynccontextmanager
-async def program(control: str = "", relay: str = "at once", grace: float = 20.0) -> AsyncIterator[Program]:
-    command = (sys.executable, "-c", PROGRAM, control, relay, str(grace))
-    process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
+async def program(
+    control: str = "", relay: str = "at once", grace: float = 20.0, processes: str = ""
+) -> AsyncIterator[Program]:
+    """`processes`: how many its user may have."""
+    command = (sys.executable, "-c", PROGRAM, control, relay, str(grace), processes)
+    process = await asyncio.create_subprocess_exec(
+        *command, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
+    )
     try:
         yield Program(process)
     finally:
@@ -177,3 +190,16 @@ async def test_orphans_are_reaped() -> None:
         async with asyncio.timeout(PATIENCE):
             while len(root.children()) > 3:  # noqa: ASYNC110  the kernel has no event for it
                 await asyncio.sleep(0.05)
+
+
+async def test_a_fork_that_fails_is_tried_again() -> None:
+    """Without a process left for it nothing ends: control is started once there is one, and counts no restart."""
+    async with program(processes="1") as p:
+        await p.wait_for("cannot start control (Resource temporarily unavailable); trying again")
+        p.process.send_signal(signal.SIGUSR2)
+        assert (await p.wait_for("control born"))[3] == "0"
+        for _ in range(2):
+            await p.wait_for("relay")
+        p.process.terminate()
+        assert await p.ended() == 0
+    assert sum(line.startswith("cannot start control") for line in p.printed) == 1

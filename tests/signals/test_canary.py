@@ -15,6 +15,7 @@ from aiohttp import web
 from sidecar.engines.canary_request import MAX_FAILURES
 from sidecar.engines.canary_rows import silence
 from sidecar.engines.registry import KINDS
+from sidecar.runtime.open_files import EXHAUSTED_TEXT
 from sidecar.signals.canary import CanarySignal
 from sidecar.signals.engine_address import EngineAddress
 from sidecar.signals.engine_monitor import open_session
@@ -22,6 +23,7 @@ from sidecar.tools.scripted_engine.server import EngineSettings, ScriptedEngine
 
 from ..engines.engine_faces import TOKEN, OnDemand, Shown, models
 from ..engines.engine_faces import shown as shown_face
+from ..few_files import no_files_left
 from ..waiting import PATIENCE
 
 EMBEDDED = json.dumps({"object": "list", "data": [{"index": 0, "embedding": [0.5]}], "usage": {"prompt_tokens": 2}})
@@ -62,6 +64,16 @@ async def test_the_form_that_passes_is_found_once(
         before = shown.asked.copy()
         assert (await signal.send(PATIENCE)).outcome == "ok"
         assert shown.asked - before == {passes: 1}
+
+
+async def test_a_canary_for_which_no_file_is_left_proves_nothing(canary: Callable[..., CanarySignal]) -> None:
+    """It is the sidecar's own limit; the engine refused nothing."""
+    async with engine(**{COMPLETIONS: (200, TOKEN)}) as shown:
+        signal = canary(shown)
+        with no_files_left():
+            result = await signal.send(PATIENCE)
+        assert (result.outcome, result.detail) == ("moot", EXHAUSTED_TEXT)
+        assert (await signal.send(PATIENCE)).outcome == "ok"
 
 
 async def test_a_canary_meets_no_connection_that_the_engine_is_closing() -> None:

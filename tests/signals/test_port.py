@@ -11,7 +11,10 @@ from typing import Any
 
 import pytest
 
+from sidecar.runtime.open_files import EXHAUSTED_TEXT
 from sidecar.signals.port import PortSignal
+
+from ..few_files import no_files_left
 
 NAME = "engine.example"
 
@@ -43,6 +46,15 @@ async def test_one_listener_of_several_addresses_is_enough(resolve: Callable[...
         assert port.opened.is_set() and port.refused_since is None
     await port.poll()
     assert port.refused_since is not None and port.trouble == ""
+
+
+async def test_without_a_file_for_a_connection_nothing_is_known() -> None:
+    """The sidecar's own limit is its trouble, no refusal of the engine."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = PortSignal(f"http://127.0.0.1:{listener.getsockname()[1]}")
+        with no_files_left():
+            await port.poll()
+        assert (port.refused_since, port.trouble) == (None, EXHAUSTED_TEXT)
 
 
 async def test_an_address_of_a_kind_that_this_machine_lacks_is_left_out(resolve: Callable[..., None]) -> None:

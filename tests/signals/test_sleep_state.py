@@ -60,6 +60,26 @@ async def test_a_sign_that_does_not_exist_is_not_asked_again(rest: Callable[...,
         assert engine.asked == {"/is_paused": 1, "/is_sleeping": 1}
 
 
+@pytest.mark.parametrize(
+    ("paused", "denied"),
+    [
+        (said(is_paused=False), {"engine_paused": 100.0, "engine_sleeping": 100.0}),
+        (said(is_paused=True), {}),
+        (said(is_paused="no"), {"engine_sleeping": 100.0}),
+        ((404, ""), {"engine_sleeping": 100.0}),
+        ((500, ""), {}),
+    ],
+)
+async def test_only_a_plain_no_to_its_own_sign_denies_a_rest(
+    rest: Callable[..., SleepSignal], paused: tuple[int, str], denied: dict[str, float]
+) -> None:
+    """What is missing, broken or not asked any more denies nothing; the time is when the question was sent."""
+    async with Shown({"/is_paused": paused, "/is_sleeping": said(is_sleeping=False)}) as engine:
+        signal = rest(engine, clock=Clock())
+        await signal.poll()
+        assert signal.denied == denied
+
+
 @pytest.mark.parametrize("answer", [(500, ""), (200, "no JSON"), (503, "")])
 async def test_what_is_not_answered_is_unknown_after_a_while(
     rest: Callable[..., SleepSignal], answer: tuple[int, str]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -359,6 +360,16 @@ def test_a_small_shared_memory_is_a_warning(tmp_path: Path, monkeypatch: pytest.
     assert machine.shm(Settings()).level == "warn"
     monkeypatch.setattr(machine, "SHM_DIR", tmp_path / "none")
     assert machine.shm(Settings()).level == "absent"
+
+
+def test_few_open_files_are_a_warning() -> None:
+    """It says how many clients a relay can serve, and what to raise."""
+    code = "import sys; from sidecar.settings import Settings; from sidecar.tools.doctor import machine; "
+    code += "print(machine.files(Settings()))"
+    for limit, level in (("1024", "warn"), ("4096", "ok")):
+        command = ["sh", "-c", f'ulimit -n {limit} && exec "$@"', "sh", sys.executable, "-c", code]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        assert f"level='{level}'" in said and ("480 client connections" in said) is (level == "warn")
 
 
 def test_more_processes_than_cpus_is_a_warning() -> None:

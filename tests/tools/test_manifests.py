@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import errno
 import itertools
 import json
 import os
+import resource
 import shlex
 import shutil
 import subprocess
@@ -386,18 +386,19 @@ def test_the_sidecars_own_files_steer_both_lines(interpreter: list[str], tmp_pat
     assert sh(interpreter, liveness) == 0
 
 
-def test_a_full_disk_does_not_silence_a_stall(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a full disk, the engine's liveness still fails exactly while it is stalled."""
-
-    def full(*_: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
+def test_a_full_disk_does_not_silence_a_stall(tmp_path: Path) -> None:
+    """Where no byte can be written, the engine's liveness still fails exactly while it is stalled."""
     state = StateDir(str(tmp_path))
-    monkeypatch.setattr(Path, "write_bytes", full)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     for verdict, there in (("stalled", True), ("idle", False)):
-        with pytest.raises(OSError, match="No space"):
-            state.write(stand(verdict, 1), time.time())
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
+        try:
+            with pytest.raises(OSError, match="too large"):
+                state.write(stand(verdict, 1), time.time())
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         assert (tmp_path / "stalled").exists() is there
+        assert not list(tmp_path.glob(".*"))
 
 
 def test_the_state_volume_holds_what_is_written_to_it() -> None:

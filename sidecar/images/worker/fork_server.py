@@ -25,6 +25,7 @@ from sidecar.images.protocol import ImageLimits
 from sidecar.images.worker import worker
 from sidecar.images.worker.gpu_channel import GPU_SOCKET_SUFFIX
 from sidecar.runtime import cpu_quota, logs
+from sidecar.runtime.limited_log import LimitedLog
 from sidecar.settings import Settings, from_json
 
 _log = logging.getLogger(__name__)
@@ -74,13 +75,16 @@ def main(listen_fd: int, settings_json: str) -> int:
     listening.setblocking(True)
     gpu_socket = f"{listening.getsockname()}{GPU_SOCKET_SUFFIX}" if plan.device != "cpu" else ""
     workers: dict[int, float] = {}
-    gpu = GpuProcess(plan)
+    gpu, limited = GpuProcess(plan), LimitedLog(_log)
     try:
         while os.getppid() == parent:
-            while len(workers) < plan.workers:
-                workers[_fork(partial(_serve_images, listening, plan, gpu_socket))] = time.monotonic()
-            if gpu.is_due(time.monotonic()):
-                gpu.pid = _fork(partial(_serve_gpu, gpu_socket, plan))
+            try:
+                while len(workers) < plan.workers:
+                    workers[_fork(partial(_serve_images, listening, plan, gpu_socket))] = time.monotonic()
+                if gpu.is_due(time.monotonic()):
+                    gpu.pid = _fork(partial(_serve_gpu, gpu_socket, plan))
+            except OSError as e:  # too many processes, or too little memory: that can pass
+                limited.error("fork", "cannot start an image worker (%s); trying again", e.strerror)
             received = signal.sigtimedwait(WATCHED, PARENT_POLL_INTERVAL_S)
             # SIGINT goes to the whole process group; the supervisor handles it
             if received is not None and received.si_signo == signal.SIGTERM:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Final, cast
 
 import httptools
 
-from sidecar.errors import RequestError
+from sidecar.errors import NoOpenFiles, RequestError
 from sidecar.relay.http.body import Body
 from sidecar.relay.http.head import (
     MAX_HEAD_BYTES,
@@ -32,6 +32,7 @@ from sidecar.relay.http.head import (
     last_chunk,
     with_length,
 )
+from sidecar.runtime import open_files
 
 if TYPE_CHECKING:
     from sidecar.relay.http.server import Server
@@ -225,6 +226,8 @@ class ClientConnection(asyncio.Protocol):
         self.is_tls = transport.get_extra_info("sslcontext") is not None
         self._server.connections.add(self)
         self.task = self._loop.create_task(self._serve())
+        if len(self._server.connections) > self._server.max_connections:
+            self._refuse(NoOpenFiles(open_files.EXHAUSTED_TEXT))
 
     def data_received(self, data: bytes) -> None:
         if self._tunnel is not None:

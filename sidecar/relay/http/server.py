@@ -10,6 +10,7 @@ from typing import Final
 
 from sidecar.errors import RequestError
 from sidecar.relay.http.client import ClientConnection, Request
+from sidecar.runtime import open_files
 
 CHECK_INTERVAL_S: Final = 1.0
 
@@ -18,13 +19,17 @@ Refuse = Callable[[ClientConnection, RequestError], None]
 
 
 class Server:
-    """`handle` answers each request; `refuse` answers what is none. `now`: monotonic seconds, a second old at most."""
+    """`handle` answers each request; `refuse` answers what is none.
+
+    `now`: monotonic seconds, a second old at most. `max_connections`: what the limit of open files allows to serve.
+    """
 
     def __init__(self, handle: Handle, refuse: Refuse) -> None:
         self.handle = handle
         self.refuse = refuse
         self.connections: set[ClientConnection] = set()
         self.now = time.monotonic()
+        self.max_connections = open_files.max_connections(open_files.limit())
         self.is_closing = False
         self._idle: asyncio.Future[None] | None = None
         self._timer: asyncio.TimerHandle | None = None

@@ -26,7 +26,7 @@ from sidecar.load.tenant_limits import TenantLimit
 from sidecar.readings import Absent, Failed
 from sidecar.relay.pricing import quota
 from sidecar.relay.pricing import tokenizer as counting
-from sidecar.runtime import cpu_quota
+from sidecar.runtime import cpu_quota, open_files
 from sidecar.settings import Settings
 from sidecar.signals.gpu.poller import GpuSignal
 from sidecar.tools.doctor.finding import DoctorFinding
@@ -34,6 +34,8 @@ from sidecar.tools.doctor.finding import DoctorFinding
 SHM_DIR: Final = Path("/dev/shm")
 # A container's default is 64 MiB.
 MIN_SHM_BYTES: Final = 1 << 30
+# A container's default of 1024 files serves 480.
+MIN_CONNECTIONS: Final = 1000
 # From a cold disk.
 TORCH_IMPORT_TIMEOUT_S: Final = 120.0
 NVML_TIMEOUT_S: Final = 6.0
@@ -182,6 +184,16 @@ def cpu(chosen: Settings) -> DoctorFinding:
         what = f"{wanted} processes of one kind for {usable} usable CPUs"
         return DoctorFinding("warn", what, "lower --workers or --image-workers")
     return DoctorFinding("ok", f"{usable} usable of {os.cpu_count()} on the node")
+
+
+def files(chosen: Settings) -> DoctorFinding:
+    """How many clients the limit of open files lets a relay serve at a time."""
+    limit = open_files.attainable()
+    most = open_files.max_connections(limit)
+    text = f"{limit} per process: {most} client connections per relay process"
+    if most < MIN_CONNECTIONS:
+        return DoctorFinding("warn", text, "raise the hard limit: ulimit -Hn, LimitNOFILE=, or the container runtime's")
+    return DoctorFinding("ok", text)
 
 
 def shm(chosen: Settings) -> DoctorFinding:

@@ -28,6 +28,7 @@ CHECKS: Final[dict[str, Check]] = {
     "images": machine.images,
     "gpu": machine.gpu,
     "cpu": machine.cpu,
+    "open-files": machine.files,
     "shm": machine.shm,
     "stack-dumps": stacks.check,
 }
