@@ -53,7 +53,7 @@ sanitize: ## The compiled kernel under AddressSanitizer and UBSan over random si
 
 fuzz: .venv/.installed-test ## Fuzz the parsers of headers, bodies and links; ARGS=SECONDS for each, default 60
 	$(INSTALL) -e ".[fuzz]"
-	for target in header body link; do
+	for target in header body scan link; do
 		$(BIN)/python -m tests.fuzz $$target $(or $(ARGS),60)
 	done
 

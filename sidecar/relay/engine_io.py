@@ -21,10 +21,10 @@ from yarl import URL
 
 from sidecar.errors import BadTarget
 from sidecar.events import Trace
+from sidecar.load.body_scan import Buffer
 from sidecar.relay import client_io, headers
 from sidecar.relay.open_requests import OpenRequests
 from sidecar.relay.outcomes import engine_error
-from sidecar.relay.request_body import Buffer
 from sidecar.signals.engine_address import EngineAddress
 
 MAX_HEADER_BYTES: Final = 64 << 10  # one header or request line, both ways (uvicorn's limit for all of them)

@@ -23,7 +23,17 @@ from aiohttp import web
 from sidecar.errors import BodyTooLarge, Draining, ImagesOff, Internal, RequestError, place_of
 from sidecar.events import AbortRequests, Command, Event, LoadReport, MetricsPage
 from sidecar.load import request_shape
-from sidecar.relay import client_io, engine_io, headers, metrics_page, outcomes, passthrough, request_body, response
+from sidecar.relay import (
+    body_thread,
+    client_io,
+    engine_io,
+    headers,
+    metrics_page,
+    outcomes,
+    passthrough,
+    request_body,
+    response,
+)
 from sidecar.relay.admission import Admission
 from sidecar.relay.concurrency import MAX_QUEUED, ConcurrencyLimit, share_of
 from sidecar.relay.engine_io import BodyPayload
@@ -178,8 +188,8 @@ class Relay:
         admission.read_at = time.monotonic()
         parsed = request_body.ParsedBody(body)
         if admission.route != "audio" and "content-encoding" not in request.headers:
-            parsed = request_body.extract_data_urls(body, secrets.token_hex(16), links=self._fetch is not None)
-        admission.shape = request_shape.describe(parsed.payload, admission.route, len(body), parsed.text)
+            parsed = await body_thread.run(partial(request_body.parse, links=self._fetch is not None), body)
+        admission.shape = request_shape.describe(parsed.scan, admission.route, len(body))
         await self._pricing.charge(admission, parsed)
         prepared = await self._prepare(parsed, admission)
         # 0 tokens: the model's files do not state it
@@ -196,7 +206,7 @@ class Relay:
         emit, started = self._open_requests.emit, time.monotonic()
         try:
             return await inline.prepare(
-                self._images, parsed.images, emit, admission, shm=shm, fetch=self._fetch, passing=passing
+                self._images, parsed, emit, admission, shm=shm, fetch=self._fetch, passing=passing
             )
         finally:
             admission.image_seconds = time.monotonic() - started
