@@ -70,6 +70,7 @@ struct Sums {
     uint32_t parts = 0, links = 0;  // image parts that hold their image, and those with a link
     Chain texts, part_nodes;
     bool fetches = false;
+    bool any = false;  // it differs from Sums{}
 };
 
 struct Url {
@@ -79,11 +80,11 @@ struct Url {
 
 struct Value {
     Type type = Type::OTHER;
-    bool truthy = false, fetched = false, offers = false, strict = false, null = false;
-    Text text;
-    Url url;  // an object's own
-    Length printed;  // as JSON
-    Sums sums;
+    bool truthy = true, offers = false, strict = false, null = false;
+    const Text* text = nullptr;  // of a string
+    const Url* url = nullptr;    // an object's own
+    const Sums* sums = nullptr;  // of an object or a list
+    Length printed;              // as JSON
     Span span;
     uint64_t count = 0;
 };
@@ -213,6 +214,7 @@ private:
     size_t depth_ = 0;
 
     uint64_t offset(const Byte* p) const { return p - body_; }
+    Span inside(const Text& text) const { return {offset(text.begin), offset(text.end)}; }
     Frame& top() { return frames_[depth_ - 1]; }
     bool skip_space() {
         while (at_ < end_ && is_space(*at_)) ++at_;
@@ -253,13 +255,15 @@ private:
     bool value() {
         if (*at_ == '{' || *at_ == '[') return open();
         Value found;
+        Text text;
         found.span.start = offset(at_);
         if (*at_ == '"') {
-            if (!(at_ = read_string(at_ + 1, end_, found.text))) return false;
+            if (!(at_ = read_string(at_ + 1, end_, text))) return false;
             found.type = Type::STRING;
-            found.truthy = found.text.begin != found.text.end;
-            found.printed = found.text.length;
-            found.printed.add(2 + found.text.printed_extra);
+            found.text = &text;
+            found.truthy = text.begin != text.end;
+            found.printed = text.length;
+            found.printed.add(2 + text.printed_extra);
         } else {
             if (!(at_ = literal(found))) return false;
             if (!found.printed.bytes) found.printed.add(offset(at_) - found.span.start);
@@ -271,7 +275,6 @@ private:
 
     const Byte* literal(Value& found) {
         const auto is = [&](const char* word) { return starts(at_, end_, word) ? at_ + std::strlen(word) : nullptr; };
-        found.truthy = true;
         if (*at_ == '-' ? end_ - at_ > 1 && at_[1] != 'I' : is_digit(*at_)) {
             Number number;
             const Byte* after = read_number(at_, end_, number);
@@ -337,22 +340,24 @@ private:
         made.printed = frame.printed;
         made.printed.add(2);
         made.count = frame.count;
-        made.url = frame.url;
-        made.fetched = frame.url.fetched;
+        made.url = &frame.url;
         if (frame.role == Role::ROOT) {
             depth_ = 0;
             return;
         }
-        if (frame.object) judge(frame, made.sums);
-        else made.sums = frame.sums;
+        Sums media;
+        made.sums = frame.object ? judge(frame, media) : &frame.sums;
         made.offers = frame.role == Role::TOOLS ? frame.count > 0 : frame.offers != 0;
         made.strict = (frame.role == Role::MESSAGE ? frame.strict_offers : frame.strict) != 0;
         --depth_;
         deliver(made);
     }
 
-    // What an object counts, now that its type is known.
-    void judge(Frame& frame, Sums& sums) {
+    // What an object counts, now that its type is known. `media`: room for what a media part does.
+    const Sums* judge(Frame& frame, Sums& media) {
+        const bool is_media = frame.kind < MEDIA;
+        if (!is_media && !frame.set && !frame.media) return &frame.sums;
+        Sums& sums = is_media ? media : frame.sums;
         const auto slot = [&](Key key) {
             if (frame.set >> key & 1) add(sums, frame.slots[key - FIRST_SLOT]);
         };
@@ -361,31 +366,33 @@ private:
         };
         slot(Key::TEXT);
         slot(Key::CONTENT);
-        if (frame.kind < MEDIA) {
+        if (is_media) {
             count_media(sums, frame.kind);
             sums.fetches = sums.fetches || frame.fetched;
             if (frame.role == Role::PART && frame.kind <= INPUT_IMAGE) add_part(sums, frame);
-            return;
+            return &sums;
         }
-        add(sums, frame.sums);
         if (frame.kind == Key::TEXT) slot(DATA), slot(FILE_DATA);
         if (frame.kind == TOOL_USE) as_printed(INPUT);
         else slot(INPUT);
         for (Key key : {Key::TOOLS, Key::TOOL, ARGUMENTS}) as_printed(key);
         for (int key = 0; key < static_cast<int>(MEDIA); ++key)
             if (frame.media >> key & 1) count_media(sums, static_cast<Key>(key));
+        return &sums;
     }
 
-    static void count_media(Sums& sums, Key key) { ++(key < FIRST_AUDIO ? sums.images : key < FIRST_VIDEO ? sums.audios : sums.videos); }
+    static void count_media(Sums& sums, Key key) {
+        sums.any = true;
+        ++(key < FIRST_AUDIO ? sums.images : key < FIRST_VIDEO ? sums.audios : sums.videos);
+    }
 
     void deliver(Value& value) {
         Frame& frame = top();
         if (frame.role == Role::ROOT) return root_member(frame, value);
         frame.printed.add(value.printed);
         if (frame.object) return member(frame, value);
-        if (value.type == Type::INTEGER) ++frame.sums.ids;
-        else if (value.type == Type::STRING) add_text(frame.sums, value);
-        else if (value.type <= Type::LIST) add(frame.sums, value.sums);
+        if (value.type == Type::INTEGER) ++frame.sums.ids, frame.sums.any = true;
+        else add_value(frame.sums, value);
         if (frame.role == Role::MESSAGES || frame.role == Role::TOOLS) frame.offers |= value.offers, frame.strict |= value.strict;
         if (frame.role == Role::SOURCES) source(frame, value);
     }
@@ -395,7 +402,7 @@ private:
         if (key <= URL) {
             const Url url = url_of(value);
             const uint16_t bit = 1u << key;
-            frame.fetched = (frame.fetched & ~bit) | (is_fetched(value) ? bit : 0);
+            frame.fetched = (frame.fetched & ~bit) | (url.fetched ? bit : 0);
             if (key == URL) frame.url = value.type == Type::STRING ? url : Url{};
             if (key == IMAGE_URL) frame.image = url;
             if (key < URL) frame.media = (frame.media & ~bit) | (value.truthy ? bit : 0);
@@ -414,7 +421,7 @@ private:
                 print(frame.as_printed[key - FIRST_PRINTED] = Sums{}, value);
                 if (key == Key::TOOLS && frame.role == Role::MESSAGE) offer(frame, value, 1);
                 return;
-            case TYPE: frame.kind = value.type == Type::STRING ? kind_of(value.text) : OTHER; break;
+            case TYPE: frame.kind = value.type == Type::STRING ? kind_of(*value.text) : OTHER; break;
             case FUNCTIONS: if (frame.role == Role::MESSAGE) offer(frame, value, 2); break;
             case STRICT: frame.strict = (frame.strict & 2) | (value.type == Type::TRUE ? 1 : 0); break;
             case FUNCTION:
@@ -443,8 +450,8 @@ private:
         if (key == wanted_.messages) found.messages = items, offer(found, value, 4);
         if (key == wanted_.images) {
             found.sources = items;
-            found.only_texts = value.type == Type::LIST && value.sums.parts == items;
-            found.source_nodes = value.sums.part_nodes;
+            found.only_texts = value.type == Type::LIST && value.sums->parts == items;
+            found.source_nodes = found.only_texts ? value.sums->part_nodes : Chain{};
         }
         if (key >= wanted_.prompts) return;
         Sums& slot = prompts_[key] = Sums{};
@@ -454,24 +461,27 @@ private:
 
     void add_value(Sums& sums, const Value& value) {
         if (value.type == Type::STRING) add_text(sums, value);
-        else if (value.type <= Type::LIST) add(sums, value.sums);
+        else if (value.sums) add(sums, *value.sums);
     }
 
     void add_text(Sums& sums, const Value& value) {
-        sums.text.add(value.text.length);
-        add_node(sums, {offset(value.text.begin), offset(value.text.end)}, false);
+        if (!value.truthy) return;
+        sums.any = true;
+        sums.text.add(value.text->length);
+        add_node(sums, inside(*value.text), false);
     }
 
     // A value as engines print it into a prompt: a string as it is, anything else but null as JSON.
     void print(Sums& sums, const Value& value) {
         if (value.type == Type::STRING) return add_text(sums, value);
         if (value.null) return;
+        sums.any = true;
         sums.text.add(value.printed);
         add_node(sums, value.span, true);
     }
 
     void add_node(Sums& sums, Span span, bool printed) {
-        if (span.start == span.end || top().mute) return;
+        if (top().mute) return;
         if (found.texts.size() == MAX_TEXTS) found.all_texts = false;
         else append(sums.texts, found.texts, TextNode{span, NONE, printed});
     }
@@ -492,6 +502,8 @@ private:
     }
 
     void add(Sums& sums, const Sums& other) {
+        if (!other.any) return;
+        sums.any = true;
         sums.text.add(other.text);
         sums.ids += other.ids;
         sums.images += other.images, sums.audios += other.audios, sums.videos += other.videos;
@@ -505,6 +517,7 @@ private:
         const Url& url = frame.image;
         if (!url.data && !url.link) return;
         ++(url.link ? sums.links : sums.parts);
+        sums.any = true;
         PartNode node;
         node.url = url.span, node.object = frame.start, node.list = frame.list;
         node.item = frames_[1].count - 1, node.part = frames_[3].count - 1;
@@ -515,9 +528,10 @@ private:
     void source(Frame& frame, const Value& value) {
         if (value.type != Type::STRING) return;
         ++frame.sums.parts;
+        frame.sums.any = true;
         PartNode node;
-        node.url = {offset(value.text.begin), offset(value.text.end)};
-        node.list = 2, node.item = frame.count - 1, node.escaped = value.text.escaped, node.link = is_link(value.text);
+        node.url = inside(*value.text);
+        node.list = 2, node.item = frame.count - 1, node.escaped = value.text->escaped, node.link = is_link(*value.text);
         add_part(frame.sums, node);
     }
 
@@ -533,14 +547,10 @@ private:
     }
 
     Url url_of(const Value& value) const {
-        if (value.type == Type::OBJECT) return value.url;
+        if (value.type == Type::OBJECT) return *value.url;
         if (value.type != Type::STRING) return {};
-        const Text& text = value.text;
-        return {{offset(text.begin), offset(text.end)}, text.escaped, is_link(text), is_fetched(value), is_image(text)};
-    }
-
-    static bool is_fetched(const Value& value) {
-        return value.type == Type::OBJECT ? value.fetched : value.type == Type::STRING && has_scheme(value.text.begin, value.text.end, true);
+        const Text& text = *value.text;
+        return {inside(text), text.escaped, is_link(text), has_scheme(text.begin, text.end, true), is_image(text)};
     }
 
     static bool is_blank(int code) {  // as str.isspace() has it

@@ -42,7 +42,14 @@ inline uint64_t special(const Byte* p) {
 
 inline const Byte* skip_plain(const Byte* p, const Byte* end) {
     while (end - p >= 32 && !(special(p) | special(p + 8) | special(p + 16) | special(p + 24))) p += 32;
-    while (end - p >= 8 && !special(p)) p += 8;
+    for (; end - p >= 8; p += 8)
+        if (const uint64_t found = special(p)) {
+#if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+            return p + __builtin_ctzll(found) / 8;  // the lowest is exact; a borrow may mark others above it
+#else
+            break;
+#endif
+        }
     while (p < end && *p >= 0x20 && *p < 0x80 && *p != '"' && *p != '\\') ++p;
     return p;
 }

@@ -25,8 +25,8 @@ except ImportError:
 Buffer = bytes | memoryview | bytearray
 
 # A JSON schema of a tool or an answer may be longer: then it is set, which is all that is asked of it.
-MAX_OPTION_BYTES: Final = 2048
-MAX_OPTIONS_BYTES: Final = 8192  # all of a body; json.loads takes 0.5 ms for them at worst
+MAX_OPTION_BYTES: Final = 1024
+MAX_OPTIONS_BYTES: Final = 4096  # all of a body; those of a long holder: MAX_OPTION_BYTES
 MAX_PYTHON_BYTES: Final = 16 << 10  # json.loads and the walk take 4 ms for them at worst
 TOO_LONG: Final = object()  # the value of an option that was not parsed
 _NAMES: Final = (*PROMPT_KEYS, *(key for key in (*OPTION_KEYS, *HELD_KEYS) if key not in PROMPT_KEYS))
@@ -78,7 +78,7 @@ def prompt_text(source: Buffer, start: int, end: int, printed: bool) -> str:
     if not printed:
         return str(json.loads(b'"%b"' % raw))
     try:
-        return python_scan.printed(json.loads(raw, parse_float=python_scan.Written))
+        return python_scan.reprinted(raw)
     except RecursionError:
         return raw.decode(errors="replace")
 
@@ -123,7 +123,7 @@ def _parts(packed: bytes) -> tuple[FoundPart, ...]:
 
 def _read_options(body: Buffer, members: Mapping[str, Span], *, nested: bool = False) -> dict[str, Any]:
     """The values of the options that are there. Raises RecursionError."""
-    texts, left, long = [], MAX_OPTIONS_BYTES, {}
+    texts, left, long = [], MAX_OPTION_BYTES if nested else MAX_OPTIONS_BYTES, {}
     for name, (start, end) in members.items():
         if name not in _OPTIONS:
             continue

@@ -58,4 +58,4 @@ class Found:
     parts: tuple[FoundPart, ...]  # the first MAX_PARTS
     source_count: int  # items of `images`
     sources: tuple[FoundPart, ...] | None  # the first of them, if all are strings
-    texts: PromptTexts | None  # None: they are too many
+    texts: PromptTexts | None = field(compare=False)  # None: they are too many

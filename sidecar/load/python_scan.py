@@ -32,7 +32,7 @@ _ASCII_BLANKS: Final = " \t\n\r\v\f\x1c\x1d\x1e\x1f"
 _LINK: Final = ("http://", "https://")
 _MAX_HEAD: Final = 136  # of a data URL, up to its base64 text
 _BASE64_MARK: Final = ";base64,"
-_LAST_COUNTS: Final = frozenset((*MEDIA_TYPES, *TEXT_KEYS, *BINARY_KEYS, *PRINTED_KEYS, "type", "input"))
+_LAST_COUNTS: Final = frozenset((*MEDIA_TYPES, *TEXT_KEYS, *BINARY_KEYS, *PRINTED_KEYS, "input"))
 
 
 class Again(str):
@@ -157,6 +157,11 @@ def leaves(stack: list[Any]) -> Iterator[str | list[int] | dict[str, Any]]:
                         yield {"type": key}
                 elif key not in BINARY_KEYS or kind == "text":
                     stack.append(item)
+
+
+def reprinted(raw: bytes) -> str:
+    """A JSON value as engines print it. Raises RecursionError."""
+    return printed(_DECODER.decode(raw.decode("utf-8", "surrogatepass")))
 
 
 def printed(value: Any) -> str:
@@ -311,7 +316,6 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return {key if last[key] == n else Again(key): value for n, (key, value) in enumerate(pairs)}
 
 
+_DECODER: Final = json.JSONDecoder(object_pairs_hook=_object, parse_float=Written)
 # (text, start) -> (value, end); raises ValueError, StopIteration, RecursionError
-_read: Final[Callable[[str, int], tuple[Any, int]]] = json.JSONDecoder(
-    object_pairs_hook=_object, parse_float=Written
-).scan_once  # type: ignore[attr-defined]
+_read: Final[Callable[[str, int], tuple[Any, int]]] = _DECODER.scan_once  # type: ignore[attr-defined]

@@ -11,6 +11,7 @@ from typing import Any
 from sidecar.images import file_headers
 from sidecar.load import body_scan as scans
 from sidecar.load import request_shape
+from sidecar.load.found import Found
 from sidecar.relay import request_body as bodies
 from sidecar.relay import url_policy
 
@@ -66,12 +67,16 @@ def request_body(data: bytes) -> None:
 def body_scan(data: bytes) -> None:
     """The compiled scanner reads what `json` reads, and finds the same in it."""
     found = scans.find(data)
-    assert found == scans.find_in_python(data) or len(data) > scans.MAX_PYTHON_BYTES or data.count(b"[") + data.count(b"{") > 500
     try:
-        payload = json.loads(data) if data[:1] not in b"\xff\xfe\0" and 0 not in data[:4] else None
-    except (ValueError, RecursionError):
+        payload = json.loads(data.decode("utf-8-sig", "surrogatepass"))
+    except ValueError:
         payload = None
+    except RecursionError:
+        return
     assert (found is not None) == isinstance(payload, dict)
+    if len(data) <= scans.MAX_PYTHON_BYTES:
+        assert found == (other := scans.find_in_python(data))
+        assert _texts(found) == _texts(other)
 
 
 def link(data: bytes) -> None:
@@ -83,6 +88,17 @@ def link(data: bytes) -> None:
         host = (url.host or "").rstrip(".")
         assert host == "img.example.com" or host.endswith(".example.org")
     url_policy.is_public(data.decode("latin-1"))
+
+
+def _texts(found: Found | None) -> list[str]:
+    if found is None:
+        return []
+    assert found.texts is not None, "a seed has few texts"
+    places = found.texts.places
+    return sorted(
+        scans.prompt_text(found.texts.source, start, end, bool(printed))
+        for start, end, printed in zip(places[::3], places[1::3], places[2::3], strict=True)
+    )
 
 
 def _text(value: dict[str, Any], without: str = "") -> str:

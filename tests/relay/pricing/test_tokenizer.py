@@ -176,7 +176,7 @@ def test_a_counted_chat_is_exact_once_its_template_is_known() -> None:
 @pytest.mark.parametrize("text", [TEXT, f"data:text/plain;base64,{TEXT}"])
 async def test_a_request_is_held_by_its_count(rig: Callable[..., Any], counter: TokenCounter, text: str) -> None:
     """Through the relay: the estimate uses the tokenizer's count, not the ratio's; also for a data URL."""
-    counted = await counter.count({"prompt": text})
+    counted = await counter.count(found({"prompt": text}))
     assert counted is not None
     async with ScriptedEngine(EngineSettings(**FAST)) as engine:
         r = await rig(engine.url, pricing=Pricing(Estimator(Coefficients()), None, counter))
