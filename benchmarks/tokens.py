@@ -20,8 +20,8 @@ from pathlib import Path
 
 from sidecar.events import Usage
 from sidecar.load import cost_model
-from sidecar.load.estimator import Estimator
 from sidecar.load.body_scan import scan
+from sidecar.load.estimator import Estimator
 from sidecar.load.request_shape import describe
 from sidecar.relay.pricing import tokenizer
 

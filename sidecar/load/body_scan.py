@@ -31,7 +31,7 @@ MAX_PYTHON_BYTES: Final = 16 << 10  # json.loads and the walk take 4 ms for them
 TOO_LONG: Final = object()  # the value of an option that was not parsed
 _NAMES: Final = (*PROMPT_KEYS, *(key for key in (*OPTION_KEYS, *HELD_KEYS) if key not in PROMPT_KEYS))
 _OPTIONS: Final = frozenset(OPTION_KEYS)
-_WANTED: Final = _fused and _fused.wanted(PROMPT_KEYS, _NAMES[len(PROMPT_KEYS) :])
+_WANTED: Final = _fused.wanted(PROMPT_KEYS, _NAMES[len(PROMPT_KEYS) :]) if _fused is not None else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,17 +98,17 @@ def _by_module(body: Buffer) -> Found | None:
     found: Any = _fused.scan_body(_WANTED, body)
     if found is None:
         return None
-    numbers: tuple[Any, ...]
     numbers, (members, parts, source_count, sources, texts) = found
     flat = memoryview(members).cast("Q").tolist()
-    return Found(
+    fields: list[Any] = [
         *numbers,
         {_NAMES[n]: (start, end) for n, start, end in zip(flat[::3], flat[1::3], flat[2::3], strict=True)},
         _parts(parts),
         source_count,
         None if sources is None else _parts(sources),
         None if texts is None else PromptTexts(body, memoryview(texts).cast("Q")),
-    )
+    ]
+    return Found(*fields)
 
 
 def _parts(packed: bytes) -> tuple[FoundPart, ...]:

@@ -10,6 +10,7 @@ from sidecar.events import SHORT_ROUTES
 from sidecar.load.body_scan import TOO_LONG, BodyScan
 from sidecar.load.request_keys import FORMAT_HOLDERS, GRAMMARS, OUTPUT_HOLDERS, OUTPUT_KEYS, TRANSFERS
 
+_WAITED_FOR: Final = frozenset((*GRAMMARS, *TRANSFERS))
 _MAX_PRIORITY: Final = (1 << 63) - 1
 _STREAM_OPTIONS_ROUTES: Final = frozenset(("chat", "completions"))
 MAX_MODEL_NAME_CHARS: Final = 128
@@ -88,7 +89,7 @@ def _priority(value: Any) -> int:
 
 def _reorders(options: Options) -> bool:
     """Whether an engine that serves first come, first served may serve later requests before this one."""
-    if any(_is_set(holder.get(name)) for holder in _holders(options) for name in (*GRAMMARS, *TRANSFERS)):
+    if any(_is_set(value) for holder in _holders(options) for name, value in holder.items() if name in _WAITED_FOR):
         return True
     formats = (options[key].get("format") for key in FORMAT_HOLDERS if isinstance(options.get(key), dict))
     return any(map(_is_set, formats)) or (_count(options.get("id_slot")) is not None)  # llama.cpp's slot

@@ -8,6 +8,7 @@ left to the engine. The position of a string decides what it is, so no text can 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -35,6 +36,7 @@ ROUTES: Final = {path: route for route, paths in _PATHS.items() for path in path
 
 _BASE64_MARK: Final = b";base64,"
 _MAX_HEAD_BYTES: Final = 136  # of a data URL, up to its base64 text
+_EMPTY_OBJECT: Final = re.compile(rb"\{[ \t\r\n]*\}")
 _INCLUDE_USAGE: Final = b'"include_usage":true'
 
 Splice = tuple[Span, list[Buffer]]  # what is taken out, and what takes its place
@@ -163,4 +165,4 @@ def _usage_splice(body: bytes, scan: BodyScan) -> Splice:
     given = inner and inner.members.get("include_usage")
     if given:
         return (start + given[0], start + given[1]), [b"true"]
-    return (start + 1, start + 1), [_INCLUDE_USAGE + (b"," if options else b"")]
+    return (start + 1, start + 1), [_INCLUDE_USAGE if _EMPTY_OBJECT.match(body, start) else _INCLUDE_USAGE + b","]

@@ -56,7 +56,7 @@ def request_body(data: bytes) -> None:
             assert asked["stream_options"] == options
             assert _text(asked, "stream_options") == _text(means, "stream_options")
         if parsed.images:
-            replaced = {n: ("image/png", b"AAAA") for n in range(len(parsed.images))}
+            replaced = dict.fromkeys(range(len(parsed.images)), ("image/png", b"AAAA"))
             changed = json.loads(b"".join(bodies.rebuild(parsed, replaced)))
             for part in parsed.images:
                 assert _url(changed, part.where) == IMAGE

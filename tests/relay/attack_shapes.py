@@ -37,8 +37,9 @@ SHAPES: dict[str, Callable[[int], bytes]] = {
     "Cyrillic text": _prompt("Съешь ещё этих мягких булок. ".encode()),
     "code with escapes": _prompt(json.dumps('if x == "a\\n":\n\treturn f("b")\n')[1:-1].encode()),
     "chat of short messages": _messages(b'{"role":"user","content":"%b"}' % TEXT),
-    "one image": lambda size: b'{"messages":[{"content":[{"type":"image_url","image_url":{"url":"%b"}}]}]}'
-    % (PIXEL + b"ABCD" * (size // 4)),
+    "one image": lambda size: (
+        b'{"messages":[{"content":[{"type":"image_url","image_url":{"url":"%b"}}]}]}' % (PIXEL + b"ABCD" * (size // 4))
+    ),
     "token ids": lambda size: b'{"prompt":[%b]}' % b",".join(b"%d" % (n * 7919 % 128_000) for n in range(size // 7)),
     "empty objects": _messages(b"{}"),
     "empty lists": _messages(b"[]"),
@@ -59,10 +60,13 @@ SHAPES: dict[str, Callable[[int], bytes]] = {
     "tiny links": _parts(b'{"type":"image_url","image_url":{"url":"http://a/"}}'),
     "tools": lambda size: b'{"tools":[%b]}' % b",".join([b'{"a":[1.5,"\\n"]}'] * (size // 17)),
     "images that are none": _messages(b'{"type":"image","x":{"data":{"data":"a"}}}'),
-    "nested in binary": lambda size: b'{"messages":[%b]}'
-    % b",".join([b'{"data":{"x":"a","data":' * 200 + b"1" + b"}}" * 200] * (size // 5400 or 1)),
+    "nested in binary": lambda size: (
+        b'{"messages":[%b]}' % b",".join([b'{"data":{"x":"a","data":' * 200 + b"1" + b"}}" * 200] * (size // 5400 or 1))
+    ),
     "blanks": lambda size: b'{"model":"m",%b"prompt":"a"}' % (b" " * size),
     "a long number": lambda size: b'{"temperature":0.%b}' % (b"1" * size),
-    "long options": lambda size: b'{"stream":true,"stream_options":{%b},"sampling_params":{"a":"%b"}}'
-    % (b",".join([b'"a":[]'] * (size // 14)), b"b" * (size // 2)),
+    "long options": lambda size: (
+        b'{"stream":false,"stream_options":{%b},"sampling_params":{"a":"%b"}}'
+        % (b",".join([b'"a":[]'] * (size // 14)), b"b" * (size // 2))
+    ),
 }

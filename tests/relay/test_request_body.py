@@ -330,6 +330,45 @@ def test_usage_is_asked_by_a_splice() -> None:
     )
 
 
+USAGE = b'"include_usage":true'
+AGAIN = b'"include\\u005fusage":true'
+
+
+@pytest.mark.parametrize(
+    ("options", "sent_options"),
+    [
+        (b'"stream_options":null', b'"stream_options":{%b}' % USAGE),
+        (b'"stream_options": { }', b'"stream_options": {%b }' % USAGE),
+        (b'"stream_options":{"a" : 1e400}', b'"stream_options":{%b,"a" : 1e400}' % USAGE),
+        (b'"stream_options":{"include_usage": 0,"a":1,"a":2}', b'"stream_options":{"include_usage": true,"a":1,"a":2}'),
+        (b'"stream_options":{%b,"include\\u005fusage":0}' % USAGE, b'"stream_options":{%b,%b}' % (USAGE, AGAIN)),
+        (b'"stream_options":7,"stream_options":{"a":[]}', b'"stream_options":7,"stream_options":{%b,"a":[]}' % USAGE),
+        (b'"stream\\u005foptions":{}', b'"stream\\u005foptions":{%b}' % USAGE),
+        (b'"stream_options":{"a":"%b"}' % (b"x" * 5000), b'"stream_options":{%b,"a":"%b"}' % (USAGE, b"x" * 5000)),
+    ],
+)  # fmt: skip
+def test_options_are_spliced_and_nothing_else_changes(options: bytes, sent_options: bytes) -> None:
+    """Forms of numbers, repeated keys and blanks go out as they came; the last options are the ones that count."""
+    around = b'\xef\xbb\xbf {"stream": true, "temperature":1e400,"seed":1.50 , %b,"a":1,"a":-0}\n'
+    parsed = parse(around % options)
+    assert describe(parsed.scan, "chat", 0).ask_usage
+    assert b"".join(rebuild(parsed, {}, ask_usage=True)) == around % sent_options
+
+
+def test_images_are_spliced_and_nothing_else_changes() -> None:
+    """Two images, a name and the options at once: what is left of the body is what came."""
+    url = b'"data:image/png;base64,AAAA"'
+    parts = b'[{ "type":"image_url", "image_url" : {"url": %b}},{"image_url":%b,"type":"image_url","x":1e400,"x":0}]'
+    body = b'{"stream":true,"messages":[{"content":' + parts + b'}],"stream_options":null}'
+    parsed = parse(body % (url, url))
+    parsed.images[1].name = "n"
+    new = {0: ("image/bmp", b"QQ"), 1: ("", b"file:///a")}
+    changed = body % (b'"data:image/bmp;base64,QQ"', b'"file:///a"')
+    changed = changed.replace(b'{"image_url":"file', b'{"uuid":"n","image_url":"file')
+    changed = changed.replace(b"null", b'{"include_usage":true}')
+    assert b"".join(rebuild(parsed, new, ask_usage=True)) == changed
+
+
 @pytest.mark.parametrize(
     ("options", "asked"),
     [

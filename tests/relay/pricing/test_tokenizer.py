@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sidecar.events import Admitted, Usage
+from sidecar.load.body_scan import find
 from sidecar.load.cost_model import Coefficients
 from sidecar.load.estimator import ChatTemplateOverhead, Estimator
-from sidecar.load.body_scan import find
 from sidecar.load.found import Found
 from sidecar.load.request_shape import RequestShape
 from sidecar.relay.pricing import tokenizer as counting
