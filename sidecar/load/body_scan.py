@@ -27,7 +27,7 @@ Buffer = bytes | memoryview | bytearray
 # A JSON schema of a tool or an answer may be longer: then it is set, which is all that is asked of it.
 MAX_OPTION_BYTES: Final = 1024
 MAX_OPTIONS_BYTES: Final = 4096  # all of a body; those of a long holder: MAX_OPTION_BYTES
-MAX_PYTHON_BYTES: Final = 16 << 10  # json.loads and the walk take 4 ms for them at worst
+MAX_PYTHON_BYTES: Final = 8 << 10  # json.loads and the walk take 4.5 ms for them at worst
 TOO_LONG: Final = object()  # the value of an option that was not parsed
 _NAMES: Final = (*PROMPT_KEYS, *(key for key in (*OPTION_KEYS, *HELD_KEYS) if key not in PROMPT_KEYS))
 _OPTIONS: Final = frozenset(OPTION_KEYS)
@@ -51,6 +51,11 @@ def scan(body: Buffer) -> BodyScan | None:
         return BodyScan(found, _read_options(body, found.members))
     except RecursionError:
         return None
+
+
+def is_compiled() -> bool:
+    """Whether the module was built; without it, long bodies are left unread."""
+    return _fused is not None
 
 
 def find(body: Buffer) -> Found | None:
