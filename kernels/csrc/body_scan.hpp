@@ -58,10 +58,9 @@ struct PartNode {
     uint64_t object = 0;    // where its part begins
     uint64_t item = 0, part = 0;  // messages[item].content[part]
     uint32_t next = NONE;
-    uint8_t list = 0;       // an index into LISTS
+    uint8_t list = 0;       // 0: messages, 1: input, 2: images
     bool escaped = false, link = false, named = false;
 };
-constexpr const char* LISTS[] = {"messages", "input", "images"};
 
 struct Sums {
     Length text;
