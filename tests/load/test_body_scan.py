@@ -114,14 +114,14 @@ def repeats_unknown(body: bytes) -> bool:
     return any(found)
 
 
-@settings(max_examples=400)
+@settings(max_examples=200)
 @given(bodies, st.sampled_from([b"", b"", b"\xef\xbb\xbf", b" \n"]))
 def test_both_forms_find_the_same(body: bytes, before: bytes) -> None:
     """With repeated keys, escaped names, blanks and all: numbers, places and texts."""
     targets.body_scan(before + body)
 
 
-@settings(max_examples=400)
+@settings(max_examples=200)
 @given(bodies)
 def test_a_scan_finds_what_a_parser_finds(body: bytes) -> None:
     """The shape of a request is that of its parsed body, its image parts are those of it, where they are."""
