@@ -46,18 +46,20 @@ test-clients: .venv/.installed-test ## The openai, anthropic, litellm and langch
 	$(BIN)/python tests/e2e/clients/environment.py
 	$(BIN)/pytest tests/e2e/test_clients.py -m clients $(ARGS)
 
-sanitize: ## The compiled kernel under AddressSanitizer and UBSan over random sizes; ARGS="SECONDS SEED"
+sanitize: ## The compiled module under AddressSanitizer and UBSan over random images and bodies; ARGS="SECONDS SEED"
 	mkdir -p build
 	for level in -O1 -O3; do # -O3 is how it is shipped: some faults appear only when optimised
-		$(CXX) -std=c++17 $$level -g -Wall -Wextra -ffp-contract=off -fno-sanitize-recover=all \
-			-fsanitize=address,undefined,float-cast-overflow,float-divide-by-zero -DSIDECAR_LARGE=20000 \
-			-DSIDECAR_INSTEAD_OF_AVX512='"halves.hpp"' -Itests/images -Ikernels/csrc tests/images/sanitize.cpp -o build/sanitize
-		build/sanitize $(or $(ARGS),20)
+		for source in tests/images/sanitize.cpp tests/load/sanitize_scan.cpp; do
+			$(CXX) -std=c++17 $$level -g -Wall -Wextra -ffp-contract=off -fno-sanitize-recover=all \
+				-fsanitize=address,undefined,float-cast-overflow,float-divide-by-zero -DSIDECAR_LARGE=20000 \
+				-DSIDECAR_INSTEAD_OF_AVX512='"halves.hpp"' -Itests/images -Ikernels/csrc $$source -o build/sanitize
+			build/sanitize $(or $(ARGS),20)
+		done
 	done
 
-fuzz: .venv/.installed-test ## Fuzz the parsers of headers, bodies and links; ARGS=SECONDS for each, default 60
+fuzz: .venv/.installed-test ## Fuzz the parsers of headers, bodies and links, and the scanner; ARGS=SECONDS for each, default 60
 	$(INSTALL) -e ".[fuzz]"
-	for target in header body link; do
+	for target in header body scan link; do
 		$(BIN)/python -m tests.fuzz $$target $(or $(ARGS),60)
 	done
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import random
 import statistics
 import time
@@ -19,6 +20,7 @@ from pathlib import Path
 
 from sidecar.events import Usage
 from sidecar.load import cost_model
+from sidecar.load.body_scan import scan
 from sidecar.load.estimator import Estimator
 from sidecar.load.request_shape import describe
 from sidecar.relay.pricing import tokenizer
@@ -47,9 +49,11 @@ async def rows(folder: str, prompts: list[str]) -> list[Row]:
     for prompt in prompts:
         payload = {"model": "m", "prompt": prompt}
         began, used = time.perf_counter(), time.process_time()
-        counted = await patient.count(payload)
+        seen = scan(json.dumps(payload).encode())
+        assert seen is not None
+        counted = await patient.count(seen.found)
         took, cpu = 1e3 * (time.perf_counter() - began), 1e3 * (time.process_time() - used)
-        shape, true = describe(payload, "completions", 0), len(counter._encode([prompt])[0])
+        shape, true = describe(seen, "completions", 0), len(counter._encode([prompt])[0])
         assert counted is not None
         errors = abs(counted.tokens / true - 1), abs(estimator.text_tokens(shape) / true - 1)
         found.append((len(prompt), took, cpu, *errors))

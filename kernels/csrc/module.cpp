@@ -1,4 +1,4 @@
-// Python module sidecar.kernels._fused. Buffers in, buffers out; the GIL is released while an image is worked on.
+// Python module sidecar.kernels._fused. Buffers in, buffers out; the GIL is released while an image or a long body is worked on.
 #define PY_SSIZE_T_CLEAN
 #define Py_LIMITED_API 0x030b0000
 #include <Python.h>
@@ -7,6 +7,7 @@
 #include <memory>
 #include <new>
 
+#include "body_api.hpp"
 #include "choice.hpp"
 #include "tiles.hpp"
 
@@ -16,17 +17,6 @@ using namespace sidecar;
 
 constexpr char PLAN[] = "sidecar.kernels._fused.Plan";
 constexpr int LONGEST = 1 << 20;  // pixels a side: products of sizes stay far from overflow
-
-struct Buffer {
-    Py_buffer view{};
-    bool held = false;
-    bool get(PyObject* o, bool writable) {
-        return held = PyObject_GetBuffer(o, &view, PyBUF_C_CONTIGUOUS | (writable ? PyBUF_WRITABLE : 0)) == 0;
-    }
-    ~Buffer() {
-        if (held) PyBuffer_Release(&view);
-    }
-};
 
 void forget(PyObject* capsule) { delete static_cast<Plan*>(PyCapsule_GetPointer(capsule, PLAN)); }
 
@@ -170,12 +160,15 @@ PyMethodDef METHODS[] = {
      "patches(plan, image, out, level, patch, merge, temporal, type, normalise, mean, deviation, factor)"},
     {"tiles", tiles_, METH_VARARGS,
      "tiles(plan, image, out, level, (height, width, top, left, tile_height, tile_width), type, normalise, mean, deviation, factor)"},
+    {"wanted", wanted_, METH_VARARGS, "wanted(prompts, options): the names of members that a scan finds, as tuples"},
+    {"scan_body", scan_body, METH_VARARGS, "scan_body(wanted, body): what sidecar.load.body_scan reads; None if it is no JSON object"},
+    {"unescape", unescape, METH_VARARGS, "unescape(inside): the text of a JSON string without its quotes, in UTF-8"},
     {"level", level, METH_NOARGS, "the instruction set that is used on this machine"},
     {"refused", refused, METH_NOARGS, "the instruction set whose form gave other bits here and is not used; empty if none"},
     {nullptr, nullptr, 0, nullptr},
 };
 
-PyModuleDef MODULE = {PyModuleDef_HEAD_INIT, "_fused", "Exact resize fused with the patch layout.", 0, METHODS, nullptr, nullptr, nullptr, nullptr};
+PyModuleDef MODULE = {PyModuleDef_HEAD_INIT, "_fused", "Exact resize fused with the patch layout; the scan of request bodies.", 0, METHODS, nullptr, nullptr, nullptr, nullptr};
 
 }  // namespace
 

@@ -1,54 +1,21 @@
-"""Pure: the shape of a request, read from its parsed body. Numbers and the model's name only, no content.
-
-Rule: the place of a string in the body decides whether it is text or media, as in engines. Its content never does, so
-no text can pass for something else.
-"""
+"""Pure: the shape of a request, read from its body. Numbers and the model's name only, no content."""
 
 from __future__ import annotations
 
-import json
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
 from sidecar.events import SHORT_ROUTES
+from sidecar.load.body_scan import TOO_LONG, BodyScan
+from sidecar.load.request_keys import FORMAT_HOLDERS, GRAMMARS, OUTPUT_HOLDERS, OUTPUT_KEYS, TRANSFERS
 
-# Keys that engines read prompts from. Everything below them counts as prompt text, token ids, or media.
-_PROMPT_KEYS: Final = (
-    *("messages", "prompt", "input", "inputs", "text", "system", "instructions", "tools", "suffix", "content"),
-    *("input_ids", "token_ids", "prompt_token_ids", "query", "queries", "documents", "text_1", "text_2", "items"),
-    *("input_prefix", "input_suffix"),
-)
-# Limits of one choice's output tokens, by precedence; nested ones are TGI's and SGLang's.
-_OUTPUT_KEYS: Final = ("max_completion_tokens", "max_tokens", "max_output_tokens", "max_new_tokens", "n_predict")
-_OUTPUT_HOLDERS: Final = ("parameters", "sampling_params")
-_IMAGE_TYPES: Final = frozenset(("image_url", "input_image", "image", "image_pil", "image_embeds"))
-_AUDIO_TYPES: Final = frozenset(("input_audio", "audio_url", "audio"))
-_VIDEO_TYPES: Final = frozenset(("video_url", "input_video", "video"))
-# Of a part, or the name of its only member if it has no type.
-_MEDIA_TYPES: Final = _IMAGE_TYPES | _AUDIO_TYPES | _VIDEO_TYPES
-_TEXT_KEYS: Final = ("text", "content")  # read by engines regardless of the part's type
-_PRINTED_KEYS: Final = frozenset(("tools", "tool", "arguments"))  # JSON that engines print into the prompt
-_BINARY_KEYS: Final = frozenset(("data", "file_data"))  # base64 in every API: documents, files, embeddings
-# Members that make a request wait for something of its own, while later ones are served: a grammar that is compiled, KV
-# blocks or weights that are fetched, a slot. Those of holders are TGI's and SGLang's.
-# vLLM: entrypoints/openai/chat_completion/protocol.py (earlier versions: `guided_*`); SGLang:
-# srt/entrypoints/openai/protocol.py.
-_GRAMMARS: Final = (
-    *("response_format", "structured_outputs", "structural_tag", "json_schema", "regex", "ebnf", "grammar"),
-    *("guided_json", "guided_regex", "guided_choice", "guided_grammar", "guided_json_object"),
-    *("output_format", "guided_decoding"),  # Anthropic's, TensorRT-LLM's
-)
-_TRANSFERS: Final = (
-    *("kv_transfer_params", "ec_transfer_params", "bootstrap_room", "bootstrap_host", "disaggregated_params"),
-    *("lora_path", "lora_request", "lora", "adapter_id"),  # SGLang's, TensorRT-LLM's, llama.cpp's, TGI's
-    *("routed_dp_rank", "data_parallel_rank"),
-)
+_WAITED_FOR: Final = frozenset((*GRAMMARS, *TRANSFERS))
 _MAX_PRIORITY: Final = (1 << 63) - 1
-_LINK: Final = ("http://", "https://")
 _STREAM_OPTIONS_ROUTES: Final = frozenset(("chat", "completions"))
 MAX_MODEL_NAME_CHARS: Final = 128
+
+Options = Mapping[str, Any]  # members of a body, or of an object in it
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,49 +44,33 @@ class RequestShape:
     withholds: bool = False
 
 
-def describe(
-    payload: dict[str, Any] | None, route: str, body_bytes: int, read: Callable[[str], str] = str
-) -> RequestShape:
-    """The shape of a request. `payload` is None if the body could not be parsed; its length then counts as text.
-
-    `read` maps a text of the payload to what its client wrote.
-    """
+def describe(scan: BodyScan | None, route: str, body_bytes: int) -> RequestShape:
+    """The shape of a request. `scan` is None if the body was not read; its length then counts as text."""
     generative = route not in SHORT_ROUTES
-    if payload is None:
+    if scan is None:
         text_bytes = 0 if route == "audio" else body_bytes
         return RequestShape(generative=generative, text_bytes=text_bytes, reorders=True, withholds=True)  # unknown
-    model, stream, messages = payload.get("model"), payload.get("stream") is True, payload.get("messages")
-    choices, limit = _count(payload.get("n")) or 1, _max_output(payload)
-    text_bytes = characters = token_ids = 0
-    media: Counter[str] = Counter()
-    fetches = False
-    for value in leaves(prompts(payload), read):
-        if isinstance(value, str):
-            text_bytes += len(value) if value.isascii() else len(value.encode(errors="replace"))
-            characters += len(value)
-        elif isinstance(value, list):
-            token_ids += len(value)
-        else:
-            media[value["type"]] += 1
-            fetches = fetches or _is_fetched(value)
+    found, options = scan.found, scan.options
+    model, stream = options.get("model"), options.get("stream") is True
+    choices, limit = _count(options.get("n")) or 1, _max_output(options)
     return RequestShape(
         # JSON may hold lone surrogates, which no report can carry
-        model=read(model)[:MAX_MODEL_NAME_CHARS].encode(errors="replace").decode() if isinstance(model, str) else "",
+        model=model[:MAX_MODEL_NAME_CHARS].encode(errors="replace").decode() if isinstance(model, str) else "",
         stream=stream,
         generative=generative,
         max_output=None if limit is None else limit * choices,
         choices=choices,
-        text_bytes=text_bytes,
-        script=min(3, max(1, round(text_bytes / max(1, characters)))),
-        messages=len(messages) if isinstance(messages, list) else 0,
-        token_ids=token_ids,
-        images=sum(media[kind] for kind in _IMAGE_TYPES),
-        audios=sum(media[kind] for kind in _AUDIO_TYPES),
-        videos=sum(media[kind] for kind in _VIDEO_TYPES),
-        ask_usage=stream and route in _STREAM_OPTIONS_ROUTES and _lacks_usage(payload.get("stream_options")),
-        priority=_priority(payload.get("priority")),
-        reorders=fetches or _reorders(payload),
-        withholds=_withholds(payload),
+        text_bytes=found.text_bytes,
+        script=min(3, max(1, round(found.text_bytes / max(1, found.characters)))),
+        messages=found.messages,
+        token_ids=found.token_ids,
+        images=found.images,
+        audios=found.audios,
+        videos=found.videos,
+        ask_usage=stream and route in _STREAM_OPTIONS_ROUTES and _lacks_usage(options.get("stream_options")),
+        priority=_priority(options.get("priority")),
+        reorders=found.fetches or _reorders(options) or _has_tool_grammar(scan),
+        withholds=_withholds(scan),
     )
 
 
@@ -136,15 +87,17 @@ def _priority(value: Any) -> int:
         return 0
 
 
-def _reorders(payload: dict[str, Any]) -> bool:
+def _reorders(options: Options) -> bool:
     """Whether an engine that serves first come, first served may serve later requests before this one."""
-    holders = [payload, *(payload[key] for key in _OUTPUT_HOLDERS if isinstance(payload.get(key), dict))]
-    if any(_is_set(holder.get(name)) for holder in holders for name in (*_GRAMMARS, *_TRANSFERS)):
+    if any(_is_set(value) for holder in _holders(options) for name, value in holder.items() if name in _WAITED_FOR):
         return True
-    # the responses API's, Anthropic's
-    formats = (payload[key].get("format") for key in ("text", "output_config") if isinstance(payload.get(key), dict))
-    slot = payload.get("id_slot")  # llama.cpp's
-    return any(map(_is_set, formats)) or _has_tool_grammar(payload) or (_count(slot) is not None)
+    formats = (options[key].get("format") for key in FORMAT_HOLDERS if isinstance(options.get(key), dict))
+    return any(map(_is_set, formats)) or (_count(options.get("id_slot")) is not None)  # llama.cpp's slot
+
+
+def _holders(options: Options) -> list[Options]:
+    """The objects that hold options: the body, and those of TGI and SGLang in it."""
+    return [options, *(options[key] for key in OUTPUT_HOLDERS if isinstance(options.get(key), dict))]
 
 
 def _is_set(value: Any) -> bool:
@@ -154,111 +107,37 @@ def _is_set(value: Any) -> bool:
     return value is not None and value is not False and value not in ("", [], "text")
 
 
-def _has_tool_grammar(payload: dict[str, Any]) -> bool:
+def _has_tool_grammar(scan: BodyScan) -> bool:
     """Whether an engine makes a grammar of the tools: one must be called, or their arguments are checked."""
-    tools, choice = _tools(payload), _choice(payload)
-    functions = [tool.get("function") for tool in tools if isinstance(tool, dict)]
-    strict = (holder.get("strict") for holder in (*tools, *functions) if isinstance(holder, dict))
-    return bool(tools) and choice != "none" and (choice not in ("", "auto") or True in strict)
+    choice = _choice(scan.options)
+    return scan.found.offers_tools and choice != "none" and (choice not in ("", "auto") or scan.found.is_strict)
 
 
-def _withholds(payload: dict[str, Any]) -> bool:
+def _withholds(scan: BodyScan) -> bool:
     """Whether an engine may generate tokens that it does not send: a tool's arguments, or hidden thoughts.
 
     vLLM hides them without `include_reasoning`, which no effort implies; SGLang holds them without `stream_reasoning`.
     """
-    thinks = payload.get("include_reasoning") is not False and payload.get("stream_reasoning") is not False
-    reasoning = payload.get("reasoning")  # the responses API's
-    efforts = (payload.get("reasoning_effort"), reasoning.get("effort") if isinstance(reasoning, dict) else None)
-    return not thinks or "none" in efforts or (bool(_tools(payload)) and _choice(payload) != "none")
+    options = scan.options
+    thinks = options.get("include_reasoning") is not False and options.get("stream_reasoning") is not False
+    reasoning = options.get("reasoning")  # the responses API's
+    efforts = (options.get("reasoning_effort"), reasoning.get("effort") if isinstance(reasoning, dict) else None)
+    return not thinks or "none" in efforts or (scan.found.offers_tools and _choice(options) != "none")
 
 
-def _tools(payload: dict[str, Any]) -> list[Any]:
-    """The tools that a request offers; SGLang takes them from messages, too."""
-    messages = payload.get("messages")
-    holders = (
-        [payload, *(item for item in messages if isinstance(item, dict))] if isinstance(messages, list) else [payload]
-    )
-    offers = (holder.get(name) for holder in holders for name in ("tools", "functions"))
-    return [tool for offer in offers if isinstance(offer, list) for tool in offer]
-
-
-def _choice(payload: dict[str, Any]) -> str:
+def _choice(options: Options) -> str:
     """How tools are chosen: "none", "auto", or another word where one must be called; "" if it is not said."""
-    choice = payload.get("tool_choice") or payload.get("function_call") or ""
+    choice = options.get("tool_choice") or options.get("function_call") or ""
     if isinstance(choice, dict):
         choice = choice.get("type") or "function"
-    return choice if isinstance(choice, str) else ""
+    return "function" if choice is TOO_LONG else choice if isinstance(choice, str) else ""
 
 
-def _is_fetched(part: dict[str, Any]) -> bool:
-    """Whether the engine fetches a media part from a link."""
-    sources = (part.get(key) for key in (*_MEDIA_TYPES, "url"))
-    urls = (source.get("url") if isinstance(source, dict) else source for source in sources)
-    return any(isinstance(url, str) and url[:8].lower().startswith(_LINK) for url in urls)
-
-
-def _max_output(payload: dict[str, Any]) -> int | None:
-    holders = [payload, *(payload[key] for key in _OUTPUT_HOLDERS if isinstance(payload.get(key), dict))]
-    limits = (_count(holder.get(key)) for holder in holders for key in _OUTPUT_KEYS)
+def _max_output(options: Options) -> int | None:
+    limits = (_count(holder.get(key)) for holder in _holders(options) for key in OUTPUT_KEYS)
     return next((limit for limit in limits if limit is not None), None)
 
 
 def _count(value: Any) -> int | None:
     """A plausible count, or None; 2^31 bounds the effect of one request on the sums."""
     return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 31 else None
-
-
-def prompts(payload: dict[str, Any]) -> list[Any]:
-    """The members of a body that contain its prompt."""
-    return [{key: payload[key] for key in _PROMPT_KEYS if key in payload}]
-
-
-def leaves(stack: list[Any], read: Callable[[str], str] = str) -> Iterator[str | list[int] | dict[str, Any]]:
-    """The texts, lists of token ids, and media parts below the values of `stack`, which is consumed from its end."""
-    while stack:
-        value = stack.pop()
-        if isinstance(value, str):
-            yield read(value)
-        elif isinstance(value, list):
-            kinds = set(map(type, value))
-            if int not in kinds:
-                stack.extend(value)
-            elif len(kinds) == 1:
-                yield value
-            else:  # llama.cpp accepts texts among token ids
-                yield [item for item in value if type(item) is int]
-                stack.extend(item for item in value if type(item) is not int)
-        elif isinstance(value, dict):
-            kind = value.get("type")
-            if isinstance(kind, str) and kind in _MEDIA_TYPES:
-                yield value
-                stack.extend(value[key] for key in _TEXT_KEYS if key in value)
-                continue
-            for key, item in value.items():
-                if key in _PRINTED_KEYS or (key == "input" and kind == "tool_use"):
-                    yield from map(read, _printed(item))
-                elif key in _MEDIA_TYPES:
-                    if item:
-                        yield {"type": key}
-                elif key not in _BINARY_KEYS or kind == "text":
-                    stack.append(item)
-
-
-def _printed(value: Any) -> Iterator[str]:
-    """A JSON value as engines print it into a prompt, or its texts if it is nested too deeply."""
-    if value is None or isinstance(value, str):
-        yield value or ""
-        return
-    try:
-        yield json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-    except RecursionError:
-        stack = [value]
-        while stack:
-            value = stack.pop()
-            if isinstance(value, dict):
-                stack += [*value.keys(), *value.values()]
-            elif isinstance(value, list):
-                stack += value
-            else:
-                yield str(value)

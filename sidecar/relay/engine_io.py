@@ -14,13 +14,13 @@ from urllib.parse import urlsplit
 
 from sidecar.errors import BadTarget
 from sidecar.events import Trace
+from sidecar.load.body_scan import Buffer
 from sidecar.relay import headers
 from sidecar.relay.http import client
 from sidecar.relay.http.engine import Answer, EngineConnection, EngineError, Place, Pool, Send, Unanswered
 from sidecar.relay.http.head import request_head
 from sidecar.relay.open_requests import OpenRequests
 from sidecar.relay.outcomes import engine_error
-from sidecar.relay.request_body import Buffer
 from sidecar.signals.engine_address import EngineAddress
 from sidecar.signals.listening_socket import host_and_port, socket_path
 

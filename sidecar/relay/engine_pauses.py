@@ -15,6 +15,7 @@ from sidecar.events import Directing, EnginePauseChanged, Event
 from sidecar.relay.request_body import parse_object
 
 PAUSE_METHODS: Final = ("POST", "GET", "PUT")
+MAX_TAGS_BYTES: Final = 4096  # of a resuming call's body; json.loads holds the event loop for at most 1.5 ms
 LAST_TAG: Final = "kv_cache"  # parts can be resumed one by one; users of both engines resume this one last
 
 Turn = Literal["stops", "resumes", "during", "ends"]
@@ -60,7 +61,7 @@ def route_of(method: str, path: str) -> PauseRoute | None:
 def is_partial(query: str, body: bytes) -> bool:
     """Whether a resuming call names parts (`tags`, in vLLM's query or SGLang's body) without the last one."""
     tags: Any = parse_qs(query).get("tags")
-    if not tags:
+    if not tags and len(body) <= MAX_TAGS_BYTES:
         tags = (parse_object(body) or {}).get("tags")
     return isinstance(tags, list | str) and bool(tags) and LAST_TAG not in tags
 

@@ -22,6 +22,7 @@ from sidecar.events import AbortRequests, Command, Event, LoadReport, MetricsPag
 from sidecar.load import request_shape
 from sidecar.relay import (
     admin_paths,
+    body_thread,
     client_io,
     engine_io,
     headers,
@@ -207,8 +208,8 @@ class Relay:
         admission.read_at = time.monotonic()
         parsed = request_body.ParsedBody(body)
         if admission.route != "audio" and b"content-encoding" not in request.fields:
-            parsed = request_body.extract_data_urls(body, secrets.token_hex(16), links=self._fetch is not None)
-        admission.shape = request_shape.describe(parsed.payload, admission.route, len(body), parsed.text)
+            parsed = await body_thread.run(partial(request_body.parse, links=self._fetch is not None), body)
+        admission.shape = request_shape.describe(parsed.scan, admission.route, len(body))
         await self._pricing.charge(admission, parsed)
         prepared = await self._prepare(parsed, admission)
         # 0 tokens: the model's files do not state it
@@ -225,7 +226,7 @@ class Relay:
         emit, started = self._open_requests.emit, time.monotonic()
         try:
             return await inline.prepare(
-                self._images, parsed.images, emit, admission, shm=shm, fetch=self._fetch, passing=passing
+                self._images, parsed, emit, admission, shm=shm, fetch=self._fetch, passing=passing
             )
         finally:
             admission.image_seconds = time.monotonic() - started

@@ -1,12 +1,8 @@
-"""Pure: request bodies. Which paths are engine work, and image payloads kept away from the JSON parser.
+"""Pure: request bodies. Which paths are engine work, where a body's images stand, and changes as splices.
 
-Rules: the base64 text of a data URL never goes through `json`: it is cut out by byte search, and the small rest is
-parsed. A body in which nothing changes is sent byte for byte. A body that cannot be parsed is left to the engine.
-
-Why the cut is safe: in valid JSON an unescaped `"` directly before `data:` opens a string, and the next unescaped `"`
-ends it. A data URL with a backslash inside (`\\/`, as PHP writes it) is left to the JSON parser. A placeholder carries
-a nonce that is drawn for this one body after it arrived, so no user's text can be mistaken for one. A data URL need
-not be an image: a text of the payload is read through `ParsedBody.text`.
+Rules: a body is never written anew. What is replaced or added is spliced in at its position, and every other byte goes
+out as it came: repeated keys, forms of numbers, spaces. A body that is no JSON object, and one in UTF-16 or UTF-32, is
+left to the engine. The position of a string decides what it is, so no text can be mistaken for an image.
 """
 
 from __future__ import annotations
@@ -17,7 +13,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from sidecar.relay.url_policy import is_link
+from sidecar.load import body_scan
+from sidecar.load.body_scan import BodyScan, Buffer
+from sidecar.load.found import FoundPart, Span
+from sidecar.load.request_keys import PROCESSING_OPTIONS
 
 # Route name -> ends of POST paths. The last two segments of a path are looked up first, then the last one.
 _PATHS: Final = {
@@ -35,49 +34,40 @@ _PATHS: Final = {
 }
 ROUTES: Final = {path: route for route, paths in _PATHS.items() for path in paths.split()}
 
-MAX_PARSED_BYTES: Final = 16 << 20  # JSON without images; json.loads holds the GIL for about 5 ms a MiB
-# Members that configure vLLM's own image processing: the images are then left to the engine.
-PROCESSING_OPTIONS: Final = ("mm_processor_kwargs", "media_io_kwargs")
 _BASE64_MARK: Final = b";base64,"
-_MAX_MEDIA_TYPE_BYTES: Final = 128  # between `"data:` and `;base64,`
+_MAX_HEAD_BYTES: Final = 136  # of a data URL, up to its base64 text
+_EMPTY_OBJECT: Final = re.compile(rb"\{[ \t\r\n]*\}")
+_INCLUDE_USAGE: Final = b'"include_usage":true'
 
-Buffer = bytes | memoryview | bytearray
+Splice = tuple[Span, list[Buffer]]  # what is taken out, and what takes its place
 
 
 @dataclass(slots=True)
 class ImagePart:
-    """One image of a request. `data` is its base64 text, `part` the content part (in the payload) that holds it."""
+    """One image of a request. `data` is its base64 text."""
 
-    index: int  # into ParsedBody.originals
     where: str  # "messages[0].content[1]"
     media_type: str  # "image/jpeg"
     data: memoryview
-    part: dict[str, Any]
     link: str = ""  # where its bytes must be fetched from; it has no `data` then
-    named: bool = False  # `part` got its `uuid` from the sidecar
+    url: Span = (0, 0)  # of the body, without quotes
+    start: int = 0  # the brace of its part
+    is_named: bool = False  # the client gave it a `uuid`
+    name: str = ""  # the sidecar's `uuid` for it
 
 
 @dataclass(slots=True)
 class ParsedBody:
-    """A body without its data URLs. `payload` is None if the body is no JSON object or too long to parse."""
+    """A body and what was found in it. `scan` is None if the body is no JSON object or was not read.
+
+    `images` are the first ones; `image_count` and `link_count` are all of them.
+    """
 
     body: bytes
-    stem: str = ""  # of the placeholders that stand for the data URLs
-    payload: dict[str, Any] | None = None
-    originals: list[Buffer] = field(default_factory=list)  # the data URLs, without their quotes
+    scan: BodyScan | None = None
     images: list[ImagePart] = field(default_factory=list)
-
-    def text(self, found: str) -> str:
-        """A text of the payload as the client sent it, with the data URLs that were cut out."""
-        if not self.originals or self.stem not in found:
-            return found
-        placeholder = re.escape(self.stem) + r"(\d+)\."
-        return re.sub(placeholder, lambda match: str(self.originals[int(match[1])], "utf-8", "replace"), found)
-
-    def original(self, text: str) -> Buffer:
-        """The original of a text of the payload: the data URL that was cut out, or the text itself."""
-        is_cut = text.startswith(self.stem)
-        return self.originals[int(text[len(self.stem) : -1])] if is_cut else text.encode(errors="replace")
+    image_count: int = 0
+    link_count: int = 0
 
 
 def route_of(path: str) -> str | None:
@@ -86,46 +76,33 @@ def route_of(path: str) -> str | None:
     return ROUTES.get(head.rpartition("/")[2] + "/" + last) or ROUTES.get(last)
 
 
-def extract_data_urls(body: bytes, nonce: str, *, links: bool = False) -> ParsedBody:
-    """Cut the data URLs out of `body` and parse the rest. `nonce`: letters and digits drawn after the body came.
-
-    `links`: images behind http(s) links count as images, too.
-    """
-    parsed = ParsedBody(body, f"data:,{nonce}-")
-    pieces: list[Buffer] = []
-    view = memoryview(body)
-    at = 0
-    for start, end in _find_data_urls(body):
-        pieces += (view[at:start], f"{parsed.stem}{len(parsed.originals)}.".encode())
-        parsed.originals.append(view[start:end])
-        at = end
-    rest = b"".join((*pieces, view[at:])) if pieces else body
-    # too long; or UTF-16 or UTF-32, into which ASCII pieces do not fit
-    if len(rest) > MAX_PARSED_BYTES or 0 in rest[:4] or rest.startswith((b"\xff\xfe", b"\xfe\xff")):
+def parse(body: bytes, *, links: bool = False) -> ParsedBody:
+    """Scan a body. `links`: images behind http(s) links count as images, too."""
+    parsed = ParsedBody(body, body_scan.scan(body))
+    if parsed.scan is None or any(parsed.scan.options.get(name) for name in PROCESSING_OPTIONS):
         return parsed
-    parsed.payload = parse_object(rest)
-    if parsed.payload is not None:
-        parsed.images = list(_find_images(parsed, parsed.payload, links))
+    found = parsed.scan.found
+    parsed.link_count = found.link_parts if links else 0
+    parsed.image_count = found.image_parts + parsed.link_count
+    parsed.images = [_image(body, part) for part in found.parts if links or not part.is_link]
     return parsed
 
 
 def rebuild(parsed: ParsedBody, replaced: Mapping[int, tuple[str, Buffer]], *, ask_usage: bool = False) -> list[Buffer]:
     """The body to send, in pieces.
 
-    `replaced` maps ImagePart.index to (media type, base64 text), or ("", URL). `ask_usage` adds
-    `stream_options.include_usage`. With neither: the original bytes. Changes in `payload` are sent only with a
-    replacement.
+    `replaced` maps indexes of `images` to (media type, base64 text), or ("", URL); names of images go out with these.
+    `ask_usage` adds `stream_options.include_usage`. With neither: the original bytes.
     """
-    if parsed.payload is None or not (replaced or ask_usage):
-        return [parsed.body]
-    if not replaced and "stream_options" not in parsed.payload:
-        brace = parsed.body.index(b"{") + 1
-        member = b'"stream_options":{"include_usage":true},'
-        return [parsed.body[:brace] + member, memoryview(parsed.body)[brace:]]
-    payload = parsed.payload
-    if ask_usage:
-        payload = {**payload, "stream_options": {**(payload.get("stream_options") or {}), "include_usage": True}}
-    return list(_fill(parsed, json.dumps(payload, separators=(",", ":")).encode(), replaced))
+    splices = [splice for index, new in replaced.items() for splice in _image_splices(parsed.images[index], new)]
+    if ask_usage and parsed.scan is not None:
+        splices.append(_usage_splice(parsed.body, parsed.scan))
+    pieces: list[Buffer] = []
+    view, at = memoryview(parsed.body), 0
+    for (start, end), new in sorted(splices, key=lambda splice: splice[0]):
+        pieces += (view[at:start], *new)
+        at = end
+    return [*pieces, view[at:]] if pieces else [parsed.body]
 
 
 def parse_object(text: bytes) -> dict[str, Any] | None:
@@ -137,80 +114,55 @@ def parse_object(text: bytes) -> dict[str, Any] | None:
     return parsed if isinstance(parsed, dict) else None
 
 
-def _find_data_urls(body: bytes) -> Iterator[tuple[int, int]]:
-    """(start, end) of every string that is a base64 data URL without escapes, quotes excluded."""
-    mark = body.find(_BASE64_MARK)
-    while mark >= 0:
-        after = mark + len(_BASE64_MARK)
-        quote = body.rfind(b'"', max(0, mark - _MAX_MEDIA_TYPE_BYTES), mark)
-        if quote > 0 and body.startswith(b"data:", quote + 1) and body[quote - 1] != 0x5C:
-            end = body.find(b'"', after)
-            if end < 0:
-                return
-            if body.find(b"\\", quote, end) < 0:
-                yield quote + 1, end
-                after = end
-        mark = body.find(_BASE64_MARK, after)
+def listed_images(body: bytes) -> tuple[int, list[str | memoryview]] | None:
+    """The number of strings in the list `images` of a body, and the first of them; None if there is no such list.
+
+    A link comes as text, anything else as UTF-8.
+    """
+    found = body_scan.find(body)
+    if found is None or found.sources is None:
+        return None
+    texts = (_text(body, part) for part in found.sources)
+    pairs = zip(found.sources, texts, strict=True)
+    return found.source_count, [str(text, "utf-8", "replace") if part.is_link else text for part, text in pairs]
 
 
-def _find_images(parsed: ParsedBody, payload: dict[str, Any], links: bool) -> Iterator[ImagePart]:
-    """The base64 images, and with `links` those to fetch, in parts of `messages` (chat) and `input` (responses)."""
-    if any(payload.get(name) for name in PROCESSING_OPTIONS):
-        return
-    stem = parsed.stem
-    for where, part in _image_parts(payload):
-        url = part.get("image_url")
-        holder, key = (url, "url") if isinstance(url, dict) else (part, "image_url")
-        text = holder.get(key)
-        if not isinstance(text, str):
-            continue
-        is_fetched = links and is_link(text)
-        if text.startswith(stem):
-            index = int(text[len(stem) : -1])
-        elif is_fetched or text.startswith("data:image/"):  # the latter had escapes, so it was not cut
-            index = len(parsed.originals)
-            parsed.originals.append(json.dumps(text)[1:-1].encode())
-            holder[key] = f"{stem}{index}."
-        else:
-            continue
-        if is_fetched:
-            yield ImagePart(index, where, "", memoryview(b""), part, text)
-            continue
-        media_type, data = _split_data_url(parsed.originals[index], text)
-        if media_type.startswith("image/"):
-            yield ImagePart(index, where, media_type, data, part)
-
-
-def _image_parts(payload: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    for name in ("messages", "input"):
-        messages = payload.get(name)
-        for i, message in enumerate(messages if isinstance(messages, list) else ()):
-            content = message.get("content") if isinstance(message, dict) else None
-            for j, part in enumerate(content if isinstance(content, list) else ()):
-                if isinstance(part, dict) and part.get("type") in ("image_url", "input_image"):
-                    yield f"{name}[{i}].content[{j}]", part
-
-
-def _split_data_url(original: Buffer, text: str) -> tuple[str, memoryview]:
-    """(media type, the base64 text) of a data URL; "" if it is not base64. `text`: decoded, if it had escapes."""
-    view = memoryview(text.encode(errors="replace") if isinstance(original, bytes) else original)
-    head = bytes(view[: _MAX_MEDIA_TYPE_BYTES + len(_BASE64_MARK)])
+def _image(body: bytes, part: FoundPart) -> ImagePart:
+    text = _text(body, part)
+    if part.is_link:
+        link = str(text, "utf-8", "replace")
+        return ImagePart(part.where, "", memoryview(b""), link, part.url, part.start, part.is_named)
+    head = bytes(text[:_MAX_HEAD_BYTES])
     at = head.find(_BASE64_MARK)
-    media_type = head[len("data:") : max(at, 0)].decode("latin-1").partition(";")[0].strip().lower()
-    return media_type, view[at + len(_BASE64_MARK) :]
+    media_type = head[len("data:") : at].decode("latin-1").partition(";")[0].strip().lower()
+    data = text[at + len(_BASE64_MARK) :]
+    return ImagePart(part.where, media_type, data, "", part.url, part.start, part.is_named)
 
 
-def _fill(parsed: ParsedBody, text: bytes, replaced: Mapping[int, tuple[str, Buffer]]) -> Iterator[Buffer]:
-    """`text` with each placeholder replaced by its replacement, or else by its original."""
-    pieces = re.split(rb"%b(\d+)\." % re.escape(parsed.stem).encode(), text)
-    yield pieces[0]
-    for number, after in zip(pieces[1::2], pieces[2::2], strict=True):
-        index = int(number)
-        if index in replaced:
-            media_type, data = replaced[index]
-            if media_type:
-                yield f"data:{media_type};base64,".encode()
-            yield data
-        else:
-            yield parsed.originals[index]
-        yield after
+def _text(body: bytes, part: FoundPart) -> memoryview:
+    """The URL of a part: a view into the body, unless it has escapes."""
+    start, end = part.url
+    return memoryview(body_scan.inside_of(body, start, end)) if part.escaped else memoryview(body)[start:end]
+
+
+def _image_splices(image: ImagePart, new: tuple[str, Buffer]) -> Iterator[Splice]:
+    media_type, data = new
+    yield image.url, [f"data:{media_type};base64,".encode(), data] if media_type else [data]
+    if image.name:  # a part has a type, so a member follows
+        yield (image.start + 1, image.start + 1), [b'"uuid":"%b",' % image.name.encode()]
+
+
+def _usage_splice(body: bytes, scan: BodyScan) -> Splice:
+    """Ask for the usage of a stream that does not: in the last `stream_options`, or in new ones."""
+    options, place = scan.options.get("stream_options"), scan.found.members.get("stream_options")
+    if place is None:
+        brace = body.index(b"{") + 1  # the object is not empty: it says `stream`
+        return (brace, brace), [b'"stream_options":{%b},' % _INCLUDE_USAGE]
+    start, end = place
+    if options is None:
+        return place, [b"{%b}" % _INCLUDE_USAGE]
+    inner = body_scan.find(memoryview(body)[start:end])
+    given = inner and inner.members.get("include_usage")
+    if given:
+        return (start + given[0], start + given[1]), [b"true"]
+    return (start + 1, start + 1), [_INCLUDE_USAGE if _EMPTY_OBJECT.match(body, start) else _INCLUDE_USAGE + b","]

@@ -12,7 +12,7 @@ from pathlib import Path
 import atheris
 import torchvision.io.image  # noqa: F401  takes longer than one try may
 
-with atheris.instrument_imports(include=["sidecar.images.file_headers", "sidecar.relay", "json"]):
+with atheris.instrument_imports(include=["sidecar.images.file_headers", "sidecar.relay", "sidecar.load", "json"]):
     from tests.fuzz.targets import TARGETS
 
 from tests.fuzz import seeds

@@ -61,4 +61,4 @@ def bodies() -> list[bytes]:
 def of(target: str) -> list[bytes]:
     """The seeds of a target."""
     files = (data for data in corpus.all_files().values() if len(data) <= MAX_SEED_BYTES)
-    return {"header": lambda: list(files), "body": bodies, "link": lambda: list(LINKS)}[target]()
+    return {"header": lambda: list(files), "body": bodies, "scan": bodies, "link": lambda: list(LINKS)}[target]()

@@ -9,11 +9,12 @@ import json
 from typing import Any
 
 from sidecar.images import file_headers
+from sidecar.load import body_scan as scans
 from sidecar.load import request_shape
+from sidecar.load.found import Found
 from sidecar.relay import request_body as bodies
 from sidecar.relay import url_policy
 
-NONCE = "0123456789abcdef"
 MAX_DECODED_PIXELS = 1 << 20
 IMAGE = "data:image/png;base64,AAAA"
 
@@ -40,29 +41,42 @@ def image_header(data: bytes) -> None:
 def request_body(data: bytes) -> None:
     """A body goes out as it came in, or means the same but for what was to change."""
     for with_links in (False, True):
-        skeleton = bodies.extract_data_urls(data, NONCE, links=with_links)
-        assert bodies.rebuild(skeleton, {}) == [data]
-        request_shape.describe(skeleton.payload, "chat", len(data), skeleton.text)
-        if not skeleton.payload:
-            assert not skeleton.images
+        parsed = bodies.parse(data, links=with_links)
+        assert bodies.rebuild(parsed, {}) == [data]
+        request_shape.describe(parsed.scan, "chat", len(data))
+        if parsed.scan is None:
+            assert not parsed.images and bodies.rebuild(parsed, {}, ask_usage=True) == [data]
             continue
-        try:
-            means = json.loads(data)
-        except ValueError:
-            return  # JSON but for what stands in a data URL, which is the image workers' to judge
-        if means.get("stream_options") is None or isinstance(means["stream_options"], dict):
-            asked = json.loads(b"".join(bodies.rebuild(skeleton, {}, ask_usage=True)))
-            asked["stream_options"].pop("include_usage")
+        means = json.loads(data)
+        if parsed.scan.options.get("stream") is True and request_shape.describe(parsed.scan, "chat", 0).ask_usage:
+            asked = json.loads(b"".join(bodies.rebuild(parsed, {}, ask_usage=True)))
+            assert asked["stream_options"].pop("include_usage") is True
+            options = means.get("stream_options") or {}
+            options.pop("include_usage", None)
+            assert asked["stream_options"] == options
             assert _text(asked, "stream_options") == _text(means, "stream_options")
-        for part in skeleton.images:
-            assert part.link or part.data is not None
-        if skeleton.images:
-            replaced = {part.index: ("image/png", b"AAAA") for part in skeleton.images}
-            changed = json.loads(b"".join(bodies.rebuild(skeleton, replaced)))
-            for part in skeleton.images:
+        if parsed.images:
+            replaced = dict.fromkeys(range(len(parsed.images)), ("image/png", b"AAAA"))
+            changed = json.loads(b"".join(bodies.rebuild(parsed, replaced)))
+            for part in parsed.images:
                 assert _url(changed, part.where) == IMAGE
                 _put(changed, part.where, _url(means, part.where))
             assert _text(changed) == _text(means)
+
+
+def body_scan(data: bytes) -> None:
+    """The compiled scanner reads what `json` reads, and finds the same in it."""
+    found = scans.find(data)
+    try:
+        payload = json.loads(data.decode("utf-8-sig", "surrogatepass"))
+    except ValueError:
+        payload = None
+    except RecursionError:
+        return
+    assert (found is not None) == isinstance(payload, dict)
+    if len(data) <= scans.MAX_PYTHON_BYTES:
+        assert found == (other := scans.find_in_python(data))
+        assert _texts(found) == _texts(other)
 
 
 def link(data: bytes) -> None:
@@ -74,6 +88,17 @@ def link(data: bytes) -> None:
         host = (url.host or "").rstrip(".")
         assert host == "img.example.com" or host.endswith(".example.org")
     url_policy.is_public(data.decode("latin-1"))
+
+
+def _texts(found: Found | None) -> list[str]:
+    if found is None:
+        return []
+    assert found.texts is not None, "a seed has few texts"
+    places = found.texts.places
+    return sorted(
+        scans.prompt_text(found.texts.source, start, end, bool(printed))
+        for start, end, printed in zip(places[::3], places[1::3], places[2::3], strict=True)
+    )
 
 
 def _text(value: dict[str, Any], without: str = "") -> str:
@@ -98,4 +123,4 @@ def _put(payload: dict[str, Any], where: str, url: Any) -> None:
         part["image_url"] = url
 
 
-TARGETS = {"header": image_header, "body": request_body, "link": link}
+TARGETS = {"header": image_header, "body": request_body, "scan": body_scan, "link": link}

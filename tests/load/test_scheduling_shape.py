@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 
-from sidecar.load.request_shape import describe
+from sidecar.load.body_scan import scan
+from sidecar.load.request_shape import RequestShape, describe
+
+
+def shape(members: dict[str, Any]) -> RequestShape:
+    """What is read of a body with these members."""
+    return describe(scan(json.dumps(members).encode()), "chat", 0)
+
 
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
 
@@ -20,7 +28,7 @@ TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "ob
 )
 def test_a_priority_is_a_number_of_64_bits(asked: Any, priority: int) -> None:
     """What engines read as a number is one; nonsense is the default."""
-    assert describe({"priority": asked}, "chat", 0).priority == priority
+    assert shape({"priority": asked}).priority == priority
 
 
 @pytest.mark.parametrize(
@@ -62,7 +70,7 @@ def test_a_priority_is_a_number_of_64_bits(asked: Any, priority: int) -> None:
 )
 def test_what_waits_for_something_of_its_own_may_be_overtaken(members: dict[str, Any]) -> None:
     """A grammar that is compiled, a transfer, an adapter, a slot, a link: engines serve later requests first."""
-    assert describe(members, "chat", 0).reorders
+    assert shape(members).reorders
 
 
 @pytest.mark.parametrize(
@@ -93,7 +101,7 @@ def test_what_waits_for_something_of_its_own_may_be_overtaken(members: dict[str,
 )
 def test_what_waits_for_nothing_is_served_in_its_turn(members: dict[str, Any]) -> None:
     """Options that are absent, null or off are no grammar and no transfer, and no text passes for one."""
-    assert not describe(members, "chat", 0).reorders
+    assert not shape(members).reorders
 
 
 @pytest.mark.parametrize(
@@ -124,10 +132,10 @@ def test_what_waits_for_nothing_is_served_in_its_turn(members: dict[str, Any]) -
 )
 def test_tools_and_hidden_thoughts_may_be_withheld(members: dict[str, Any], withholds: bool) -> None:
     """A stream with tools or hidden reasoning may be silent while the engine generates."""
-    assert describe(members, "chat", 0).withholds is withholds
+    assert shape(members).withholds is withholds
 
 
 def test_a_body_that_was_not_read_may_be_all_of_it() -> None:
     """Nothing is known of an encoded body, so neither its turn nor its pace proves anything."""
-    shape = describe(None, "chat", 1000)
-    assert (shape.priority, shape.reorders, shape.withholds) == (0, True, True)
+    unread = describe(None, "chat", 1000)
+    assert (unread.priority, unread.reorders, unread.withholds) == (0, True, True)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, TypeVar
 
@@ -155,3 +156,12 @@ async def _rig(own: Settings, pricing: Pricing, ways: dict[str, Any]) -> AsyncIt
     accepting.close()
     await relay.server.close()
     await relay.close()
+
+
+@pytest.fixture
+def switching_never() -> Iterator[None]:
+    """No thread is interrupted: it runs until it waits, or lets go of the GIL."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(PATIENCE)
+    yield
+    sys.setswitchinterval(before)

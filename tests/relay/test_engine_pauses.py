@@ -11,7 +11,7 @@ from aiohttp import web
 
 from sidecar.events import Directing, EnginePauseChanged, Event, Settled
 from sidecar.relay.engine_io import MAX_REPEATED_BYTES
-from sidecar.relay.engine_pauses import PAUSE_ROUTES, PauseCall, is_partial, route_of
+from sidecar.relay.engine_pauses import MAX_TAGS_BYTES, PAUSE_ROUTES, PauseCall, is_partial, route_of
 from sidecar.tools.scripted_engine.server import EngineSettings, ScriptedEngine
 
 from ..waiting import PATIENCE
@@ -214,10 +214,11 @@ async def test_waking_in_part_is_not_awake(rig: Any, serve: Any) -> None:
         ("", b'{"tags": true}', False),
         ("", b'{"tags": 5}', False),
         ("", b'{"tags": "weights"}', True),
+        ("", b'{"tags": "weights", "x": [' + b"[]," * MAX_TAGS_BYTES + b"[]]}", False),
     ],
 )
 def test_in_part(query: str, body: bytes, partly: bool) -> None:
-    """Parts that are named without the KV cache leave the engine asleep; what cannot be read names none."""
+    """Parts that are named without the KV cache leave the engine asleep; what cannot be read or is long names none."""
     assert is_partial(query, body) is partly
 
 

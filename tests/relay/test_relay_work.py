@@ -52,6 +52,22 @@ async def test_who_asks_for_usage_gets_it(rig: Any) -> None:
         assert (await r.emitted.settled()).usage is not None
 
 
+async def test_what_is_asked_for_is_added_to_the_bytes_that_came(rig: Any, serve: Any) -> None:
+    """Repeated keys, forms of numbers and blanks reach the engine; options of the client keep theirs."""
+    came: list[bytes] = []
+
+    async def engine(request: web.BaseRequest) -> web.StreamResponse:
+        came.append(await request.read())
+        return web.Response(body=b"{}", content_type="application/json")
+
+    r = await rig(await serve(engine))
+    around = b'{"stream":true, "temperature":1e400,"seed":1,"seed":2.50,"stream_options":%b, "prompt":""}'
+    for options, sent in ((b"{}", b'{"include_usage":true}'), (b'{"include_usage":true}', b'{"include_usage":true}')):
+        async with r.client.post(r.url + "/v1/completions", data=around % options) as got:
+            await got.read()
+        assert came.pop() == around % sent
+
+
 async def test_a_plain_answer(rig: Any) -> None:
     """Without streaming the body is the engine's, and its usage settles the request."""
     async with ScriptedEngine(EngineSettings(**FAST)) as engine:

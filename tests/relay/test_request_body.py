@@ -1,4 +1,4 @@
-"""Bodies: what is cut out, what is put back, and that nothing of a user can fool either."""
+"""Bodies: what is found in them, what is spliced in, and that nothing of a user can fool either."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from sidecar.load import request_shape
 from sidecar.load.request_shape import RequestShape, describe
-from sidecar.relay import request_body
-from sidecar.relay.request_body import ParsedBody, extract_data_urls, rebuild, route_of
+from sidecar.relay.request_body import ParsedBody, parse, rebuild, route_of
 
-NONCE = "0123456789abcdef"
+from ..load import json_oracle
+
 PIXEL = "iVBORw0KGgo" * 400
 
 
@@ -61,28 +61,28 @@ def test_work_is_told_by_the_end_of_the_path(path: str, route: str | None) -> No
     assert route_of(path) == route
 
 
-def test_an_image_is_cut_out_and_never_parsed() -> None:
-    """The base64 text is a view into the body that came in, and the parsed payload holds a placeholder instead."""
+def test_an_image_is_found_and_never_copied() -> None:
+    """The base64 text is a view into the body that came in, and nothing else of the scan holds it."""
     body = json.dumps(chat({"type": "text", "text": "hi"}, image(f"data:image/png;base64,{PIXEL}"))).encode()
-    skeleton = extract_data_urls(body, NONCE)
+    skeleton = parse(body)
     [part] = skeleton.images
     assert (part.where, part.media_type) == ("messages[0].content[1]", "image/png")
     assert part.data.obj is body
     assert bytes(part.data) == PIXEL.encode()
-    assert PIXEL not in json.dumps(skeleton.payload)
+    assert PIXEL not in repr(skeleton.scan)
 
 
 def test_the_original_bytes_are_sent_when_nothing_changes() -> None:
     """Without replacement and without a question for usage the very object that came in goes out."""
     body = json.dumps(chat(image(f"data:image/png;base64,{PIXEL}")), indent=3).encode()
-    assert rebuild(extract_data_urls(body, NONCE), {}) == [body]
+    assert rebuild(parse(body), {}) == [body]
 
 
 def test_a_replacement_lands_in_its_own_part_only() -> None:
     """Of two images the replaced one changes, the other and everything else stays."""
     first, second = f"data:image/png;base64,{PIXEL}", "data:image/jpeg;base64,AAAA"
-    skeleton = extract_data_urls(json.dumps(chat(image(first), image(second))).encode(), NONCE)
-    out = sent(skeleton, {skeleton.images[1].index: ("image/bmp", b"QkJC")})
+    skeleton = parse(json.dumps(chat(image(first), image(second))).encode())
+    out = sent(skeleton, {1: ("image/bmp", b"QkJC")})
     assert out == chat(image(first), image("data:image/bmp;base64,QkJC"))
 
 
@@ -90,19 +90,20 @@ def test_bare_image_urls_and_responses_parts_are_images_too() -> None:
     """`image_url` may be a plain string, and /v1/responses calls the part input_image and the list input."""
     url = "data:image/webp;base64,AAAA"
     body = {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": url}]}]}
-    [part] = extract_data_urls(json.dumps(body).encode(), NONCE).images
+    [part] = parse(json.dumps(body).encode()).images
     assert (part.where, part.media_type, bytes(part.data)) == ("input[0].content[0]", "image/webp", b"AAAA")
 
 
-def test_escaped_slashes_fall_back_to_the_parser() -> None:
+def test_escaped_slashes_are_read() -> None:
     r"""PHP writes `\/` into base64 and media type: the image is found, unescaped, and replaced all the same."""
     url = "data:image/png;base64,AA//BB=="
     body = json.dumps(chat(image(url))).replace("/", "\\/").encode()
-    skeleton = extract_data_urls(body, NONCE)
+    skeleton = parse(body)
     [part] = skeleton.images
     assert bytes(part.data) == b"AA//BB=="
+    assert rebuild(skeleton, {}) == [body]
     assert sent(skeleton, {}, ask_usage=True)["messages"] == chat(image(url))["messages"]
-    assert sent(skeleton, {part.index: ("image/bmp", b"QQ")})["messages"][0]["content"][0]["image_url"]["url"] == (
+    assert sent(skeleton, {0: ("image/bmp", b"QQ")})["messages"][0]["content"][0]["image_url"]["url"] == (
         "data:image/bmp;base64,QQ"
     )
 
@@ -112,7 +113,6 @@ def test_escaped_slashes_fall_back_to_the_parser() -> None:
     [
         'see "data:image/png;base64,AAAA" here',
         "data:image/png;base64,AAAA",
-        f"data:,{NONCE[:-1]}x-0.",
         "data:,0-0.",
         '\\"data:image/png;base64,AAAA',
         ";base64,;base64,",
@@ -122,11 +122,11 @@ def test_escaped_slashes_fall_back_to_the_parser() -> None:
     ],
 )
 def test_text_is_never_an_image(text: str) -> None:
-    """A data URL in a text, quoted or alone, or a guess at a placeholder, comes out as it went in and is no image."""
+    """A data URL in a text, quoted or alone, comes out as it went in and is no image."""
     body = chat({"type": "text", "text": text}, image(f"data:image/png;base64,{PIXEL}"))
-    skeleton = extract_data_urls(json.dumps(body).encode(), NONCE)
+    skeleton = parse(json.dumps(body).encode())
     assert [part.where for part in skeleton.images] == ["messages[0].content[1]"]
-    out = sent(skeleton, {skeleton.images[0].index: ("image/bmp", b"QQ")})
+    out = sent(skeleton, {0: ("image/bmp", b"QQ")})
     assert out["messages"][0]["content"][0]["text"] == text
 
 
@@ -135,8 +135,8 @@ def test_text_is_never_an_image(text: str) -> None:
 )
 def test_what_is_no_json_object_is_the_engines_to_judge(body: bytes) -> None:
     """Invalid, foreign or too deep JSON yields no payload, no images, and the original bytes."""
-    skeleton = extract_data_urls(body, NONCE)
-    assert skeleton.payload is None
+    skeleton = parse(body)
+    assert skeleton.scan is None
     assert not skeleton.images
     assert rebuild(skeleton, {}, ask_usage=True) == [body]
 
@@ -145,15 +145,14 @@ def test_what_is_no_json_object_is_the_engines_to_judge(body: bytes) -> None:
 def test_a_body_in_wide_characters_is_left_alone(encoding: str) -> None:
     """Python's parser would read it, and so does an engine in Python; nothing of ours can be spliced into it."""
     body = json.dumps({"model": "m", "stream": True}).encode(encoding)
-    skeleton = extract_data_urls(body, NONCE)
-    assert skeleton.payload is None and rebuild(skeleton, {}, ask_usage=True) == [body]
+    skeleton = parse(body)
+    assert skeleton.scan is None and rebuild(skeleton, {}, ask_usage=True) == [body]
 
 
-def test_a_long_text_is_not_parsed_but_sent() -> None:
-    """A body over the parse bound passes untouched and is measured by its length."""
-    body = b'{"prompt":"' + b"a" * request_body.MAX_PARSED_BYTES + b'"}'
-    skeleton = extract_data_urls(body, NONCE)
-    assert skeleton.payload is None
+def test_a_long_text_is_measured() -> None:
+    """However long, a text is counted to the byte, and what could not be read counts by its length."""
+    body = b'{"prompt":"' + b"a" * (20 << 20) + b'"}'
+    assert describe(parse(body).scan, "completions", len(body)).text_bytes == 20 << 20
     assert describe(None, "completions", len(body)).text_bytes == len(body)
 
 
@@ -178,10 +177,10 @@ def test_join_undoes_cut(extra: Any, content: list[Any], ascii_only: bool, slash
     text = json.dumps(body, ensure_ascii=ascii_only)
     if slashes:
         text = text.replace("/", "\\/")
-    skeleton = extract_data_urls(text.encode(errors="surrogatepass"), NONCE)
+    skeleton = parse(text.encode(errors="surrogatepass"))
     out = sent(skeleton, {}, ask_usage=True)
     assert out == {**body, "stream_options": {"include_usage": True}}
-    replaced = sent(skeleton, {part.index: ("image/bmp", b"QQ") for part in skeleton.images})
+    replaced = sent(skeleton, {n: ("image/bmp", b"QQ") for n, _ in enumerate(skeleton.images)})
     expected = [
         image("data:image/bmp;base64,QQ")
         if p.get("image_url", {}).get("url", "").startswith("data:image/png;base64,")
@@ -192,10 +191,9 @@ def test_join_undoes_cut(extra: Any, content: list[Any], ascii_only: bool, slash
         assert replaced == {**body, "messages": [{"role": "user", "content": expected}]}
 
 
-def shape_of(payload: dict[str, Any]) -> RequestShape:
+def shape_of(payload: dict[str, Any], route: str = "chat") -> RequestShape:
     """What the relay makes of a body, as bytes."""
-    skeleton = extract_data_urls(json.dumps(payload).encode(), NONCE)
-    return describe(skeleton.payload, "chat", 0, skeleton.text)
+    return describe(parse(json.dumps(payload).encode()).scan, route, 0)
 
 
 def message(*blocks: Any) -> dict[str, Any]:
@@ -239,7 +237,7 @@ def test_a_text_counts_whatever_it_says(place: str, text: str) -> None:
 
 @pytest.mark.parametrize("slashes", [False, True])
 def test_what_a_media_part_holds_is_no_text(slashes: bool) -> None:
-    """Cut out or left to the parser, typed, untyped or named by its key: media count nothing as text."""
+    """Escaped or not, typed, untyped or named by its key: media count nothing as text."""
     sound, film = "data:audio/wav;base64,AA//" * 99, "data:video/mp4;base64,AA//" * 99
     body = message(
         image(URL + "/"),
@@ -252,8 +250,8 @@ def test_what_a_media_part_holds_is_no_text(slashes: bool) -> None:
         {"type": "document", "source": {"type": "base64", "data": PIXEL}},
     )
     text = json.dumps(body).replace("/", "\\/") if slashes else json.dumps(body)
-    skeleton = extract_data_urls(text.encode(), NONCE)
-    shape = describe(skeleton.payload, "chat", 0, skeleton.text)
+    skeleton = parse(text.encode())
+    shape = describe(skeleton.scan, "chat", 0)
     assert (shape.images, shape.audios, shape.videos) == (4, 1, 1)
     assert shape.text_bytes < 50
 
@@ -303,20 +301,20 @@ def test_tools_of_any_depth_are_counted() -> None:
     read = 0
     for depth in range(900, 1000):
         body = b'{"tools":' + b"[" * depth + b'"' + LONG.encode() + b'"' + b"]" * depth + b"}"
-        payload = extract_data_urls(body, NONCE).payload
-        if payload is not None:
-            assert describe(payload, "chat", 0).text_bytes >= len(LONG)
+        scan = parse(body).scan
+        if scan is not None:
+            assert describe(scan, "chat", 0).text_bytes >= len(LONG)
             read += 1
     assert read
 
 
 @given(values, parts, st.booleans())
-def test_cutting_changes_no_shape(extra: Any, content: list[Any], slashes: bool) -> None:
-    """A request is as large as what its bytes mean, whatever was cut out of them."""
+def test_a_shape_is_that_of_the_parsed_body(extra: Any, content: list[Any], slashes: bool) -> None:
+    """A request is as large as what its bytes mean."""
     body = {"prompt": extra, "model": extra, "system": extra, **message(*content)}
     text = json.dumps(body).replace("/", "\\/") if slashes else json.dumps(body)
-    skeleton = extract_data_urls(text.encode(), NONCE)
-    assert describe(skeleton.payload, "chat", 0, skeleton.text) == describe(json.loads(text), "chat", 0)
+    skeleton = parse(text.encode())
+    assert describe(skeleton.scan, "chat", 0) == json_oracle.describe(json.loads(text), "chat", 0)
 
 
 def test_a_model_is_named_as_its_client_names_it() -> None:
@@ -327,9 +325,48 @@ def test_a_model_is_named_as_its_client_names_it() -> None:
 def test_usage_is_asked_by_a_splice() -> None:
     """Where the client gave no stream_options, its own bytes follow the added member unchanged."""
     body = b'  { "model" : "m", "stream":true}'
-    assert b"".join(rebuild(extract_data_urls(body, NONCE), {}, ask_usage=True)) == (
+    assert b"".join(rebuild(parse(body), {}, ask_usage=True)) == (
         b'  {"stream_options":{"include_usage":true}, "model" : "m", "stream":true}'
     )
+
+
+USAGE = b'"include_usage":true'
+AGAIN = b'"include\\u005fusage":true'
+
+
+@pytest.mark.parametrize(
+    ("options", "sent_options"),
+    [
+        (b'"stream_options":null', b'"stream_options":{%b}' % USAGE),
+        (b'"stream_options": { }', b'"stream_options": {%b }' % USAGE),
+        (b'"stream_options":{"a" : 1e400}', b'"stream_options":{%b,"a" : 1e400}' % USAGE),
+        (b'"stream_options":{"include_usage": 0,"a":1,"a":2}', b'"stream_options":{"include_usage": true,"a":1,"a":2}'),
+        (b'"stream_options":{%b,"include\\u005fusage":0}' % USAGE, b'"stream_options":{%b,%b}' % (USAGE, AGAIN)),
+        (b'"stream_options":7,"stream_options":{"a":[]}', b'"stream_options":7,"stream_options":{%b,"a":[]}' % USAGE),
+        (b'"stream\\u005foptions":{}', b'"stream\\u005foptions":{%b}' % USAGE),
+        (b'"stream_options":{"a":"%b"}' % (b"x" * 5000), b'"stream_options":{%b,"a":"%b"}' % (USAGE, b"x" * 5000)),
+    ],
+)  # fmt: skip
+def test_options_are_spliced_and_nothing_else_changes(options: bytes, sent_options: bytes) -> None:
+    """Forms of numbers, repeated keys and blanks go out as they came; the last options are the ones that count."""
+    around = b'\xef\xbb\xbf {"stream": true, "temperature":1e400,"seed":1.50 , %b,"a":1,"a":-0}\n'
+    parsed = parse(around % options)
+    assert describe(parsed.scan, "chat", 0).ask_usage
+    assert b"".join(rebuild(parsed, {}, ask_usage=True)) == around % sent_options
+
+
+def test_images_are_spliced_and_nothing_else_changes() -> None:
+    """Two images, a name and the options at once: what is left of the body is what came."""
+    url = b'"data:image/png;base64,AAAA"'
+    parts = b'[{ "type":"image_url", "image_url" : {"url": %b}},{"image_url":%b,"type":"image_url","x":1e400,"x":0}]'
+    body = b'{"stream":true,"messages":[{"content":' + parts + b'}],"stream_options":null}'
+    parsed = parse(body % (url, url))
+    parsed.images[1].name = "n"
+    new = {0: ("image/bmp", b"QQ"), 1: ("", b"file:///a")}
+    changed = body % (b'"data:image/bmp;base64,QQ"', b'"file:///a"')
+    changed = changed.replace(b'{"image_url":"file', b'{"uuid":"n","image_url":"file')
+    changed = changed.replace(b"null", b'{"include_usage":true}')
+    assert b"".join(rebuild(parsed, new, ask_usage=True)) == changed
 
 
 @pytest.mark.parametrize(
@@ -346,9 +383,9 @@ def test_usage_is_asked_by_a_splice() -> None:
 def test_usage_is_asked_only_where_the_client_did_not(options: Any, asked: bool) -> None:
     """Options that are wrong stay for the engine to refuse."""
     payload = {"stream": True, "stream_options": options}
-    assert describe(payload, "chat", 0).ask_usage is asked
-    assert describe({**payload, "stream": False}, "chat", 0).ask_usage is False
-    assert describe(payload, "messages", 0).ask_usage is False
+    assert shape_of(payload).ask_usage is asked
+    assert shape_of({**payload, "stream": False}).ask_usage is False
+    assert shape_of(payload, "messages").ask_usage is False
 
 
 @pytest.mark.parametrize(
@@ -393,4 +430,4 @@ def test_usage_is_asked_only_where_the_client_did_not(options: Any, asked: bool)
 )
 def test_shapes_are_numbers_of_the_prompt(payload: dict[str, Any], shape: RequestShape) -> None:
     """Text, token ids, images and limits are found where engines take them from; nonsense counts as absent."""
-    assert describe(payload, "completions", 0) == shape
+    assert shape_of(payload, "completions") == shape

@@ -15,6 +15,7 @@ import pytest
 from aiohttp import web
 
 from sidecar import __main__
+from sidecar.load import body_scan
 from sidecar.settings import Settings
 from sidecar.signals.identify import ProbeAnswers
 from sidecar.tools.doctor import engine as engine_checks
@@ -285,6 +286,14 @@ def test_a_file_of_limits_is_read(tmp_path: Path, content: str, level: str) -> N
     file.write_text(content)
     assert CHECKS["tenant-limits"](Settings(tenant_limits=str(file))).level == level
     assert machine.limits(Settings()).level == "absent"
+
+
+def test_a_missing_scanner_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the compiled module long bodies are not read, which is a warning with its remedy."""
+    assert machine.bodies(Settings()).level == "ok"
+    monkeypatch.setattr(body_scan, "_fused", None)
+    found = machine.bodies(Settings())
+    assert found.level == "warn" and "8 KiB" in found.what and "compiler" in found.remedy
 
 
 def test_default_coefficients_are_a_warning() -> None:

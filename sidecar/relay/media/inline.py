@@ -13,7 +13,7 @@ from sidecar.errors import BadImage, RequestError
 from sidecar.events import Event, ImagePrepared
 from sidecar.images.protocol import Data
 from sidecar.relay.admission import Admission
-from sidecar.relay.request_body import ImagePart
+from sidecar.relay.request_body import ImagePart, ParsedBody
 
 if TYPE_CHECKING:  # a relay without images does not load them
     from sidecar.images.service import ImageService, PreparedImage
@@ -31,7 +31,7 @@ GPU_VERDICTS: Final = ("idle", "progressing", "quiet", "suspect")
 
 async def prepare(
     images: ImageService,
-    parts: list[ImagePart],
+    body: ParsedBody,
     emit: Callable[[Event], None],
     admission: Admission,
     *,
@@ -39,13 +39,14 @@ async def prepare(
     fetch: Fetch | None,
     passing: bool,
 ) -> list[PreparedImage]:
-    """All images of a request, in order. Raises BadImage or ImagesBusy, and cancels the others.
+    """The images of a request, in order. Raises BadImage or ImagesBusy, and cancels the others.
 
     `shm`: pass them in shared memory; `fetch`: for those behind links, which are kept for `originals`; `passing`: only
     fetch and count them.
     """
+    parts = body.images
     # a body bounds the images that it holds, but not those that are to be fetched
-    check_count(sum(bool(part.link) for part in parts) if passing else len(parts))
+    check_count(body.link_count if passing else body.image_count)
     id, tenant = admission.id, admission.tenant
 
     async def prepare_one(part: ImagePart) -> PreparedImage:
@@ -102,18 +103,18 @@ def replacements(
 ) -> dict[int, tuple[str, Data]]:
     """Replacements of originals, for `request_body.rebuild`. `name`: content hash -> `uuid`, by which vLLM caches."""
     replaced: dict[int, tuple[str, Data]] = {}
-    for part, image in zip(parts, prepared, strict=True):
+    for index, (part, image) in enumerate(zip(parts, prepared, strict=True)):
         if image.url:
-            replaced[part.index] = ("", image.url.encode())
+            replaced[index] = ("", image.url.encode())
         elif image.base64 is not None:
-            replaced[part.index] = (image.media_type, image.base64)
+            replaced[index] = (image.media_type, image.base64)
         elif part.link:  # the engine need not fetch it again
-            replaced[part.index] = (f"image/{image.format}", part.data)
+            replaced[index] = (f"image/{image.format}", part.data)
             continue
         else:
             continue
-        if name is not None and "uuid" not in part.part:
-            part.part["uuid"], part.named = name(image.content_hash), True
+        if name is not None and not part.is_named:
+            part.name = name(image.content_hash)
     return replaced
 
 
@@ -127,11 +128,9 @@ def form_of(prepared: list[PreparedImage]) -> str:
 def originals(parts: list[ImagePart], prepared: list[PreparedImage]) -> dict[int, tuple[str, Data]]:
     """Replacements that restore all images, those behind links as fetched. Removes the names from `replacements`."""
     for part in parts:
-        if part.named:
-            del part.part["uuid"]
-            part.named = False
-    pairs = zip(parts, prepared, strict=True)
-    return {part.index: (f"image/{image.format}", part.data) for part, image in pairs if part.link}
+        part.name = ""
+    pairs = enumerate(zip(parts, prepared, strict=True))
+    return {index: (f"image/{image.format}", part.data) for index, (part, image) in pairs if part.link}
 
 
 def cache_name(key: bytes, tenant: str, content_hash: str) -> str:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-import secrets
 import struct
 import time
 from collections.abc import Awaitable, Callable, Iterator
@@ -35,7 +34,7 @@ from sidecar.images import tensor_layout
 from sidecar.images.protocol import LAYOUT, TENSORS, Data
 from sidecar.images.service import ImageService, PreparedTensors
 from sidecar.kernels.grid import ProcessorSpec
-from sidecar.relay import client_io, headers, request_body, url_policy
+from sidecar.relay import body_thread, client_io, headers, request_body
 from sidecar.relay.http.client import Request
 from sidecar.relay.media.inline import Fetch, all_of, check_count, failure
 from sidecar.settings import Settings
@@ -200,7 +199,8 @@ async def _read_sources(request: Request, settings: Settings, fetch: Fetch | Non
     if kind == "multipart/form-data":
         return await _read_parts(request, settings)
     if kind == JSON:
-        return await _fetch_links(_parse_images(await client_io.read(request, settings.max_body_bytes)), fetch)
+        body = await client_io.read(request, settings.max_body_bytes)
+        return await _fetch_links(await body_thread.run(_parse_images, body), fetch)
     raise BadRequest(f"content-type: send {JSON}, multipart/form-data, or image/*")
 
 
@@ -220,19 +220,15 @@ async def _fetch_links(listed: list[Source | str], fetch: Fetch | None) -> list[
 
 def _parse_images(body: bytes) -> list[Source | str]:
     """The images of the JSON form, and the links among them. Raises BadRequest or BadImage."""
-    parsed = request_body.extract_data_urls(body, secrets.token_hex(8))
-    listed = (parsed.payload or {}).get("images")
-    if not isinstance(listed, list) or not all(isinstance(text, str) for text in listed):
+    listed = request_body.listed_images(body)
+    if listed is None:
         raise BadRequest('the body must be a JSON object such as {"images": ["data:image/jpeg;base64,..."]}')
-    check_count(len(listed))
-    return [
-        text if url_policy.is_link(text) else (_base64_of(parsed.original(text), i), True)
-        for i, text in enumerate(listed)
-    ]
+    count, images = listed
+    check_count(count)
+    return [image if isinstance(image, str) else (_base64_of(image, i), True) for i, image in enumerate(images)]
 
 
-def _base64_of(url: Data, index: int) -> memoryview:
-    view = memoryview(url)
+def _base64_of(view: memoryview, index: int) -> memoryview:
     at = bytes(view[:MAX_DATA_URL_HEAD_BYTES]).find(BASE64_MARK)
     if at < 0 or bytes(view[:5]) != b"data:":
         raise BadImage(f"images[{index}]: neither a base64 data URL nor a link", "image_url")

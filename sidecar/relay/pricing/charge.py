@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import islice
-from typing import Final
 
 from sidecar.events import LoadReport, Usage
 from sidecar.images import header_geometry
@@ -18,8 +16,6 @@ from sidecar.relay.admission import Admission
 from sidecar.relay.pricing.quota import Quota
 from sidecar.relay.pricing.tokenizer import TokenCounter
 from sidecar.relay.request_body import ImagePart, ParsedBody
-
-MAX_IMAGES_READ: Final = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +33,8 @@ class Pricing:
 
     async def charge(self, admission: Admission, body: ParsedBody) -> None:
         """Charge the request to its tenant, before any work is done for it. Raises TenantLimited."""
-        if self.counter is not None and body.payload is not None:
-            admission.token_count = await self.counter.count(body.payload, body.text)
+        if self.counter is not None and body.scan is not None:
+            admission.token_count = await self.counter.count(body.scan.found)
         if self.spec is not None and body.images:
             admission.image_tokens = tokens_of(body.images, self.spec)
         if self.quota is not None:
@@ -78,7 +74,7 @@ def tokens_of(parts: Iterable[ImagePart], spec: ProcessorSpec) -> list[int]:
     rotated has the same number of tokens, or nearly.
     """
     found: list[int] = []
-    for part in islice(parts, MAX_IMAGES_READ):
+    for part in parts:
         if (header := header_geometry.read_size(part.data, is_base64=True)) is not None:
             with suppress(ValueError):
                 found.append(spec.geometry(header.height, header.width).tokens)

@@ -4,6 +4,8 @@ Rules: a count that is late is not waited for, and the caller uses its learned r
 tokenized per request. Of a longer text, windows spread evenly over it stand for the whole, which is within some 3 %
 (benchmarks/tokens.py) and bounds both the wait and the CPU time. Texts are dropped once counted, and never logged.
 
+The texts are read from the body only here, and only what is tokenized is read.
+
 `encode` of the package tokenizers holds the GIL while it runs; `encode_batch_fast` releases it, so a thread is enough.
 """
 
@@ -12,20 +14,24 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Callable, Sequence, Sized
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-from sidecar.load.request_shape import leaves, prompts
+from sidecar.load.body_scan import lenient, prompt_text
+from sidecar.load.found import Found, PromptTexts
 
 TOKENIZER_FILE: Final = "tokenizer.json"
 COUNT_TIMEOUT_S: Final = 0.005
 MAX_WAITING_COUNTS: Final = 8  # texts that wait for the thread; further ones are not counted
 MAX_COUNTED_CHARS: Final = 4096  # these take 1 to 2 ms of a core
 WINDOW_COUNT: Final = 8
+MAX_BYTES_OF_CHAR: Final = 12  # two escapes
 
 _log = logging.getLogger(__name__)
 
@@ -49,15 +55,15 @@ class TokenCounter:
         self._thread = ThreadPoolExecutor(1, "tokenizer")
         self._waiting = 0
 
-    async def count(self, payload: dict[str, Any], read: Callable[[str], str] = str) -> TokenCount | None:
-        """The tokens of a body's prompt text; None after the deadline. `read` as for `request_shape.describe`."""
-        if self._waiting >= MAX_WAITING_COUNTS:
+    async def count(self, found: Found) -> TokenCount | None:
+        """The tokens of a body's prompt text; None after the deadline, or if there are too many texts."""
+        if self._waiting >= MAX_WAITING_COUNTS or found.texts is None:
             return None
-        texts = [leaf for leaf in leaves(prompts(payload), read) if isinstance(leaf, str)]
-        if not texts:
+        if not found.characters:
             return TokenCount(0, True)
         self._waiting += 1
-        job = asyncio.get_running_loop().run_in_executor(self._thread, _count, self._encode, texts)
+        work = partial(_count, self._encode, found.texts, found.characters)
+        job = asyncio.get_running_loop().run_in_executor(self._thread, work)
         job.add_done_callback(self._counted)
         await asyncio.wait((job,), timeout=self._deadline)
         return job.result() if job.done() and job.exception() is None else None
@@ -91,20 +97,38 @@ def load_counter(folder: str) -> TokenCounter | None:
 
 
 def windows(
-    texts: Sequence[str], max_chars: int = MAX_COUNTED_CHARS, count: int = WINDOW_COUNT
+    texts: PromptTexts, characters: int, max_chars: int = MAX_COUNTED_CHARS, count: int = WINDOW_COUNT
 ) -> tuple[list[str], float]:
     """(texts to tokenize, factor for their tokens): all of short texts, windows of long ones."""
-    length = sum(map(len, texts))
-    if length <= max_chars:
-        return list(texts), 1.0
-    text, width = "".join(texts), max_chars // count
-    step = (length - width) / (count - 1)
-    starts = [round(n * step) for n in range(count)]
-    return [text[start : start + width] for start in starts], length / (width * count)
+    places = list(zip(texts.places[::3], texts.places[1::3], texts.places[2::3], strict=True))
+    size = sum(end - start for start, end, _ in places)
+    if characters <= max_chars and size <= max_chars * MAX_BYTES_OF_CHAR:
+        return [prompt_text(texts.source, start, end, bool(printed)) for start, end, printed in places], 1.0
+    ends = list(accumulate(end - start for start, end, _ in places))
+    width = max_chars // count
+    span = min(round(width * size / characters), width * MAX_BYTES_OF_CHAR, size)
+    step = (size - span) / (count - 1)
+    found = ["".join(_window(texts, places, ends, round(n * step), span))[:width] for n in range(count)]
+    taken = sum(map(len, found))
+    return found, characters / max(1, taken)
 
 
-def _count(encode: Encode, texts: list[str]) -> TokenCount:
-    parts, factor = windows(texts)
+def _window(
+    texts: PromptTexts, places: Sequence[tuple[int, int, int]], ends: Sequence[int], at: int, size: int
+) -> Iterator[str]:
+    """The pieces of texts in `size` bytes from `at`, counted over all texts."""
+    for index in range(bisect_right(ends, at), len(places)):
+        start, end, _ = places[index]
+        first = start + at - (ends[index] - (end - start))
+        last = min(end, first + size)
+        yield lenient(bytes(memoryview(texts.source)[first:last]))
+        at, size = at + last - first, size - (last - first)
+        if size <= 0:
+            return
+
+
+def _count(encode: Encode, texts: PromptTexts, characters: int) -> TokenCount:
+    parts, factor = windows(texts, characters)
     sound = [part if part.isascii() else part.encode(errors="replace").decode() for part in parts]  # no lone surrogates
     tokens = sum(map(len, encode(sound)))
     return TokenCount(round(tokens * factor), factor == 1.0)

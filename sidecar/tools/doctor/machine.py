@@ -22,6 +22,7 @@ from sidecar.errors import SidecarError
 from sidecar.health.probes import VERDICT_STALE_S
 from sidecar.kernels import families
 from sidecar.launch import preflight
+from sidecar.load import body_scan
 from sidecar.load.tenant_limits import TenantLimit
 from sidecar.readings import Absent, Failed
 from sidecar.relay.pricing import quota
@@ -97,6 +98,16 @@ def limits(chosen: Settings) -> DoctorFinding:
         return DoctorFinding("fail", str(e), "correct the file, or leave --tenant-limits away")
     others = "each other one has the default" if found.default != TenantLimit() else "others have no limit"
     return DoctorFinding("ok", f"tenants with limits of their own: {len(found.tenants)}; {others}")
+
+
+def bodies(chosen: Settings) -> DoctorFinding:
+    """Whether request bodies of any length are read."""
+    if body_scan.is_compiled():
+        return DoctorFinding("ok", "request bodies are read by the compiled scanner")
+    what = (
+        f"the compiled scanner is missing: request bodies of over {body_scan.MAX_PYTHON_BYTES >> 10} KiB are not read"
+    )
+    return DoctorFinding("warn", what, "install a C++ compiler, then the package from source")
 
 
 def tokenizer(chosen: Settings) -> DoctorFinding:

@@ -24,6 +24,7 @@ CHECKS: Final[dict[str, Check]] = {
     "state-dir": machine.state_dir,
     "ports": machine.ports,
     "model": machine.model,
+    "bodies": machine.bodies,
     "tokenizer": machine.tokenizer,
     "images": machine.images,
     "gpu": machine.gpu,

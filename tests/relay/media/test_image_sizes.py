@@ -54,7 +54,7 @@ def text(width: int, height: int, kind: str, **how: Any) -> bytes:
 
 
 def part(data: bytes) -> ImagePart:
-    return ImagePart(0, "messages[0].content[0]", "image/x", memoryview(data), {})
+    return ImagePart("messages[0].content[0]", "image/x", memoryview(data))
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])

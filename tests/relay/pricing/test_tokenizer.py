@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,8 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sidecar.events import Admitted, Usage
+from sidecar.load.body_scan import find
 from sidecar.load.cost_model import Coefficients
 from sidecar.load.estimator import ChatTemplateOverhead, Estimator
+from sidecar.load.found import Found
 from sidecar.load.request_shape import RequestShape
 from sidecar.relay.pricing import tokenizer as counting
 from sidecar.relay.pricing.charge import Pricing
@@ -25,6 +28,14 @@ from sidecar.tools.scripted_engine.server import EngineSettings, ScriptedEngine
 from tests.relay.work import FAST
 
 from ...waiting import PATIENCE
+
+
+def found(payload: dict[str, Any]) -> Found:
+    """What a scan finds in a body."""
+    seen = find(json.dumps(payload).encode())
+    assert seen is not None
+    return seen
+
 
 TEXT = "The quick brown fox jumps over the lazy dog, and then 3.1415 times more: f(x) = {x: 1}. "
 
@@ -75,40 +86,42 @@ async def test_a_short_text_is_counted_as_the_tokenizer_does(counter: TokenCount
     own = Tokenizer.from_file(str(model / "tokenizer.json"))
     texts = [TEXT, "жизнь 你好", "", "a\ud800b", "data:image/png;base64,xxxx"]
     image = {"type": "image_url", "image_url": {"url": texts[-1]}}
-    found = await counter.count({"prompt": texts, "messages": [{"content": [image]}], "model": "m"})
+    count = await counter.count(found({"prompt": texts, "messages": [{"content": [image]}], "model": "m"}))
     sound = [text.encode(errors="replace").decode() for text in texts]
-    assert found == TokenCount(sum(len(own.encode(text, add_special_tokens=False)) for text in sound), True)
-    assert await counter.count({"prompt": [1, 2, 3]}) == TokenCount(0, True)
+    assert count == TokenCount(sum(len(own.encode(text, add_special_tokens=False)) for text in sound), True)
+    assert await counter.count(found({"prompt": [1, 2, 3]})) == TokenCount(0, True)
 
 
 async def test_a_long_text_is_counted_by_windows(counter: TokenCounter) -> None:
     """A hundred thousand characters cost no more than four thousand, and come out within a few percent."""
-    short = await counter.count({"prompt": TEXT * 10})
-    found = await counter.count({"prompt": TEXT * 1000})
-    assert short is not None and found is not None and not found.exact
-    assert abs(found.tokens - 100 * short.tokens) < 3 * short.tokens
+    short = await counter.count(found({"prompt": TEXT * 10}))
+    long = await counter.count(found({"prompt": TEXT * 1000}))
+    assert short is not None and long is not None and not long.exact
+    assert abs(long.tokens - 100 * short.tokens) < 3 * short.tokens
 
 
 @given(st.lists(st.text(max_size=300), max_size=12), st.integers(16, 400))
 def test_windows_are_bounded_and_stand_for_the_whole(texts: list[str], whole: int) -> None:
     """Never more than `whole` characters, and their number times the factor is that of the texts."""
-    parts, times = windows(texts, whole, 8)
+    seen = found({"prompt": texts})
+    assert seen.texts is not None
+    parts, times = windows(seen.texts, seen.characters, whole, 8)
     length, taken = sum(map(len, texts)), sum(map(len, parts))
     assert taken <= whole and taken * times == pytest.approx(length)
-    assert length > whole or (parts, times) == (texts, 1.0)
+    assert length > whole or (parts, times) == ([text for text in texts if text], 1.0)
 
 
 async def test_what_takes_too_long_is_not_waited_for(slow: tuple[TokenCounter, threading.Event]) -> None:
     """No count by the deadline, none at all while too many wait, and counts again when the thread is free."""
     counter, leave = slow
     assert (
-        await asyncio.gather(*(counter.count({"prompt": "x"}) for _ in range(MAX_WAITING_COUNTS)))
+        await asyncio.gather(*(counter.count(found({"prompt": "x"})) for _ in range(MAX_WAITING_COUNTS)))
         == [None] * MAX_WAITING_COUNTS
     )
-    assert await counter.count({"prompt": "x"}) is None
+    assert await counter.count(found({"prompt": "x"})) is None
     leave.set()
     async with asyncio.timeout(PATIENCE):
-        while await counter.count({"prompt": "abc"}) != TokenCount(3, True):  # noqa: ASYNC110  the thread sends no signal
+        while await counter.count(found({"prompt": "abc"})) != TokenCount(3, True):  # noqa: ASYNC110  the thread sends no signal
             await asyncio.sleep(0.01)
 
 
@@ -119,7 +132,7 @@ async def test_a_tokenizer_that_breaks_leaves_the_estimate(caplog: pytest.LogCap
         raise ValueError(texts[0])
 
     counter = TokenCounter(encode, 30.0)
-    assert await counter.count({"prompt": "secret"}) is None
+    assert await counter.count(found({"prompt": "secret"})) is None
     assert "ValueError" in caplog.text and "secret" not in caplog.text
     counter.close()
 
@@ -163,7 +176,7 @@ def test_a_counted_chat_is_exact_once_its_template_is_known() -> None:
 @pytest.mark.parametrize("text", [TEXT, f"data:text/plain;base64,{TEXT}"])
 async def test_a_request_is_held_by_its_count(rig: Callable[..., Any], counter: TokenCounter, text: str) -> None:
     """Through the relay: the estimate uses the tokenizer's count, not the ratio's; also for a data URL."""
-    counted = await counter.count({"prompt": text})
+    counted = await counter.count(found({"prompt": text}))
     assert counted is not None
     async with ScriptedEngine(EngineSettings(**FAST)) as engine:
         r = await rig(engine.url, pricing=Pricing(Estimator(Coefficients()), None, counter))

@@ -1,0 +1,52 @@
+"""The members of a request that are read: where engines look for a prompt, and the options that matter here."""
+
+from __future__ import annotations
+
+from typing import Final
+
+# Keys that engines read prompts from. Everything below them counts as prompt text, token ids, or media.
+PROMPT_KEYS: Final = (
+    *("messages", "prompt", "input", "inputs", "text", "system", "instructions", "tools", "suffix", "content"),
+    *("input_ids", "token_ids", "prompt_token_ids", "query", "queries", "documents", "text_1", "text_2", "items"),
+    *("input_prefix", "input_suffix"),
+)
+# Limits of one choice's output tokens, by precedence; nested ones are TGI's and SGLang's.
+OUTPUT_KEYS: Final = ("max_completion_tokens", "max_tokens", "max_output_tokens", "max_new_tokens", "n_predict")
+OUTPUT_HOLDERS: Final = ("parameters", "sampling_params")
+# Members that make a request wait for something of its own, while later ones are served: a grammar that is compiled, KV
+# blocks or weights that are fetched, a slot. Those of holders are TGI's and SGLang's.
+# vLLM: entrypoints/openai/chat_completion/protocol.py (earlier versions: `guided_*`); SGLang:
+# srt/entrypoints/openai/protocol.py.
+GRAMMARS: Final = (
+    *("response_format", "structured_outputs", "structural_tag", "json_schema", "regex", "ebnf", "grammar"),
+    *("guided_json", "guided_regex", "guided_choice", "guided_grammar", "guided_json_object"),
+    *("output_format", "guided_decoding"),  # Anthropic's, TensorRT-LLM's
+)
+TRANSFERS: Final = (
+    *("kv_transfer_params", "ec_transfer_params", "bootstrap_room", "bootstrap_host", "disaggregated_params"),
+    *("lora_path", "lora_request", "lora", "adapter_id"),  # SGLang's, TensorRT-LLM's, llama.cpp's, TGI's
+    *("routed_dp_rank", "data_parallel_rank"),
+)
+FORMAT_HOLDERS: Final = ("text", "output_config")  # the responses API's, Anthropic's
+# Members that configure vLLM's own image processing: the images are then left to the engine.
+PROCESSING_OPTIONS: Final = ("mm_processor_kwargs", "media_io_kwargs")
+# Objects whose members are read even if they are long.
+HOLDERS: Final = (*OUTPUT_HOLDERS, *FORMAT_HOLDERS, "reasoning", "stream_options")
+# All that is parsed, by precedence.
+OPTION_KEYS: Final = (
+    *("model", "stream", "stream_options", "n", "priority", *OUTPUT_KEYS, *OUTPUT_HOLDERS),
+    *("tool_choice", "function_call", "id_slot", "reasoning_effort", "reasoning", "include_reasoning"),
+    *("stream_reasoning", *PROCESSING_OPTIONS, *GRAMMARS, *TRANSFERS, *FORMAT_HOLDERS),
+    *("format", "effort", "include_usage"),  # of holders
+)
+# Members of which only what they hold is wanted.
+HELD_KEYS: Final = ("functions", "images")
+
+IMAGE_TYPES: Final = ("image_url", "input_image", "image", "image_pil", "image_embeds")
+AUDIO_TYPES: Final = ("input_audio", "audio_url", "audio")
+VIDEO_TYPES: Final = ("video_url", "input_video", "video")
+# Of a part, or the name of its only member if it has no type.
+MEDIA_TYPES: Final = frozenset((*IMAGE_TYPES, *AUDIO_TYPES, *VIDEO_TYPES))
+TEXT_KEYS: Final = ("text", "content")  # read by engines regardless of the part's type
+PRINTED_KEYS: Final = frozenset(("tools", "tool", "arguments"))  # JSON that engines print into the prompt
+BINARY_KEYS: Final = frozenset(("data", "file_data"))  # base64 in every API: documents, files, embeddings
