@@ -100,14 +100,15 @@ class EngineClient:
         trace: Trace | None = None,
         stream: Send | None = None,
         is_upgrade: bool = False,
+        plain: bool = False,
     ) -> Answer:
         """The head of the engine's answer, which the caller closes: left early, its connection closes too.
 
-        `stream` writes a body that comes in pieces, with the client's own framing.
+        `stream` writes a body that comes in pieces, with the client's own framing. `plain`: the answer will be changed.
         """
         length = None if body is None else body.size
         passed = headers.to_engine(
-            request, self._place.authority, id=id, trace=trace, length=length, is_upgrade=is_upgrade
+            request, self._place.authority, id=id, trace=trace, length=length, is_upgrade=is_upgrade, plain=plain
         )
         head = request_head(request.method, self._target(request.target), passed)
         inform = request.reply.inform

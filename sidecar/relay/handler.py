@@ -261,7 +261,7 @@ class Relay:
         """The answer to `data`; if its prepared images are refused, that to the original body."""
 
         async def send(body: BodyPayload) -> Answer:
-            answer = await self._engine.send(request, id, body, trace=admission.trace)
+            answer = await self._engine.send(request, id, body, trace=admission.trace, plain=admission.shape.ask_usage)
             admission.status = answer.status
             return answer
 
@@ -287,12 +287,15 @@ class Relay:
         if headers.wants_price(request.fields):
             admission.price = partial(self._pricing.price_milli, admission)
         hides_usage = admission.shape.ask_usage and response.is_stream(answer)
-        drop = (
-            b"content-length" if (admission.price is not None or hides_usage) and response.can_change(answer) else b""
-        )
+        decoder = response.decoder_of(answer) if hides_usage else None
+        drop: tuple[bytes, ...] = ()
+        if decoder is not None:
+            drop = b"content-length", b"content-encoding"
+        elif (admission.price is not None or hides_usage) and response.can_change(answer):
+            drop = (b"content-length",)
         passed = headers.to_client(request.fields, answer.fields, id, self._load_report, ours, drop=drop)
         try:
-            await response.ResponseSender(request, answer, passed, admission, self._open_requests).send()
+            await response.ResponseSender(request, answer, passed, admission, self._open_requests, decoder).send()
         except outcomes.EngineBroke:
             if not request.reply.begun:  # the client can still get an error
                 raise outcomes.engine_error(None, self._open_requests.verdict) from None

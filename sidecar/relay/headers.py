@@ -51,8 +51,9 @@ def to_engine(
     trace: Trace | None = None,
     length: int | None = None,
     is_upgrade: bool = False,
+    plain: bool = False,
 ) -> list[Field]:
-    """What the engine gets.
+    """What the engine gets. `plain`: ask for an answer that is not compressed.
 
     `authority`: the engine's, for `host`; `length`: bytes of a body that is sent whole; `trace`: the sidecar's span, if
     tracing is on.
@@ -61,6 +62,8 @@ def to_engine(
     dropped = _dropped(given, _NOT_TO_ENGINE)
     dropped |= {b"x-request-id", b"x-forwarded-for", *([b"traceparent"] if trace is not None else [])}
     passed = [(b"host", authority), *(field for field in given.all if field[0].lower() not in dropped)]
+    if plain:
+        passed = [(name, b"identity" if name.lower() == b"accept-encoding" else value) for name, value in passed]
     passed.append((b"x-request-id", id.encode()))
     forwarded = [value for name, value in given.all if name.lower() == b"x-forwarded-for"]
     passed.append((b"x-forwarded-for", b", ".join([*forwarded, *([request.peer.encode()] if request.peer else [])])))
@@ -86,15 +89,15 @@ def to_client(
     report: LoadReport | None,
     ours: Mapping[bytes, bytes],
     *,
-    drop: bytes = b"",
+    drop: tuple[bytes, ...] = (),
 ) -> list[Field]:
-    """What the client gets: the engine's fields, replaced by `ours`; `drop` names one more that ends here."""
+    """What the client gets: the engine's fields, replaced by `ours`; `drop` names more that end here."""
     added = {b"x-request-id": id.encode(), **ours}
     if report is not None:  # in the form that the request asks for, if it asks
         forms = {"JSON": report.orca_json, "TEXT": report.orca_text, "BIN": report.orca_bin}
         if value := forms.get(request.get(b"endpoint-load-metrics-format").upper()):
             added[b"endpoint-load-metrics"] = value.encode()
-    dropped = _dropped(answer, _HOP_BY_HOP) | {drop, *added}
+    dropped = _dropped(answer, _HOP_BY_HOP) | {*drop, *added}
     return [*(field for field in answer.all if field[0].lower() not in dropped), *added.items()]
 
 

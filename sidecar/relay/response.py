@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import asyncio
 import time
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Protocol
 
 from sidecar.errors import RequestError
 from sidecar.relay import client_io
@@ -25,12 +26,25 @@ from sidecar.relay.outcomes import EngineBroke
 from sidecar.relay.sse import SSE, BodyTail, add_price, error_event, usage_of
 
 MAX_SHORT_BYTES: Final = 256 << 10  # an answer of known length up to this is read whole and written at once
+_WINDOW_BITS: Final = {"gzip": 31, "x-gzip": 31, "deflate": 15}
 _ERROR_EVENT_TIMEOUT_S: Final = 1.0  # for the last event to a client that may not read
 
 
 def is_stream(answer: Answer) -> bool:
     """Whether an answer is a stream of server-sent events, in any encoding."""
     return answer.fields.media_type() == "text/event-stream"
+
+
+class Decoder(Protocol):
+    """Unpacks a compressed answer piece by piece."""
+
+    def decompress(self, data: bytes, /) -> bytes: ...
+
+
+def decoder_of(answer: Answer) -> Decoder | None:
+    """What unpacks an answer; None if it is not compressed, or in a way that is not known."""
+    bits = _WINDOW_BITS.get(answer.fields.get(b"content-encoding").strip().lower())
+    return None if bits is None else zlib.decompressobj(bits)
 
 
 def can_change(answer: Answer) -> bool:
@@ -56,10 +70,11 @@ class ResponseSender:
     _passed: list[Field]
     _admission: Admission
     _open_requests: OpenRequests
+    _decoder: Decoder | None = None  # of a stream that is compressed and must be changed
 
     async def send(self) -> None:
         """Send it. Raises EngineBroke, if the answer is short before anything was sent."""
-        if _is_plain(self._answer) and is_stream(self._answer):
+        if is_stream(self._answer) and (_is_plain(self._answer) or self._decoder is not None):
             await self._send_stream()
         else:
             await (self._send_short() if is_short(self._answer) else self._send_long())
@@ -67,10 +82,11 @@ class ResponseSender:
     async def _send_stream(self) -> None:
         sse, admission = SSE(self._admission.shape.ask_usage, self._admission.price), self._admission
         reply, deliver, feed = self._request.reply, self._open_requests.deliver, sse.feed
+        decode = None if self._decoder is None else self._decoder.decompress
 
         def take(chunk: bytes) -> None:
             before = sse.tokens
-            piece = feed(chunk)
+            piece = feed(chunk if decode is None else decode(chunk))
             if piece:
                 reply.write(piece)
             deliver(admission, sse.tokens - before, len(chunk), started=sse.started)
@@ -162,7 +178,7 @@ async def end_with_error(request: Request, admission: Admission, error: RequestE
     if events is None or not events.is_between_events or reply.is_delimited:
         client_io.hang_up(request)
         return
-    reply.write(error_event(error.body()["error"], admission.route))
+    reply.write(events.release() + error_event(error.body()["error"], admission.route))
     reply.end()
     try:
         async with asyncio.timeout(_ERROR_EVENT_TIMEOUT_S):

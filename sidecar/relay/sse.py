@@ -1,8 +1,9 @@
 """Sans-I/O: what an engine's answer delivers, counted while it passes.
 
-Rules: bytes go out unchanged, and no later than their event is complete. Two exceptions: the usage event that only the
-sidecar asked for is removed, and a usage gets its price if the client asked for it. Events are found by their blank
-line; only a usage event is parsed. Memory is bounded.
+Rules: bytes go out unchanged, and no later than their event is complete. Two exceptions: the usage that only the
+sidecar asked for is removed, and a usage gets its price if the client asked for it. llama.cpp puts its timings into the
+usage event if there is one: they go back into the last choice, which waits for the event after it. Events are found by
+their blank line; only a usage event is parsed. Memory is bounded.
 
 An event counts as a token if it carries data and is neither `[DONE]`, nor usage only, nor the role that opens a chat.
 A named event (Anthropic, OpenAI responses) counts if its name ends in `delta`, which names a piece of output.
@@ -23,6 +24,7 @@ from sidecar.relay.request_body import parse_object
 _EVENT_END: Final = re.compile(rb"\n\r?\n|\r\r")
 _LINES: Final = re.compile(rb"\r\n|\r|\n")
 _USAGE_KEY: Final = b'"usage"'  # inside a JSON text the quotes would be escaped, so this is always a key
+_TIMINGS_KEY: Final = b'"timings"'
 _OPENING_ROLES: Final = (b'"role":"assistant","content":""', b'"role": "assistant", "content": ""')
 _MAX_HELD_BYTES: Final = 64 << 10  # an incomplete event is held back up to this; usage events have below 4 KiB
 _MAX_KEPT_BYTES: Final = 1 << 20  # of an event or body, kept to read its usage
@@ -48,13 +50,15 @@ class SSE:
         self._first: bytes = b""
         self._last: bytes = b""
         self._name: bytes = b""  # of the event that is _last
+        self._last_choice: bytes = b""  # an event that waits for the usage after it
         self.tokens = 0
         self.started = False  # generation has visibly begun
         self.done = False
 
     def feed(self, chunk: bytes) -> bytes:
         """Read bytes, count their tokens, and return what goes out now (perhaps nothing)."""
-        if not self._open and (count := _count_plain_events(chunk)):
+        is_calm = not self._open and not self._last_choice and not (self._hide_usage and _has_last_choice(chunk))
+        if is_calm and (count := _count_plain_events(chunk)):
             self.tokens += count
             self.started = True
             return chunk
@@ -62,10 +66,15 @@ class SSE:
 
     def finish(self) -> bytes:
         """The stream ended: return what was held of an incomplete event."""
-        rest = self._unsent()
+        rest = self.release() + self._unsent()
         self._open.clear()
         self._held = 0
         return rest
+
+    def release(self) -> bytes:
+        """The event that waits for the one after it."""
+        event, self._last_choice = self._last_choice, b""
+        return event
 
     @property
     def is_between_events(self) -> bool:
@@ -95,9 +104,17 @@ class SSE:
         while match := _EVENT_END.search(self._open, max(start, fresh)):
             event = bytes(self._open[start : match.end()])
             unsent = self._held - (len(self._open) - match.end()) if self._held else 0
-            if self._count(event):
+            is_hidden = self._count(event)
+            if self._last_choice:
+                out.append(_with_timings(self.release(), event) if is_hidden else self.release())
+            if is_hidden:
                 event = event[: len(event) - len(event.lstrip(b"\r\n"))]  # keep the blank lines before it
                 unsent = min(unsent, len(event))
+            elif self._hide_usage and unsent == len(event) and not event.startswith(b"event:"):
+                event = _without_null_usage(event)
+                unsent = len(event)
+                if _has_last_choice(event):
+                    self._last_choice, unsent = event, 0
             elif self._price is not None and unsent == len(event):
                 if _USAGE_KEY in event and not _parse_event(event)[0]:  # OpenAI's events have no name
                     event = add_price(event, self._price)
@@ -232,8 +249,49 @@ def _is_output(name: bytes, data: bytes) -> bool:
     return not any(role in data for role in _OPENING_ROLES)
 
 
+def _has_last_choice(text: bytes) -> bool:
+    """Whether a choice ends in these events."""
+    return b'"finish_reason":"' in text or b'"finish_reason": "' in text
+
+
+def _without_null_usage(event: bytes) -> bytes:
+    """An event without `"usage":null`, which OpenAI adds where the usage is asked for.
+
+    A usage next to a choice stays: many engines tell it unasked.
+    """
+    start, end = _find_member(event, _USAGE_KEY)
+    if start < 0 or not event[start:end].endswith(b"null"):
+        return event
+    before, after = event[:start].rstrip(), event[end:].lstrip()
+    if before.endswith(b","):
+        return before[:-1] + event[end:]
+    return event[:start] + after[1:].lstrip() if after.startswith(b",") else event[:start] + event[end:]
+
+
+def _with_timings(choice: bytes, usage: bytes) -> bytes:
+    """The event of the last choice with the `timings` of the usage event after it, where llama.cpp had put them."""
+    start, end = _find_member(usage, _TIMINGS_KEY)
+    at = choice.rfind(b"}")
+    return choice if start < 0 or at < 0 else b"%b,%b%b" % (choice[:at], usage[start:end], choice[at:])
+
+
+def _find_member(text: bytes, key: bytes) -> tuple[int, int]:
+    """Where the last member of that name begins and ends; (-1, -1) without one. Long ones are not looked at."""
+    at = text.rfind(key) if len(text) <= _MAX_HELD_BYTES else -1
+    value = text[at + len(key) :].decode("latin-1")  # a character a byte
+    colon = value.lstrip()
+    if at < 0 or not colon.startswith(":"):
+        return -1, -1
+    try:
+        begin = value.index(":") + 1
+        begin += len(value) - begin - len(value[begin:].lstrip())
+        return at, at + len(key) + _decoder.raw_decode(value, begin)[1]
+    except (ValueError, RecursionError):
+        return -1, -1
+
+
 def _is_usage_only(data: bytes) -> bool:
-    if b'"choices":[]' not in data and b'"choices": []' not in data:
+    if len(data) > _MAX_HELD_BYTES:
         return False
     event = parse_object(data) or {}
     return event.get("choices") == [] and isinstance(event.get("usage"), dict)

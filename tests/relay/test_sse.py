@@ -52,10 +52,29 @@ def test_our_own_usage_event_is_taken_out() -> None:
     assert sse.usage == Usage(9, 3, 4)
 
 
+def without_null(event: bytes) -> bytes:
+    """As it is where the usage was not asked for."""
+    return event.replace(b',"usage":null', b"").replace(b', "usage": null', b"")
+
+
+def test_the_timings_of_a_hidden_usage_go_back_into_the_last_choice() -> None:
+    """llama.cpp moves them into the usage event; the last choice waits for it, and for no longer than the stream."""
+    last = b'data: {"choices":[{"finish_reason":"stop","delta":{}}]}\n\n'
+    usage = b'data: {"choices":[],"usage":{"prompt_tokens":3,"completion_tokens":1},"timings":{"prompt_n":3}}\n\n'
+    sse = SSE(True)
+    assert sse.feed(TOKEN + last) == TOKEN and sse.is_between_events
+    assert sse.feed(usage) == last[:-3] + b',"timings":{"prompt_n":3}}\n\n'
+    for end in (b"data: [DONE]\n\n", TOKEN):
+        sse = SSE(True)
+        assert (sse.feed(last), sse.feed(end)) == (b"", last + end)
+    sse = SSE(True)
+    assert (sse.feed(last), sse.finish(), sse.finish()) == (b"", last, b"")
+
+
 def test_an_event_with_choices_and_usage_stays() -> None:
     """Continuous usage comes on events that carry output; they are never taken out, and what follows counts, too."""
     out, sse = run([CONTINUOUS, NO_USAGE, TOKEN], hide=True)
-    assert out == CONTINUOUS + NO_USAGE + TOKEN
+    assert out == CONTINUOUS + without_null(NO_USAGE) + TOKEN
     assert (sse.tokens, sse.usage) == (3, Usage(9, 3))
 
 
@@ -342,7 +361,7 @@ def test_a_price_is_put_into_the_usage_that_is_shown(data: st.DataObject) -> Non
 def test_a_usage_that_is_hidden_stays_hidden_and_named_events_stay_as_they_are() -> None:
     """A usage that only the sidecar asked for has no price; events with names pass unchanged."""
     hidden = SSE(True, lambda _: 7)
-    assert hidden.feed(b"".join(CHUNKS)) == CHUNKS[0] + CHUNKS[2]
+    assert hidden.feed(b"".join(CHUNKS)) == without_null(CHUNKS[0]) + CHUNKS[2]
     named = b'event: message_delta\ndata: {"usage":{"output_tokens":2}}\n\n'
     assert SSE(False, lambda _: 7).feed(named) == named
 

@@ -136,17 +136,12 @@ def wants_as_openai(body: dict[str, Any]) -> bool:
     return isinstance(options, dict) and bool(options.get("include_usage"))
 
 
-def wants_always(body: dict[str, Any]) -> bool:
-    """An engine that is told to send the usage to everyone."""
-    return True
-
-
 def wants_never(body: dict[str, Any]) -> bool:
     """An engine that does not know the option."""
     return False
 
 
-ENGINES = {"vllm": wants_as_vllm, "openai": wants_as_openai, "forced": wants_always, "deaf": wants_never}
+ENGINES = {"vllm": wants_as_vllm, "openai": wants_as_openai, "deaf": wants_never}
 
 
 def engine(
@@ -297,13 +292,7 @@ def null_usage(wanted: bool) -> bytes:
     return lines(*(e[:-1] + more for e in (ROLE, WORD, LAST)), *([USAGE] if wanted else []), b"[DONE]")
 
 
-def in_the_last(wanted: bool) -> bytes:
-    """Engines that put the usage into the last choice's event instead of one of its own."""
-    last = LAST[:-1] + b',"usage":{"prompt_tokens":3,"completion_tokens":2}}' if wanted else LAST
-    return lines(ROLE, WORD, last, b"[DONE]")
-
-
-@pytest.mark.parametrize("events", [llama_cpp, null_usage, in_the_last], ids=lambda e: e.__name__)
+@pytest.mark.parametrize("events", [llama_cpp, null_usage], ids=lambda e: e.__name__)
 @pytest.mark.parametrize("options", [b"", OPTIONS["usage"]], ids=["none", "usage"])
 @pytest.mark.parametrize("size", [1 << 20, 5])
 async def test_side_effects_of_the_option(sides: StartSides, events: Events, options: bytes, size: int) -> None:
