@@ -35,6 +35,8 @@ class Workers:
         match bytes(data):
             case b"BAD/":
                 raise BadImage(f"{where} is no image", "image_unknown_format")
+            case b"DIES":
+                raise BadImage(f"{where} could not be decoded", "image_failed")
             case b"BUSY":
                 raise ImagesBusy("all image workers are busy")
             case b"HANG":

@@ -105,14 +105,13 @@ async def test_a_uuid_of_the_client_is_kept_and_other_engines_get_none(rig: Any,
     [
         (["AAAA", "BAD/"], 400, "image_unknown_format", "rejected"),
         (["BAD/", "BAD/", "HANG"], 400, "image_unknown_format", "rejected"),
-        (["BUSY"], 503, "images_busy", "failed"),
         (["AAAA"] * (MAX_IMAGES + 1), 400, "image_count", None),
     ],
 )
 async def test_images_that_cannot_be_taken(
     rig: Any, serve: Any, base64: list[str], status: int, code: str, imaged: str | None
 ) -> None:
-    """A bad image, busy workers or too many images end the request in OpenAI's form before the engine sees it."""
+    """A bad image or too many images end the request in OpenAI's form before the engine sees it."""
     r = await rig(await serve(echo), images=Workers())
     async with r.client.post(r.url + "/v1/chat/completions", json=pictures(*base64)) as got:
         assert (got.status, (await got.json())["error"]["code"]) == (status, code)
@@ -121,6 +120,17 @@ async def test_images_that_cannot_be_taken(
     assert admitted.model == "m"
     if imaged:
         assert imaged in {i.outcome for i in r.emitted.of(ImagePrepared)}
+
+
+@pytest.mark.parametrize("trouble", ["BUSY", "DIES"])
+async def test_images_pass_as_they_came_while_no_worker_can_take_them(rig: Any, serve: Any, trouble: str) -> None:
+    """Workers that are full, away, or killed with an image cost no request: the engine can decode it itself."""
+    r = await rig(await serve(echo), images=Workers())
+    async with r.client.post(r.url + "/v1/chat/completions", json=pictures(trouble)) as got:
+        content = (await got.json(content_type=None))["messages"][0]["content"]
+    assert content[0]["image_url"]["url"] == f"data:image/png;base64,{trouble}"
+    assert once(r.emitted)[1].outcome == "ok"
+    assert [i.outcome for i in r.emitted.of(ImagePrepared)] == ["passed"]
 
 
 async def test_shared_memory_is_for_a_vllm_that_reads_it(rig: Any, serve: Any) -> None:

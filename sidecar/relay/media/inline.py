@@ -9,7 +9,7 @@ import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from sidecar.errors import BadImage, RequestError
+from sidecar.errors import BadImage, ImagesBusy, RequestError
 from sidecar.events import Event, ImagePrepared
 from sidecar.images.protocol import Data
 from sidecar.relay.admission import Admission
@@ -60,7 +60,7 @@ async def prepare(
             if passing:
                 image = images.passed(data, part.where, not part.link)
             else:
-                image = await images.inline(data, part.where, tenant, id if shm else "", not part.link)
+                image = await _try(images, data, part, tenant, id if shm else "")
         except RequestError as e:
             emit(failure(id, e, started, len(part.data) * 3 // 4))
             raise
@@ -74,6 +74,16 @@ async def prepare(
     if len(parts) == 1:  # the usual request needs no task
         return [await prepare_one(parts[0])]
     return await all_of(map(prepare_one, parts))
+
+
+async def _try(images: ImageService, data: Data, part: ImagePart, tenant: str, hand_over: str) -> PreparedImage:
+    """One image, prepared; as it came where the workers are full, away or die: the engine can do it itself."""
+    try:
+        return await images.inline(data, part.where, tenant, hand_over, not part.link)
+    except (ImagesBusy, BadImage) as e:
+        if isinstance(e, BadImage) and e.reason != "image_failed":  # the worker died
+            raise
+        return images.passed(data, part.where, not part.link)
 
 
 async def all_of(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
