@@ -59,7 +59,7 @@ sanitize: ## The compiled module under AddressSanitizer and UBSan over random im
 
 fuzz: .venv/.installed-test ## Fuzz the parsers of headers, bodies and links, and the scanner; ARGS=SECONDS for each, default 60
 	$(INSTALL) -e ".[fuzz]"
-	for target in header body scan link; do
+	for target in header body scan link request answer; do
 		$(BIN)/python -m tests.fuzz $$target $(or $(ARGS),60)
 	done
 

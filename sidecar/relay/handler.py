@@ -97,7 +97,7 @@ class Relay:
         self._tenant_header = settings.tenant_header.lower().encode("latin-1")
         self._budget = client_io.BodyBudget(body_budget(settings.max_body_bytes, settings.workers))
         self.close = self._engine.close
-        self.server = Server(self.handle, self._refuse_connection)
+        self.server = Server(self.handle, self._refuse_connection, self._engine.pool.sweep)
         self.is_draining = False
 
     # --- commands and life ---

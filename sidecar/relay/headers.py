@@ -66,7 +66,8 @@ def to_engine(
         passed = [(name, b"identity" if name.lower() == b"accept-encoding" else value) for name, value in passed]
     passed.append((b"x-request-id", id.encode()))
     forwarded = [value for name, value in given.all if name.lower() == b"x-forwarded-for"]
-    passed.append((b"x-forwarded-for", b", ".join([*forwarded, *([request.peer.encode()] if request.peer else [])])))
+    if hops := [*forwarded, *([request.peer.encode()] if request.peer else [])]:
+        passed.append((b"x-forwarded-for", b", ".join(hops)))
     if b"x-forwarded-proto" not in given:
         passed.append((b"x-forwarded-proto", request.scheme))
     if b"host" in given and b"x-forwarded-host" not in given:

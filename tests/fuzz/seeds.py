@@ -30,6 +30,23 @@ LINKS = (
 )
 
 
+REQUESTS = (
+    b"GET /a HTTP/1.1\r\nHost: x\r\n\r\nGET /b HTTP/1.0\r\n\r\n",
+    b"POST /b HTTP/1.1\r\nhost: x\r\ncontent-length: 3\r\nexpect: 100-continue\r\n\r\nabc",
+    b"POST /c HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n2;a=b\r\nab\r\n0\r\nx: y\r\n\r\n",
+    b"POST /d HTTP/1.1\r\nhost: x\r\nconnection: upgrade\r\nupgrade: h2c\r\ncontent-length: 2\r\n\r\nab",
+    b"GET /e HTTP/1.1\r\nhost: x\r\nconnection: upgrade\r\nupgrade: websocket\r\n\r\n\x81\x01a",
+    b"OPTIONS * HTTP/1.1\r\nhost: x\r\n\r\n",
+)
+ANSWERS = (
+    b"HTTP/1.1 200 OK\r\ncontent-length: 3\r\n\r\nabc",
+    b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Hints\r\nlink: x\r\n\r\nHTTP/1.1 204 None\r\n\r\n",
+    b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n3;a\r\nabc\r\n0\r\nx: y\r\n\r\n",
+    b"HTTP/1.0 200 OK\r\n\r\nto the end",
+    b"HTTP/1.1 101 Switching\r\nconnection: upgrade\r\nupgrade: websocket\r\n\r\n\x81\x01a",
+)
+
+
 def bodies() -> list[bytes]:
     """Request bodies: chat and responses, indented, escaped, in other encodings, cut off."""
     made = []
@@ -61,4 +78,6 @@ def bodies() -> list[bytes]:
 def of(target: str) -> list[bytes]:
     """The seeds of a target."""
     files = (data for data in corpus.all_files().values() if len(data) <= MAX_SEED_BYTES)
-    return {"header": lambda: list(files), "body": bodies, "scan": bodies, "link": lambda: list(LINKS)}[target]()
+    made = {"header": lambda: list(files), "body": bodies, "scan": bodies, "link": lambda: list(LINKS)}
+    made |= {"request": lambda: list(REQUESTS), "answer": lambda: list(ANSWERS)}
+    return made[target]()

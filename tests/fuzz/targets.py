@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import re
 from typing import Any
 
 from sidecar.images import file_headers
@@ -14,6 +16,8 @@ from sidecar.load import request_shape
 from sidecar.load.found import Found
 from sidecar.relay import request_body as bodies
 from sidecar.relay import url_policy
+
+from . import wires
 
 MAX_DECODED_PIXELS = 1 << 20
 IMAGE = "data:image/png;base64,AAAA"
@@ -90,6 +94,20 @@ def link(data: bytes) -> None:
     url_policy.is_public(data.decode("latin-1"))
 
 
+def http_request(data: bytes) -> None:
+    """Whatever a client sends: it gets whole answers, or a refusal and the end."""
+    sent = asyncio.run(wires.answers_to(data))
+    assert set(re.findall(rb"HTTP/1\.1 (\d+) [A-Z]", sent)) <= {b"200", b"100", b"400", b"431"}, sent
+
+
+def http_answer(data: bytes) -> None:
+    """Whatever an engine sends is one answer or none, and none of it is longer than what it sent."""
+    found = asyncio.run(wires.answer_of(data))
+    if found is not None:
+        status, body = found
+        assert 200 <= status <= 999 and len(body) <= len(data)
+
+
 def _texts(found: Found | None) -> list[str]:
     if found is None:
         return []
@@ -123,4 +141,11 @@ def _put(payload: dict[str, Any], where: str, url: Any) -> None:
         part["image_url"] = url
 
 
-TARGETS = {"header": image_header, "body": request_body, "scan": body_scan, "link": link}
+TARGETS = {
+    "header": image_header,
+    "body": request_body,
+    "scan": body_scan,
+    "link": link,
+    "request": http_request,
+    "answer": http_answer,
+}

@@ -16,7 +16,9 @@ import pytest
 from sidecar.events import Settled
 from sidecar.relay import engine_io
 from sidecar.relay.engine_io import MAX_REPEATED_BYTES, BodyPayload
+from sidecar.relay.http import engine, server
 
+from ..waiting import PATIENCE
 from .work import CHAT, TOKEN, sse
 
 EVENTS = b"".join(sse(TOKEN, b"[DONE]"))
@@ -206,6 +208,27 @@ async def test_a_failure_on_a_fresh_connection_stays_one(
         async with r.client.request(method, r.url + path, data=b"{}" if method == "POST" else None) as got:
             assert (got.status, (await got.json())["error"]["code"]) == (502, "engine_unreachable")
         assert len(engine.whole) == count
+
+
+async def test_connections_that_are_not_used_are_closed(
+    rig: Any, serve_raw: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An engine that keeps connections for ever is not left with those of the last burst."""
+    monkeypatch.setattr(server, "CHECK_INTERVAL_S", 0.02)
+    monkeypatch.setattr(engine, "KEEPALIVE_S", 0.0)
+    left = asyncio.Event()
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(OK)
+        await reader.read()
+        left.set()
+        writer.close()
+
+    r = await rig(await serve_raw(talk))
+    assert await get(r) == 200
+    async with asyncio.timeout(PATIENCE):
+        await left.wait()
 
 
 async def test_it_is_sent_only_once_more(rig: Any, serve_raw: Any) -> None:

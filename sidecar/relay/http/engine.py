@@ -259,6 +259,8 @@ class EngineConnection(asyncio.Protocol):
         if send is None:
             return await waiter
         self._sending = sending = self._loop.create_task(send(self))
+        # what broke it is raised here, or has come too late to matter
+        sending.add_done_callback(lambda task: None if task.cancelled() else task.exception())
         await asyncio.wait((sending, waiter), return_when=asyncio.FIRST_COMPLETED)
         if sending.done() and not waiter.done():
             sending.result()

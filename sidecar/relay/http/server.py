@@ -19,14 +19,15 @@ Refuse = Callable[[ClientConnection, RequestError], None]
 
 
 class Server:
-    """`handle` answers each request; `refuse` answers what is none.
+    """`handle` answers each request; `refuse` answers what is none, `on_check` is called each second.
 
     `now`: monotonic seconds, a second old at most. `max_connections`: what the limit of open files allows to serve.
     """
 
-    def __init__(self, handle: Handle, refuse: Refuse) -> None:
+    def __init__(self, handle: Handle, refuse: Refuse, on_check: Callable[[float], None] = lambda now: None) -> None:
         self.handle = handle
         self.refuse = refuse
+        self._on_check = on_check
         self.connections: set[ClientConnection] = set()
         self.now = time.monotonic()
         self.max_connections = open_files.max_connections(open_files.limit())
@@ -80,4 +81,5 @@ class Server:
         self.now = time.monotonic()
         for connection in list(self.connections):
             connection.check(self.now)
+        self._on_check(self.now)
         self._timer = self._loop.call_later(CHECK_INTERVAL_S, self._check)
