@@ -42,6 +42,8 @@ class Settings:
     engine_ca: str = flag("", flags.ca_file, "Authorities of an https engine's certificate (PEM); none: the system's")
     engine_kind: str = flag("auto", one_of(*ENGINE_KINDS), "Kind of the engine; auto: recognised by its responses")
     listen: tuple[str, int] = flag(("0.0.0.0", 8080), address, "Address of the relay")
+    tls_cert: str = flag("", existing_file, "Certificate chain of the relay's port (PEM); read again when it changes")
+    tls_key: str = flag("", existing_file, "Its private key (PEM)")
     admin: tuple[str, int] = flag(("0.0.0.0", 9400), address, "Address of probes, load, metrics and the status page")
     admin_paths: str = flag(
         "refuse",

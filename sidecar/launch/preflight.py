@@ -88,6 +88,20 @@ def explain_images_off(chosen: Settings, shm: str = SHM_DIR) -> str:
     return ""
 
 
+def check_certificate(chosen: Settings) -> None:
+    """Raises UsageError if the relay's port cannot speak TLS with --tls-cert and --tls-key."""
+    if bool(chosen.tls_cert) != bool(chosen.tls_key):
+        raise UsageError("--tls-cert and --tls-key: give both, or none")
+    if not chosen.tls_cert:
+        return
+    import ssl  # costs every process memory
+
+    try:
+        ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(chosen.tls_cert, chosen.tls_key)
+    except OSError as e:  # SSLError included
+        raise UsageError(f"--tls-cert, --tls-key: not a certificate and its key ({type(e).__name__})") from None
+
+
 def bind(name: str, address: tuple[str, int]) -> socket.socket:
     """A listening socket for the flag `name`. Raises StartError if the port cannot be used."""
     return _open(name, address, lambda sock: sock.listen(BACKLOG_CONNECTIONS))

@@ -32,7 +32,14 @@ from sidecar import settings
 from sidecar.control import process as control_process
 from sidecar.errors import StartError
 from sidecar.images.shm_cache import SHM_DIR, CacheFolder
-from sidecar.launch.preflight import bind, bind_unix, choose_coefficients, choose_image_mode, reserve
+from sidecar.launch.preflight import (
+    bind,
+    bind_unix,
+    check_certificate,
+    choose_coefficients,
+    choose_image_mode,
+    reserve,
+)
 from sidecar.load import cost_model
 from sidecar.relay import process as relay_process
 from sidecar.relay.pricing import quota, tenant_accounts
@@ -54,6 +61,7 @@ ExitCodeRunner = Callable[[Callable[[], int]], int]
 def main(chosen: Settings, run_to_exit_code: ExitCodeRunner) -> int:
     """Serve until SIGTERM or SIGINT, drain, return the exit code. Raises UsageError and StartError at startup."""
     open_files.raise_limit()  # of all processes: many shells and runtimes allow 1024
+    check_certificate(chosen)
     coefficients = choose_coefficients(chosen)
     chosen = replace(chosen, images=choose_image_mode(chosen))
 

@@ -47,8 +47,9 @@ from sidecar.settings import Settings
 from sidecar.signals.engine_address import EngineAddress
 from sidecar.trace_context import new_trace, parse_traceparent
 
-if TYPE_CHECKING:  # a relay without images does not load them
+if TYPE_CHECKING:  # a relay without images, or without TLS, does not load them
     from sidecar.images.service import ImageService, PreparedImage
+    from sidecar.relay.http.certificate import Certificate
 
 _log = logging.getLogger(__name__)
 
@@ -97,7 +98,12 @@ class Relay:
         self._tenant_header = settings.tenant_header.lower().encode("latin-1")
         self._budget = client_io.BodyBudget(body_budget(settings.max_body_bytes, settings.workers))
         self.close = self._engine.close
-        self.server = Server(self.handle, self._refuse_connection, self._engine.pool.sweep)
+        self.certificate: Certificate | None = None  # of this server's port, if it speaks TLS
+        if settings.tls_cert:
+            from sidecar.relay.http.certificate import Certificate
+
+            self.certificate = Certificate(settings.tls_cert, settings.tls_key)
+        self.server = Server(self.handle, self._refuse_connection, self._on_check)
         self.is_draining = False
 
     # --- commands and life ---
@@ -117,6 +123,11 @@ class Relay:
                 self._open_requests.abort(command.ids, command.code)
             case MetricsPage():
                 self._metrics_page.put(command)
+
+    def _on_check(self, now: float) -> None:
+        self._engine.pool.sweep(now)
+        if self.certificate is not None:
+            self.certificate.refresh()
 
     @property
     def open(self) -> int:

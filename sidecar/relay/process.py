@@ -85,7 +85,12 @@ async def _serve(context: RelayContext, listener: socket.socket) -> None:
         # objects alive now stay, and requests leave almost no cycles: collect less often
         gc.freeze()
         gc.set_threshold(10_000, 20, 20)
-        accepting = await loop.create_server(relay.server, sock=listener, backlog=_LISTEN_BACKLOG)
+        accepting = await loop.create_server(
+            relay.server,
+            sock=listener,
+            backlog=_LISTEN_BACKLOG,
+            ssl=relay.certificate.context if relay.certificate else None,
+        )
         async with _background(link.run, partial(_send_heartbeats, link, relay)):
             await ended.wait()
             accepting.close()
