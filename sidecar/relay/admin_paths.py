@@ -1,7 +1,8 @@
 """Pure: which requests control the engine rather than use it, and who may send them through the relay.
 
 Rules: a client's request is refused from other machines, and passes from this one: other containers of the pod, a
-trainer on the host. What only reads passes from anywhere. A path counts as engines read it: with `%73` decoded.
+trainer on the host. What only reads passes from anywhere. A path counts as engines read it: with `%73` decoded, and
+below any prefix (`--root-path`).
 
 vLLM 0.32: vllm/entrypoints/serve/. SGLang 0.5: what srt/entrypoints/http_server.py marks as for administrators.
 llama.cpp: tools/server/server.cpp. Ollama: server/routes.go. TGI and Text Embeddings Inference have none.
@@ -31,6 +32,7 @@ _CONTROLS: Final[tuple[str, ...]] = (
     "/api/pull /api/push /api/create /api/copy /api/delete",
 )
 CONTROL_PATHS: Final = frozenset(PAUSE_ROUTES).union(*(paths.split() for paths in _CONTROLS))
+_MAX_SEGMENTS: Final = max(path.count("/") for path in CONTROL_PATHS)
 # With GET they only report.
 _CHANGEABLE: Final = frozenset(("/props", "/lora-adapters", "/models", "/hicache/storage-backend"))
 _CHANGEABLE_FOLDERS: Final = ("/slots/", "/hicache/", "/dumper/", "/api/blobs/")
@@ -42,9 +44,17 @@ def is_control(method: str, path: str) -> bool:
     if method == "OPTIONS":  # a browser's question whether it may
         return False
     path = unquote(path)
-    if path in CONTROL_PATHS:
+    ends = _ends(path)
+    if not CONTROL_PATHS.isdisjoint(ends):
         return True
-    return method not in _READING_METHODS and (path in _CHANGEABLE or path.startswith(_CHANGEABLE_FOLDERS))
+    is_changeable = not _CHANGEABLE.isdisjoint(ends) or any(folder in path for folder in _CHANGEABLE_FOLDERS)
+    return method not in _READING_METHODS and is_changeable
+
+
+def _ends(path: str) -> set[str]:
+    """A path without the first of its segments, as often as control paths are long."""
+    parts = path.split("/")
+    return {"/" + "/".join(parts[-n:]) for n in range(1, _MAX_SEGMENTS + 1)}
 
 
 def is_loopback(peer: str | None) -> bool:

@@ -37,6 +37,8 @@ OTHER = "10.1.2.3"
         ("POST", "/%73leep"),
         ("POST", "/flush%5Fcache"),
         ("POST", "/%61pi%2Fpull"),
+        ("POST", "/prefix/sleep"),  # with vLLM's --root-path /prefix
+        ("POST", "/a/b/v1/load_lora_adapter"),
     ],
 )
 def test_what_changes_the_engine_for_all_is_control(method: str, path: str) -> None:
@@ -65,7 +67,6 @@ def test_what_changes_the_engine_for_all_is_control(method: str, path: str) -> N
         ("GET", "/server_info"),
         ("GET", "/hicache/storage-backend"),
         ("OPTIONS", "/sleep"),
-        ("POST", "/v1/sleep"),
     ],
 )
 def test_use_and_reading_are_no_control(method: str, path: str) -> None:
