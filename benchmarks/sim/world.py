@@ -29,6 +29,7 @@ from sim.surface import sample
 from sim.traces import Arrival
 
 WALL = 1_700_000_000.0  # the wall clock when the monotonic one reads 0
+UNREST_S = 1200.0  # for what is under way to end before time is passed over
 GONE_S = 300.0  # seconds after an engine's own death in which `dead` is the truth
 UNLIVE = ("stalled", "dead")
 UNREADY = ("starting", "suspect", "stalled", "dead", "exempt")
@@ -233,11 +234,20 @@ class World:
             self.tick()
         return not self.users
 
+    def _is_calm(self) -> bool:
+        """Whether nothing is under way whose age a jump in time would change: work of anyone, a canary, a doubt."""
+        no_work = not self.users and self._canary is None and self.control.health.evidence.age is None
+        return no_work and self.verdict in CALM
+
     def skip(self, seconds: float, busy: bool, taught: Iterable[float] = ()) -> None:
         """Pass over calm time. `busy`: users were served meanwhile. `taught`: seconds of prefill, by the cost model, of
         the streams among them; each is taken to have had the engine to itself, and tokens to have come as fast as they
         can: the impatient side. What waiting and sharing would have taught (patience) is left out."""
         assert not self.users and self.verdict in CALM, "only calm time may be skipped"
+        began = self.now
+        while not self._is_calm() and self.now < began + UNREST_S:
+            self.tick()
+        seconds = max(0.0, seconds - (self.now - began))
         self.now += seconds
         self.passed += seconds
         self.control.health._ticked_at, self.control.health._ticked_wall = self.now, self.wall + self.now

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import sqlite3
 import time
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,11 @@ from sidecar.tools.scripted_engine.server import ScriptedEngine
 
 
 def recorded(state: Path) -> int:
-    """Requests on disk; the file is there from the first second's records on."""
-    if not (state / USAGE_FILE).exists():
+    """Requests on disk; the file is there, and its table a moment later, from the first second's records on."""
+    try:
+        rows = read(state / USAGE_FILE, 0, time.time() + 3600, ())
+    except (FileNotFoundError, sqlite3.OperationalError):
         return 0
-    rows = read(state / USAGE_FILE, 0, time.time() + 3600, ())
     return rows[0][1].requests if rows else 0
 
 

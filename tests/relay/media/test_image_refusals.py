@@ -115,7 +115,7 @@ async def test_a_stream_is_served_as_it_came(rig: Any, serve: Any) -> None:
     """Also where the sidecar asks for usage: that stays in the body, and the name of an image does not."""
     engine = Picky()
     r = await rig(await serve(engine), images=Workers())
-    asked = pictures("AAAA") | {"stream": True, "stream_options": {"continuous_usage_stats": True}}
+    asked = pictures("AAAA") | {"stream": True, "stream_options": {"include_usage": False}}
     async with r.client.post(r.url + "/v1/chat/completions", json=asked) as got:
         assert (got.status, await got.read()) == (200, b"".join(sse(TOKEN, b"[DONE]")))
     sent = json.loads(engine.bodies[1])
