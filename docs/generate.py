@@ -310,26 +310,49 @@ A prompt far longer than any that this machine was seen to compute may take unti
 
 ## Figures
 
-Simulated: the production verdict under a simulated clock, 1,000 engine-weeks with the alarms of the
-[catalogue](health.md) and of public failure reports, and three rounds of every hang;
-`benchmarks/verdict_sim.py --weeks 1000 --trials 3 --seed 29`, 2026-11-30, two cores of an AMD EPYC. 10,000 weeks have
-not been run with these rules.
+Simulated: the production verdict under a simulated clock, 10,000 engine-weeks with the alarms of the
+[catalogue](health.md) and of public failure reports, and twelve rounds of every hang;
+`benchmarks/verdict_sim.py --weeks 10000 --trials 12 --seed 31`, 2026-11-30, two shared cores of an AMD EPYC.
 
 | figure | found | with one bound for both probes, 200 weeks |
 |---|---|---|
-| false kills | 1 in 2,178 alarms: a picture that went by unread; since the fix the same week is calm | 16 in 501 |
-| healthy requests ended | 2, by that kill | 57 |
-| readiness withdrawn, queues empty: p50 / p99 | 13 / 22 s | p99 103 s |
-| readiness withdrawn, queues full: p50 / p99 | 13 / 26 s | p99 268 s |
-| kill, queues empty or full: p50 / p99 | 77 / 108 s | p99 292 s |
-| hangs of public failure reports, with their own reason | 54 of 54 | 2 of 18 |
+| false kills | 14 in 21,747 events: see below | 16 in 501 |
+| healthy requests ended | 3, by those kills | 57 |
+| readiness withdrawn, queues empty, from the engine's last token: p50 / p99 | 13 / 18 s | p99 103 s |
+| readiness withdrawn, queues full, from the engine's last token: p50 / p99 | 13 / 16 s | p99 268 s |
+| the same from the fault, after which running requests may go on: p99 | 22 s, 31 s | |
+| kill, queues empty or full: p50 / p99 | 77 / 107 s | p99 292 s |
+| hangs of public failure reports, with their own reason | 212 of 216, all found | 2 of 18 |
 
-- During a prompt far longer than any seen, on a machine of unknown speed, 5 of 36 hangs were found within the trial.
+- Of the 14 false kills twelve were the simulator's own: it passes over calm hours, and did so while a canary or work of
+  others was under way, which was then an hour old. Two were real: a prompt of 560,000 tokens past the relay, while the
+  sidecar was restarted. Both are mended, and the same weeks are calm now, but for one: on a machine 16 times slower than
+  its coefficients, shared with others' work past the relay, and without counters, an idle engine is taken for hung.
+- During a prompt far longer than any seen, on a machine of unknown speed, 25 of 144 hangs were found within the trial.
   The others wait for `--silence-cap`.
-- Stops that an operator orders past the relay, without any sign, are taken for hangs: 11 such kills.
+- Stops that an operator orders past the relay, without any sign, are taken for hangs: 92 such kills.
 - An engine that hangs 12, 20 or 30 minutes after each recovery is unready for 1.03 to 1.04 times as long as with
   simple restarts (`benchmarks/brake.py --days 10`, same day and machine); before it was 3.1 to 3.9 times. For
   hangs at random times it is 1.2 to 1.6 times.
+
+Beside real engines, default settings, stopped by a signal, single runs on a busy machine, 2026-11-30: seconds until
+readiness and liveness fail, and from the end of the stop until ready again.
+
+| engine | stopped | idle | amid four streams |
+|---|---|---|---|
+| llama.cpp build 11669, 4 slots | the server (nothing answers) | 13.5 / 107, 1.0 | 13.0 / 103, 1.2 |
+| llama.cpp, 4 slots | its decoding thread | 16.2 / 83, 3.3 | 13.2 / 75, 0.8 |
+| llama.cpp, 1 slot | its decoding thread | 23.5 / 87, 3.3 | |
+| llama.cpp, router mode | the loaded model's process | 16.5 / 83, 4.0 | |
+| SGLang 0.5.23 (CPU) | the scheduler | 13.1 / 80, 3.0 | 13.3 / 76, 1.1 |
+| SGLang 0.5.23 (CPU) | the HTTP process | | 12.8 / 103, 0.6 |
+
+- With an engine of which fewer than ten streams have begun, readiness waits for 60 s: the floor is not known yet.
+- A stopped detokenizer of SGLang is found late amid streams that it had begun: the scheduler goes on generating for
+  them, and that is progress. With requests that go on coming it is found in 15 s (`work_unserved`).
+- llama.cpp: 9,000 tokens of prompt on one thread (151 s, gaps of up to 52 s) cost no readiness; one slot's prompt cache
+  is taken by no canary but that of the start, and only with `--cache-ram 0`; in router mode no other model is loaded; 400 of 400 streams, each on a connection of its
+  own, come through.
 
 Targets:
 
