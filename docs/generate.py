@@ -326,8 +326,9 @@ Simulated: the production verdict under a simulated clock, 10,000 engine-weeks w
 
 - Of the 14 false kills twelve were the simulator's own: it passes over calm hours, and did so while a canary or work of
   others was under way, which was then an hour old. Two were real: a prompt of 560,000 tokens past the relay, while the
-  sidecar was restarted. Both are mended, and the same weeks are calm now, but for one: on a machine 16 times slower than
-  its coefficients, shared with others' work past the relay, and without counters, an idle engine is taken for hung.
+  sidecar was restarted. Both are mended, and the same weeks are calm now, but for one: on a machine 16 times slower
+  than its coefficients, shared with others' work past the relay, and without counters, an idle engine is taken for
+  hung.
 - During a prompt far longer than any seen, on a machine of unknown speed, 25 of 144 hangs were found within the trial.
   The others wait for `--silence-cap`.
 - Stops that an operator orders past the relay, without any sign, are taken for hangs: 92 such kills.
@@ -351,8 +352,8 @@ readiness and liveness fail, and from the end of the stop until ready again.
 - A stopped detokenizer of SGLang is found late amid streams that it had begun: the scheduler goes on generating for
   them, and that is progress. With requests that go on coming it is found in 15 s (`work_unserved`).
 - llama.cpp: 9,000 tokens of prompt on one thread (151 s, gaps of up to 52 s) cost no readiness; one slot's prompt cache
-  is taken by no canary but that of the start, and only with `--cache-ram 0`; in router mode no other model is loaded; 400 of 400 streams, each on a connection of its
-  own, come through.
+  is taken by no canary but that of the start, and only with `--cache-ram 0`; in router mode no other model is loaded;
+  400 of 400 streams, each on a connection of its own, come through.
 
 Targets:
 

@@ -208,6 +208,7 @@ def test_every_flag_in_a_document_exists() -> None:
         "--metrics",
         *("--mm-processor-kwargs", "--enable-scale-out", "--no-mm-device-do-normalize"),  # vLLM
         *("--nonblocking", "--locals"),  # py-spy
+        "--cache-ram",  # llama.cpp
     }
     context = click.Context(__main__.cli)
     commands = [__main__.cli.get_command(context, name) for name in __main__.cli.list_commands(context)]

@@ -31,8 +31,9 @@ from sidecar.load.cost_model import Coefficients
 from sidecar.report import orca
 from sidecar.report.fan_out import FanOut
 from sidecar.report.live_page import PageFeed
+from sidecar.report.merged_page import merge_pages
 from sidecar.report.metrics import Metrics
-from sidecar.report.prometheus import MetricsPages, merge_pages
+from sidecar.report.prometheus import MetricsPages
 from sidecar.report.tracing import Tracing
 from sidecar.report.usage_store import UsageStore
 from sidecar.runtime.limited_log import LimitedLog

@@ -17,6 +17,7 @@ from contextlib import closing
 from functools import partial
 from typing import TYPE_CHECKING
 
+from sidecar.engines.registry import KINDS
 from sidecar.errors import Draining, ImagesOff, Internal, RequestError, place_of
 from sidecar.events import AbortRequests, Command, Event, LoadReport, MetricsPage
 from sidecar.load import request_shape
@@ -35,8 +36,9 @@ from sidecar.relay import (
 from sidecar.relay.admission import Admission
 from sidecar.relay.concurrency import MAX_QUEUED, ConcurrencyLimit, share_of
 from sidecar.relay.engine_io import BodyPayload
+from sidecar.relay.http.body import read_within
 from sidecar.relay.http.client import ClientConnection, Request
-from sidecar.relay.http.engine import Answer
+from sidecar.relay.http.engine import Answer, EngineError
 from sidecar.relay.http.head import Fields
 from sidecar.relay.http.server import Server
 from sidecar.relay.media import image_refusals, inline
@@ -184,12 +186,23 @@ class Relay:
                 return
         elif path == "/metrics" and request.method == "GET" and (page := await self._metrics_page.get()) is not None:
             fields = [(b"content-type", metrics_page.CONTENT_TYPE.encode()), (b"x-request-id", id.encode())]
+            if self._engine_kind and not KINDS[self._engine_kind].series:  # control does not scrape it
+                page = metrics_page.join(await self._engines_page(request, id), page)
             request.reply.begin(200, b"OK", fields, body=page)
             return
         max_bytes = self._settings.max_body_bytes
         await passthrough.forward(
             request, id, self._engine, self._open_requests, self._budget, max_bytes, self._load_report
         )
+
+    async def _engines_page(self, request: Request, id: str) -> bytes:
+        """The engine's own metrics page; empty where it has none."""
+        try:
+            with closing(await self._engine.send(request, id, None, plain=True)) as answer:
+                found = await read_within(answer.body, metrics_page.MAX_BYTES) if answer.status == 200 else b""
+        except (RequestError, EngineError):
+            return b""
+        return found or b""
 
     async def _work(self, request: Request, route: str, id: str) -> None:
         """Engine work: one admission, settled before its client gets an error."""

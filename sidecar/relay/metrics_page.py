@@ -8,10 +8,17 @@ from collections.abc import Callable
 from typing import Final
 
 from sidecar.events import Event, MetricsPage, MetricsPageRequested
+from sidecar.report.merged_page import merge_pages
 
 PAGE_FRESH_S: Final = 1.0
 PAGE_TIMEOUT_S: Final = 1.0
+MAX_BYTES: Final = 16 << 20  # of an engine's page
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
+
+
+def join(engines: bytes, ours: bytes) -> bytes:
+    """The engine's page and ours as one."""
+    return merge_pages(engines.decode("utf-8", "replace"), ours.decode()).encode()
 
 
 class MergedMetricsPage:

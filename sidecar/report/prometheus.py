@@ -1,11 +1,10 @@
-"""Metrics pages: the sidecar's series as text, and one page of the engine's series and the sidecar's.
+"""Metrics pages: the sidecar's series as text.
 
 A page is rendered at most once a second and format, however often it is scraped.
 """
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable
 from typing import Final
@@ -15,9 +14,6 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, choose_encode
 
 PLAIN_CONTENT_TYPE: Final = CONTENT_TYPE_PLAIN_0_0_4
 MAX_CACHED_FORMATS: Final = 4  # a client may name any version, so their number has no other bound
-
-_OWN_SERIES = re.compile(r"^(# (HELP|TYPE|UNIT) )?(sidecar_|DCGM_FI_)[^\n]*\n", re.MULTILINE)
-_EOF = re.compile(r"^# EOF *$\n?", re.MULTILINE)
 
 
 class MetricsPages:
@@ -47,17 +43,3 @@ class MetricsPages:
 
     def text(self) -> str:
         return self.render()[0].decode()
-
-
-def merge_pages(engine_page: str | None, own_page: str) -> str:
-    """One page of plain text: the engine's series, unchanged, then the sidecar's.
-
-    A family may appear on a page only once, so series of an engine page under the sidecar's names are dropped (an
-    engine that is itself behind a sidecar). Without an engine page it has the sidecar's series only: no stale ones.
-    """
-    if not engine_page:
-        return own_page
-    page = _EOF.sub("", engine_page)
-    if "sidecar_" in page or "DCGM_FI_" in page:
-        page = _OWN_SERIES.sub("", page if page.endswith("\n") else page + "\n")
-    return page + ("" if page.endswith("\n") else "\n") + own_page

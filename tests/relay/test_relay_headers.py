@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import pytest
 from aiohttp import web
 
 from sidecar.events import LoadReport, MetricsPage, MetricsPageRequested
@@ -90,6 +91,22 @@ async def test_the_merged_page_is_asked_for_once(rig: Any, serve: Any) -> None:
     assert await asyncio.gather(*scrapes) == ["a 1\n"] * 5
     assert await scrape() == "a 1\n"
     assert len(r.emitted.of(MetricsPageRequested)) == 1
+
+
+@pytest.mark.parametrize(("status", "passes"), [(200, True), (404, False)])
+async def test_the_page_of_an_engine_that_is_not_scraped_is_passed_on(
+    rig: Any, serve: Any, status: int, passes: bool
+) -> None:
+    """Control reads no page of an unknown engine; who scrapes the relay finds it all the same, before ours."""
+
+    async def engine(request: web.BaseRequest) -> web.StreamResponse:
+        return web.Response(text="dynamo_requests 7\nsidecar_x 1", status=status)
+
+    r = await rig(await serve(engine), kind="openai")
+    scrape = asyncio.create_task(r.client.get(r.url + "/metrics"))
+    await r.emitted.wait(MetricsPageRequested)
+    r.relay.on_command(MetricsPage(0.0, "ours 1\n"))
+    assert await (await scrape).text() == ("dynamo_requests 7\nours 1\n" if passes else "ours 1\n")
 
 
 async def test_without_control_the_engines_page_passes(rig: Any, serve: Any) -> None:

@@ -15,8 +15,9 @@ from prometheus_client.openmetrics import parser as openmetrics_parser
 from sidecar.events import STATES, AbortRequests, CanaryResult, ImagePrepared, Verdict
 from sidecar.readings import Absent, Failed, Value
 from sidecar.report import load_json, prometheus
+from sidecar.report.merged_page import merge_pages
 from sidecar.report.metrics import METRICS, Metrics
-from sidecar.report.prometheus import PLAIN_CONTENT_TYPE, MetricsPages, merge_pages
+from sidecar.report.prometheus import PLAIN_CONTENT_TYPE, MetricsPages
 from sidecar.snapshot import ShadowUse, Snapshot
 
 from .snapshots import GPU, SNAPSHOT
