@@ -15,12 +15,13 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Final, cast
+from typing import TYPE_CHECKING, Final
 
 import httptools
 
 from sidecar.errors import NoOpenFiles, RequestError
 from sidecar.relay.http.body import Body
+from sidecar.relay.http.connection import Connection
 from sidecar.relay.http.head import (
     MAX_HEAD_BYTES,
     Field,
@@ -183,18 +184,16 @@ class Reply:
         self._request.connection.on_resume = call
 
 
-class ClientConnection(asyncio.Protocol):
+class ClientConnection(Connection):
     """One connection. `peer`: the client's address. `busy`: a request is being handled."""
 
     def __init__(self, server: Server) -> None:
+        super().__init__()
         self._server = server
-        self._loop = asyncio.get_running_loop()
         self._parser = httptools.HttpRequestParser(self)
-        self._transport: asyncio.Transport | None = None
         self.task: asyncio.Task[None] | None = None
         self._queue: deque[Request | RequestError] = deque()
         self._next: asyncio.Future[None] | None = None
-        self._drained: asyncio.Future[None] | None = None
         self._reading: Request | None = None  # whose body is coming
         self._current: Request | None = None  # which is being handled
         self._fields: list[Field] = []
@@ -204,8 +203,6 @@ class ClientConnection(asyncio.Protocol):
         self._is_again = False  # a head that is known is parsed once more
         self._is_refused = False  # nothing that comes is read any more
         self._half_closed = False
-        self._pausing = 0
-        self._is_paused = False
         self._since = time.monotonic()  # of the head, of the last piece of a body, or of being idle
         self._served = 0
         self._tunnel: Callable[[bytes], None] | None = None
@@ -213,14 +210,11 @@ class ClientConnection(asyncio.Protocol):
         self._head_since = self._since
         self.peer = ""
         self.is_tls = False
-        self.is_blocked = False
-        self.is_closing = False
-        self.on_resume: Callable[[], None] | None = None
 
     # --- asyncio.Protocol ---
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast("asyncio.Transport", transport)
+        super().connection_made(transport)
         peer = transport.get_extra_info("peername")
         self.peer = str(peer[0]) if isinstance(peer, tuple) else ""
         self.is_tls = transport.get_extra_info("sslcontext") is not None
@@ -269,24 +263,12 @@ class ClientConnection(asyncio.Protocol):
         return True
 
     def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
         self._server.connections.discard(self)
-        self.is_closing, self.is_blocked = True, False
         if self._reading is not None:
             self._reading.body.fail(ConnectionResetError())
         if self.task is not None:
             self.task.cancel()
-        if self._drained is not None and not self._drained.done():
-            self._drained.set_exception(ConnectionResetError())
-
-    def pause_writing(self) -> None:
-        self.is_blocked = True
-
-    def resume_writing(self) -> None:
-        self.is_blocked = False
-        if self._drained is not None and not self._drained.done():
-            self._drained.set_result(None)
-        if self.on_resume is not None:
-            self.on_resume()
 
     # --- llhttp ---
 
@@ -333,44 +315,6 @@ class ClientConnection(asyncio.Protocol):
             self._reading = None
 
     # --- flow ---
-
-    def pause(self) -> None:
-        """A body of this connection waits for its reader."""
-        if not self._is_paused and self._transport is not None and not self.is_closing:
-            self._is_paused = True
-            self._transport.pause_reading()
-
-    def resume(self) -> None:
-        """Its reader wants more."""
-        if self._is_paused and self._transport is not None and not self.is_closing:
-            self._is_paused = False
-            self._transport.resume_reading()
-
-    def write(self, data: bytes | memoryview) -> None:
-        """Send bytes; nothing happens if the client has left."""
-        if self._transport is not None and not self.is_closing:
-            self._transport.write(data)
-
-    def write_eof(self) -> None:
-        """End our side."""
-        if self._transport is not None and not self.is_closing and self._transport.can_write_eof():
-            self._transport.write_eof()
-
-    async def drain(self) -> None:
-        """Wait until the client has read enough. Raises ConnectionResetError if it left."""
-        if self.is_closing:
-            raise ConnectionResetError
-        if self.is_blocked:
-            self._drained = self._loop.create_future()
-            try:
-                await self._drained
-            finally:
-                self._drained = None
-
-    def close(self, *, at_once: bool = False) -> None:
-        """Close the connection when what was written has been sent; `at_once`: drop that."""
-        if self._transport is not None:
-            (self._transport.abort if at_once else self._transport.close)()
 
     def take_over(self, tunnel: Callable[[bytes], None]) -> None:
         """From now on each piece goes to `tunnel`; an empty one at the end of the client's side."""
@@ -449,13 +393,13 @@ class ClientConnection(asyncio.Protocol):
     def _probe(self, n: int) -> None:
         """Ask a client that has ended its side whether it still waits for its answer, for the n-th time."""
         request = self._current
-        if request is not None and not request.reply.begun and request.version == "1.1" and not self.is_closing:
+        if request is not None and not request.reply.begun and request.version == "1.1" and not self.is_closed:
             self.write(CONTINUE)
             self._loop.call_later(LEFT_PROBES_S[min(n, len(LEFT_PROBES_S) - 1)], self._probe, n + 1)
 
     async def _serve(self) -> None:
         try:
-            while not self.is_closing:
+            while not self.is_closed:
                 while not self._queue:
                     if self._half_closed or self._is_refused:
                         return
@@ -489,7 +433,7 @@ class ClientConnection(asyncio.Protocol):
         """Whether the connection can serve another request."""
         if not request.reply.ended:
             return False
-        if not request.body.ended and request.body.error is None and not self.is_closing:
+        if not request.body.ended and request.body.error is None and not self.is_closed:
             request.body.discard()
             try:
                 async with asyncio.timeout(LINGER_S):

@@ -13,11 +13,12 @@ from collections import deque
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Final, cast
+from typing import Any, Final
 
 import httptools
 
 from sidecar.relay.http.body import Body
+from sidecar.relay.http.connection import Connection
 from sidecar.relay.http.head import MAX_HEAD_BYTES, Field, Fields, has_body
 
 CONNECT_TIMEOUT_S: Final = 5.0  # the engine is on this machine
@@ -96,13 +97,12 @@ class Place:
     prefix: bytes = b""
 
 
-class EngineConnection(asyncio.Protocol):
+class EngineConnection(Connection):
     """One connection; it has one request at a time."""
 
     def __init__(self, pool: Pool) -> None:
+        super().__init__()
         self._pool = pool
-        self._loop = asyncio.get_running_loop()
-        self._transport: asyncio.Transport | None = None
         self._parser: httptools.HttpResponseParser | None = None
         self._method = ""
         self._may_upgrade = False
@@ -117,20 +117,12 @@ class EngineConnection(asyncio.Protocol):
         self._is_beyond = False  # what comes is no part of the answer
         self._until_close = False
         self._keep = False
-        self._is_paused = False
-        self._writable: asyncio.Future[None] | None = None
-        self._is_blocked = False
         self._sending: asyncio.Task[None] | None = None
         self._tunnel: Callable[[bytes], None] | None = None
         self._rest = b""
-        self.is_closed = False
         self.idle_since = 0.0
-        self.on_resume: Callable[[], None] | None = None
 
     # --- asyncio.Protocol ---
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast("asyncio.Transport", transport)
 
     def data_received(self, data: bytes) -> None:
         if self._tunnel is not None:
@@ -162,25 +154,13 @@ class EngineConnection(asyncio.Protocol):
         return False
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self.is_closed = True
+        super().connection_lost(exc)
         self._pool.forget(self)
         if self._tunnel is not None:
             self._tunnel(b"")
         if self._answer is not None and self._until_close and exc is None:
             self._answer.body.end()
         self._break(Unanswered() if self._head_bytes == 0 else EngineError("the connection closed"))
-        if self._writable is not None and not self._writable.done():
-            self._writable.set_exception(Unanswered())
-
-    def pause_writing(self) -> None:
-        self._is_blocked = True
-
-    def resume_writing(self) -> None:
-        self._is_blocked = False
-        if self._writable is not None and not self._writable.done():
-            self._writable.set_result(None)
-        if self.on_resume is not None:
-            self.on_resume()
 
     # --- llhttp ---
 
@@ -276,45 +256,7 @@ class EngineConnection(asyncio.Protocol):
             self._break(Unanswered())
         return waiter
 
-    def write(self, data: bytes | memoryview) -> None:
-        """Send bytes; nothing happens on a closed connection."""
-        if self._transport is not None and not self.is_closed:
-            self._transport.write(data)
-
-    async def drain(self) -> None:
-        """Wait until the engine has read enough."""
-        if self._is_blocked and not self.is_closed:
-            self._writable = self._loop.create_future()
-            try:
-                await self._writable
-            except Unanswered:
-                pass
-            finally:
-                self._writable = None
-
-    def write_eof(self) -> None:
-        """End our side of a tunnel."""
-        if self._transport is not None and not self.is_closed and self._transport.can_write_eof():
-            self._transport.write_eof()
-
     # --- flow and end ---
-
-    @property
-    def is_blocked(self) -> bool:
-        """Whether the engine has to read before more is written."""
-        return self._is_blocked
-
-    def pause(self) -> None:
-        """Read nothing for now."""
-        if not self._is_paused and self._transport is not None and not self.is_closed:
-            self._is_paused = True
-            self._transport.pause_reading()
-
-    def resume(self) -> None:
-        """Read on."""
-        if self._is_paused and self._transport is not None and not self.is_closed:
-            self._is_paused = False
-            self._transport.resume_reading()
 
     def take_over(self, take: Callable[[bytes], None]) -> None:
         """From now on each piece goes to `take`; an empty one at the end."""
@@ -330,18 +272,16 @@ class EngineConnection(asyncio.Protocol):
         if self._sending is not None and not self._sending.done():
             is_whole = False
         self._parser = self._waiter = self._inform = None
-        if is_whole and not self.is_closed and not self._is_blocked:
+        if is_whole and not self.is_closed and not self.is_blocked:
             self.resume()
             self._pool.keep(self)
         else:
             self.close()
 
-    def close(self) -> None:
-        """Close the connection."""
+    def close(self, *, at_once: bool = False) -> None:
         if self._sending is not None:
             self._sending.cancel()
-        if self._transport is not None and not self.is_closed:
-            self._transport.abort() if self._is_blocked else self._transport.close()
+        super().close(at_once=at_once or self.is_blocked)
 
     def _break(self, error: EngineError) -> None:
         if self._waiter is not None and not self._waiter.done():
