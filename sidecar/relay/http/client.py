@@ -259,6 +259,9 @@ class ClientConnection(Connection):
         if current is not None and current.reply.begun and not current.reply.ended:
             return False  # it left: what it wanted to say, it said before its answer began
         self._half_closed = True
+        last = self._queue[-1] if self._queue else current
+        if isinstance(last, Request):
+            last.keep_alive = False
         self._loop.call_later(LEFT_PROBES_S[0], self._probe, 1)
         return True
 
