@@ -158,7 +158,10 @@ class EnginePauseChanged:
 
 @dataclass(frozen=True, slots=True)
 class Directing:
-    """A call that pauses or resumes the engine is in progress (`on`), or done; `taken`: the engine answered 2xx."""
+    """A call that pauses or resumes the engine is in progress (`on`), or done; `taken`: the engine answered 2xx.
+
+    One that stops its work is announced before the engine gets it; control answers with CanariesOver.
+    """
 
     at: float
     id: int  # the relay's own
@@ -248,6 +251,13 @@ class AbortRequests:
 
 
 @dataclass(frozen=True, slots=True)
+class CanariesOver:
+    """No canary is with the engine, and none is sent while these calls (Directing.id) that stop its work are."""
+
+    calls: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class SettlementsAcked:
     """The control process has recorded the first `count` settlements of this connection."""
 
@@ -258,7 +268,7 @@ _RequestEvent = Admitted | FirstToken | Delivered | Settled | ImagePrepared | Re
 _EngineEvent = EnginePauseChanged | Directing | UnreadRequest
 _ProcessEvent = Heartbeat | RelayConnected | LoadSubscribed | MetricsPageRequested
 Event = _RequestEvent | _EngineEvent | _ProcessEvent
-Command = LoadReport | MetricsPage | AbortRequests | SettlementsAcked
+Command = LoadReport | MetricsPage | AbortRequests | CanariesOver | SettlementsAcked
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ import logging
 import os
 import sqlite3
 import time
+from collections import deque
 from typing import Any, Final
 
 import aiohttp
@@ -23,7 +24,16 @@ from sidecar.control.relay_pool import RelayPool
 from sidecar.control.state import ControlState
 from sidecar.control.state_dir import StateDir
 from sidecar.control.state_store import RESUME, SAVE_INTERVAL_TICKS, StateStore
-from sidecar.events import AbortRequests, CanaryResult, Event, LoadReport, MetricsPage, MetricsPageRequested
+from sidecar.events import (
+    AbortRequests,
+    CanariesOver,
+    CanaryResult,
+    Directing,
+    Event,
+    LoadReport,
+    MetricsPage,
+    MetricsPageRequested,
+)
 from sidecar.health import probes, reasons
 from sidecar.health.garbage import GARBAGE
 from sidecar.health.monitor import TICK_S, TickReadings
@@ -47,6 +57,7 @@ from sidecar.signals.process_examiner import ProcessExaminer
 # Between checks of the engine's port. A restart can be over in a second, so it is checked often while one is awaited.
 PORT_INTERVAL_S, RESTART_PORT_INTERVAL_S = 1.0, 0.1
 # Ticks between what goes to relays, page and files: once a second.
+MAX_ANNOUNCED: Final = 256
 PUBLISH_INTERVAL_TICKS: Final = 2
 
 _log = logging.getLogger(__name__)
@@ -77,6 +88,7 @@ class ControlLoop:
         self.pages, self.feed, self.diagnoses = MetricsPages(metrics.registry), PageFeed(), Diagnoses(state_dir)
         self.pool = RelayPool(settings.workers, self.on_event, self.on_lost)
         self._tasks = BackgroundTasks()
+        self._announced: deque[tuple[int, int]] = deque(maxlen=MAX_ANNOUNCED)  # calls that wait for a canary's end
         self._log = LimitedLog(_log)  # of what fails for as long as a disk is full
         self._ticks = 0
         self._pressure = orca.MovingMean()
@@ -105,6 +117,9 @@ class ControlLoop:
             self._fan_out.on_settlement(settlement, time.time())
         else:
             self._fan_out.on_event(event)
+        if isinstance(event, Directing) and event.on:
+            self._announced.append((relay, event.id))
+            self._let_calls_go()
         if isinstance(event, MetricsPageRequested):
             text = merge_pages(self.engine.scrape.page(), self.pages.text())
             self.pool.send(MetricsPage(time.monotonic(), text), relay)
@@ -228,6 +243,7 @@ class ControlLoop:
         result = await canary.send(allowed, health.used_model, health.used_route)
         before = garbage.found
         result = self.control.canary_ended(result)
+        self._let_calls_go()
         self._fan_out.on_decision(result)
         if garbage.found and not before:
             _log.warning("garbage_output: %s", GARBAGE)
@@ -235,11 +251,19 @@ class ControlLoop:
             level = logging.INFO if result.outcome == "moot" else logging.WARNING
             _log.log(level, "canary %s: %s", result.outcome, result.detail)
 
+    def _let_calls_go(self) -> None:
+        """Tell the calls that stop the engine's work that no canary is with it."""
+        if self.control.health.canaries.since is None:
+            for relay, call in self._announced:
+                self.pool.send(CanariesOver((call,)), relay)
+            self._announced.clear()
+
     def _canary_failed(self, sent: float, allowed: float, error: str) -> None:
         """End a canary that the sidecar could not run: one that stays outstanding forever would end all judging."""
         detail = f"the sidecar could not run its canary ({error})"
         result = CanaryResult("rejected", sent, time.monotonic(), allowed, detail)
         self._fan_out.on_decision(self.control.canary_ended(result))
+        self._let_calls_go()
 
     async def _write_state(self, state: probes.ProbeState, wall: float) -> None:
         try:

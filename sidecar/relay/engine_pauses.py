@@ -82,9 +82,14 @@ class PauseCall:
     is_with_engine: bool = False
     is_over: bool = False
 
+    @property
+    def stops_work(self) -> bool:
+        """Whether no work may be with the engine when it gets this call."""
+        return self.route is not None and self.route.turn == "stops" and self.route.what != "engine_profiling"
+
     def sent(self) -> None:
-        """The engine has the whole request."""
-        if self.route is not None and self.route.turn != "resumes" and not self.is_over:
+        """The engine has the whole request, or will have it as soon as no canary is with it."""
+        if self.route is not None and self.route.turn != "resumes" and not self.is_over and not self.is_with_engine:
             self.is_with_engine = True
             self.emit(Directing(self.clock(), self.id, self.route.what, True))
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from sidecar.engines.registry import KINDS
 from sidecar.errors import Draining, ImagesOff, Internal, RequestError, place_of
-from sidecar.events import AbortRequests, Command, Event, LoadReport, MetricsPage
+from sidecar.events import AbortRequests, CanariesOver, Command, Event, LoadReport, MetricsPage
 from sidecar.load import request_shape
 from sidecar.relay import (
     admin_paths,
@@ -34,6 +34,7 @@ from sidecar.relay import (
     response,
 )
 from sidecar.relay.admission import Admission
+from sidecar.relay.canary_gate import CanaryGate
 from sidecar.relay.concurrency import MAX_QUEUED, ConcurrencyLimit, share_of
 from sidecar.relay.engine_io import BodyPayload
 from sidecar.relay.http.body import read_within
@@ -42,7 +43,7 @@ from sidecar.relay.http.engine import Answer, EngineError
 from sidecar.relay.http.head import Fields
 from sidecar.relay.http.server import Server
 from sidecar.relay.media import image_refusals, inline
-from sidecar.relay.open_requests import OpenRequests
+from sidecar.relay.open_requests import LOAD_REPORT_STALE_S, OpenRequests
 from sidecar.relay.pricing.charge import Pricing
 from sidecar.runtime.memory_limit import memory_limit
 from sidecar.settings import Settings
@@ -89,6 +90,8 @@ class Relay:
         self._engine_kind = settings.engine_kind if settings.engine_kind != "auto" else ""
         self._image_key = image_key or secrets.token_bytes(32)
         self._load_report: LoadReport | None = None
+        self._reported_at = -LOAD_REPORT_STALE_S
+        self._gate = CanaryGate()
         self._open_requests = OpenRequests(emit, client_stall)
         slots = share_of(settings.max_concurrent, settings.workers, index)
         self._concurrency = ConcurrencyLimit(slots, self._open_requests, max_queued)
@@ -114,13 +117,15 @@ class Relay:
         """Apply what the control process published."""
         match command:
             case LoadReport():
-                self._load_report = command
+                self._load_report, self._reported_at = command, time.monotonic()
                 self._engine_kind = command.engine_kind or self._engine_kind
                 self._open_requests.on_verdict(command.verdict, time.monotonic())
                 self._pricing.on_load_report(command)
                 self._refusals.on_load_report(command)
                 if self._images is not None:
                     self._images.gpu = command.verdict in inline.GPU_VERDICTS
+            case CanariesOver():
+                self._gate.on_command(command)
             case AbortRequests():
                 self._open_requests.abort(command.ids, command.code)
             case MetricsPage():
@@ -192,8 +197,19 @@ class Relay:
             return
         max_bytes = self._settings.max_body_bytes
         await passthrough.forward(
-            request, id, self._engine, self._open_requests, self._budget, max_bytes, self._load_report
+            request,
+            id,
+            self._engine,
+            self._open_requests,
+            self._budget,
+            max_bytes,
+            self._load_report,
+            self._open_gate(),
         )
+
+    def _open_gate(self) -> CanaryGate | None:
+        """What calls wait for that stop the engine; None while there is no control process, and so no canary."""
+        return self._gate if time.monotonic() - self._reported_at < LOAD_REPORT_STALE_S else None
 
     async def _engines_page(self, request: Request, id: str) -> bytes:
         """The engine's own metrics page; empty where it has none."""

@@ -17,6 +17,7 @@ from typing import Final
 
 from sidecar.events import LoadReport
 from sidecar.relay import client_io, engine_io, engine_pauses, headers, websocket
+from sidecar.relay.canary_gate import CanaryGate
 from sidecar.relay.engine_io import BodyPayload
 from sidecar.relay.http.client import Request
 from sidecar.relay.http.engine import Answer, EngineConnection, EngineError
@@ -36,8 +37,12 @@ async def forward(
     budget: client_io.BodyBudget,
     max_body_bytes: int,
     report: LoadReport | None,
+    gate: CanaryGate | None = None,
 ) -> None:
-    """Pass a request to the engine, and its answer back. `report`: the load report for the answer's header."""
+    """Pass a request to the engine, and its answer back.
+
+    `report`: the load report for the answer's header; `gate`: what a call waits for that stops the engine's work.
+    """
     target = engine_io.origin_form(request.target).decode("latin-1")
     path, _, query = target.partition("?")
     route, is_partial, data = engine_pauses.route_of(request.method, path), False, None
@@ -59,6 +64,8 @@ async def forward(
                     answer = await engine.send(request, id, None, stream=upload.write)
                 else:
                     pause.sent()
+                    if gate is not None and pause.stops_work:
+                        await gate.wait(pause.id)
                     body = None if data is None else BodyPayload([data])
                     answer = await engine.send(request, id, body, is_upgrade=is_upgrade)
                 pause.answered(answer.status)

@@ -8,6 +8,8 @@ import signal
 from typing import Any
 from urllib.parse import urlsplit
 
+from aiohttp import web
+
 from sidecar.tools.scripted_engine.server import ScriptedEngine
 
 from ..waiting import PATIENCE
@@ -107,3 +109,40 @@ async def test_an_order_of_a_relay_that_was_killed_is_asked_of_the_engine(engine
     async with sidecar.session.post(engine.url + "/sleep") as answer:  # its answer is not seen
         assert answer.status == 200
     assert (await sidecar.until_verdict("exempt"))["verdict"]["reason"] == "engine_sleeping"
+
+
+async def test_a_call_that_stops_the_engine_meets_no_canary(start: Any) -> None:
+    """SGLang ends if its memory is released amid a request: the call waits for the canary that is with the engine."""
+    held, free, met, canaries = asyncio.Event(), asyncio.Event(), list[int](), 0
+
+    async def answer(request: web.BaseRequest) -> web.StreamResponse:
+        nonlocal canaries
+        if request.path == "/v1/models":
+            return web.json_response({"data": [{"id": "m"}]})
+        if request.path == "/release_memory_occupation":
+            met.append(canaries)
+            return web.Response()
+        if request.path != "/v1/completions":
+            return web.Response(status=404)
+        canaries += 1
+        if held.is_set():
+            await free.wait()
+        canaries -= 1
+        usage = {"prompt_tokens": 1, "completion_tokens": 1}
+        return web.json_response({"choices": [{"text": "a", "finish_reason": "length"}], "usage": usage})
+
+    runner = web.ServerRunner(web.Server(answer))
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    sidecar = await start(f"http://127.0.0.1:{runner.addresses[0][1]}", engine_kind="sglang")
+    await sidecar.until_verdict("idle")
+    held.set()
+    async with asyncio.timeout(PATIENCE):
+        while not canaries:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    asked = asyncio.create_task(sidecar.session.post(sidecar.relay + "/release_memory_occupation"))
+    await asyncio.wait((asked,), timeout=0.5)
+    free.set()
+    assert (await asked).status == 200
+    assert met == [0]
+    await runner.cleanup()

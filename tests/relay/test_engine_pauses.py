@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from sidecar.events import Directing, EnginePauseChanged, Event, Settled
+from sidecar.events import CanariesOver, Directing, EnginePauseChanged, Event, LoadReport, Settled
+from sidecar.relay import canary_gate
 from sidecar.relay.engine_io import MAX_REPEATED_BYTES
 from sidecar.relay.engine_pauses import MAX_TAGS_BYTES, PAUSE_ROUTES, PauseCall, is_partial, route_of
 from sidecar.tools.scripted_engine.server import EngineSettings, ScriptedEngine
@@ -140,6 +141,29 @@ async def test_a_body_that_never_comes_makes_no_order(rig: Any, serve: Any, anno
     await writer.wait_closed()
     await r.relay.drain(PATIENCE)  # it is done with the client
     assert (orders(r), calls(r)) == ([], [])
+
+
+@pytest.mark.parametrize("answers", [True, False], ids=["control answers", "control does not"])
+async def test_a_call_that_stops_the_engine_waits_for_the_canary_with_it(
+    rig: Any, serve: Any, monkeypatch: pytest.MonkeyPatch, answers: bool
+) -> None:
+    """It is announced first; control says when no canary is out, and a hung canary holds nobody up for long."""
+    called = asyncio.Event()
+
+    async def engine(request: web.BaseRequest) -> web.StreamResponse:
+        called.set()
+        return web.Response()
+
+    monkeypatch.setattr(canary_gate, "CANARY_WAIT_S", PATIENCE if answers else 0.05)
+    r = await rig(await serve(engine))
+    r.relay.on_command(LoadReport("{}", "", "idle"))
+    asked = asyncio.create_task(answered(r, "POST", "/release_memory_occupation"))
+    [announced] = await r.emitted.wait(Directing)
+    if answers:
+        assert announced.on and not called.is_set()
+        r.relay.on_command(CanariesOver((announced.id, 99)))
+    assert await asked == 200
+    assert [event.on for event in r.emitted.of(Directing)] == [True, False]
 
 
 async def test_a_long_body_is_with_the_engine_when_the_last_of_it_was_sent(rig: Any, serve: Any) -> None:
