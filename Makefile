@@ -1,4 +1,4 @@
-# make run | test | test-slow | check | matrix | test-vllm | test-clients | sanitize | fuzz | bench | docs | clean
+# make run | test | test-slow | check | matrix | test-vllm | test-clients | sanitize | soak | fuzz | bench | docs | clean
 #
 # Needs GNU make, Python 3.11-3.13 with pip and venv, and C and C++ compilers for the kernel and a test. Everything else
 # is installed into .venv, pinned by constraints.txt, again only when pyproject.toml or constraints.txt changes.
@@ -15,7 +15,7 @@ PINS := pyproject.toml constraints.txt
 # Without bytecode on disk, every start of a test or a worker would compile torch's thousands of modules again.
 INSTALL := env -u PYTHONDONTWRITEBYTECODE $(BIN)/uv pip install --quiet --python $(BIN)/python --compile-bytecode -c constraints.txt
 
-.PHONY: help run test test-slow check matrix test-vllm test-clients sanitize fuzz bench docs constraints clean
+.PHONY: help run test test-slow check matrix test-vllm test-clients sanitize soak fuzz bench docs constraints clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
@@ -56,6 +56,9 @@ sanitize: ## The compiled module under AddressSanitizer and UBSan over random im
 			build/sanitize $(or $(ARGS),20)
 		done
 	done
+
+soak: .venv/.installed-test ## 20 minutes of mixed load; memory and files of each process; ARGS="--minutes 3 --kills 3" for chaos
+	$(BIN)/python benchmarks/soak.py $(ARGS)
 
 fuzz: .venv/.installed-test ## Fuzz the parsers of headers, bodies and links, and the scanner; ARGS=SECONDS for each, default 60
 	$(INSTALL) -e ".[fuzz]"
