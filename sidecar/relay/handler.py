@@ -187,7 +187,9 @@ class Relay:
                     raise ImagesOff(
                         "images are off; start the sidecar with --images inline and --model DIR to use /v1/preprocess"
                     )
-                await self._preprocess(request)
+                with self._budget.reading() as held:
+                    held.grow(request.fields.length() or self._settings.max_body_bytes)
+                    await self._preprocess(request)
                 return
         elif path == "/metrics" and request.method == "GET" and (page := await self._metrics_page.get()) is not None:
             fields = [(b"content-type", metrics_page.CONTENT_TYPE.encode()), (b"x-request-id", id.encode())]
