@@ -188,7 +188,7 @@ class Relay:
                         "images are off; start the sidecar with --images inline and --model DIR to use /v1/preprocess"
                     )
                 with self._budget.reading() as held:
-                    held.grow(request.fields.length() or self._settings.max_body_bytes)
+                    held.grow(request.fields.length() or self._settings.image_max_bytes)
                     await self._preprocess(request)
                 return
         elif path == "/metrics" and request.method == "GET" and (page := await self._metrics_page.get()) is not None:
