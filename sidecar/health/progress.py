@@ -237,6 +237,7 @@ class Progress:
     _moved_at: float = 0.0  # the last reading in which any counter had moved
     _pages: list[EngineSample] = field(default_factory=list)  # the last one of each process behind the port
     _first_read_at: float = 0.0
+    _began_busy: bool = False  # the first reading showed work
     _busy: bool = False  # the engine's gauges show work that is not the canary
     _open: int = 0  # requests that the relay has sent
     _excess: int = 0  # readings in a row that moved and showed more than those
@@ -347,7 +348,8 @@ class Progress:
         `canary`: one ran between the two readings, so counters that moved prove nothing about the users' work.
         """
         last, before = self._sample, self._match(sample)
-        self._first_read_at = now if last is None else self._first_read_at
+        if last is None:
+            self._first_read_at, self._began_busy = now, load(sample) > 0
         self.before = before
         self._sample, self._read_at = sample, now
         since_wall, self._read_wall = self._read_wall, wall
@@ -521,8 +523,8 @@ class Progress:
         """Note whether a reading shows work that did not pass the relay.
 
         Such work came or moved while the relay had none, or exceeds the relay's. A gauge that only stays up after the
-        relay's last request proves nothing: an abort can wedge an engine. What a sidecar
-        finds at its start, until any counter moves, may be anybody's.
+        relay's last request proves nothing: an abort can wedge an engine. What a
+        sidecar finds at work at its start, until any counter moves, may be anybody's.
         """
         has_excess = load(sample) > self._open + (1 if canary else 0)
         if before is None:
@@ -538,7 +540,7 @@ class Progress:
         is_foreign = self._excess >= MIN_EXCESS_READINGS or (
             alone is not None and alone - self._worked_at > FOREIGN_AFTER_S
         )
-        is_foreign |= has_excess and self._moved_at <= self._first_read_at
+        is_foreign |= has_excess and self._began_busy and self._moved_at <= self._first_read_at
         self.learned.foreign |= is_foreign
         stays = load(sample) > (0 if canary else self._open)
         self._foreign = is_foreign or (self._foreign and stays)
