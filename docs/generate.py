@@ -311,27 +311,27 @@ A prompt far longer than any that this machine was seen to compute may take unti
 ## Figures
 
 Simulated: the production verdict under a simulated clock, 10,000 engine-weeks with the alarms of the
-[catalogue](health.md) and of public failure reports, and twelve rounds of every hang;
-`benchmarks/verdict_sim.py --weeks 10000 --trials 12 --seed 31`, 2026-11-30, two shared cores of an AMD EPYC.
+[catalogue](health.md) and of public failure reports, and six rounds of every hang;
+`benchmarks/verdict_sim.py --weeks 10000 --trials 6 --seed 32`, 2026-11-30, two shared cores of an AMD EPYC.
 
 | figure | found | with one bound for both probes, 200 weeks |
 |---|---|---|
-| false kills | 14 in 21,747 events: see below | 16 in 501 |
-| healthy requests ended | 3, by those kills | 57 |
-| readiness withdrawn, queues empty, from the engine's last token: p50 / p99 | 13 / 18 s | p99 103 s |
-| readiness withdrawn, queues full, from the engine's last token: p50 / p99 | 13 / 16 s | p99 268 s |
-| the same from the fault, after which running requests may go on: p99 | 22 s, 31 s | |
+| false kills | 0 in 21,959 events | 16 in 501 |
+| healthy requests ended | 0 | 57 |
+| readiness withdrawn, queues empty, from the engine's last token: p50 / p99 | 13 / 19 s | p99 103 s |
+| readiness withdrawn, queues full, from the engine's last token: p50 / p99 | 12 / 16 s | p99 268 s |
+| the same from the fault, after which running requests may go on: p99 | 22 s, 34 s | |
 | kill, queues empty or full: p50 / p99 | 77 / 107 s | p99 292 s |
-| hangs of public failure reports, with their own reason | 212 of 216, all found | 2 of 18 |
+| hangs of public failure reports, with their own reason | 108 of 108 | 2 of 18 |
 
-- Of the 14 false kills twelve were the simulator's own: it passes over calm hours, and did so while a canary or work of
-  others was under way, which was then an hour old. Two were real: a prompt of 560,000 tokens past the relay, while the
-  sidecar was restarted. Both are mended, and the same weeks are calm now, but for one: on a machine 16 times slower
-  than its coefficients, shared with others' work past the relay, and without counters, an idle engine is taken for
-  hung.
-- During a prompt far longer than any seen, on a machine of unknown speed, 25 of 144 hangs were found within the trial.
+- The 10,000 weeks before these (seed 31) had 14 false kills. Twelve were the simulator's own: it passed over calm hours
+  while a canary or work of others was under way, which was then an hour old. Two were real: a prompt of 560,000 tokens
+  past the relay, while the sidecar was restarted. Both were mended. One of those weeks still has one: on a machine 16
+  times slower than its coefficients, shared with others' work past the relay, and without counters, an idle engine is
+  taken for hung.
+- During a prompt far longer than any seen, on a machine of unknown speed, 14 of 72 hangs were found within the trial.
   The others wait for `--silence-cap`.
-- Stops that an operator orders past the relay, without any sign, are taken for hangs: 92 such kills.
+- Stops that an operator orders past the relay, without any sign, are taken for hangs: 100 such kills.
 - An engine that hangs 12, 20 or 30 minutes after each recovery is unready for 1.03 to 1.04 times as long as with
   simple restarts (`benchmarks/brake.py --days 10`, same day and machine); before it was 3.1 to 3.9 times. For
   hangs at random times it is 1.2 to 1.6 times.
