@@ -179,13 +179,9 @@ class Reply:
         """Wait until the client has read enough."""
         await self._request.connection.drain()
 
-    def on_resume(self, call: Callable[[], None] | None) -> None:
-        """Call this whenever the client has read enough after it was blocked."""
-        self._request.connection.on_resume = call
-
 
 class ClientConnection(Connection):
-    """One connection. `peer`: the client's address. `busy`: a request is being handled."""
+    """One connection of a client at `peer`, and the task that handles its requests one after the other."""
 
     def __init__(self, server: Server) -> None:
         super().__init__()
