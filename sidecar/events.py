@@ -149,11 +149,15 @@ class RequestBlocked:
 
 @dataclass(frozen=True, slots=True)
 class EnginePauseChanged:
-    """The engine accepted a call that pauses its work on purpose (`on`), or that resumes it. A pause is not a hang."""
+    """The engine accepted a call that pauses its work on purpose (`on`), or that resumes it. A pause is not a hang.
+
+    `shown`: the engine's own state (`/is_sleeping`, `/is_paused`) shows such a pause, and its end.
+    """
 
     at: float
     what: str  # the reason code: "engine_sleeping", "engine_paused", "engine_profiling" or "weight_update"
     on: bool
+    shown: bool = True
 
 
 @dataclass(frozen=True, slots=True)

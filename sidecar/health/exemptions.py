@@ -34,6 +34,7 @@ class Exemptions:
     cap: float
     since: dict[str, float] = field(default_factory=dict)
     calls: dict[tuple[int, int], Directing] = field(default_factory=dict)
+    shown: set[str] = field(default_factory=set)  # those of which the engine's own state tells
     relied: float = 0.0  # seconds for which only calls exempted, since the engine last did anything
     _relied_at: float = 0.0
 
@@ -41,6 +42,7 @@ class Exemptions:
         """The engine accepted a pause, or its opposite."""
         if event.on:
             self.since[event.what] = event.at
+            (self.shown.add if event.shown else self.shown.discard)(event.what)
         else:
             self.since.pop(event.what, None)
 
@@ -85,7 +87,7 @@ class Exemptions:
     def deny(self, denied: Mapping[str, float]) -> None:
         """End the pauses that the engine itself denied later: it was resumed in a way that no relay saw accepted."""
         for what, at in denied.items():
-            if what in self.since and self.since[what] < at:
+            if what in self.shown and what in self.since and self.since[what] < at:
                 del self.since[what]
 
     def active(self, now: float) -> str | None:

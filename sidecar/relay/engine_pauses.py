@@ -30,6 +30,7 @@ class PauseRoute:
 
     what: str
     turn: Turn
+    shown: bool = False  # in the engine's own state
 
 
 _PATHS: Final[tuple[tuple[str, Turn, str], ...]] = (
@@ -50,7 +51,11 @@ _PATHS: Final[tuple[tuple[str, Turn, str], ...]] = (
     ("weight_update", "during", "/destroy_weights_update_group /send_weights_to_remote_instance"),
     ("weight_update", "during", "/init_weights_send_group_for_remote_instance"),
 )
-PAUSE_ROUTES: Final = {path: PauseRoute(what, turn) for what, turn, paths in _PATHS for path in paths.split()}
+# What /is_sleeping and /is_paused tell of; released memory is not among it.
+_SHOWN: Final = ("/sleep", "/pause")
+PAUSE_ROUTES: Final = {
+    path: PauseRoute(what, turn, path in _SHOWN) for what, turn, paths in _PATHS for path in paths.split()
+}
 
 
 def route_of(method: str, path: str) -> PauseRoute | None:
@@ -97,7 +102,7 @@ class PauseCall:
         """The head of the engine's answer arrived."""
         accepted, route = 200 <= status < 300, self.route
         if accepted and route is not None and route.turn != "during" and not self.is_partial:
-            self.emit(EnginePauseChanged(self.clock(), route.what, route.turn == "stops"))
+            self.emit(EnginePauseChanged(self.clock(), route.what, route.turn == "stops", route.shown))
         self.close(accepted=accepted)
 
     def close(self, *, accepted: bool = False) -> None:

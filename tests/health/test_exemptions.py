@@ -119,6 +119,14 @@ def test_the_calls_of_a_relay_that_died_are_over() -> None:
     assert looks(orders, 23, 26) == []
 
 
+def test_the_engines_state_denies_only_what_it_would_show() -> None:
+    """Released memory is no sleep to vLLM or SGLang: they go on to say that they are awake."""
+    orders = Exemptions(cap=100.0)
+    orders.pause(EnginePauseChanged(10.0, "engine_sleeping", True, shown=False))
+    orders.deny({"engine_sleeping": 20.0})
+    assert orders.are_stopping()
+
+
 @pytest.mark.parametrize(("taken", "until"), [(True, 190.0), (False, 110.0)])
 def test_a_call_that_the_engine_took_shows_that_a_longer_stop_goes_on(taken: bool, until: float) -> None:
     """Weights that come in many pieces: the bound runs from the last piece."""

@@ -267,7 +267,7 @@ def test_what_an_answer_means(path: str, status: int, orders: list[bool]) -> Non
         call.answered(status)
     assert route is not None
     assert [event for event in emitted if isinstance(event, EnginePauseChanged)] == [
-        EnginePauseChanged(1.0, route.what, on) for on in orders
+        EnginePauseChanged(1.0, route.what, on, route.shown) for on in orders
     ]
 
 
