@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import time
+from functools import lru_cache
 
 import psutil
 
 from sidecar.readings import Failed, ProcessSample, Reading, Value
 from sidecar.runtime import open_files
 
+_process = lru_cache(maxsize=1)(psutil.Process)  # made once: it reads when the process began
+
 
 def sample(pid: int) -> Reading[ProcessSample]:
     """Resident bytes, CPU seconds so far (user and system) and thread count of `pid`. Never raises."""
     started = time.monotonic()
     try:
-        process = psutil.Process(pid)
+        process = _process(pid)
         with process.oneshot():
             cpu = process.cpu_times()
             used = process.memory_info().rss, cpu.user + cpu.system, process.num_threads()
