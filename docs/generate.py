@@ -336,7 +336,7 @@ Simulated: the production verdict under a simulated clock, 10,000 engine-weeks w
   simple restarts (`benchmarks/brake.py --days 10`, same day and machine); before it was 3.1 to 3.9 times. For
   hangs at random times it is 1.2 to 1.6 times.
 
-Beside real engines, default settings, stopped by a signal, single runs on a busy machine, 2026-11-30: seconds until
+Next to real engines, default settings, stopped by a signal, single runs on a busy machine, 2026-11-30: seconds until
 readiness and liveness fail, and from the end of the stop until ready again.
 
 | engine | stopped | idle | amid four streams |

@@ -49,7 +49,7 @@ class Absent(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """How a program is started: its command, and addresses that answer 200 once it serves, beside its models."""
+    """How a program is started: its command, and addresses besides its model list that answer 200 once it serves."""
 
     command: list[str]
     ready: tuple[str, ...] = ()

@@ -252,7 +252,7 @@ class ControlLoop:
             _log.log(level, "canary %s: %s", result.outcome, result.detail)
 
     def _let_calls_go(self) -> None:
-        """Tell the calls that stop the engine's work that no canary is with it."""
+        """Notify the calls that stop the engine's work that no canary is with it."""
         if self.control.health.canaries.since is None:
             for relay, call in self._announced:
                 self.pool.send(CanariesOver((call,)), relay)

@@ -34,7 +34,7 @@ class Exemptions:
     cap: float
     since: dict[str, float] = field(default_factory=dict)
     calls: dict[tuple[int, int], Directing] = field(default_factory=dict)
-    shown: set[str] = field(default_factory=set)  # those of which the engine's own state tells
+    shown: set[str] = field(default_factory=set)  # those that the engine's own state shows
     relied: float = 0.0  # seconds for which only calls exempted, since the engine last did anything
     _relied_at: float = 0.0
 

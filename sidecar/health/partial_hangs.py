@@ -496,13 +496,13 @@ class UnservedWork:
         return f"{len(self.left)} users left unserved within {seconds:.0f} s, and nothing was delivered to any other"
 
     def _find_overdue(self, now: float) -> str:
-        """Requests for which the engine must have generated all that they may have, while nobody got anything."""
+        """Requests for which the engine must have generated all that they may have, while no client got anything."""
         table, floor = self.table, self.table.limits.floor
         new = (stream for stream in table.open if not stream.first and stream.number > self.served_number)
         overdue = [now - s.received_at for s in new if now - s.received_at >= floor and table.is_overdue(s)]
         if not table.counted or len(overdue) < MIN_UNSERVED:
             return ""
-        return f"{len(overdue)} users wait for up to {max(overdue):.0f} s, and the engine generates for nobody"
+        return f"{len(overdue)} users wait for up to {max(overdue):.0f} s, and no client gets what the engine generates"
 
 
 @dataclass(slots=True)

@@ -142,7 +142,7 @@ REASON_TEXTS: Final[dict[str, str]] = {
     "no_progress": "work is outstanding, and nothing of it moves",
     "canary_lost": "nothing was outstanding, and the engine gave a canary nothing",
     "work_stuck": "canaries pass, the users' work does not move",
-    "work_unserved": "users leave unserved one after another, or the engine generates for nobody: nothing is delivered",
+    "work_unserved": "users leave unserved one after another, or no client gets what is generated",
     "request_overtaken": "a request waits while later ones of its model and priority are served again and again",
     "connection_silent": "some connections to the idle engine are answered and others are not: a listener hangs",
     "refuses_work": "an engine that has served refuses all work",

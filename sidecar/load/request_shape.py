@@ -77,7 +77,7 @@ def describe(scan: BodyScan | None, route: str, body_bytes: int) -> RequestShape
 def _lacks_usage(options: Any) -> bool:
     """True if the usage was not requested. Options of a wrong type stay as they are, for the engine to reject.
 
-    Options that do not name it stay as well: vLLM's default is to tell it then.
+    Options that do not name it stay as well: vLLM's default is to send it then.
     """
     return options is None or (isinstance(options, dict) and not options.get("include_usage", True))
 

@@ -12,7 +12,7 @@ from typing import Final
 
 from sidecar.events import CanariesOver
 
-# A canary of a sound engine is over by then; one of a hung engine is nobody's reason to wait.
+# A healthy engine has answered its canary by then; a hung one must not delay the call longer.
 CANARY_WAIT_S: Final = 3.0
 
 

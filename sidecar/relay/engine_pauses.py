@@ -51,7 +51,7 @@ _PATHS: Final[tuple[tuple[str, Turn, str], ...]] = (
     ("weight_update", "during", "/destroy_weights_update_group /send_weights_to_remote_instance"),
     ("weight_update", "during", "/init_weights_send_group_for_remote_instance"),
 )
-# What /is_sleeping and /is_paused tell of; released memory is not among it.
+# What /is_sleeping and /is_paused report; they do not report released memory.
 _SHOWN: Final = ("/sleep", "/pause")
 PAUSE_ROUTES: Final = {
     path: PauseRoute(what, turn, path in _SHOWN) for what, turn, paths in _PATHS for path in paths.split()

@@ -1,6 +1,6 @@
 """Pure: request bodies. Which paths are engine work, where a body's images stand, and changes as splices.
 
-Rules: a body is never written anew. What is replaced or added is spliced in at its position, and every other byte goes
+Rules: no body is serialised again. What is replaced or added is spliced in at its position, and every other byte goes
 out as it came: repeated keys, forms of numbers, spaces. A body that is no JSON object, and one in UTF-16 or UTF-32, is
 left to the engine. The position of a string decides what it is, so no text can be mistaken for an image.
 """

@@ -257,7 +257,7 @@ def _has_last_choice(text: bytes) -> bool:
 def _without_null_usage(event: bytes) -> bytes:
     """An event without `"usage":null`, which OpenAI adds where the usage is asked for.
 
-    A usage next to a choice stays: many engines tell it unasked.
+    A usage next to a choice stays: many engines send it unasked.
     """
     start, end = _find_member(event, _USAGE_KEY)
     if start < 0 or not event[start:end].endswith(b"null"):

@@ -23,7 +23,7 @@ def is_wanted(request: Request) -> bool:
 
 
 async def tunnel(request: Request, answer: Answer, passed: list[Field], receive: Callable[[int], None]) -> None:
-    """Pass bytes both ways until both sides have ended. `receive` is told of the bytes that the engine sent."""
+    """Pass bytes both ways until both sides have ended. `receive` gets the size of each piece from the engine."""
     client, ended = request.connection, asyncio.Event()
     upgraded = [(b"connection", b"upgrade"), (b"upgrade", answer.fields.get(b"upgrade").encode("latin-1"))]
     request.reply.upgrade(answer.status, answer.reason, [*passed, *upgraded])

@@ -27,7 +27,7 @@ def open_(*clients: str, busy: tuple[int, ...] = ()) -> list[AdminConnection]:
 
 
 def test_there_is_room_below_the_bounds() -> None:
-    """Nobody is closed for nothing."""
+    """No connection is closed without need."""
     assert to_close(open_("a", "a", "b"), "b", LIMITS, NOW) is None
     assert to_close((), "a", LIMITS, NOW) is None
 
@@ -146,7 +146,7 @@ async def test_another_client_keeps_its_connection(serve: Serve) -> None:
 
 
 async def test_a_head_that_is_never_whole_ends_its_connection(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However slowly it drips; so does a kept connection that nobody uses, and a stream goes on."""
+    """However slowly it drips; so does an idle kept connection, and a stream goes on."""
     monkeypatch.setattr(admin_connections, "HEAD_TIMEOUT_S", 0.2)
     monkeypatch.setattr(admin_connections, "IDLE_TIMEOUT_S", 0.2)
     monkeypatch.setattr(admin_connections, "CHECK_INTERVAL_S", 0.05)

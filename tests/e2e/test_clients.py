@@ -58,7 +58,7 @@ async def _call(script: str, url: str) -> dict[str, Any]:
 
 
 def _without_ids(made: Any) -> Any:
-    """What a client made, without what is drawn anew for each answer."""
+    """What a client made, without what differs in each answer."""
     if isinstance(made, dict):
         return {key: _without_ids(value) for key, value in made.items() if key not in ("id", "created")}
     return [_without_ids(item) for item in made] if isinstance(made, list) else made

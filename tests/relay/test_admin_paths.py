@@ -102,7 +102,7 @@ def test_a_pause_is_known_however_its_path_is_written() -> None:
 
 @pytest.mark.parametrize("forwarded", [{}, {"x-forwarded-for": "127.0.0.1", "x-real-ip": "127.0.0.1"}])
 async def test_another_machine_is_refused_by_a_relay(relay_process: Any, serve: Any, forwarded: dict[str, str]) -> None:
-    """The engine gets nothing; the error is OpenAI's, and says how to allow it; a header makes nobody local."""
+    """The engine gets nothing; the error is OpenAI's, and says how to allow it; no header makes a client local."""
     seen: list[str] = []
 
     async def engine(request: web.BaseRequest) -> web.StreamResponse:

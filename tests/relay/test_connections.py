@@ -213,7 +213,7 @@ async def test_a_failure_on_a_fresh_connection_stays_one(
 async def test_connections_that_are_not_used_are_closed(
     rig: Any, serve_raw: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An engine that keeps connections for ever is not left with those of the last burst."""
+    """An engine that keeps connections forever is not left with those of the last burst."""
     monkeypatch.setattr(server, "CHECK_INTERVAL_S", 0.02)
     monkeypatch.setattr(engine, "KEEPALIVE_S", 0.0)
     left = asyncio.Event()

@@ -147,7 +147,7 @@ async def test_a_body_that_never_comes_makes_no_order(rig: Any, serve: Any, anno
 async def test_a_call_that_stops_the_engine_waits_for_the_canary_with_it(
     rig: Any, serve: Any, monkeypatch: pytest.MonkeyPatch, answers: bool
 ) -> None:
-    """It is announced first; control says when no canary is out, and a hung canary holds nobody up for long."""
+    """It is announced first; control says when no canary is out, and a hung canary delays no call for long."""
     called = asyncio.Event()
 
     async def engine(request: web.BaseRequest) -> web.StreamResponse:

@@ -101,7 +101,7 @@ class Request:
         return b"https" if self.connection.is_tls else b"http"
 
     def want_body(self) -> None:
-        """Tell a client that waits for it (curl does, above 1 MiB) to send the body."""
+        """Send 100 Continue if the client waits for it (curl does, above 1 MiB)."""
         if self.expects and not self.reply.begun:
             self.expects = False
             self.connection.write(CONTINUE)

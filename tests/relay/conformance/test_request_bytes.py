@@ -273,7 +273,7 @@ async def test_http_1_0_gets_no_chunks(sides: StartSides, line: bytes) -> None:
 
 
 async def test_http_1_0_is_kept_if_asked(sides: StartSides) -> None:
-    """A client of HTTP/1.0 that asks for it may send a second request, and is told so."""
+    """A client of HTTP/1.0 that asks for it may send a second request, and the answer says so."""
     both = await sides(OK)
     async with connected(both.relayed) as (reader, writer):
         for _ in range(2):

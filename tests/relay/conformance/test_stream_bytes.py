@@ -87,7 +87,7 @@ SHAPES: dict[str, Events] = {
     "usage in what is said": plain(
         b'{"choices":[{"delta":{"content":"\\"usage\\":{\\"prompt_tokens\\":1},\\"choices\\":[]"}}]}', LAST
     ),
-    "usage beside choices": plain(
+    "usage next to choices": plain(
         WORD, b'{"choices":[{"delta":{},"finish_reason":"stop"}],"usage":{"prompt_tokens":3,"completion_tokens":2}}'
     ),
     "an error in the stream": framed(lines(WORD, b'{"error":{"message":"no","type":"x"}}'), usage=b""),
@@ -230,7 +230,7 @@ async def test_types(sides: StartSides, type: bytes) -> None:
 @pytest.mark.parametrize("kind", ENGINES)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 async def test_options(sides: StartSides, options: bytes, kind: str) -> None:
-    """Whoever would get the usage without a relay gets it, nobody else does, from the first stream on."""
+    """A client gets the usage if it would get it without a relay, from the first stream on."""
     both = await sides(engine(SHAPES["LF"], ENGINES[kind]))
     for path in (CHAT, COMPLETIONS, CHAT):
         await compare(both, asked(path, options))

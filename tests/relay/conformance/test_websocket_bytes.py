@@ -92,7 +92,7 @@ FRAMES = {
     "compressed": (0xC1, b"\xf2\x48\xcd\xc9\xc9\x07\x00"),
     "a fragment": (0x01, b"first"),
     "a ping": (0x89, b"are you there"),
-    "a pong that nobody asked for": (0x8A, b"yes"),
+    "an unsolicited pong": (0x8A, b"yes"),
     "large": (0x82, SOME_BYTES[:70_000]),
     "close 1000": (0x88, struct.pack(">H", 1000)),
     "close 4001": (0x88, struct.pack(">H", 4001) + b"reason"),
@@ -258,19 +258,19 @@ async def test_much_both_ways(raw: StartRaw) -> None:
 
 async def test_frames_behind_the_handshake(raw: StartRaw) -> None:
     """What comes in the same packet as the handshake, on either side, is not lost."""
-    heard: asyncio.Queue[bytes] = asyncio.Queue()
+    received: asyncio.Queue[bytes] = asyncio.Queue()
     early, reply = frame(0x81, b"early", masked=True), frame(0x81, b"reply")
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if await read_request(reader):
             writer.write(SWITCHING + reply)
-            await heard.put(await reader.readexactly(len(early)))
+            await received.put(await reader.readexactly(len(early)))
 
     async def talk(address: Address) -> tuple[Answer, bytes, bytes]:
         async with connected(address) as (reader, writer):
             writer.write(request(b"GET %b HTTP/1.1" % PATH, *ASKS) + early)
             answer = await read_answer(reader, b"GET")
-            return answer, await reader.readexactly(len(reply)), await heard.get()
+            return answer, await reader.readexactly(len(reply)), await received.get()
 
     direct, relayed = await raw(serve)
     (_, *seen_directly), (answer, *seen) = await talk(direct), await talk(relayed)

@@ -86,7 +86,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
     ids=["nothing", "a line", "a head", "a body", "a chunk", "idle after an answer"],
 )
-async def test_nobody_holds_a_connection_for_ever(quick: None, start: Start, sent: bytes, status: bytes) -> None:
+async def test_every_wait_for_a_client_ends(quick: None, start: Start, sent: bytes, status: bytes) -> None:
     """What is not complete in time is a 408 and the end; a connection without a request just ends."""
     reader, writer = await start(echo)
     writer.write(sent)
@@ -122,7 +122,7 @@ async def test_more_clients_than_can_be_served_are_told_so(start: Start, monkeyp
 
 
 async def test_an_answer_before_the_body_ends_reaches_its_client(start: Start) -> None:
-    """A client that sends a body nobody wants can read the refusal; what is left of the body is dropped."""
+    """A client that sends an unwanted body can read the refusal; what is left of the body is dropped."""
 
     async def refuse(request: Request) -> None:
         client_io.send_json(request, {}, status=413)
