@@ -46,6 +46,7 @@ IDLE_TIMEOUT_S: Final = 3630.0  # longer than Envoy keeps a connection
 LEFT_PROBES_S: Final = (0.1, 0.1, 5.0)
 LINGER_S: Final = 2.0  # for the rest of a body that is not wanted, so that the client reads its answer
 MAX_AHEAD: Final = 32  # requests that wait for their turn on one connection
+SLICE_BYTES: Final = 2048  # of requests sent ahead, parsed at once
 MAX_HELD_BYTES: Final = 256 << 10  # of another protocol, while the engine has not answered the handshake
 CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
 
@@ -198,6 +199,7 @@ class ClientConnection(Connection):
         self._in_head = False
         self._is_again = False  # a head that is known is parsed once more
         self._is_refused = False  # nothing that comes is read any more
+        self._ahead = bytearray()  # what comes after more requests than may wait
         self._half_closed = False
         self._since = time.monotonic()  # of the head, of the last piece of a body, or of being idle
         self._served = 0
@@ -220,6 +222,25 @@ class ClientConnection(Connection):
             self._refuse(NoOpenFiles(open_files.EXHAUSTED_TEXT))
 
     def data_received(self, data: bytes) -> None:
+        if self._ahead:
+            self._ahead += data
+        elif len(data) > SLICE_BYTES and data.count(b"\r\n\r\n") > MAX_AHEAD:
+            self._parse_ahead(data)
+        else:
+            self._parse(data)
+
+    def _parse_ahead(self, data: bytes) -> None:
+        """Parse requests that were sent ahead while few wait; the rest is kept as bytes, which take less memory."""
+        while data and len(self._queue) <= MAX_AHEAD:
+            self._parse(data[:SLICE_BYTES])
+            data = data[SLICE_BYTES:]
+        self._ahead = bytearray(data)
+        if data or len(self._queue) > MAX_AHEAD:
+            self.pause()
+        else:
+            self.resume()
+
+    def _parse(self, data: bytes) -> None:
         if self._tunnel is not None:
             self._tunnel(data)
             return
@@ -406,7 +427,9 @@ class ClientConnection(Connection):
                     self._next = self._loop.create_future()
                     await self._next
                 item = self._queue.popleft()
-                if len(self._queue) <= MAX_AHEAD:
+                if self._ahead:
+                    self._parse_ahead(bytes(self._ahead))
+                elif len(self._queue) <= MAX_AHEAD:
                     self.resume()
                 if isinstance(item, RequestError):
                     self._server.refuse(self, item)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 
@@ -145,6 +146,26 @@ async def test_requests_sent_ahead_are_answered_in_order_and_bounded(start: Star
     assert [answers.index(b"GET /%d " % n) for n in range(count)] == sorted(
         answers.index(b"GET /%d " % n) for n in range(count)
     )
+
+
+async def test_thousands_of_requests_sent_ahead_take_little_memory(start: Start) -> None:
+    """While the first is handled, few others are read; in the end all are answered, and in order."""
+    go_on, waiting = asyncio.Event(), list[int]()
+
+    async def handle(request: Request) -> None:
+        await go_on.wait()
+        waiting.append(len(request.connection._queue))
+        await echo(request)
+
+    reader, writer = await start(handle)
+    count = 5000
+    writer.write(b"".join(b"GET /%d HTTP/1.1\r\nhost: x\r\n\r\n" % n for n in range(count)))
+    writer.write(b"GET /end HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
+    await asyncio.wait((asyncio.ensure_future(writer.drain()),), timeout=0.2)
+    go_on.set()
+    answers = await read_all(reader)
+    assert re.findall(rb"GET /(\d+|end) ", answers) == [*(b"%d" % n for n in range(count)), b"end"]
+    assert max(waiting) <= client.MAX_AHEAD + client.SLICE_BYTES // 20
 
 
 REQUESTS = (
