@@ -27,7 +27,19 @@ class Source(Protocol):
 class Body:
     """One body. `ended`: all of it has come; `error`: why the rest never will."""
 
-    __slots__ = ("_pieces", "_sink", "_source", "_waiter", "ended", "error", "held", "trailers", "wanted")
+    __slots__ = (
+        "_pieces",
+        "_sink",
+        "_source",
+        "_waiter",
+        "ended",
+        "error",
+        "held",
+        "received",
+        "trailers",
+        "waited",
+        "wanted",
+    )
 
     def __init__(self, source: Source | None = None) -> None:
         self._source = source
@@ -37,6 +49,8 @@ class Body:
         self.held = 0
         self.ended = False
         self.wanted = False  # a reader waits for the next piece
+        self.waited = 0.0  # seconds of that, as far as its connection counts them
+        self.received = 0  # bytes so far
         self.error: BaseException | None = None
         self.trailers: list[Field] = []
 
@@ -44,6 +58,7 @@ class Body:
 
     def feed(self, data: bytes) -> None:
         """The next piece came."""
+        self.received += len(data)
         if self._sink is not None:
             try:
                 self._sink(data)

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 HEAD_TIMEOUT_S: Final = 30.0  # from the first byte of a head, or from the connection to its first head
 BODY_TIMEOUT_S: Final = 60.0  # between two pieces of a body that is waited for
+MIN_BODY_RATE: Final = 8 << 10  # bytes a second, after as long: a body that drips holds memory that others need
 IDLE_TIMEOUT_S: Final = 3630.0  # longer than Envoy keeps a connection
 # From the end of a client's side to the questions whether it is still there: the first is answered by a reset, which
 # the second one meets. Later ones find a client that leaves while it waits.
@@ -218,7 +219,7 @@ class ClientConnection(Connection):
         self.is_tls = transport.get_extra_info("sslcontext") is not None
         self._server.connections.add(self)
         self.task = self._loop.create_task(self._serve())
-        if len(self._server.connections) > self._server.max_connections:
+        if not self._server.has_room():
             self._refuse(NoOpenFiles(open_files.EXHAUSTED_TEXT))
 
     def data_received(self, data: bytes) -> None:
@@ -355,13 +356,25 @@ class ClientConnection(Connection):
         waited = now - self._since
         request = self._current
         if request is not None:
-            if request.body.wanted and self._reading is request and not self._is_paused and waited > BODY_TIMEOUT_S:
-                request.body.fail(TooSlow(f"no byte of the body came for {BODY_TIMEOUT_S:.0f} s"))
+            if request.body.wanted and self._reading is request and not self._is_paused:
+                self._check_body(request.body, waited)
             return
         if self._in_head and now - self._head_since > HEAD_TIMEOUT_S:
             self._refuse(TooSlow(f"the head was not complete within {HEAD_TIMEOUT_S:.0f} s"))
         elif not self._in_head and waited > (IDLE_TIMEOUT_S if self._served else HEAD_TIMEOUT_S):
             self.close()
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether it has been kept after an answer, and nothing has come since."""
+        return self._served > 0 and not self._in_head and not self.is_busy and self._tunnel is None
+
+    def _check_body(self, body: Body, waited: float) -> None:
+        body.waited += self._server.interval
+        if waited > BODY_TIMEOUT_S:
+            body.fail(TooSlow(f"no byte of the body came for {BODY_TIMEOUT_S:.0f} s"))
+        elif body.waited > BODY_TIMEOUT_S + body.received / MIN_BODY_RATE:
+            body.fail(TooSlow(f"the body came slower than {MIN_BODY_RATE} bytes a second"))
 
     def _put(self, item: Request | RequestError) -> None:
         self._queue.append(item)

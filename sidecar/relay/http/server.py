@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from itertools import islice
 from typing import Final
 
 from sidecar.errors import RequestError
@@ -13,6 +14,7 @@ from sidecar.relay.http.client import ClientConnection, Request
 from sidecar.runtime import open_files
 
 CHECK_INTERVAL_S: Final = 1.0
+MAX_LOOKED_AT: Final = 256  # connections, for one that is idle
 
 Handle = Callable[[Request], Awaitable[None]]
 Refuse = Callable[[ClientConnection, RequestError], None]
@@ -30,6 +32,7 @@ class Server:
         self._on_check = on_check
         self.connections: set[ClientConnection] = set()
         self.now = time.monotonic()
+        self.interval = CHECK_INTERVAL_S
         self.max_connections = open_files.max_connections(open_files.limit())
         self.is_closing = False
         self._idle: asyncio.Future[None] | None = None
@@ -49,6 +52,15 @@ class Server:
                     self._idle = self._loop.create_future()
                     await self._idle
         return not self._close_idle()
+
+    def has_room(self) -> bool:
+        """Whether a connection that was accepted can be served; an idle one is closed for it."""
+        if len(self.connections) <= self.max_connections:
+            return True
+        idle = next((one for one in islice(self.connections, MAX_LOOKED_AT) if one.is_idle), None)
+        if idle is not None:
+            idle.close()
+        return idle is not None
 
     def on_idle(self) -> None:
         """A connection has ended a request."""

@@ -122,6 +122,44 @@ async def test_more_clients_than_can_be_served_are_told_so(start: Start, monkeyp
     assert answer.startswith(b"HTTP/1.1 503 ") and b"file descriptors" in answer
 
 
+async def test_an_idle_connection_makes_room_for_a_new_one(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clients that keep connections for later do not keep others out."""
+    monkeypatch.setattr(server.open_files, "max_connections", lambda limit: 1)
+    reader, writer = await start(echo)
+    writer.write(b"GET /a HTTP/1.1\r\nhost: x\r\n\r\n")
+    await reader.readuntil(b"GET /a ")
+    other, ask = await asyncio.open_connection(*writer.get_extra_info("peername"))
+    ask.write(b"GET /b HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
+    assert (await read_all(other)).endswith(b"GET /b ") and await read_all(reader) == b""
+    ask.close()
+
+
+async def test_a_body_that_drips_has_an_end(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A byte now and then is no reason to hold what was announced for days."""
+    monkeypatch.setattr(server, "CHECK_INTERVAL_S", 0.02)
+    monkeypatch.setattr(client, "BODY_TIMEOUT_S", 0.3)
+    refused = asyncio.get_running_loop().create_future()
+
+    async def handle(request: Request) -> None:
+        try:
+            await client_io.read(request, 1 << 20)
+        except RequestError as e:
+            refused.set_result(str(e))
+
+    _, writer = await start(handle)
+    writer.write(b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 100000\r\n\r\n")
+
+    async def drip() -> None:
+        while True:
+            writer.write(b"a")
+            await asyncio.sleep(0.01)
+
+    dripping = asyncio.create_task(drip())
+    async with asyncio.timeout(PATIENCE):
+        assert "slower than" in await refused
+    dripping.cancel()
+
+
 async def test_an_answer_before_the_body_ends_reaches_its_client(start: Start) -> None:
     """A client that sends an unwanted body can read the refusal; what is left of the body is dropped."""
 
