@@ -10,7 +10,9 @@ import asyncio
 from collections.abc import Callable
 from typing import Final
 
+from sidecar.relay.http.body import Source
 from sidecar.relay.http.client import Request
+from sidecar.relay.http.connection import Connection
 from sidecar.relay.http.engine import Answer
 from sidecar.relay.http.head import Field
 
@@ -24,37 +26,28 @@ def is_wanted(request: Request) -> bool:
 
 async def tunnel(request: Request, answer: Answer, passed: list[Field], receive: Callable[[int], None]) -> None:
     """Pass bytes both ways until both sides have ended. `receive` gets the size of each piece from the engine."""
-    client, ended = request.connection, asyncio.Event()
+    client, ended, sides = request.connection, asyncio.Event(), {"client", "engine"}
     upgraded = [(b"connection", b"upgrade"), (b"upgrade", answer.fields.get(b"upgrade").encode("latin-1"))]
     request.reply.upgrade(answer.status, answer.reason, [*passed, *upgraded])
-    sides = {"client", "engine"}
 
-    def end(side: str) -> None:
-        sides.discard(side)
-        ended.set()
+    def pass_on(data: bytes, side: str, source: Source, sink: Connection) -> None:
+        if data:
+            sink.write(data)
+            if sink.is_blocked:
+                source.pause()
+        else:
+            sink.write_eof()
+            sides.discard(side)
+            ended.set()
 
     def to_client(data: bytes) -> None:
-        if not data:
-            client.write_eof()
-            end("engine")
-            return
-        receive(len(data))
-        client.write(data)
-        if client.is_blocked:
-            engine.pause()
-
-    def to_engine(data: bytes) -> None:
-        if not data:
-            engine.write_eof()
-            end("client")
-            return
-        engine.write(data)
-        if engine.is_blocked:
-            client.pause()
+        if data:
+            receive(len(data))
+        pass_on(data, "engine", answer, client)
 
     engine = answer.tunnel(to_client)
     engine.on_resume, client.on_resume = client.resume, engine.resume
-    client.take_over(to_engine)
+    client.take_over(lambda data: pass_on(data, "client", client, engine))
     try:
         await ended.wait()
         ended.clear()
