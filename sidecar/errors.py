@@ -48,6 +48,22 @@ class BodyTooLarge(RequestError, code="body_too_large", status=413):
     """The request body is over --max-body-bytes."""
 
 
+class BodiesFull(RequestError, code="bodies_full", status=429, retry_after=1):
+    """The request bodies under way fill the memory that the sidecar may use for them."""
+
+
+class Malformed(RequestError, code="malformed_request"):
+    """The bytes are no HTTP/1.0 or 1.1 request, or one that could be read in two ways; the connection ends."""
+
+
+class HeadTooLarge(RequestError, code="head_too_large", status=431):
+    """The request line and the header fields are longer than 128 KiB together."""
+
+
+class TooSlow(RequestError, code="request_timeout", status=408):
+    """The client did not send the rest of its request in time."""
+
+
 class EngineUnreachable(RequestError, code="engine_unreachable", status=502, retry_after=2):
     """The engine refused the connection, or closed it before it responded."""
 
@@ -83,6 +99,10 @@ class TenantLimited(RequestError, code="rate_limit_exceeded", status=429):
 
 class Draining(RequestError, code="draining", status=503, retry_after=1):
     """The sidecar is shutting down and accepts no new requests."""
+
+
+class DrainCut(RequestError, code="drain_cut", status=503, retry_after=1):
+    """The sidecar shut down before the answer was complete; a stream ends with this as its last event."""
 
 
 class ImagesBusy(RequestError, code="images_busy", status=503, retry_after=1):

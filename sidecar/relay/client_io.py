@@ -9,9 +9,10 @@ import asyncio
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from http import HTTPStatus
 from typing import Any, Final
 
-from sidecar.errors import BodyTooLarge, RequestError
+from sidecar.errors import BodiesFull, BodyTooLarge, RequestError
 from sidecar.images.protocol import Data
 from sidecar.relay import headers
 from sidecar.relay.http.client import Request
@@ -23,24 +24,6 @@ from sidecar.relay.outcomes import ClientGone, ClientStalled, EngineBroke
 CLIENT_STALL_S: Final = 600.0
 MAX_PIECE_BYTES: Final = 1 << 20  # a client must read this much within its timeout when an answer is long
 JSON_TYPE: Final = (b"content-type", b"application/json; charset=utf-8")
-REASONS: Final = {
-    200: b"OK",
-    400: b"Bad Request",
-    404: b"Not Found",
-    406: b"Not Acceptable",
-    408: b"Request Timeout",
-    413: b"Content Too Large",
-    429: b"Too Many Requests",
-    431: b"Request Header Fields Too Large",
-    500: b"Internal Server Error",
-    501: b"Not Implemented",
-    502: b"Bad Gateway",
-    503: b"Service Unavailable",
-}
-
-
-class BodiesFull(RequestError, code="bodies_full", status=429, retry_after=1):
-    """The bodies of other requests fill the memory that this process may use for them."""
 
 
 class BodyBudget:
@@ -140,7 +123,7 @@ async def send_long(request: Request, groups: Iterable[list[Data]], within: floa
 def send_json(request: Request, value: Any, *, status: int = 200, fields: Iterable[Field] = ()) -> None:
     """Answer with JSON."""
     body = json.dumps(value).encode()
-    request.reply.begin(status, REASONS.get(status, b"Error"), [JSON_TYPE, *fields], body=body)
+    request.reply.begin(status, HTTPStatus(status).phrase.encode(), [JSON_TYPE, *fields], body=body)
 
 
 def refuse(request: Request, error: RequestError, id: str) -> None:

@@ -6,6 +6,7 @@ import asyncio
 from typing import Final
 
 from sidecar.errors import (
+    DrainCut,
     EngineStalled,
     EngineUnreachable,
     NoOpenFiles,
@@ -29,10 +30,6 @@ class ClientStalled(SidecarError):
 
 class EngineBroke(SidecarError):
     code = "engine_broke"  # its answer ended early; the client already has part of it
-
-
-class DrainCut(RequestError, code="drain_cut", status=503, retry_after=1):
-    """A drain ran out of time."""
 
 
 # The first match counts; any other error means "lost".

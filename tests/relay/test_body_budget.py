@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 from aiohttp import web
 
+from sidecar.errors import BodiesFull
 from sidecar.events import Settled
-from sidecar.relay.client_io import BodiesFull, BodyBudget
+from sidecar.relay.client_io import BodyBudget
 
 from ..waiting import PATIENCE
 

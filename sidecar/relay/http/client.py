@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Final
 
 import httptools
 
-from sidecar.errors import NoOpenFiles, RequestError
+from sidecar.errors import HeadTooLarge, Malformed, NoOpenFiles, RequestError, TooSlow
 from sidecar.relay.http.body import Body
 from sidecar.relay.http.connection import Connection
 from sidecar.relay.http.head import (
@@ -50,18 +50,6 @@ MAX_AHEAD: Final = 32  # requests that wait for their turn on one connection
 SLICE_BYTES: Final = 2048  # of requests sent ahead, parsed at once
 MAX_HELD_BYTES: Final = 256 << 10  # of another protocol, while the engine has not answered the handshake
 CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
-
-
-class Malformed(RequestError, code="malformed_request"):
-    """The bytes are no HTTP request, or one that could be read in two ways."""
-
-
-class HeadTooLarge(RequestError, code="head_too_large", status=431):
-    """The request line and the header fields together are too long."""
-
-
-class TooSlow(RequestError, code="request_timeout", status=408):
-    """The client did not send the rest of its request in time."""
 
 
 class Request:
