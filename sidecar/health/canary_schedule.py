@@ -3,7 +3,7 @@
 Rules:
 - Start-up may compile for minutes: its canary gets the cap.
 - The canary of an idle engine is judged by those before it: by their median, so that one which waited out a pause
-  does not lengthen the next. An engine of which users' answers have taught enough needs only one before.
+  does not lengthen the next. Where too few came before, users' answers may have taught enough.
 - The canary of a silence is given the rest of it, as long as a kill usually takes: one that waits until then says as
   much as many that are given up, and leaves nothing in the engine's queue.
 """
@@ -32,8 +32,9 @@ def canary_allowed(state: State, evidence: Evidence, passed_seconds: Sequence[fl
     shortest = min(limits.floor, CANARY_FLOOR_S)
     if evidence.age is not None:
         return max(shortest, min(evidence.kill_after - evidence.age, limits.kill))
-    is_known = len(passed_seconds) >= MIN_KNOWN_CANARIES
-    if not is_known and not (passed_seconds and evidence.learned):
-        return max(evidence.allowed, limits.unlearned)
+    if len(passed_seconds) < MIN_KNOWN_CANARIES:
+        shortest = evidence.allowed if evidence.learned else max(evidence.allowed, limits.unlearned)
+    if not passed_seconds:
+        return shortest
     slowest = min(max(passed_seconds), MAX_MEDIANS * median(passed_seconds))
-    return min(max(shortest if is_known else evidence.allowed, CANARY_MARGIN * slowest), limits.cap)
+    return min(max(shortest, CANARY_MARGIN * slowest), limits.cap)

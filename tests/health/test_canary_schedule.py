@@ -40,9 +40,10 @@ def test_a_slow_engines_canaries_have_a_multiple_of_what_they_took() -> None:
     assert canary_allowed("idle", replace(IDLE, learned=False), [0.1], LIMITS) == 60.0
 
 
-def test_where_users_taught_enough_one_canary_tells() -> None:
-    """An engine with one slot is asked so seldom that it would never have three."""
-    assert canary_allowed("idle", IDLE, [], LIMITS) == 60.0
+def test_where_users_taught_enough_no_canary_need_come_before() -> None:
+    """An engine with one slot is asked so seldom that it would never have three; that of its start does not count."""
+    assert canary_allowed("idle", replace(IDLE, learned=False), [], LIMITS) == 60.0
+    assert canary_allowed("idle", IDLE, [], LIMITS) == 12.0
     assert canary_allowed("idle", IDLE, [0.1], LIMITS) == 12.0
     assert canary_allowed("idle", IDLE, [5.0], LIMITS) == 25.0
 
