@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Final, Literal, get_args
 
+import msgspec
+
 Outcome = Literal["ok", "engine_error", "client_cancelled", "rejected", "stalled", "lost"]
 OUTCOMES: Final[tuple[Outcome, ...]] = get_args(Outcome)
 
@@ -17,8 +19,11 @@ State = Literal["starting", "idle", "progressing", "quiet", "suspect", "stalled"
 STATES: Final[tuple[State, ...]] = get_args(State)
 
 
-@dataclass(frozen=True, slots=True)
-class RequestSize:
+class Record(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """A record that is made for every request, and goes over the wire as an array: its fields in their order."""
+
+
+class RequestSize(Record, frozen=True):
     """One request's size in tokens. Those of images, audio and video are encoder outputs and part of `uncached`."""
 
     uncached: int
@@ -33,8 +38,7 @@ class RequestSize:
     image_squares: int = 0  # the sum of the squares of each image's tokens
 
 
-@dataclass(frozen=True, slots=True)
-class Trace:
+class Trace(Record, frozen=True):
     """W3C trace context of a request: 32 and 16 lower-case hex digits; `parent_id` is empty for a root."""
 
     trace_id: str
@@ -52,8 +56,7 @@ SHORT_ROUTES: Final = ("embeddings", "rerank", "score", "pooling", "classify")
 TAIL_MULTIPLES: Final = (1, 2, 4, 8)  # of the expected output, for which an estimate gives what still remains
 
 
-@dataclass(frozen=True, slots=True)
-class Admitted:
+class Admitted(Record, tag=True, frozen=True):
     """A request was admitted and holds `mu`, the price of what is `expected`, until it is settled.
 
     `priority` is the one that its client asked for. `reorders`: engines may serve later ones first, as a grammar is
@@ -76,16 +79,14 @@ class Admitted:
     withholds: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class FirstToken:
+class FirstToken(Record, tag=True, frozen=True):
     """The first bytes of a stream reached the relay: its prefill is done. An answer in one piece has none."""
 
     id: str
     at: float
 
 
-@dataclass(frozen=True, slots=True)
-class Delivered:
+class Delivered(Record, tag=True, frozen=True):
     """The engine sent `tokens` more stream events and `bytes` more body bytes since the request's last Delivered."""
 
     id: str
@@ -94,8 +95,7 @@ class Delivered:
     bytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class Usage:
+class Usage(Record, frozen=True):
     """From the engine's `usage` object."""
 
     prompt_tokens: int
@@ -103,8 +103,7 @@ class Usage:
     cached_tokens: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Settled:
+class Settled(Record, tag=True, frozen=True):
     """A request ended, in exactly one way.
 
     `overhead` is the relay's own time in seconds: from the client's last request byte to the relay's last byte to the
@@ -124,8 +123,7 @@ class Settled:
     error: str = ""  # reason code, never free text of a client
 
 
-@dataclass(frozen=True, slots=True)
-class ImagePrepared:
+class ImagePrepared(Record, tag=True, frozen=True):
     """One image of request `id` (empty for /v1/preprocess) was prepared, passed through, or rejected."""
 
     id: str
@@ -138,8 +136,7 @@ class ImagePrepared:
     bytes_out: int
 
 
-@dataclass(frozen=True, slots=True)
-class RequestBlocked:
+class RequestBlocked(Record, tag=True, frozen=True):
     """An open request is blocked (`on`) by a client that does not read, or by the relay's own queue; or it resumed."""
 
     id: str
@@ -147,8 +144,7 @@ class RequestBlocked:
     on: bool  # the engine is not to blame for the silence in between
 
 
-@dataclass(frozen=True, slots=True)
-class EnginePauseChanged:
+class EnginePauseChanged(Record, tag=True, frozen=True):
     """The engine accepted a call that pauses its work on purpose (`on`), or that resumes it. A pause is not a hang.
 
     `shown`: the engine's own state (`/is_sleeping`, `/is_paused`) shows such a pause, and its end.
@@ -160,8 +156,7 @@ class EnginePauseChanged:
     shown: bool = True
 
 
-@dataclass(frozen=True, slots=True)
-class Directing:
+class Directing(Record, tag=True, frozen=True):
     """A call that pauses or resumes the engine is in progress (`on`), or done; `taken`: the engine answered 2xx.
 
     One that stops its work is announced before the engine gets it; control answers with CanariesOver.
@@ -174,8 +169,7 @@ class Directing:
     taken: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class UnreadRequest:
+class UnreadRequest(Record, tag=True, frozen=True):
     """A request of unknown cost is with the engine (`on`), or over. It is passed on unread, and may be work.
 
     `id` is the relay's own. Its bytes are reported by Delivered with 0 tokens. `status` is the engine's, 0 where there
@@ -188,8 +182,7 @@ class UnreadRequest:
     status: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Heartbeat:
+class Heartbeat(Record, tag=True, frozen=True):
     """A relay process is alive: its event loop lag (seconds), open requests, and open files. Sent once a second."""
 
     at: float
@@ -199,8 +192,7 @@ class Heartbeat:
     max_files: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class RelayConnected:
+class RelayConnected(Record, tag=True, frozen=True):
     """The first record of a connection: which relay this is. The relay then replays the events of its open requests."""
 
     at: float
@@ -209,24 +201,21 @@ class RelayConnected:
     restarts: int
 
 
-@dataclass(frozen=True, slots=True)
-class LoadSubscribed:
+class LoadSubscribed(Record, tag=True, frozen=True):
     """The only record of a process that is not a relay and subscribes to the load reports that relays receive."""
 
     at: float
     pid: int
 
 
-@dataclass(frozen=True, slots=True)
-class MetricsPageRequested:
+class MetricsPageRequested(Record, tag=True, frozen=True):
     at: float
 
 
 # --- commands: control -> relay ---
 
 
-@dataclass(frozen=True, slots=True)
-class LoadReport:
+class LoadReport(Record, tag=True, frozen=True):
     """The load as response headers, ready to send; updated about once a second."""
 
     orca_json: str
@@ -240,29 +229,25 @@ class LoadReport:
     process: int = 0  # grows with each process of the engine that was met
 
 
-@dataclass(frozen=True, slots=True)
-class MetricsPage:
+class MetricsPage(Record, tag=True, frozen=True):
     at: float
     text: str  # the merged page, ready to send
 
 
-@dataclass(frozen=True, slots=True)
-class AbortRequests:
+class AbortRequests(Record, tag=True, frozen=True):
     """Abort open requests: close their connections to the engine, and send their clients an error of this code."""
 
     ids: tuple[str, ...]
     code: str
 
 
-@dataclass(frozen=True, slots=True)
-class CanariesOver:
+class CanariesOver(Record, tag=True, frozen=True):
     """No canary is with the engine, and none is sent while these calls (Directing.id) that stop its work are."""
 
     calls: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class SettlementsAcked:
+class SettlementsAcked(Record, tag=True, frozen=True):
     """The control process has recorded the first `count` settlements of this connection."""
 
     count: int

@@ -17,6 +17,8 @@ import re
 from pathlib import Path
 from typing import Any, Final
 
+from msgspec import structs
+
 from sidecar.control.state_dir import StateDir
 from sidecar.events import DiagnosisSummary
 from sidecar.load.ledger import AdmissionHold
@@ -128,7 +130,7 @@ def _outstanding(hold: AdmissionHold, now: float) -> dict[str, Any]:
         "route": admitted.route,
         "stream": admitted.stream,
         "age": round(now - admitted.at, 3),
-        "expected": dataclasses.asdict(admitted.expected),
+        "expected": structs.asdict(admitted.expected),
         "mu": admitted.mu,
         "first_token": hold.first_at is not None,
         "delivered_tokens": hold.delivered,

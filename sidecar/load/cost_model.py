@@ -17,8 +17,10 @@ whether they are the default, a roofline, or measured.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from typing import Final
+
+from msgspec import structs
 
 from sidecar.errors import UsageError
 from sidecar.events import RequestSize, Usage
@@ -159,16 +161,16 @@ def max_mu_in_flight(co: Coefficients, slo_seconds: float) -> float:
 def settled_work(expected: RequestSize, usage: Usage | None, delivered_tokens: int) -> RequestSize:
     """The actual work of a request: from the engine's `usage`, else the estimate with the delivered tokens."""
     if usage is None:
-        return replace(expected, output=delivered_tokens)
+        return structs.replace(expected, output=delivered_tokens)
     cached = min(usage.cached_tokens, usage.prompt_tokens)
     uncached = usage.prompt_tokens - cached
-    work = replace(expected, uncached=uncached, cached=cached, output=usage.completion_tokens)
+    work = structs.replace(expected, uncached=uncached, cached=cached, output=usage.completion_tokens)
     encoded = work.image_tokens + work.audio_tokens + work.video_tokens
     if not cached or encoded <= uncached:
         return work
     # Encoder tokens are part of the prompt, so those beyond `uncached` were cached.
     names = ("image_tokens", "audio_tokens", "video_tokens", "image_squares")
-    return replace(work, **{name: getattr(work, name) * uncached // encoded for name in names})
+    return structs.replace(work, **{name: getattr(work, name) * uncached // encoded for name in names})
 
 
 def to_json(co: Coefficients) -> str:

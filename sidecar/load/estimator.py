@@ -12,8 +12,10 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Hashable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Final
+
+from msgspec import structs
 
 from sidecar.events import TAIL_MULTIPLES, RequestSize, Usage
 from sidecar.load import cost_model
@@ -138,7 +140,7 @@ class Estimator:
 
     def reserved_mu(self, tenant: str, shape: RequestShape, expected: RequestSize) -> float:
         """The price with the high output, which a tenant limit reserves."""
-        return self.mu(replace(expected, output=self.high_output(tenant, shape, expected)))
+        return self.mu(structs.replace(expected, output=self.high_output(tenant, shape, expected)))
 
     def learn(self, tenant: str, shape: RequestShape, usage: Usage, counted: int | None = None) -> None:
         """Learn from the usage of a finished request. `counted`: tokens of its whole text, by a tokenizer."""

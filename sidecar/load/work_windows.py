@@ -12,8 +12,10 @@ Rules:
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Final
+
+from msgspec import structs
 
 from sidecar.load import cost_model
 from sidecar.load.cost_model import Coefficients
@@ -103,7 +105,7 @@ class WorkWindows:
                 continue
             if hold.blocked or hold.slowed:
                 return []
-            work = cost_model.features(replace(hold.admitted.expected, output=hold.delivered), self._co)
+            work = cost_model.features(structs.replace(hold.admitted.expected, output=hold.delivered), self._co)
             _add_overlap(window, index, hold.admitted.at, hold.first_at, max(hold.last_at, hold.first_at), work)
         busy = window.busy.bit_count() * SLOT_S
         if busy < MIN_BUSY_SHARE * WINDOW_S:

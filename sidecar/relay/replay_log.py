@@ -10,9 +10,10 @@ one had recorded without acknowledging goes to both; in each, a request settles 
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import replace
 from itertools import chain
 from typing import Final
+
+from msgspec import structs
 
 from sidecar.events import (
     Admitted,
@@ -45,7 +46,9 @@ class ReplayLog:
                 if (request := self._open.get(event.id)) is not None:
                     before = request.get(type(event))
                     if isinstance(event, Delivered) and isinstance(before, Delivered):
-                        event = replace(event, tokens=before.tokens + event.tokens, bytes=before.bytes + event.bytes)
+                        event = structs.replace(
+                            event, tokens=before.tokens + event.tokens, bytes=before.bytes + event.bytes
+                        )
                     request[type(event)] = event
             case Admitted():
                 self._open[event.id] = {Admitted: event}

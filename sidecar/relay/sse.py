@@ -14,8 +14,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, Final
+
+from msgspec import structs
 
 from sidecar.events import Usage
 from sidecar.relay.request_body import parse_object
@@ -93,7 +94,7 @@ class SSE:
             usage = _parse_usage({**first, **{name: value for name, value in last.items() if value}})
         if usage is None or usage.completion_tokens >= self.tokens or _is_final(self._name, self._last):
             return usage
-        return replace(usage, completion_tokens=self.tokens)
+        return structs.replace(usage, completion_tokens=self.tokens)
 
     def _scan(self, chunk: bytes) -> bytes:
         out: list[bytes | memoryview] = [] if self._holds else [chunk]

@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Any, Final
+
+from msgspec import structs
 
 from sidecar.events import RequestSize
 from sidecar.load import cost_model
@@ -33,7 +34,7 @@ def render(asked: Mapping[str, str], co: Coefficients) -> dict[str, Any]:
         "mu_milli": round(1000 * mu),
         "gpu_ms": cost_model.gpu_ms(work, co),
         "terms_ms": dict(cost_model.by_cause(work, co)),
-        "work": asdict(work),
+        "work": structs.asdict(work),
         "fingerprint": co.fingerprint,
         "source": co.source,
     }

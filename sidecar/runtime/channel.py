@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Callable
-from contextlib import suppress
 from typing import cast
 
 from sidecar.events import Command, Delivered, Event
@@ -88,14 +87,10 @@ class Channel(asyncio.Protocol):
         if self._transport is None or self._transport.is_closing():
             return
         queued = self._transport.get_write_buffer_size()
-        lines: list[bytes] = []
-        for record in records:
-            if queued <= (MAX_QUEUED_DELIVERED_BYTES if isinstance(record, Delivered) else MAX_QUEUED_BYTES):
-                with suppress(UnicodeEncodeError):  # one record must not take the others of its batch with it
-                    lines.append(codec.encode(record))
-                    queued += len(lines[-1])
-        if lines:
-            self._transport.write(b"".join(lines))
+        if queued > MAX_QUEUED_DELIVERED_BYTES:
+            records = [] if queued > MAX_QUEUED_BYTES else [r for r in records if not isinstance(r, Delivered)]
+        if records:
+            self._transport.write(codec.encode_all(records))
 
     # --- asyncio.Protocol ---
 
@@ -103,12 +98,15 @@ class Channel(asyncio.Protocol):
         self._transport = cast("asyncio.WriteTransport", transport)  # uvloop's is one without being a subclass
 
     def data_received(self, data: bytes) -> None:
-        self._buffer += data
-        *lines, rest = self._buffer.split(b"\n")
-        self._buffer = rest if len(rest) <= codec.MAX_LINE_BYTES else bytearray()
-        for line in lines:
-            with suppress(codec.WireError):
-                self._on_record(codec.decode(bytes(line)))
+        if (end := data.rfind(b"\n") + 1) == 0:
+            self._buffer += data
+            if len(self._buffer) > codec.MAX_LINE_BYTES:
+                self._buffer.clear()
+            return
+        lines = b"".join((self._buffer, data[:end]))
+        self._buffer = bytearray(data[end:])
+        for record in codec.decode_all(lines):
+            self._on_record(record)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None

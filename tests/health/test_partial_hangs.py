@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+from msgspec import structs
 
 from sidecar.events import Admitted, CanaryResult, FirstToken, RequestBlocked, RequestSize, Settled
 from sidecar.health.latency_model import LatencyModel
@@ -36,7 +37,7 @@ class Engine:
         self.requests += 1
         key = (0, str(self.requests))
         event = Admitted(key[1], self.now, "t", "m", "chat", True, RequestSize(1000, output=output), output, 1.0)
-        self.parts.table.admit(key, replace(event, **changes), prefill, 0)
+        self.parts.table.admit(key, structs.replace(event, **changes), prefill, 0)
         return key
 
     def first(self, key: Key) -> None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
+from msgspec import structs
 
 from sidecar.events import Admitted, Delivered, FirstToken, Outcome, RequestBlocked, RequestSize, Settled, Usage
 from sidecar.load import cost_model
@@ -57,7 +56,7 @@ def test_a_request_holds_its_estimate_releases_its_prefill_and_settles_on_usage(
 def test_a_request_that_outlasts_its_estimate_keeps_a_hold() -> None:
     """Beyond its estimate a hold follows the tail of the estimate, up to the client's limit."""
     ledger = Ledger(CO)
-    ledger.apply(0, replace(admitted("a"), tail=(60, 200, 300, 300), max_output=1000))
+    ledger.apply(0, structs.replace(admitted("a"), tail=(60, 200, 300, 300), max_output=1000))
     left = []
     for at, tokens in enumerate((50, 50, 50, 50, 200, 400, 190), 1):
         ledger.apply(0, Delivered("a", at, tokens, 900))

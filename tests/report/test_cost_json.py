@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec import structs
 
 from sidecar.errors import UsageError
 from sidecar.events import RequestSize, Usage
@@ -35,7 +36,7 @@ def test_windows_never_cost_more_and_cost_grows_with_work(u: int, c: int, o: int
     near, work = replace(CO, window=window, windowed=0.8), RequestSize(u, c, o)
     assert cost_model.gpu_ms(work, near) <= cost_model.gpu_ms(work, CO) * (1 + 1e-12)
     for name in ("uncached", "cached", "output"):
-        assert cost_model.gpu_ms(replace(work, **{name: getattr(work, name) + 1}), near) >= cost_model.gpu_ms(
+        assert cost_model.gpu_ms(structs.replace(work, **{name: getattr(work, name) + 1}), near) >= cost_model.gpu_ms(
             work, near
         ) * (1 - 1e-12)
 
@@ -64,7 +65,9 @@ def test_audio_and_video_are_priced_as_images_are() -> None:
     assert cost_model.terms(RequestSize(1000, video_tokens=500, videos=2), CO).images == image
     heard = RequestSize(1000, audio_tokens=500, audios=2)
     assert cost_model.terms(heard, CO).images == pytest.approx(CO.audio * CO.g * 500 + 2 * CO.h)
-    assert cost_model.settled_work(heard, Usage(900, 7, 100), 0) == replace(heard, uncached=800, cached=100, output=7)
+    assert cost_model.settled_work(heard, Usage(900, 7, 100), 0) == structs.replace(
+        heard, uncached=800, cached=100, output=7
+    )
 
 
 def test_an_encoders_attention_stays_within_an_image() -> None:
@@ -78,7 +81,7 @@ def test_what_was_cached_of_images_costs_no_encoder() -> None:
     """Encoder tokens beyond the uncached part of the prompt were cached; without a cache nothing changes."""
     expected = RequestSize(900, image_tokens=800, images=1, image_squares=800**2)
     whole, half = (cost_model.settled_work(expected, Usage(900, 5, cached), 0) for cached in (0, 500))
-    assert whole == replace(expected, output=5)
+    assert whole == structs.replace(expected, output=5)
     assert half == RequestSize(400, 500, 5, 400, 1, image_squares=800**2 // 2)
     assert cost_model.settled_work(expected, Usage(900, 5, 90), 0).image_tokens == 800
 
