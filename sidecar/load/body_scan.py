@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+import msgspec
+
 from sidecar.load import python_scan
 from sidecar.load.found import Found, FoundPart, PromptTexts, Span
 from sidecar.load.request_keys import HELD_KEYS, HOLDERS, OPTION_KEYS, PROMPT_KEYS
@@ -30,11 +32,12 @@ MAX_OPTIONS_BYTES: Final = 4096  # all of a body; those of a long holder: MAX_OP
 MAX_PYTHON_BYTES: Final = 8 << 10  # json.loads and the walk take 4.5 ms for them at worst
 TOO_LONG: Final = object()  # the value of an option that was not parsed
 _NAMES: Final = (*PROMPT_KEYS, *(key for key in (*OPTION_KEYS, *HELD_KEYS) if key not in PROMPT_KEYS))
+_decode: Final = msgspec.json.Decoder(dict[str, Any]).decode  # ten times as fast as `json`
 _OPTIONS: Final = frozenset(OPTION_KEYS)
 _WANTED: Final = _fused.wanted(PROMPT_KEYS, _NAMES[len(PROMPT_KEYS) :]) if _fused is not None else None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class BodyScan:
     """A body that is a JSON object."""
 
@@ -137,7 +140,17 @@ def _read_options(body: Buffer, members: Mapping[str, Span], *, nested: bool = F
             left -= end - start
         else:
             long[name] = _long_option(name, memoryview(body)[start:end], nested)
-    return {**json.loads(b"{%b}" % b",".join(texts)), **long}
+    options = _parse(b"{%b}" % b",".join(texts))
+    return {**options, **long} if long else options
+
+
+def _parse(text: bytes) -> dict[str, Any]:
+    """An object that was checked by the scanner; `json` takes what only it knows, as NaN and lone surrogates."""
+    try:
+        return _decode(text)
+    except (msgspec.MsgspecError, UnicodeDecodeError):
+        parsed: dict[str, Any] = json.loads(text)
+        return parsed
 
 
 def _long_option(name: str, value: memoryview, nested: bool) -> Any:

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Hashable
-from dataclasses import dataclass
 from typing import Final
 
+import msgspec
 from msgspec import structs
 
 from sidecar.events import TAIL_MULTIPLES, RequestSize, Usage
@@ -78,8 +78,7 @@ class ChatTemplateOverhead:
         return max(0.0, (self._y - slope * self._m) / self._n + slope * messages)
 
 
-@dataclass(frozen=True, slots=True)
-class Estimate:
+class Estimate(msgspec.Struct, frozen=True, gc=False):
     """The expected work of a request, and its price in MU. `tail` is that of events.Admitted, of streams only."""
 
     work: RequestSize

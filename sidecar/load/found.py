@@ -30,7 +30,7 @@ class FoundPart:
         return name if PART_LISTS[self.list] == "images" else f"{name}.content[{self.part}]"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class PromptTexts:
     """Where a prompt's texts stand in `source`: (start, end, 0 or 1) of each, flat. 1: a value that engines print."""
 
@@ -38,7 +38,7 @@ class PromptTexts:
     places: Sequence[int]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen, which would cost a microsecond of each request
 class Found:
     """What the prompt of a body amounts to, and where things stand in it."""
 

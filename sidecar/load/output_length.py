@@ -16,11 +16,12 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import accumulate
 from math import ceil, exp, log
 from operator import mul
 from typing import Final, NamedTuple
+
+import msgspec
 
 # Bucket 0 is an answer without tokens; bucket b >= 1 begins at BUCKET_STARTS[b - 1], the last one at _MAX_TOKENS.
 _MAX_TOKENS: Final = 1 << 17
@@ -98,8 +99,7 @@ _EMPTY_LEVEL: Final[Level] = (0.0, PRIOR, 0.0, 0.0)
 _PRIOR_TOKENS: Final = sum(map(mul, PRIOR, MIDDLES))
 
 
-@dataclass(frozen=True, slots=True)
-class OutputForecast:
+class OutputForecast(msgspec.Struct, frozen=True):
     """The distribution of one answer's tokens, capped at `limit`: the sum of up to four levels, factor times weights.
 
     The levels are summed up only where needed, as every request computes a forecast.

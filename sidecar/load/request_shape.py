@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, Final
+
+import msgspec
 
 from sidecar.events import SHORT_ROUTES
 from sidecar.load.body_scan import TOO_LONG, BodyScan
@@ -18,8 +19,7 @@ MAX_MODEL_NAME_CHARS: Final = 128
 Options = Mapping[str, Any]  # members of a body, or of an object in it
 
 
-@dataclass(frozen=True, slots=True)
-class RequestShape:
+class RequestShape(msgspec.Struct, frozen=True, gc=False):
     """What a request asks for. `text_bytes` is UTF-8 prompt text, `max_output` the client's limit over all choices.
 
     `script` is the rounded number of bytes per character: 1 for Latin, 2 for Greek, Cyrillic or Arabic, 3 for Chinese,
@@ -84,6 +84,8 @@ def _lacks_usage(options: Any) -> bool:
 
 def _priority(value: Any) -> int:
     """The priority as engines read it, within 64 bits; 0 where it is no number."""
+    if value is None:
+        return 0
     try:
         return 0 if isinstance(value, bool) else max(-_MAX_PRIORITY - 1, min(_MAX_PRIORITY, int(value)))
     except (TypeError, ValueError, OverflowError):

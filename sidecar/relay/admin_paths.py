@@ -10,6 +10,7 @@ llama.cpp: tools/server/server.cpp. Ollama: server/routes.go. TGI and Text Embed
 
 from __future__ import annotations
 
+from functools import lru_cache
 from ipaddress import IPv6Address, ip_address
 from typing import Final
 from urllib.parse import unquote
@@ -36,11 +37,16 @@ _MAX_SEGMENTS: Final = max(path.count("/") for path in CONTROL_PATHS)
 # With GET they only report.
 _CHANGEABLE: Final = frozenset(("/props", "/lora-adapters", "/models", "/hicache/storage-backend"))
 _CHANGEABLE_FOLDERS: Final = ("/slots/", "/hicache/", "/dumper/", "/api/blobs/")
+_MAX_REMEMBERED_CHARS: Final = 128
 _READING_METHODS: Final = ("GET", "HEAD")
 
 
 def is_control(method: str, path: str) -> bool:
     """Whether a request changes the engine for all of its users; `path` as it was sent, without the query."""
+    return (_remembered if len(path) <= _MAX_REMEMBERED_CHARS else _is_control)(method, path)
+
+
+def _is_control(method: str, path: str) -> bool:
     if method == "OPTIONS":  # a browser's question whether it may
         return False
     path = unquote(path)
@@ -49,6 +55,9 @@ def is_control(method: str, path: str) -> bool:
         return True
     is_changeable = not _CHANGEABLE.isdisjoint(ends) or any(folder in path for folder in _CHANGEABLE_FOLDERS)
     return method not in _READING_METHODS and is_changeable
+
+
+_remembered: Final = lru_cache(maxsize=512)(_is_control)  # most requests go to a few paths
 
 
 def _ends(path: str) -> set[str]:

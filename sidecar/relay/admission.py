@@ -8,8 +8,7 @@ outside: it cancels what is inside `abortable`, and only that.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import time
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -48,7 +47,7 @@ class Admission:
     mu: float = 0.0
     work: RequestSize = NO_ESTIMATE.work
     price: Price | None = None  # of a usage, if the client wants it in the answer
-    scope: asyncio.Timeout | None = None
+    task: asyncio.Task[None] | None = None  # which `abort` cancels
     abort_error: SidecarError | None = None
     events: SSE | None = None  # the answer's reader, if it is an event stream in plain text
     status: int = 0
@@ -82,25 +81,20 @@ class Admission:
             withholds=self.shape.withholds,
         )
 
-    @asynccontextmanager
-    async def abortable(self) -> AsyncIterator[None]:
-        """A block that `abort` cancels, and that then raises its error."""
-        self.scope = asyncio.timeout(None)  # distinguishes its own cancellation from the client's
-        try:
-            async with self.scope:
-                yield
-        except TimeoutError:
-            if self.abort_error is None:
-                raise
-            raise self.abort_error from None
-        finally:
-            self.scope = None
+    def abortable(self, task: asyncio.Task[None]) -> Abortable:
+        """A block in `task` that `abort` cancels, and that then raises its error."""
+        return Abortable(self, task)
 
     def abort(self, error: SidecarError) -> None:
         """End the request with `error` if it is inside `abortable`; the first error counts."""
-        if self.scope is not None and self.abort_error is None:
+        if self.task is not None and self.abort_error is None:
             self.abort_error = error
-            self.scope.reschedule(0.0)  # long ago: now
+            self.task.cancel()
+
+    def mark_sent(self) -> None:
+        """The engine has the whole request; the time of a second attempt does not count."""
+        if self.sent_at is None:
+            self.sent_at = time.monotonic()
 
     def report_delivered(self, now: float) -> Delivered:
         """What was delivered since the last report."""
@@ -143,3 +137,26 @@ class Admission:
             error=reason_of(error, self.status),
         )
         return self.settled
+
+
+class Abortable:
+    """A block inside which `Admission.abort` cancels its task."""
+
+    __slots__ = ("_admission", "_cancelling", "_task")
+
+    def __init__(self, admission: Admission, task: asyncio.Task[None]) -> None:
+        self._admission = admission
+        self._task = task
+        self._cancelling = task.cancelling()
+
+    def __enter__(self) -> None:
+        self._admission.task = self._task
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        admission = self._admission
+        admission.task = None
+        if admission.abort_error is None:
+            return
+        # as asyncio.timeout tells its own cancellation from the client's
+        if self._task.uncancel() <= self._cancelling and isinstance(error, asyncio.CancelledError):
+            raise admission.abort_error from None

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from http import HTTPStatus
 from typing import Any, Final
 
@@ -39,14 +38,9 @@ class BodyBudget:
             raise BodiesFull("the request bodies under way fill the sidecar's memory; send the request again")
         self.held += size
 
-    @contextmanager
-    def reading(self) -> Iterator[HeldBytes]:
+    def reading(self) -> HeldBytes:
         """The bytes of one request, for a block at most."""
-        held = HeldBytes(self)
-        try:
-            yield held
-        finally:
-            held.release()
+        return HeldBytes(self)
 
 
 class HeldBytes:
@@ -57,6 +51,12 @@ class HeldBytes:
     def __init__(self, budget: BodyBudget) -> None:
         self._budget = budget
         self.size = 0
+
+    def __enter__(self) -> HeldBytes:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
 
     def grow(self, size: int) -> None:
         """Hold at least `size` bytes in all. Raises BodiesFull."""
@@ -72,10 +72,9 @@ class HeldBytes:
 
 async def read(request: Request, limit: int, held: HeldBytes | None = None, flag: str = "--max-body-bytes") -> bytes:
     """The whole body. Raises BodyTooLarge above `limit` bytes, which `flag` sets, and BodiesFull."""
-    too_large = f"the request body is larger than {limit} bytes ({flag})"
     announced = request.fields.length() or 0
     if announced > limit:
-        raise BodyTooLarge(too_large)
+        raise _too_large(limit, flag)
     if held is not None:
         held.grow(announced)
     request.want_body()
@@ -83,11 +82,15 @@ async def read(request: Request, limit: int, held: HeldBytes | None = None, flag
     while piece := await body.next():
         size += len(piece)
         if size > limit:
-            raise BodyTooLarge(too_large)
+            raise _too_large(limit, flag)
         if held is not None:
             held.grow(size)
         pieces.append(piece)
     return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+
+def _too_large(limit: int, flag: str) -> BodyTooLarge:
+    return BodyTooLarge(f"the request body is larger than {limit} bytes ({flag})")
 
 
 async def read_answer(answer: Answer) -> bytes:

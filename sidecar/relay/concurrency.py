@@ -7,8 +7,6 @@ is split evenly between relay processes, which do not coordinate.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from typing import Final
 
 from sidecar.errors import QueueFull
@@ -29,11 +27,9 @@ class ConcurrencyLimit:
         self._max_queued = max_queued
         self._waiting = 0
 
-    @asynccontextmanager
-    async def acquire(self, admission: Admission) -> AsyncIterator[None]:
-        """Hold a slot for a block, and wait for one. Raises QueueFull if the queue is full."""
+    async def acquire(self, admission: Admission) -> None:
+        """Take a slot, and wait for one. Raises QueueFull if the queue is full."""
         if (free := self._free) is None:
-            yield
             return
         if not free.locked():
             await free.acquire()
@@ -46,10 +42,11 @@ class ConcurrencyLimit:
                     await free.acquire()
             finally:
                 self._waiting -= 1
-        try:
-            yield
-        finally:
-            free.release()
+
+    def release(self) -> None:
+        """Give the slot back."""
+        if self._free is not None:
+            self._free.release()
 
 
 def share_of(limit: int, workers: int, index: int) -> int:

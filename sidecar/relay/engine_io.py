@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 from urllib.parse import urlsplit
 
@@ -17,7 +17,7 @@ from sidecar.events import Trace
 from sidecar.load.body_scan import Buffer
 from sidecar.relay import headers
 from sidecar.relay.http import client
-from sidecar.relay.http.engine import Answer, EngineConnection, EngineError, Place, Pool, Send, Unanswered
+from sidecar.relay.http.engine import Answer, EngineConnection, EngineError, Inform, Place, Pool, Send, Unanswered
 from sidecar.relay.http.head import request_head
 from sidecar.relay.open_requests import OpenRequests
 from sidecar.relay.outcomes import engine_error
@@ -80,6 +80,43 @@ class BodyPayload:
         self.pieces = ()
 
 
+class _Ask:
+    """One request as bytes, which may be asked over more than one connection. `send` writes a body that follows."""
+
+    __slots__ = ("_bytes", "_inform", "_may_upgrade", "_method", "_send", "_sent")
+
+    def __init__(
+        self,
+        method: str,
+        data: bytes,
+        inform: Inform | None,
+        send: Send | None = None,
+        may_upgrade: bool = False,
+        sent: Callable[[], None] | None = None,
+    ) -> None:
+        self._method = method
+        self._bytes = data
+        self._inform = inform
+        self._send = send
+        self._may_upgrade = may_upgrade
+        self._sent = sent
+
+    async def over(self, engine: EngineConnection) -> Answer:
+        """The head of the answer. Raises EngineError, and what `send` raises."""
+        try:
+            if self._send is not None:
+                return await engine.ask_at_length(
+                    self._method, self._bytes, self._inform, self._send, may_upgrade=self._may_upgrade
+                )
+            answering = engine.ask(self._method, self._bytes, self._inform, may_upgrade=self._may_upgrade)
+            if self._sent is not None:
+                self._sent()
+            return await answering
+        except BaseException:
+            engine.close()
+            raise
+
+
 class EngineClient:
     """Sends clients' requests to the engine. What breaks is raised as an error for the client.
 
@@ -112,26 +149,16 @@ class EngineClient:
         )
         head = request_head(request.method, self._target(request.target), passed)
         inform = request.reply.inform
-
-        async def ask(engine: EngineConnection) -> Answer:
-            try:
-                if body is None or not body.is_repeatable:
-                    send = stream if body is None else body.write
-                    return await engine.ask(request.method, head, inform, send, may_upgrade=is_upgrade)
-                answering = engine.ask(request.method, b"".join((head, *body.pieces)), inform)
-                body.sent()
-                return await answering
-            except BaseException:
-                engine.close()
-                raise
-
+        is_repeatable = stream is None and not is_upgrade and (body is None or body.is_repeatable)
+        if not is_repeatable:
+            send = stream if body is None else body.write
+            ask = _Ask(request.method, head, inform, send, is_upgrade)
+        elif body is None:
+            ask = _Ask(request.method, head, inform)
+        else:
+            ask = _Ask(request.method, b"".join((head, *body.pieces)), inform, sent=body.sent)
         try:
-            is_repeatable = stream is None and not is_upgrade and (body is None or body.is_repeatable)
-            kept = self.pool.kept() if is_repeatable else None
-            if kept is None:
-                answer = await ask(await self.pool.fresh())
-            else:
-                answer = await self._ask_again(ask, kept)
+            answer = await self._ask(ask, is_repeatable)
         except EngineError as e:
             raise engine_error(e, self._open_requests.verdict) from None
         if body is not None:
@@ -142,18 +169,24 @@ class EngineClient:
         path = origin_form(target)
         return path if path == b"*" else self._place.prefix + path
 
-    async def _ask_again(self, ask: Callable[[EngineConnection], Awaitable[Answer]], kept: EngineConnection) -> Answer:
-        """Ask over a kept connection; over a fresh one if that was stale."""
-        reused_at = time.monotonic()
-        try:
-            return await ask(kept)
-        except Unanswered:
-            if time.monotonic() - reused_at >= MAX_STALE_S:
-                raise
-        return await ask(await self.pool.fresh())
+    async def _ask(self, ask: _Ask, is_repeatable: bool) -> Answer:
+        """Ask over a kept connection if that may be repeated; over a fresh one if not, or if the kept one was stale."""
+        if is_repeatable and (kept := self.pool.kept()) is not None:
+            reused_at = time.monotonic()
+            try:
+                return await ask.over(kept)
+            except Unanswered:
+                if time.monotonic() - reused_at >= MAX_STALE_S:
+                    raise
+        return await ask.over(await self.pool.fresh())
 
     async def close(self) -> None:
         self.pool.close()
+
+
+def path_of(target: bytes) -> str:
+    """The path of a request target, as it came. Raises BadTarget without one."""
+    return origin_form(target).partition(b"?")[0].decode("latin-1")
 
 
 def origin_form(target: bytes) -> bytes:

@@ -13,7 +13,6 @@ import logging
 import secrets
 import time
 from collections.abc import Awaitable, Callable
-from contextlib import closing
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -175,7 +174,7 @@ class Relay:
         client_io.refuse(request, error, self._open_requests.new_id())
 
     async def _dispatch(self, request: Request, id: str) -> None:
-        path = engine_io.origin_form(request.target).partition(b"?")[0].decode("latin-1")
+        path = engine_io.path_of(request.target)
         admin_paths.check(self._settings.admin_paths, request.method, path, request.peer)
         if request.method == "POST":
             route = request_body.route_of(path)
@@ -216,7 +215,7 @@ class Relay:
     async def _engines_page(self, request: Request, id: str) -> bytes:
         """The engine's own metrics page; empty where it has none."""
         try:
-            with closing(await self._engine.send(request, id, None, plain=True)) as answer:
+            with await self._engine.send(request, id, None, plain=True) as answer:
                 found = await read_within(answer.body, metrics_page.MAX_BYTES) if answer.status == 200 else b""
         except (RequestError, EngineError):
             return b""
@@ -248,28 +247,34 @@ class Relay:
         """The body to send: read, charged, its images prepared, and admitted."""
         body = await client_io.read(request, self._settings.max_body_bytes, held)
         admission.read_at = time.monotonic()
-        parsed = request_body.ParsedBody(body)
-        if admission.route != "audio" and b"content-encoding" not in request.fields:
+        if admission.route == "audio" or b"content-encoding" in request.fields:
+            parsed = request_body.ParsedBody(body)
+        elif len(body) <= body_thread.MAX_INLINE_BYTES:
+            parsed = request_body.parse(body, links=self._fetch is not None)
+        else:
             parsed = await body_thread.run(partial(request_body.parse, links=self._fetch is not None), body)
         admission.shape = request_shape.describe(parsed.scan, admission.route, len(body))
         await self._pricing.charge(admission, parsed)
-        prepared = await self._prepare(parsed, admission)
+        if self._images is None or not parsed.images:
+            self._open_requests.admit(admission, self._pricing.estimate(admission, []))
+            return BodyPayload(
+                request_body.rebuild(parsed, {}, ask_usage=admission.shape.ask_usage), admission.mark_sent
+            )
+        prepared = await self._prepare(self._images, parsed, admission)
         # 0 tokens: the model's files do not state it
         image_tokens = [image.tokens for image in prepared if image.tokens]
         self._open_requests.admit(admission, self._pricing.estimate(admission, image_tokens))
         return self._payload(parsed, prepared, admission)
 
-    async def _prepare(self, parsed: request_body.ParsedBody, admission: Admission) -> list[PreparedImage]:
-        """The request's images, prepared; none if images are off."""
-        if self._images is None or not parsed.images:
-            return []
+    async def _prepare(
+        self, images: ImageService, parsed: request_body.ParsedBody, admission: Admission
+    ) -> list[PreparedImage]:
+        """The request's images, prepared."""
         passing = self._refusals.passing
         shm = not passing and self._is_shm_ready is not None and self._engine_kind == "vllm" and self._is_shm_ready()
         emit, started = self._open_requests.emit, time.monotonic()
         try:
-            return await inline.prepare(
-                self._images, parsed, emit, admission, shm=shm, fetch=self._fetch, passing=passing
-            )
+            return await inline.prepare(images, parsed, emit, admission, shm=shm, fetch=self._fetch, passing=passing)
         finally:
             admission.image_seconds = time.monotonic() - started
 
@@ -280,10 +285,7 @@ class Relay:
         parts = parsed.images
         rebuild = partial(request_body.rebuild, parsed, ask_usage=admission.shape.ask_usage)
 
-        def sent() -> None:
-            if admission.sent_at is None:  # not the time of a second attempt
-                admission.sent_at = time.monotonic()
-
+        sent = admission.mark_sent
         if not prepared:
             return BodyPayload(rebuild({}), sent)
         has_originals = all(part.data for part in parts)  # also of images behind links
@@ -301,26 +303,31 @@ class Relay:
         self, request: Request, admission: Admission, data: BodyPayload, id: str, held: client_io.HeldBytes
     ) -> None:
         """The answer to `data`; if its prepared images are refused, that to the original body."""
-
-        async def send(body: BodyPayload) -> Answer:
-            answer = await self._engine.send(request, id, body, trace=admission.trace, plain=admission.shape.ask_usage)
-            admission.status = answer.status
-            return answer
-
-        async with admission.abortable(), self._concurrency.acquire(admission):
-            self._open_requests.check(time.monotonic())
-            with closing(await send(data)) as answer:
-                if not await self._refusals.is_refusal(answer, data):
-                    data.original = None
+        task = request.connection.task
+        assert task is not None  # it runs this
+        with admission.abortable(task):
+            await self._concurrency.acquire(admission)
+            try:
+                self._open_requests.check(time.monotonic())
+                with await self._send(request, data, admission, id) as answer:
+                    if data.original is None or not await self._refusals.is_refusal(answer, data):
+                        data.original = None
+                        held.release()
+                        await self._respond(request, answer, admission, id)
+                        return
+                refused_with = admission.status
+                with await self._send(request, data.original(), admission, id) as answer:
+                    self._refusals.on_original(refused_with, answer)
                     held.release()
                     await self._respond(request, answer, admission, id)
-                    return
-            assert data.original is not None
-            refused_with = admission.status
-            with closing(await send(data.original())) as answer:
-                self._refusals.on_original(refused_with, answer)
-                held.release()
-                await self._respond(request, answer, admission, id)
+            finally:
+                self._concurrency.release()
+
+    async def _send(self, request: Request, body: BodyPayload, admission: Admission, id: str) -> Answer:
+        """The engine's answer to a body."""
+        answer = await self._engine.send(request, id, body, trace=admission.trace, plain=admission.shape.ask_usage)
+        admission.status = answer.status
+        return answer
 
     async def _respond(self, request: Request, answer: Answer, admission: Admission, id: str) -> None:
         """Send the engine's answer to the client."""

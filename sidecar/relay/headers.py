@@ -19,8 +19,8 @@ from sidecar.trace_context import format_traceparent
 
 _CONNECTION_FIELDS: Final = (b"connection", b"keep-alive", b"proxy-connection", b"te", b"transfer-encoding")
 _HOP_BY_HOP: Final = frozenset({*_CONNECTION_FIELDS, b"upgrade", b"proxy-authenticate", b"proxy-authorization"})
-# `host` becomes the engine's; `expect` is answered here, because the body is read here
-_NOT_TO_ENGINE: Final = _HOP_BY_HOP | {b"host", b"expect"}
+# `host` becomes the engine's; `expect` is answered here, because the body is read here; the others are written anew
+_NOT_TO_ENGINE: Final = _HOP_BY_HOP | {b"host", b"expect", b"x-request-id", b"x-forwarded-for"}
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}", re.ASCII)
 
 
@@ -60,18 +60,22 @@ def to_engine(
     """
     given = request.fields
     dropped = _dropped(given, _NOT_TO_ENGINE)
-    dropped |= {b"x-request-id", b"x-forwarded-for", *([b"traceparent"] if trace is not None else [])}
-    passed = [(b"host", authority), *(field for field in given.all if field[0].lower() not in dropped)]
-    if plain:
-        passed = [(name, b"identity" if name.lower() == b"accept-encoding" else value) for name, value in passed]
+    if trace is not None:
+        dropped |= {b"traceparent"}
+    passed = [(b"host", authority)]
+    for name, field in zip(given.names, given.all, strict=True):
+        if name not in dropped:
+            passed.append((field[0], b"identity") if plain and name == b"accept-encoding" else field)
     passed.append((b"x-request-id", id.encode()))
-    forwarded = [value for name, value in given.all if name.lower() == b"x-forwarded-for"]
-    if hops := [*forwarded, *([request.peer.encode()] if request.peer else [])]:
+    hops = given.every(b"x-forwarded-for")
+    if request.peer:
+        hops = [*hops, request.peer.encode()]
+    if hops:
         passed.append((b"x-forwarded-for", b", ".join(hops)))
     if b"x-forwarded-proto" not in given:
         passed.append((b"x-forwarded-proto", request.scheme))
-    if b"host" in given and b"x-forwarded-host" not in given:
-        passed.append((b"x-forwarded-host", given.get(b"host").encode("latin-1")))
+    if b"x-forwarded-host" not in given and (hosts := given.every(b"host")):
+        passed.append((b"x-forwarded-host", hosts[0]))
     if trace is not None:
         passed.append((b"traceparent", format_traceparent(trace).encode()))
     if is_upgrade:
@@ -94,12 +98,18 @@ def to_client(
 ) -> list[Field]:
     """What the client gets: the engine's fields, replaced by `ours`; `drop` names more that end here."""
     added = {b"x-request-id": id.encode(), **ours}
-    if report is not None:  # in the form that the request asks for, if it asks
+    if report is not None and b"endpoint-load-metrics-format" in request:  # in the form that the request asks for
         forms = {"JSON": report.orca_json, "TEXT": report.orca_text, "BIN": report.orca_bin}
         if value := forms.get(request.get(b"endpoint-load-metrics-format").upper()):
             added[b"endpoint-load-metrics"] = value.encode()
-    dropped = _dropped(answer, _HOP_BY_HOP) | {*drop, *added}
-    return [*(field for field in answer.all if field[0].lower() not in dropped), *added.items()]
+    dropped = _dropped(answer, _HOP_BY_HOP)
+    passed = [
+        field
+        for name, field in zip(answer.names, answer.all, strict=True)
+        if name not in dropped and name not in added and name not in drop
+    ]
+    passed += added.items()
+    return passed
 
 
 def retry_after(seconds: float) -> list[Field]:

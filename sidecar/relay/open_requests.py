@@ -83,17 +83,24 @@ class OpenRequests:
         """A unique request id."""
         return f"{self._prefix}-{next(self._counter):x}"
 
-    @contextmanager
-    def settling(self, admission: Admission) -> Iterator[None]:
+    def settling(self, admission: Admission) -> Settling:
         """Keep `admission`, whose id is from `new_id`, open for a block, and settle it at the end."""
+        return Settling(self, admission)
+
+    def open(self, admission: Admission) -> None:
+        """Keep it open until it is settled."""
         self._open[admission.id] = admission
         self._watch_clients()
-        try:
-            yield
-        except BaseException as e:
-            self._settle(admission, e)
-            raise
-        self._settle(admission, None)
+
+    def settle(self, admission: Admission, error: BaseException | None) -> None:
+        """It has ended: with `error`, or by the engine's status."""
+        if not admission.admitted:
+            self.admit(admission, NO_ESTIMATE)
+        self._undelivered.discard(admission)  # Settled has the sums
+        del self._open[admission.id]
+        if isinstance(error, asyncio.CancelledError) and self.cutting:
+            error = cut()
+        self.emit(admission.settle(error, self.verdict, time.monotonic()))
 
     def admit(self, admission: Admission, estimate: Estimate) -> None:
         """Hold `estimate` from now on."""
@@ -169,15 +176,6 @@ class OpenRequests:
         if self._stall_timer is None and (self._open or self._unread):
             self._stall_timer = self._loop.call_later(STALL_CHECK_INTERVAL_S, self._check_clients)
 
-    def _settle(self, admission: Admission, error: BaseException | None) -> None:
-        if not admission.admitted:
-            self.admit(admission, NO_ESTIMATE)
-        self._undelivered.discard(admission)  # Settled has the sums
-        del self._open[admission.id]
-        if isinstance(error, asyncio.CancelledError) and self.cutting:
-            error = cut()
-        self.emit(admission.settle(error, self.verdict, time.monotonic()))
-
     def _check_clients(self) -> None:
         now = time.monotonic()
         for admission in self._open.values():
@@ -195,3 +193,19 @@ class OpenRequests:
         for source in self._undelivered:
             self.emit(source.report_delivered(now))
         self._undelivered.clear()
+
+
+class Settling:
+    """A block in which an admission is open."""
+
+    __slots__ = ("_admission", "_requests")
+
+    def __init__(self, requests: OpenRequests, admission: Admission) -> None:
+        self._requests = requests
+        self._admission = admission
+
+    def __enter__(self) -> None:
+        self._requests.open(self._admission)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        self._requests.settle(self._admission, error)

@@ -61,7 +61,7 @@ def is_short(answer: Answer) -> bool:
     return (answer.fields.length() or MAX_SHORT_BYTES + 1) <= MAX_SHORT_BYTES
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class ResponseSender:
     """Sends one answer to the client with the header fields `passed`."""
 

@@ -75,7 +75,7 @@ async def answer_of(data: bytes) -> tuple[int, bytes] | None:
     """Status and body of an engine that sends these bytes, and ends; None if that is no answer."""
     connection = EngineConnection(Pool(Place("", 0)))
     connection.connection_made(Wire())
-    asking = asyncio.create_task(connection.ask("GET", b"GET / HTTP/1.1\r\n\r\n", None))
+    asking = asyncio.ensure_future(connection.ask("GET", b"GET / HTTP/1.1\r\n\r\n", None))
     await asyncio.sleep(0)
     connection.data_received(data)
     connection.connection_lost(None)

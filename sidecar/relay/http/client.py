@@ -30,6 +30,7 @@ from sidecar.relay.http.head import (
     chunk,
     fault_of,
     has_body,
+    is_length,
     last_chunk,
     with_length,
 )
@@ -117,7 +118,9 @@ class Reply:
         self._sends_body = has_body(request.method, status)
         if body is not None and self._sends_body:
             passed = with_length(passed, len(body))
-        self.is_delimited = any(name.lower() == b"content-length" for name, _ in passed)
+            self.is_delimited = True
+        else:
+            self.is_delimited = any(is_length(name) for name, _ in passed)
         if self._sends_body and not self.is_delimited:
             if request.version == "1.1":
                 self._is_chunked = True
@@ -129,12 +132,8 @@ class Reply:
         elif request.version == "1.0":
             passed.append((b"connection", b"keep-alive"))
         self.begun = True
-        head = answer_head(status, reason, passed)
-        if body is None:
-            connection.write(head)
-        else:
-            connection.write(head + body if self._sends_body else head)
-            self.ended = True
+        connection.write(answer_head(status, reason, passed, body if body is not None and self._sends_body else b""))
+        self.ended = body is not None
 
     def upgrade(self, status: int, reason: bytes, fields: Iterable[Field]) -> None:
         """Send the head that ends HTTP on this connection."""
@@ -243,7 +242,7 @@ class ClientConnection(Connection):
         self._since = self._server.now
         if self._in_head or self._reading is None:
             self._head_bytes += len(data)
-            if not self._in_head and b"  " in data.lstrip(b"\r\n").partition(b"\r\n")[0]:
+            if not self._in_head and data.find(b"  ", 0, _end_of_first_line(data)) >= 0:
                 self._refuse(Malformed("there is more than one space in the request line"))
                 return
         try:
@@ -464,3 +463,12 @@ class ClientConnection(Connection):
             except (TimeoutError, OSError, RequestError):
                 return False
         return request.keep_alive and not self._server.is_closing and request.body.ended
+
+
+def _end_of_first_line(data: bytes) -> int:
+    """Where the request line ends, after blank lines before it; the end of `data` if it goes on."""
+    start = 0
+    while data[start : start + 1] in (b"\r", b"\n"):
+        start += 1
+    end = data.find(b"\r\n", start)
+    return len(data) if end < 0 else end

@@ -72,6 +72,12 @@ class Answer:
         """The client reads again."""
         self._connection.resume()
 
+    def __enter__(self) -> Answer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def close(self) -> None:
         """Give the connection back; close it if the answer was not read to its end."""
         if not self._is_done:
@@ -226,18 +232,23 @@ class EngineConnection(Connection):
 
     # --- a request ---
 
-    async def ask(
-        self, method: str, head: bytes, inform: Inform | None, send: Send | None = None, *, may_upgrade: bool = False
-    ) -> Answer:
-        """Send a request and wait for the answer's head. Raises EngineError, and what `send` raises.
-
-        `head` may hold the body, too; `send` writes a long one. An answer may come before all of it is sent.
-        """
+    def ask(
+        self, method: str, data: bytes, inform: Inform | None, *, may_upgrade: bool = False
+    ) -> asyncio.Future[Answer]:
+        """Send a whole request. The future is of the answer's head, or raises EngineError."""
         waiter = self._begin(method, inform)
         self._may_upgrade = may_upgrade
-        self.write(head)
-        if send is None:
-            return await waiter
+        self.write(data)
+        return waiter
+
+    async def ask_at_length(
+        self, method: str, head: bytes, inform: Inform | None, send: Send, *, may_upgrade: bool = False
+    ) -> Answer:
+        """Send a request whose body `send` writes. Raises EngineError, and what `send` raises.
+
+        The answer may come before all of it is sent.
+        """
+        waiter = self.ask(method, head, inform, may_upgrade=may_upgrade)
         self._sending = sending = self._loop.create_task(send(self))
         # what broke it is raised here, or has come too late to matter
         sending.add_done_callback(lambda task: None if task.cancelled() else task.exception())

@@ -14,6 +14,7 @@ MAX_HEAD_BYTES: Final = 128 << 10
 NO_BODY: Final = frozenset({204, 304})
 
 
+_LENGTH_CHARS: Final = len(b"content-length")
 _HOST: Final = re.compile(rb"(?:[A-Za-z0-9._~!$&'()*+;=%-]*|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?")
 _ABSOLUTE: Final = re.compile(rb"https?://([^/?#]*)", re.IGNORECASE)
 
@@ -21,11 +22,19 @@ _ABSOLUTE: Final = re.compile(rb"https?://([^/?#]*)", re.IGNORECASE)
 class Fields:
     """Header fields. Names are looked up in lower case; values are read as Latin-1."""
 
-    __slots__ = ("_first", "all")
+    __slots__ = ("_first", "_names", "all")
 
-    def __init__(self, fields: Iterable[Field] = ()) -> None:
-        self.all: list[Field] = list(fields)
+    def __init__(self, fields: list[Field] | None = None) -> None:
+        self.all: list[Field] = [] if fields is None else fields
+        self._names: list[bytes] | None = None
         self._first: dict[bytes, bytes] | None = None
+
+    @property
+    def names(self) -> list[bytes]:
+        """The names in lower case, in their order."""
+        if self._names is None:
+            self._names = [name.lower() for name, _ in self.all]
+        return self._names
 
     def __iter__(self) -> Iterator[Field]:
         return iter(self.all)
@@ -40,7 +49,13 @@ class Fields:
 
     def last(self, name: bytes) -> bytes:
         """The last value of `name`: the one that the nearest gateway wrote."""
-        return next((value for key, value in reversed(self.all) if key.lower() == name), b"")
+        return self.every(name)[-1] if name in self else b""
+
+    def every(self, name: bytes) -> list[bytes]:
+        """The values of all fields of that name, in their order."""
+        if name not in self:
+            return []
+        return [value for key, (_, value) in zip(self.names, self.all, strict=True) if key == name]
 
     def length(self) -> int | None:
         """The announced length of the body."""
@@ -53,12 +68,13 @@ class Fields:
 
     def tokens(self, name: bytes) -> set[str]:
         """The members of a list, over all fields of that name, in lower case."""
-        values = (value.decode("latin-1") for key, value in self.all if key.lower() == name)
+        values = [value.decode("latin-1") for value in self.every(name)]
         return {token.strip().lower() for value in values for token in value.split(",")} - {""}
 
     def _index(self) -> dict[bytes, bytes]:
         if self._first is None:
-            self._first = {name.lower(): value for name, value in reversed(self.all)}
+            pairs = zip(reversed(self.names), reversed(self.all), strict=True)  # the first of a name is kept
+            self._first = {name: value for name, (_, value) in pairs}
         return self._first
 
 
@@ -66,14 +82,19 @@ def with_length(fields: list[Field], length: int) -> list[Field]:
     """The fields with this length of the body, in the place of the one that was announced."""
     value = b"%d" % length
     for i, (name, given) in enumerate(fields):
-        if name.lower() == b"content-length":
+        if is_length(name):
             return fields if given.lstrip(b"0") == value else [*fields[:i], (name, value), *fields[i + 1 :]]
     return [*fields, (b"content-length", value)]
 
 
+def is_length(name: bytes) -> bool:
+    """Whether a field of that name announces the length of the body."""
+    return len(name) == _LENGTH_CHARS and name.lower() == b"content-length"
+
+
 def fault_of(method: str, target: bytes, version: str, fields: Fields) -> str:
     """What is wrong with a request's head that llhttp accepts; "" if nothing is (RFC 9112, 3.2 and 3.3)."""
-    hosts = [value for name, value in fields if name.lower() == b"host"]
+    hosts = fields.every(b"host")
     if version not in ("1.0", "1.1"):
         return "only HTTP/1.0 and HTTP/1.1 are spoken here"
     if version == "1.0" and b"transfer-encoding" in fields:
@@ -82,10 +103,12 @@ def fault_of(method: str, target: bytes, version: str, fields: Fields) -> str:
         return "there must be one Host header"
     if hosts and not _HOST.fullmatch(hosts[0]):
         return "the Host header is not valid"
+    if target.startswith(b"/"):
+        return ""
     absolute = _ABSOLUTE.match(target)
     if absolute is not None and hosts and absolute[1].lower() != hosts[0].lower():
         return "the target and the Host header name different hosts"
-    is_form = absolute is not None or target.startswith(b"/") or (target == b"*" and method == "OPTIONS")
+    is_form = absolute is not None or (target == b"*" and method == "OPTIONS")
     return "" if is_form else "the target is neither a path nor an http address"
 
 
@@ -96,12 +119,12 @@ def has_body(method: str, status: int) -> bool:
 
 def request_head(method: str, target: bytes, fields: Iterable[Field]) -> bytes:
     """A request's head as bytes."""
-    return b"%b %b HTTP/1.1\r\n%b\r\n" % (method.encode("latin-1"), target, _lines(fields))
+    return b"".join((method.encode("latin-1"), b" ", target, b" HTTP/1.1\r\n", *_lines(fields), b"\r\n"))
 
 
-def answer_head(status: int, reason: bytes, fields: Iterable[Field]) -> bytes:
-    """An answer's head as bytes."""
-    return b"HTTP/1.1 %d %b\r\n%b\r\n" % (status, reason, _lines(fields))
+def answer_head(status: int, reason: bytes, fields: Iterable[Field], body: bytes = b"") -> bytes:
+    """An answer's head as bytes, and its body after it."""
+    return b"".join((b"HTTP/1.1 %d " % status, reason, b"\r\n", *_lines(fields), b"\r\n", body))
 
 
 def chunk(data: bytes | memoryview) -> bytes:
@@ -111,8 +134,11 @@ def chunk(data: bytes | memoryview) -> bytes:
 
 def last_chunk(trailers: Iterable[Field] = ()) -> bytes:
     """The end of a chunked body."""
-    return b"0\r\n%b\r\n" % _lines(trailers)
+    return b"".join((b"0\r\n", *_lines(trailers), b"\r\n"))
 
 
-def _lines(fields: Iterable[Field]) -> bytes:
-    return b"".join([b"%b: %b\r\n" % field for field in fields])
+def _lines(fields: Iterable[Field]) -> list[bytes]:
+    pieces: list[bytes] = []
+    for name, value in fields:
+        pieces += (name, b": ", value, b"\r\n")
+    return pieces

@@ -60,5 +60,5 @@ def test_which_answers_have_a_body(method: str, status: int, has: bool) -> None:
 )
 def test_faults(line: tuple[str, bytes, str], hosts: list[bytes], part: str) -> None:
     """What could mean one thing here and another at the engine."""
-    fault = fault_of(*line, Fields((b"Host", host) for host in hosts))
+    fault = fault_of(*line, Fields([(b"Host", host) for host in hosts]))
     assert (part in fault) and bool(fault) == bool(part)
