@@ -150,7 +150,7 @@ def stock(name: str, trace: Trace) -> tuple[str, ...]:
         event = Admitted(
             str(number), request.at, "t", "m", "chat", True, estimate.work, None, estimate.mu, None, estimate.tail
         )
-        open_.append(Open(request.at, request.output, AdmissionHold(event, "t", "m", request.at), mean))
+        open_.append(Open(request.at, request.output, AdmissionHold(event, request.at), mean))
     true = fmean(row[0] for row in sums)
     off = [[row[n] - row[0] for row in sums] for n in (1, 2)]
     mean_errors = (f"{fmean(column) / true:+.1%}" for column in off)

@@ -1,7 +1,8 @@
 """Pure: labels from texts that clients choose.
 
-Rules: a label is printable and has at most `max_length` characters. There are at most `limit` labels; later ones become
-`other`. The first ones win, because a label that changes its meaning later would break every rate over it.
+Rules: a label is printable and has at most `max_length` characters. Of one set there are at most `limit` labels; later
+ones become `other`. The first ones win, which suits texts of few kinds, such as formats and stages. The names of
+tenants and models, which clients invent, are bounded in sidecar/load/client_labels.py.
 """
 
 from __future__ import annotations
@@ -10,11 +11,12 @@ from typing import Final
 
 OTHER: Final = "other"
 NONE: Final = "none"  # an empty label would read as a missing one
+DEFAULT_TENANT: Final = "default"  # of requests that name none
 
 
 def printable(text: str, max_length: int = 64) -> str:
     """`text` cut to `max_length` characters, with `?` for unprintable ones; `none` if it is empty."""
-    cut = text.strip()[:max_length]
+    cut = text.strip()[:max_length].rstrip()  # so that a label is the label of itself
     return "".join(c if c.isprintable() else "?" for c in cut) or NONE
 
 

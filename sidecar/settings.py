@@ -60,7 +60,7 @@ class Settings:
     tenant_limits: str = flag(
         "", existing_file, "TOML or JSON file of model units per minute and in flight by tenant; reloaded when changed"
     )
-    max_tenants: int = flag(50, integer(1, 10_000), "Tenants and models with labels in metrics; all others are `other`")
+    max_tenants: int = flag(50, integer(1, 10_000), "Tenants and models with labels in metrics and usage records; others are `other`")
     images: str = flag(
         "auto",
         one_of("auto", "off", "inline", "shm"),

@@ -12,6 +12,7 @@ import os
 import sqlite3
 import time
 from collections import deque
+from contextlib import suppress
 from typing import Any, Final
 
 import aiohttp
@@ -24,6 +25,7 @@ from sidecar.control.relay_pool import RelayPool
 from sidecar.control.state import ControlState
 from sidecar.control.state_dir import StateDir
 from sidecar.control.state_store import RESUME, SAVE_INTERVAL_TICKS, StateStore
+from sidecar.errors import UsageError
 from sidecar.events import (
     AbortRequests,
     CanariesOver,
@@ -51,6 +53,7 @@ from sidecar.settings import Settings
 from sidecar.signals import own_process
 from sidecar.signals.engine_monitor import EngineMonitor
 from sidecar.signals.gpu.poller import GpuSignal
+from sidecar.signals.limits_file import LimitsFile
 from sidecar.signals.port import PortSignal
 from sidecar.signals.process_examiner import ProcessExaminer
 
@@ -59,6 +62,7 @@ PORT_INTERVAL_S, RESTART_PORT_INTERVAL_S = 1.0, 0.1
 # Ticks between what goes to relays, page and files: once a second.
 MAX_ANNOUNCED: Final = 256
 PUBLISH_INTERVAL_TICKS: Final = 2
+LIMITS_INTERVAL_TICKS: Final = 4  # between looks at the file of tenants' limits
 
 _log = logging.getLogger(__name__)
 
@@ -83,8 +87,9 @@ class ControlLoop:
         self._usage: UsageStore | None = None
         if settings.usage_bytes:
             self._usage = UsageStore(state_dir.path, control.unit_ms, settings.usage_days, settings.usage_bytes)
-        metrics, price = Metrics(max_tenants=settings.max_tenants), settings.dollars_per_gpu_hour
-        self._fan_out = FanOut(metrics, self.tracing, self._usage, control.price_terms, control.unit_ms, price)
+        metrics, price, labels = Metrics(), settings.dollars_per_gpu_hour, control.ledger.labels
+        self._fan_out = FanOut(metrics, self.tracing, self._usage, labels, control.price_terms, control.unit_ms, price)
+        self._limits = LimitsFile(settings.tenant_limits) if settings.tenant_limits else None
         self.pages, self.feed, self.diagnoses = MetricsPages(metrics.registry), PageFeed(), Diagnoses(state_dir)
         self.pool = RelayPool(settings.workers, self.on_event, self.on_lost)
         self._tasks = BackgroundTasks()
@@ -155,6 +160,8 @@ class ControlLoop:
             self._tasks.start("canary", self._canary(allowed), lambda error: self._canary_failed(now, allowed, error))
         if is_new_verdict or self._ticks % PUBLISH_INTERVAL_TICKS == 0:
             self._publish(wall)
+        if self._limits is not None and self._ticks % LIMITS_INTERVAL_TICKS == 0:
+            self._tasks.start("limits", self._name_tenants(self._limits))
         if health.lag < TICK_S:
             self.pool.check(now)
         self._ticks += 1
@@ -273,6 +280,13 @@ class ControlLoop:
                 self.control.health.kill_policy.resume = True
         except OSError as e:
             self._log.error("state", "cannot write to the state directory (%s); exec probes fail open", e.strerror)
+
+    async def _name_tenants(self, file: LimitsFile) -> None:
+        """Tenants with limits always have a label. The relays log what is wrong with the file."""
+        with suppress(UsageError):
+            limits = await asyncio.to_thread(file.read_changed)
+            if limits is not None:
+                self.control.name_tenants(limits.tenants)
 
     async def _write_usage(self, wall: float) -> None:
         """Write what was settled since the last time; what cannot be written is kept and retried."""

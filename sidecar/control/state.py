@@ -5,6 +5,7 @@ events -> ledger, health        readings -> health -> verdict        tick -> Sna
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import fields, replace
 
 from sidecar import __version__
@@ -13,8 +14,9 @@ from sidecar.events import Admitted, CanaryResult, Event, FirstToken, ImagePrepa
 from sidecar.health.kill_policy import kills_by_reason
 from sidecar.health.monitor import HealthMonitor, TickReadings
 from sidecar.health.progress import PREDICTION_MARGIN
-from sidecar.labels import BoundedLabels
+from sidecar.labels import DEFAULT_TENANT
 from sidecar.load import coefficient_monitor, cost_model, summary
+from sidecar.load.client_labels import ClientLabels
 from sidecar.load.coefficient_monitor import CoefficientMonitor
 from sidecar.load.ledger import Ledger, Settlement
 from sidecar.readings import EngineSample, Reading, Value
@@ -33,7 +35,9 @@ class ControlState:
         self._settings = settings
         self._co = co
         self.unit_ms = cost_model.unit_ms(co)
-        self.ledger = Ledger(co, BoundedLabels(settings.max_tenants), BoundedLabels(settings.max_tenants))
+        self.ledger = Ledger(co, ClientLabels(settings.max_tenants))
+        self.name_tenants(())
+        self._models: tuple[str, ...] = ()
         self.health = HealthMonitor(settings, now, wall, pod)
         self.coefficients = CoefficientMonitor(co, now)
         self._canaries = CanaryUse()
@@ -75,14 +79,25 @@ class ControlState:
         """The price of a request in GPU milliseconds by cause, by the coefficients in use."""
         return cost_model.by_cause(work, self.coefficients.co)
 
+    def name_tenants(self, names: Iterable[str]) -> None:
+        """The tenants that an operator named: they always have a label."""
+        self.ledger.labels.give(tenants=(*names, DEFAULT_TENANT))
+
     # --- ticks ---
 
     def tick(self, readings: TickReadings, now: float, wall: float) -> Snapshot:
         """Evaluate health and return the snapshot that all reports render."""
         self._smooth_queue(readings.engine)
+        self._name_models(readings.identity.models)
         self.health.tick(readings, self.ledger.holds(), now, wall)
         self._check_coefficients(readings, now)
         return self._snapshot(readings, now, wall)
+
+    def _name_models(self, models: tuple[str, ...]) -> None:
+        """The models that the engine lists always have a label, also while its next process lists none yet."""
+        if models and models != self._models:
+            self._models = models
+            self.ledger.labels.give(models=models)
 
     def _smooth_queue(self, reading: Reading[EngineSample]) -> None:
         if isinstance(reading, Value) and reading.at > self._queue_read_at:

@@ -42,11 +42,12 @@ from sidecar.launch.preflight import (
 )
 from sidecar.load import cost_model
 from sidecar.relay import process as relay_process
-from sidecar.relay.pricing import quota, tenant_accounts
+from sidecar.relay.pricing import tenant_accounts
 from sidecar.report import orca_server
 from sidecar.runtime import locked_folder, open_files
 from sidecar.runtime.supervisor import Role, Supervisor
 from sidecar.settings import Settings
+from sidecar.signals import limits_file
 
 _log = logging.getLogger("sidecar")
 
@@ -79,7 +80,7 @@ def main(chosen: Settings, run_to_exit_code: ExitCodeRunner) -> int:
         roles = [Role("control", "control", run, (admin, control))]
         context = relay_process.RelayContext(chosen, coefficients, str(folder / "control"), secrets.token_bytes(32))
         if chosen.tenant_limits:
-            limits = quota.read_limits(chosen.tenant_limits)
+            limits = limits_file.read_limits(chosen.tenant_limits)
             (folder / "accounts").write_bytes(b"")
             os.truncate(folder / "accounts", tenant_accounts.table_bytes(chosen.workers))
             context = replace(context, accounts=str(folder / "accounts"), limits=limits)

@@ -11,7 +11,7 @@ Rules:
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Final
@@ -19,8 +19,10 @@ from typing import Final
 from sidecar import events
 from sidecar.events import Admitted, Delivered, Event, FirstToken, Outcome, RequestBlocked, RequestSize, Settled
 from sidecar.load import cost_model
+from sidecar.load.client_labels import ClientLabels, fold
 
 FLOW_WINDOW_S = 60.0
+MAX_NAMES = 50  # tenants and models that are named, unless a setting says otherwise
 RECENT_WINDOW_S = 10.0  # of the flow that routers weigh engines by
 TOKEN_WINDOW_S = 5.0
 # The engine or the sidecar is at fault.
@@ -30,7 +32,6 @@ FAILED_OUTCOMES: Final[frozenset[Outcome]] = frozenset(("engine_error", "stalled
 MAX_FIRST_EVENTS: Final = 2
 
 Key = tuple[int, str]  # (relay index, request id)
-Label = Callable[[str], str]
 
 
 @dataclass(slots=True)
@@ -42,8 +43,6 @@ class AdmissionHold:
     """
 
     admitted: Admitted
-    tenant: str
-    model: str
     since: float
     first_at: float | None = None
     last_at: float = 0.0
@@ -86,7 +85,10 @@ class AdmissionHold:
 
 @dataclass(frozen=True, slots=True)
 class Settlement:
-    """One settled request; `mu` is its actual cost."""
+    """One settled request; `mu` is its actual cost. `tenant` and `model` are labels.
+
+    `relabelled`: another name lost its label to one of them, and is part of `other` from now on.
+    """
 
     admitted: Admitted
     settled: Settled
@@ -97,6 +99,7 @@ class Settlement:
     delivered: int
     slowed: bool = False  # its client blocked it after the first token
     pace: float | None = None  # seconds per output token, as the relay saw them come
+    relabelled: bool = False
 
 
 @dataclass(slots=True)
@@ -106,6 +109,9 @@ class TenantTotals:
     mu: float = 0.0
     requests: int = 0
     tokens: int = 0
+
+    def plus(self, other: TenantTotals) -> TenantTotals:
+        return TenantTotals(self.mu + other.mu, self.requests + other.requests, self.tokens + other.tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,11 +154,11 @@ class SlidingSum:
 
 
 class Ledger:
-    """Open holds, and sums of the settled ones. The labels bound the tenants and models that clients name."""
+    """Open holds, and sums of the settled ones. `labels` bounds the tenants and models that clients name."""
 
-    def __init__(self, co: cost_model.Coefficients, tenant_label: Label = str, model_label: Label = str) -> None:
+    def __init__(self, co: cost_model.Coefficients, labels: ClientLabels | None = None) -> None:
         self.co = co
-        self._tenant_label, self._model_label = tenant_label, model_label
+        self.labels = labels or ClientLabels(MAX_NAMES)
         self._holds: dict[Key, AdmissionHold] = {}
         self._unit_ms = cost_model.unit_ms(co)
         self._token_mu = cost_model.decode_ms(0, 1, co) / self._unit_ms
@@ -197,8 +203,7 @@ class Ledger:
         return InFlight(mu, sum(waiting), decode, len(holds), len(waiting))
 
     def _hold(self, relay: int, event: Admitted) -> None:
-        tenant, model = self._tenant_label(event.tenant), self._model_label(event.model)
-        hold = AdmissionHold(event, tenant, model, event.at, last_at=event.at, remaining_mu=event.mu)
+        hold = AdmissionHold(event, event.at, last_at=event.at, remaining_mu=event.mu)
         hold.remaining_tokens = event.expected.output
         hold.prefill = cost_model.terms(event.expected, self.co).before_first_token / 1000
         if not event.stream and event.route not in events.SHORT_ROUTES:
@@ -255,15 +260,42 @@ class Ledger:
         self.finished.add(1, event.at)
         if event.outcome in FAILED_OUTCOMES:
             self.failed.add(1, event.at)
-        total = self.totals.setdefault((hold.tenant, hold.model, event.outcome), [0.0, 0])
+        relabelled = is_accepted(hold, event) and self._accept(hold.admitted, mu, event.at)
+        tenant, model = self.labels.of(hold.admitted.tenant, hold.admitted.model)
+        total = self.totals.setdefault((tenant, model, event.outcome), [0.0, 0])
         total[0] += mu
         total[1] += 1
-        totals = self.tenant_totals.setdefault(hold.tenant, TenantTotals())
+        totals = self.tenant_totals.setdefault(tenant, TenantTotals())
         totals.mu += mu
         totals.requests += 1
         totals.tokens += delivered
         work = work or RequestSize(0)
-        return Settlement(hold.admitted, event, hold.tenant, hold.model, work, mu, delivered, hold.slowed, pace)
+        return Settlement(
+            hold.admitted, event, tenant, model, work, mu, delivered, hold.slowed, pace, relabelled=relabelled
+        )
+
+    def _accept(self, admitted: Admitted, mu: float, at: float) -> bool:
+        """Name the client of a request that the engine accepted. True if another one became part of `other`."""
+        labels = self.labels
+        if not labels.accept(admitted.tenant, admitted.model, mu, at):
+            return False
+        self.totals = fold(
+            self.totals,
+            lambda key: (*labels.of(key[0], key[1]), key[2]),
+            lambda a, b: [x + y for x, y in zip(a, b, strict=True)],
+        )
+        self.tenant_totals = fold(self.tenant_totals, labels.tenant, TenantTotals.plus)
+        return True
+
+
+def is_accepted(hold: AdmissionHold, event: Settled) -> bool:
+    """Whether the engine took a request as one that it serves: only then do its tenant and model get labels.
+
+    An error in an answer of 200 is no answer, and neither is a status of 0, unless a first token had come.
+    """
+    if event.status == 0 or event.outcome == "engine_error":
+        return hold.first_at is not None
+    return 200 <= event.status < 300 and event.outcome != "rejected"
 
 
 def actual_work(expected: RequestSize, event: Settled, *, started: bool, delivered: int) -> RequestSize | None:

@@ -63,7 +63,7 @@ def tenants_of(ledger: Ledger) -> tuple[TenantUse, ...]:
     """Each tenant's open requests and its use since the start, sorted by name."""
     open_mu, outcomes = defaultdict[str, list[float]](list), defaultdict[str, Counter[str]](Counter)
     for hold in ledger.holds():
-        open_mu[hold.tenant].append(hold.remaining_mu)
+        open_mu[ledger.labels.tenant(hold.admitted.tenant)].append(hold.remaining_mu)
     for (tenant, _, outcome), (_, requests) in ledger.totals.items():
         outcomes[tenant][outcome] += int(requests)
     uses = []

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Final
 
 from sidecar.events import LoadReport, Trace
+from sidecar.labels import DEFAULT_TENANT
 from sidecar.load.tenant_limits import MAX_TENANT_NAME_CHARS
 from sidecar.relay.http.client import Request
 from sidecar.relay.http.head import Field, Fields, with_length
@@ -40,7 +41,7 @@ def tenant(fields: Fields, name: bytes) -> str:
         given = raw.decode()
     except UnicodeDecodeError:
         given = raw.decode("latin-1")
-    return given[:MAX_TENANT_NAME_CHARS] or "default"
+    return given[:MAX_TENANT_NAME_CHARS] or DEFAULT_TENANT
 
 
 def to_engine(

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from sidecar.events import AbortRequests, Admitted, CanaryResult, Event, FirstToken, ImagePrepared, RequestSize, Verdict
+from sidecar.load.client_labels import ClientLabels
 from sidecar.load.ledger import Settlement
 from sidecar.report.metrics import Metrics
 from sidecar.report.tracing import Tracing
@@ -24,6 +25,7 @@ class FanOut:
     metrics: Metrics
     tracing: Tracing
     usage: UsageStore | None
+    labels: ClientLabels
     price_terms: Callable[[RequestSize], Iterable[tuple[str, float]]]
     unit_ms: float
     dollars_per_gpu_hour: float
@@ -40,6 +42,8 @@ class FanOut:
 
     def on_settlement(self, settlement: Settlement, wall: float) -> None:
         admitted, settled, mu = settlement.admitted, settlement.settled, settlement.mu
+        if settlement.relabelled:
+            self.metrics.relabel(self.labels.of)
         self.tracing.settled(settled, mu, lambda: self.price_terms(settlement.work) if mu else ())
         first_at, later_tokens = settled.first_at, settlement.delivered - 1
         dollars = mu * (self.dollars_per_gpu_hour / MS_PER_HOUR * self.unit_ms)

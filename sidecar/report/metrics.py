@@ -4,14 +4,15 @@ Rules:
 - Gauges are a pure rendering of the last Snapshot, so a series disappears with its subject.
 - An absent signal has no series, a failed one is `sidecar_signal_up 0`. Neither is a bare 0.
 - Counters and histograms are updated by records as they arrive.
-- Labels that clients choose are bounded in number and length, and so are their pairs.
+- Labels that clients choose come bounded (sidecar/load/client_labels.py). The series of one that ends are added to
+  those of `other`.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, Final, Literal
@@ -24,7 +25,8 @@ from prometheus_client.registry import Collector
 from sidecar.events import STATES, AbortRequests, CanaryResult, ImagePrepared, Outcome, Verdict
 from sidecar.health.kill_policy import ESCALATIONS, KILL_REASONS
 from sidecar.health.reasons import REASON_TEXTS
-from sidecar.labels import OTHER, BoundedLabels
+from sidecar.labels import BoundedLabels
+from sidecar.load.client_labels import fold
 from sidecar.readings import SLOWDOWNS, Failed, GpuSample, ProcessSample, Reading, Value
 from sidecar.snapshot import RelayUse, Snapshot
 
@@ -106,8 +108,6 @@ METRICS: Final = (
 )
 
 _TABLE: Final = {m.name: m for m in METRICS}
-# (tenant, model) pairs per tenant: at most 600 series per metric, which take 12 ms to render.
-MAX_PAIRS_PER_TENANT: Final = 2
 MAX_REASONS: Final = 200  # far above the number of reason codes
 
 
@@ -121,10 +121,7 @@ class _Histogram:
 class Metrics(Collector):
     """All metrics of the sidecar. `registry` is for the encoders of `prometheus_client`."""
 
-    def __init__(self, *, max_tenants: int) -> None:
-        self._tenants, self._models = BoundedLabels(max_tenants), BoundedLabels(max_tenants)
-        self._pairs: set[tuple[str, str]] = set()
-        self._max_pairs = MAX_PAIRS_PER_TENANT * max_tenants
+    def __init__(self) -> None:
         self._formats, self._stages, self._reasons = BoundedLabels(20), BoundedLabels(20), BoundedLabels(MAX_REASONS)
         self._counters: dict[str, dict[Labels, float]] = defaultdict(lambda: defaultdict(float))
         # A histogram without labels exists from the start, at 0.
@@ -159,7 +156,7 @@ class Metrics(Collector):
         self, tenant: str, model: str, outcome: Outcome, mu: float, dollars: float = 0.0, **seconds: float | None
     ) -> None:
         """Count one settled request. `seconds`: by histogram; None if there was none (no token, nothing relayed)."""
-        client = self._client(tenant, model)
+        client = tenant, model
         self._count("sidecar_requests_total", (*client, outcome))
         self._count("sidecar_mu_total", (*client, outcome), mu)
         if dollars > 0:
@@ -167,6 +164,13 @@ class Metrics(Collector):
         for name, value in seconds.items():
             if value is not None:
                 self._observe(f"sidecar_{name}_seconds", value)
+
+    def relabel(self, of: Callable[[str, str], tuple[str, str]]) -> None:
+        """Add the series of clients that lost their label to those of `of`."""
+        for metric in METRICS:
+            if metric.labels[:2] == _CLIENT[:2] and (series := self._counters.get(metric.name)):
+                folded = fold(series, lambda labels: (*of(labels[0], labels[1]), *labels[2:]), float.__add__)
+                self._counters[metric.name] = defaultdict(float, folded)
 
     def collect(self) -> Iterator[Family]:
         """All metrics of the table, in its order, with their current series."""
@@ -185,15 +189,6 @@ class Metrics(Collector):
         histogram = self._histograms[name].setdefault(labels, _Histogram(_TABLE[name]))
         histogram.counts[bisect_left(_TABLE[name].buckets, value)] += 1
         histogram.sum += max(0.0, value)
-
-    def _client(self, tenant: str, model: str) -> tuple[str, str]:
-        pair = self._tenants(tenant), self._models(model)
-        if pair in self._pairs:
-            return pair
-        if len(self._pairs) >= self._max_pairs:
-            return OTHER, OTHER
-        self._pairs.add(pair)
-        return pair
 
 
 # Those of a Load that are metrics under their own names.

@@ -10,6 +10,7 @@ from msgspec import structs
 
 from sidecar.events import Admitted, Delivered, FirstToken, Outcome, RequestBlocked, RequestSize, Settled, Usage
 from sidecar.load import cost_model
+from sidecar.load.client_labels import ClientLabels
 from sidecar.load.ledger import Ledger, SlidingSum
 
 CO = cost_model.Coefficients()
@@ -116,15 +117,44 @@ def test_only_what_reached_the_engine_costs(outcome: Outcome, sent: float | None
 
 
 def test_labels_are_bounded() -> None:
-    """Tenants beyond the bound share one total."""
-    from sidecar.labels import BoundedLabels
-
-    ledger = Ledger(CO, BoundedLabels(2), BoundedLabels(2))
+    """Tenants beyond the bound share one total; what a tenant used before it lost its label is part of it."""
+    ledger = Ledger(CO, ClientLabels(2))
     for n in range(10):
         ledger.apply(0, admitted(str(n), tenant=f"t{n}"))
         ledger.apply(0, settled(str(n), 1.0))
     assert set(ledger.tenant_totals) == {"t0", "t1", "other"}
     assert ledger.tenant_totals["other"].requests == 8
+    ledger.apply(0, admitted("big", tenant="t9", work=RequestSize(100_000)))
+    done = ledger.apply(0, settled("big", 2.0))
+    assert done is not None and done.relabelled and done.tenant == "t9"
+    assert {tenant: sums.requests for tenant, sums in ledger.tenant_totals.items()} == {"t1": 1, "other": 9, "t9": 1}
+
+
+@pytest.mark.parametrize(
+    ("outcome", "status", "first", "named"),
+    [
+        ("ok", 200, None, True),
+        ("client_cancelled", 200, None, True),
+        ("client_cancelled", 0, None, False),
+        ("rejected", 404, None, False),
+        ("rejected", 0, None, False),
+        ("engine_error", 500, None, False),
+        ("engine_error", 200, None, False),
+        ("engine_error", 200, 1.0, True),
+        ("lost", 0, 1.0, True),
+        ("lost", 0, None, False),
+    ],
+)
+def test_only_what_the_engine_accepts_names_its_client(
+    outcome: Outcome, status: int, first: float | None, named: bool
+) -> None:
+    """A name gets a label when the engine answered 2xx, or its first token was seen."""
+    ledger = Ledger(CO)
+    ledger.apply(0, admitted("a"))
+    if first is not None:
+        ledger.apply(0, FirstToken("a", first))
+    done = ledger.apply(0, replace(settled("a", 2.0, outcome, first=first), status=status))
+    assert done is not None and (done.tenant, done.model) == (("acme", "m") if named else ("other", "other"))
 
 
 def test_a_count_that_was_too_high_is_made_up_for() -> None:

@@ -19,9 +19,9 @@ CO = Coefficients()
 
 def test_a_request_reaches_metrics_and_usage_records_once(tmp_path: Path) -> None:
     """Its end is counted with its time per token and its price; so is its image."""
-    metrics, usage = Metrics(max_tenants=5), UsageStore(tmp_path, unit_ms(CO), 1, 1 << 20)
-    fan_out = FanOut(metrics, Tracing("", "0"), usage, lambda work: (), unit_ms(CO), 3.6)
+    metrics, usage = Metrics(), UsageStore(tmp_path, unit_ms(CO), 1, 1 << 20)
     ledger = Ledger(CO)
+    fan_out = FanOut(metrics, Tracing("", "0"), usage, ledger.labels, lambda work: (), unit_ms(CO), 3.6)
     events: list[Event] = [
         ImagePrepared("a", 0.5, "jpeg", "ok", 0.1, (), 10, 10),
         Admitted("a", 1.0, "t", "m", "chat", True, RequestSize(500, output=3), 3, 1.0),

@@ -31,7 +31,7 @@ SECONDS = {"request": 2.0, "time_to_first_token": 0.2, "time_per_output_token": 
 
 def full() -> Metrics:
     """Metrics with at least one series each."""
-    meters = Metrics(max_tenants=5)
+    meters = Metrics()
     meters.update(SNAPSHOT)
     meters.settled("acme", "llama", "ok", 0.5, 0.01, **SECONDS)
     meters.observe(ImagePrepared("r", 1.0, "jpeg", "ok", 0.03, (("decode", 0.006),), 1000, 3000))
@@ -47,7 +47,7 @@ def samples(text: str) -> dict[str, float]:
 
 
 def page(snapshot: Snapshot) -> dict[str, float]:
-    meters = Metrics(max_tenants=5)
+    meters = Metrics()
     meters.update(snapshot)
     return samples(MetricsPages(meters.registry).text())
 
@@ -121,7 +121,7 @@ def test_gpus_that_all_fail_are_a_signal_that_is_down_and_keep_their_xids() -> N
     assert got['sidecar_gpu_xid_errors_total{gpu="0",xid="79"}'] == 2
 
 
-@pytest.mark.parametrize("meters", [full(), Metrics(max_tenants=5)], ids=["full", "empty"])
+@pytest.mark.parametrize("meters", [full(), Metrics()], ids=["full", "empty"])
 def test_promtool_has_nothing_to_say(requires: Callable[[str], Path], meters: Metrics) -> None:
     """`promtool check metrics` accepts the page, alone and merged with an engine's, without warnings."""
     for text in (

@@ -41,7 +41,7 @@ def test_every_request_is_served_once_and_the_books_agree(policy: Policy) -> Non
         stock = replica.ledger.in_flight()
         assert (stock.mu, stock.requests, replica.open) == (0, 0, 0)
         mine = [s for s in outcome.served if s.replica == replica.index]
-        (total, count) = replica.ledger.totals.get(("", "model", "ok"), [0.0, 0])
+        (total, count) = replica.ledger.totals.get(("none", "model", "ok"), [0.0, 0])
         assert count == len(mine) and total == pytest.approx(sum(s.mu for s in mine))
         assert replica.ledger.delivered_total == sum(s.request.output for s in mine)
 

@@ -1,7 +1,7 @@
 """Limits of tenants on the data path: a request is charged its estimate here, and its settlement corrects the charge.
 
-Rules: a tenant without a limit is not charged. The file is read again when it changes (a ConfigMap changes by its
-symlink, so its stat is checked every FILE_CHECK_INTERVAL_S). A bad file is logged once, and the last good one stays in
+Rules: a tenant without a limit is not charged. The file is read again when it changes, which is checked every
+FILE_CHECK_INTERVAL_S. A bad file is logged once, and the last good one stays in
 force; in a relay that restarted, that of the sidecar's start. Spill-over needs a load report: each one, once a second,
 states how much capacity is idle, and each relay process may give away an even share of it until the next.
 """
@@ -12,13 +12,13 @@ import asyncio
 import logging
 import math
 import time
-from pathlib import Path
 from typing import Final
 
 from sidecar.errors import TenantLimited, UsageError
 from sidecar.events import LoadReport
-from sidecar.load.tenant_limits import MAX_LIMITS_FILE_BYTES, TenantLimits, parse
+from sidecar.load.tenant_limits import TenantLimits
 from sidecar.relay.pricing.tenant_accounts import TenantAccounts, TenantCharge
+from sidecar.signals.limits_file import LimitsFile
 
 FILE_CHECK_INTERVAL_S: Final = 2.0
 LOAD_REPORT_STALE_S: Final = 5.0
@@ -32,11 +32,10 @@ class Quota:
     """One per relay process. `path` is the file of limits, `limits` its content when the sidecar started."""
 
     def __init__(self, path: str, accounts: TenantAccounts, workers: int, limits: TenantLimits) -> None:
-        self._path = Path(path)
+        self._file = LimitsFile(path)
         self._accounts = accounts
         self.close = accounts.close
         self._workers = workers
-        self._stamp = _file_stamp(self._path)
         self._limits = limits
         self._reload()
         self._spare = 0.0  # MU that may be given away
@@ -80,42 +79,15 @@ class Quota:
 
     def check_file(self) -> None:
         """Read the file if it has changed."""
-        stamp = _file_stamp(self._path)
-        if stamp == self._stamp:
-            return
-        self._stamp = stamp
         if self._reload():
             _log.info("tenant limits reloaded")
 
     def _reload(self) -> bool:
-        """Reload the file. Returns whether it is valid."""
+        """Take the limits of a file that changed. Returns whether there are new ones."""
         try:
-            self._limits = read_limits(str(self._path))
+            limits = self._file.read_changed()
         except UsageError as e:
             _log.error("%s; the previous limits stay in force", e)
             return False
-        return True
-
-
-def read_limits(path: str) -> TenantLimits:
-    """The limits in a file. Raises UsageError."""
-    name = f"--tenant-limits {path}"
-    try:
-        with Path(path).open("rb") as file:
-            raw = file.read(MAX_LIMITS_FILE_BYTES + 1)
-        text = raw.decode()
-    except (OSError, UnicodeDecodeError) as e:
-        why = e.strerror if isinstance(e, OSError) else "not UTF-8"
-        raise UsageError(f"{name}: cannot be read ({why})") from None
-    if len(raw) > MAX_LIMITS_FILE_BYTES:
-        raise UsageError(f"{name}: larger than {MAX_LIMITS_FILE_BYTES} bytes")
-    return parse(text, name)
-
-
-def _file_stamp(path: Path) -> tuple[int, int, int] | None:
-    """A value that changes with the file; None if it does not exist."""
-    try:
-        at = path.stat()
-    except OSError:
-        return None
-    return at.st_ino, at.st_mtime_ns, at.st_size
+        self._limits = limits or self._limits
+        return limits is not None

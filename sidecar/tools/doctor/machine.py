@@ -25,10 +25,10 @@ from sidecar.launch import preflight
 from sidecar.load import body_scan
 from sidecar.load.tenant_limits import TenantLimit
 from sidecar.readings import Absent, Failed
-from sidecar.relay.pricing import quota
 from sidecar.relay.pricing import tokenizer as counting
 from sidecar.runtime import cpu_quota, open_files
 from sidecar.settings import Settings
+from sidecar.signals import limits_file
 from sidecar.signals.gpu.poller import GpuSignal
 from sidecar.tools.doctor.finding import DoctorFinding
 
@@ -93,7 +93,7 @@ def limits(chosen: Settings) -> DoctorFinding:
     if not chosen.tenant_limits:
         return DoctorFinding("absent", "no --tenant-limits: tenants are not limited")
     try:
-        found = quota.read_limits(chosen.tenant_limits)
+        found = limits_file.read_limits(chosen.tenant_limits)
     except SidecarError as e:
         return DoctorFinding("fail", str(e), "correct the file, or leave --tenant-limits away")
     others = "each other one has the default" if found.default != TenantLimit() else "others have no limit"

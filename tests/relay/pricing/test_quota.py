@@ -14,8 +14,9 @@ from sidecar.load.cost_model import Coefficients
 from sidecar.load.estimator import Estimator
 from sidecar.load.request_shape import RequestShape
 from sidecar.relay.pricing.charge import Pricing
-from sidecar.relay.pricing.quota import Quota, read_limits
+from sidecar.relay.pricing.quota import Quota
 from sidecar.relay.pricing.tenant_accounts import TenantAccounts
+from sidecar.signals.limits_file import read_limits
 from sidecar.tools.scripted_engine.server import EngineSettings, ScriptedEngine
 from tests.relay.work import CHAT, FAST
 
