@@ -80,7 +80,8 @@ class EngineIdentity:
 
     `slowdowns` are the reasons why any of the GPUs runs below its clocks.
     `prepared` is False if the engine says that it does not take prepared images.
-    `max_context` is the longest sequence in tokens, `slots` how many sequences it computes at once; 0 if unknown.
+    `max_context` is the longest sequence in tokens, `slots` how many sequences it computes at once, `gpu_count` how
+    many GPUs it says that it uses; 0 if unknown.
     """
 
     models: tuple[str, ...] = ()
@@ -91,6 +92,7 @@ class EngineIdentity:
     prepared: bool = True
     max_context: int = 0
     slots: int = 0
+    gpu_count: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -55,12 +55,17 @@ class Settings:
     model: str = flag("", flags.existing_dir, "Model directory: config.json, preprocessor_config.json, tokenizer.json")
     coefficients: str = flag("", existing_file, "Coefficients file; default: a roofline of --model on its GPU")
     gpu: str = flag("", flags.gpu, "GPUs of that roofline, e.g. H100 or 2xL40S; default: as NVML reports, else an H100")
+    gpus: int = flag(
+        0, integer(0, 1024), "Number of the engine's GPUs, for GPU seconds and dollars; 0: as --gpu, engine or NVML say"
+    )
     state_dir: str = flag("/run/sidecar", flags.directory, "Directory shared with the engine's container")
     tenant_header: str = flag("x-tenant-id", flags.header_name, "Request header that names the tenant")
     tenant_limits: str = flag(
         "", existing_file, "TOML or JSON file of model units per minute and in flight by tenant; reloaded when changed"
     )
-    max_tenants: int = flag(50, integer(1, 10_000), "Tenants and models with labels in metrics and usage records; others are `other`")
+    max_tenants: int = flag(
+        50, integer(1, 10_000), "Tenants and models with labels in metrics and usage records; others are `other`"
+    )
     images: str = flag(
         "auto",
         one_of("auto", "off", "inline", "shm"),
@@ -112,7 +117,7 @@ class Settings:
     usage_days: int = flag(35, integer(1, 3660), "Days to keep usage records")
     usage_bytes: int = flag(64 << 20, size, "Maximum size of the usage records; 0: keep none")
     dollars_per_gpu_hour: float = flag(
-        0.0, number(0, 10_000, "dollars"), "Price of a GPU hour for sidecar_cost_dollars_total; 0: no such series"
+        0.0, number(0, 10_000, "dollars"), "Price of an hour of one GPU, for usage records and metrics; 0: unknown"
     )
     orca_grpc: tuple[str, int] | Literal[""] = flag(
         "", address, "Address of the gRPC stream of load reports (ORCA, out of band); none: off; needs the extra `orca`"

@@ -146,3 +146,4 @@ class Snapshot:
     handover: str = ""  # why an operator must act; "" while none must
     canaries: CanaryUse = CanaryUse()
     prices: PriceUse = PriceUse()
+    engine_gpus: int = 1  # GPUs of the engine, as they are billed

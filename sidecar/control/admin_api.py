@@ -17,6 +17,7 @@ from aiohttp import web
 from aiohttp.typedefs import Middleware
 
 from sidecar.control.loop import ControlLoop
+from sidecar.control.state import ControlState
 from sidecar.events import DiagnosisSummary
 from sidecar.health import probes
 from sidecar.load.cost_model import Coefficients
@@ -36,7 +37,7 @@ def make_app(loop: ControlLoop, *middlewares: Middleware) -> web.Application:
         "/startupz": lambda _: _probe("startup", loop.control.health.probe_state()),
         "/healthz": lambda _: _own_health(loop, time.monotonic()),
         "/load": lambda request: (load_json.render(loop.snapshot, request.query.get("unit", "")), 200),
-        "/cost": lambda request: _cost(request.query, loop.control.coefficients.co),
+        "/cost": lambda request: _cost(request.query, loop.control),
         "/coefficients": lambda _: _file(loop.control.coefficients.co),
         "/coefficients/shadow": lambda _: _file(loop.control.coefficients.shadow()),
         "/verdicts": lambda _: ({"verdicts": [probes.verdict_json(v) for v in loop.snapshot.changes]}, 200),
@@ -94,9 +95,9 @@ def _own_health(loop: ControlLoop, now: float) -> Answer:
     return {"status": "ok" if is_healthy else "failing", **details}, 200 if is_healthy else 503
 
 
-def _cost(query: Mapping[str, str], co: Coefficients) -> Answer:
+def _cost(query: Mapping[str, str], control: ControlState) -> Answer:
     try:
-        return cost_json.render(query, co), 200
+        return cost_json.render(query, control.coefficients.co, control.gpu_price), 200
     except ValueError as e:
         return {"error": str(e)}, 400
 

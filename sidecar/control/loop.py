@@ -47,6 +47,7 @@ from sidecar.report.merged_page import merge_pages
 from sidecar.report.metrics import Metrics
 from sidecar.report.prometheus import MetricsPages
 from sidecar.report.tracing import Tracing
+from sidecar.report.usage_rows import Eviction
 from sidecar.report.usage_store import UsageStore
 from sidecar.runtime.limited_log import LimitedLog
 from sidecar.settings import Settings
@@ -62,6 +63,7 @@ PORT_INTERVAL_S, RESTART_PORT_INTERVAL_S = 1.0, 0.1
 # Ticks between what goes to relays, page and files: once a second.
 MAX_ANNOUNCED: Final = 256
 PUBLISH_INTERVAL_TICKS: Final = 2
+GPU_COUNT_TICKS: Final = 120  # after which the engine and NVML have said how many GPUs there are: a minute
 LIMITS_INTERVAL_TICKS: Final = 4  # between looks at the file of tenants' limits
 
 _log = logging.getLogger(__name__)
@@ -86,9 +88,9 @@ class ControlLoop:
         self.tracing = Tracing(settings.otlp_endpoint, __version__)
         self._usage: UsageStore | None = None
         if settings.usage_bytes:
-            self._usage = UsageStore(state_dir.path, control.unit_ms, settings.usage_days, settings.usage_bytes)
-        metrics, price, labels = Metrics(), settings.dollars_per_gpu_hour, control.ledger.labels
-        self._fan_out = FanOut(metrics, self.tracing, self._usage, labels, control.price_terms, control.unit_ms, price)
+            self._usage = UsageStore(state_dir.path, settings.usage_days, settings.usage_bytes)
+        metrics, labels = Metrics(), control.ledger.labels
+        self._fan_out = FanOut(metrics, self.tracing, self._usage, labels, control.price_terms, co)
         self._limits = LimitsFile(settings.tenant_limits) if settings.tenant_limits else None
         self.pages, self.feed, self.diagnoses = MetricsPages(metrics.registry), PageFeed(), Diagnoses(state_dir)
         self.pool = RelayPool(settings.workers, self.on_event, self.on_lost)
@@ -119,7 +121,7 @@ class ControlLoop:
         """Handle an event of a relay."""
         settlement = self.control.on_event(relay, event)
         if settlement is not None:
-            self._fan_out.on_settlement(settlement, time.time())
+            self._fan_out.on_settlement(settlement, self.control.gpu_price, time.time())
         else:
             self._fan_out.on_event(event)
         if isinstance(event, Directing) and event.on:
@@ -132,7 +134,7 @@ class ControlLoop:
     def on_lost(self, relay: int) -> None:
         """A relay died, or ended: nothing that it held can settle any more."""
         for settlement in self.control.relay_lost(relay, time.monotonic()):
-            self._fan_out.on_settlement(settlement, time.time())
+            self._fan_out.on_settlement(settlement, self.control.gpu_price, time.time())
 
     # --- ticks ---
 
@@ -160,6 +162,8 @@ class ControlLoop:
             self._tasks.start("canary", self._canary(allowed), lambda error: self._canary_failed(now, allowed, error))
         if is_new_verdict or self._ticks % PUBLISH_INTERVAL_TICKS == 0:
             self._publish(wall)
+        if self._ticks == GPU_COUNT_TICKS and self.control.is_gpu_count_assumed:
+            _log.warning("nobody says how many GPUs the engine has: one is billed; set --gpus")
         if self._limits is not None and self._ticks % LIMITS_INTERVAL_TICKS == 0:
             self._tasks.start("limits", self._name_tenants(self._limits))
         if health.lag < TICK_S:
@@ -295,16 +299,23 @@ class ControlLoop:
             return
         writing = asyncio.ensure_future(asyncio.to_thread(usage.write, taken, wall))
         try:
-            await asyncio.shield(writing)
+            self._report_evictions(await asyncio.shield(writing))
         except asyncio.CancelledError:
             await asyncio.wait((writing,))  # a thread cannot be cancelled: whether it wrote must be known
-            if writing.exception() is not None:
-                usage.restore(taken)
+            self._report_evictions(usage.restore(taken) if writing.exception() is not None else writing.result())
             raise
         except (OSError, sqlite3.Error) as e:
-            usage.restore(taken)
+            self._report_evictions(usage.restore(taken))
             text = "cannot write %s (%s); the usage is kept in memory and the write retried"
             self._log.error("usage", text, usage.path, e)
+
+    def _report_evictions(self, evictions: list[Eviction]) -> None:
+        """Billable usage is never dropped silently."""
+        self._fan_out.on_evictions(evictions)
+        for eviction in evictions:
+            if eviction.is_billable:
+                level = logging.INFO if eviction.why == "age" else logging.WARNING  # --usage-days is the operator's
+                _log.log(level, "%s", describe(eviction))
 
     async def _save(self, content: dict[str, Any]) -> None:
         try:
@@ -312,6 +323,14 @@ class ControlLoop:
         except OSError as e:
             text = "cannot save the learned state (%s); a restart of the sidecar would forget it"
             self._log.error("memory", text, e.strerror)
+
+
+def describe(eviction: Eviction) -> str:
+    """A line about usage records that were dropped."""
+    why = {"age": "older than --usage-days", "size": "over --usage-bytes", "memory": "not written for too long"}
+    first, last = (time.strftime("%Y-%m-%dT%H:%MZ", time.gmtime(at)) for at in (eviction.first, eviction.last))
+    sums = f"{eviction.rows} rows of {eviction.requests} requests, {eviction.mu:.1f} MU, from {first} to {last}"
+    return f"usage records dropped, {why[eviction.why]}: {sums}"
 
 
 def is_canary_news(result: CanaryResult, last: CanaryResult | None) -> bool:

@@ -18,6 +18,7 @@ from sidecar.labels import DEFAULT_TENANT
 from sidecar.load import coefficient_monitor, cost_model, summary
 from sidecar.load.client_labels import ClientLabels
 from sidecar.load.coefficient_monitor import CoefficientMonitor
+from sidecar.load.gpu_price import GpuCount, GpuPrice, count_gpus
 from sidecar.load.ledger import Ledger, Settlement
 from sidecar.readings import EngineSample, Reading, Value
 from sidecar.settings import Settings
@@ -34,7 +35,7 @@ class ControlState:
     def __init__(self, settings: Settings, co: cost_model.Coefficients, now: float, wall: float, pod: str = "") -> None:
         self._settings = settings
         self._co = co
-        self.unit_ms = cost_model.unit_ms(co)
+        self.gpu_count = GpuCount()
         self.ledger = Ledger(co, ClientLabels(settings.max_tenants))
         self.name_tenants(())
         self._models: tuple[str, ...] = ()
@@ -76,8 +77,18 @@ class ControlState:
         return result
 
     def price_terms(self, work: RequestSize) -> tuple[tuple[str, float], ...]:
-        """The price of a request in GPU milliseconds by cause, by the coefficients in use."""
-        return cost_model.by_cause(work, self.coefficients.co)
+        """The price of a request in milliseconds of all GPUs by cause, by the coefficients in use."""
+        return tuple((name, ms * self.gpu_count.gpus) for name, ms in cost_model.by_cause(work, self.coefficients.co))
+
+    @property
+    def gpu_price(self) -> GpuPrice:
+        """What the engine's time costs, as far as it is known now."""
+        return GpuPrice(self.gpu_count.gpus, self._settings.dollars_per_gpu_hour)
+
+    @property
+    def is_gpu_count_assumed(self) -> bool:
+        """Whether there is a price for each GPU, and their number is a guess."""
+        return self._settings.dollars_per_gpu_hour > 0 and not self.gpu_count.source
 
     def name_tenants(self, names: Iterable[str]) -> None:
         """The tenants that an operator named: they always have a label."""
@@ -89,6 +100,7 @@ class ControlState:
         """Evaluate health and return the snapshot that all reports render."""
         self._smooth_queue(readings.engine)
         self._name_models(readings.identity.models)
+        self._count_gpus(readings)
         self.health.tick(readings, self.ledger.holds(), now, wall)
         self._check_coefficients(readings, now)
         return self._snapshot(readings, now, wall)
@@ -98,6 +110,13 @@ class ControlState:
         if models and models != self._models:
             self._models = models
             self.ledger.labels.give(models=models)
+
+    def _count_gpus(self, readings: TickReadings) -> None:
+        """The engine's GPUs; what was counted holds while nothing can be read."""
+        ranks = len(readings.sample.ranks) if readings.sample else 0
+        settings = self._settings
+        found = count_gpus(settings.gpus, settings.gpu, readings.identity, ranks, readings.gpus)
+        self.gpu_count = found if found.source else self.gpu_count
 
     def _smooth_queue(self, reading: Reading[EngineSample]) -> None:
         if isinstance(reading, Value) and reading.at > self._queue_read_at:
@@ -159,6 +178,7 @@ class ControlState:
             handover=health.kill_policy.state.handover,
             canaries=replace(self._canaries, garbage=health.garbage.found, usable=health.canary_usable),
             prices=self.coefficients.use(),
+            engine_gpus=self.gpu_count.gpus,
         )
 
     def _load(self, readings: TickReadings, now: float) -> Load:

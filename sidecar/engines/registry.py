@@ -43,6 +43,7 @@ MAX_MODELS: Final = 1000
 MAX_NAME_CHARS: Final = 128
 MAX_FLAG_CHARS: Final = 32
 FURTHER_PATHS: Final = tuple(dict.fromkeys(mark.path for kind in KINDS.values() for mark in kind.marks))
+MAX_GPUS: Final = 1024
 # Longer than any model's, and far from what a counter of tokens overflows at.
 MAX_CONTEXT_TOKENS: Final = 1 << 30
 
@@ -98,14 +99,18 @@ def _mark_paths(models: bytes) -> Iterator[str]:
 def identity(pages: Mapping[str, bytes]) -> EngineIdentity:
     """The engine's models, version, settings and sizes, from the `identity_paths` of its kind; empty if unknown."""
     listed = pages.get(MODELS) or pages.get("/models", b"")
-    info, props, versions = (_object(pages.get(path, b"")) for path in ("/info", "/props", "/version"))
+    paths = "/info", "/props", "/version", "/server_info"
+    info, props, versions, server = (_object(pages.get(path, b"")) for path in paths)
     names = [card.get("id") for card in _cards(listed)] or [info.get("served_model_name"), info.get("model_id")]
     models = tuple(name[:MAX_NAME_CHARS] for name in names[:MAX_MODELS] if isinstance(name, str))
     ollama = _object(pages.get("/api/version", b""))
     version = next(
         (
             of
-            for of in (versions.get("version"), info.get("version"), props.get("build_info"), ollama.get("version"))
+            for of in (
+                *(versions.get("version"), info.get("version"), server.get("version")),
+                *(props.get("build_info"), ollama.get("version")),
+            )
             if of
         ),
         "",
@@ -118,7 +123,15 @@ def identity(pages: Mapping[str, bytes]) -> EngineIdentity:
         prepared=not rust,
         max_context=_max_context(pages),
         slots=_size(props.get("total_slots")) or _fewest_slots(listed),
+        gpu_count=_gpu_count(server),
     )
+
+
+def _gpu_count(server: Mapping[str, Any]) -> int:
+    """The GPUs of SGLang's settings; 0 if they are not known."""
+    tensor, pipeline, data = (_size(server.get(name)) for name in ("tp_size", "pp_size", "dp_size"))
+    count = tensor * max(1, pipeline) * (1 if server.get("enable_dp_attention") is True else max(1, data))
+    return count if count <= MAX_GPUS else 0
 
 
 def _fewest_slots(models: bytes) -> int:

@@ -7,6 +7,7 @@
   --schedule-low-priority-values-first; with neither, a priority can be rejected. /server_info reports the flags. It can
   take the place of a running request (--priority-scheduling-preemption-threshold), which is then computed again.
 - /health makes the engine generate a token and sleeps a second: it is never requested.
+- GPUs: tp_size, pp_size and dp_size of /server_info; with enable_dp_attention the ranks of dp share those of tp.
 - Pause: it is not published. /ready is 503 while paused, but also after a failed health check of its own. So a pause
   call that passes the relay is the only sign. The same holds for memory released by /release_memory_occupation.
 - With --disaggregation-mode a request without `bootstrap_room` is 400 (srt/managers/scheduler.py): its own health check
@@ -58,6 +59,7 @@ SGLANG: Final = EngineKind(
     rank="dp_rank",
     canaries=(COMPLETIONS, CHAT, EMBEDDINGS, RERANK, CLASSIFY_V1, TRANSCRIPTION),
     info_paths=("/server_info", "/get_server_info"),
+    identity_paths=("/server_info",),
     read_priority=priority,
     owner="sglang",
     prefix="sglang:",

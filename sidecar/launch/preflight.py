@@ -60,7 +60,7 @@ def _roofline(chosen: Settings) -> cost_model.Coefficients:
     else:  # all that NVML reports are assumed to be the engine's
         names = gpu_names.read()
         count, name = len(names), names[0] if names else ""
-    return roofline(config if isinstance(config, dict) else {}, name, count)
+    return roofline(config if isinstance(config, dict) else {}, name, chosen.gpus or count)
 
 
 def choose_image_mode(chosen: Settings, shm: str = SHM_DIR) -> str:

@@ -101,6 +101,11 @@ class Settlement:
     pace: float | None = None  # seconds per output token, as the relay saw them come
     relabelled: bool = False
 
+    @property
+    def told(self) -> bool:
+        """Whether the engine told the tokens; otherwise they are estimated, and counted as they passed."""
+        return self.settled.usage is not None
+
 
 @dataclass(slots=True)
 class TenantTotals:

@@ -10,25 +10,25 @@ from dataclasses import dataclass
 
 from sidecar.events import AbortRequests, Admitted, CanaryResult, Event, FirstToken, ImagePrepared, RequestSize, Verdict
 from sidecar.load.client_labels import ClientLabels
+from sidecar.load.cost_model import Coefficients, unit_ms
+from sidecar.load.gpu_price import GpuPrice
 from sidecar.load.ledger import Settlement
 from sidecar.report.metrics import Metrics
 from sidecar.report.tracing import Tracing
+from sidecar.report.usage_rows import Eviction, key_of, sums_of
 from sidecar.report.usage_store import UsageStore
-
-MS_PER_HOUR = 3_600_000
 
 
 @dataclass(frozen=True, slots=True)
 class FanOut:
-    """The reports of one control process. `price_terms` splits the price of a request by cause, in ms."""
+    """The reports of one control process. `price_terms` splits the price of a request by cause, in GPU milliseconds."""
 
     metrics: Metrics
     tracing: Tracing
     usage: UsageStore | None
     labels: ClientLabels
     price_terms: Callable[[RequestSize], Iterable[tuple[str, float]]]
-    unit_ms: float
-    dollars_per_gpu_hour: float
+    co: Coefficients
 
     def on_event(self, event: Event) -> None:
         """An event of a relay, other than the end of a request."""
@@ -40,15 +40,18 @@ class FanOut:
             self.metrics.observe(event)
             self.tracing.imaged(event)
 
-    def on_settlement(self, settlement: Settlement, wall: float) -> None:
+    def on_settlement(self, settlement: Settlement, price: GpuPrice, wall: float) -> None:
+        """A request ended, at `wall` (seconds since 1970)."""
         admitted, settled, mu = settlement.admitted, settlement.settled, settlement.mu
         if settlement.relabelled:
             self.metrics.relabel(self.labels.of)
         self.tracing.settled(settled, mu, lambda: self.price_terms(settlement.work) if mu else ())
         first_at, later_tokens = settled.first_at, settlement.delivered - 1
-        dollars = mu * (self.dollars_per_gpu_hour / MS_PER_HOUR * self.unit_ms)
+        key = key_of(settlement, price, self.co.fingerprint, wall)
+        sums = sums_of(settlement, price, unit_ms(self.co))
         self.metrics.settled(
-            *(settlement.tenant, settlement.model, settled.outcome, mu, dollars),
+            key,
+            sums,
             request=settled.at - admitted.at,
             time_to_first_token=None if first_at is None else first_at - admitted.at,
             time_per_output_token=None
@@ -57,7 +60,12 @@ class FanOut:
             relay_overhead=None if settled.sent_at is None else settled.overhead,
         )
         if self.usage is not None:
-            self.usage.add(settlement, wall)
+            self.usage.add(admitted.id, key, sums)
+
+    def on_evictions(self, evictions: Iterable[Eviction]) -> None:
+        """Usage records were dropped."""
+        for eviction in evictions:
+            self.metrics.evicted(eviction)
 
     def on_decision(self, record: CanaryResult | Verdict | AbortRequests) -> None:
         """A canary ended, the verdict changed, or requests are to be aborted."""

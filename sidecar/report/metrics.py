@@ -22,12 +22,13 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.metrics_core import Metric as Family
 from prometheus_client.registry import Collector
 
-from sidecar.events import STATES, AbortRequests, CanaryResult, ImagePrepared, Outcome, Verdict
+from sidecar.events import STATES, AbortRequests, CanaryResult, ImagePrepared, Verdict
 from sidecar.health.kill_policy import ESCALATIONS, KILL_REASONS
 from sidecar.health.reasons import REASON_TEXTS
 from sidecar.labels import BoundedLabels
 from sidecar.load.client_labels import fold
 from sidecar.readings import SLOWDOWNS, Failed, GpuSample, ProcessSample, Reading, Value
+from sidecar.report.usage_rows import Eviction, UsageKey, UsageSums, tokens_by_kind
 from sidecar.snapshot import RelayUse, Snapshot
 
 Labels = tuple[str, ...]
@@ -54,6 +55,7 @@ _TOKEN_S = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2
 _OVERHEAD_S = (0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1)
 _IMAGE_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
 _CLIENT, _GPU = ("tenant", "model", "outcome"), ("gpu",)
+_KIND = (*_CLIENT[:2], "kind", "source")
 
 METRICS: Final = (
     Metric("sidecar_mu_in_flight", "Model units of admitted requests that are not settled."),
@@ -62,6 +64,12 @@ METRICS: Final = (
     Metric("sidecar_mu_max_per_minute", "Model units that this model and hardware can do in a minute."),
     Metric("sidecar_mu_utilization_ratio", "Largest of stock, flow, KV cache and queue, as a share of capacity."),
     Metric("sidecar_mu_total", "Model units of settled requests.", _CLIENT),
+    Metric("sidecar_gpu_seconds_total", "Seconds of all GPUs that settled requests used, by the cost model.", _CLIENT),
+    Metric(
+        "sidecar_tokens_total",
+        "Tokens of settled requests, each of one kind.",
+        _KIND,
+    ),
     Metric("sidecar_mu_coefficients_stale", "1 if the coefficients no longer fit this model and hardware."),
     Metric("sidecar_prefill_tokens_in_flight", "Input tokens of requests without a first token."),
     Metric("sidecar_decode_tokens_in_flight", "Output tokens that are expected and not yet delivered."),
@@ -102,6 +110,9 @@ METRICS: Final = (
     Metric("sidecar_open_files", "File descriptors that a process has open.", ("process",)),
     Metric("sidecar_max_open_files", "File descriptors that a process may have open (ulimit -n).", ("process",)),
     Metric("sidecar_cost_dollars_total", "Dollars of settled requests; needs --dollars-per-gpu-hour.", _CLIENT[:2]),
+    Metric("sidecar_engine_gpus", "GPUs of the engine, as they are billed."),
+    Metric("sidecar_usage_evicted_rows_total", "Rows of usage records that were dropped.", ("why", "billable")),
+    Metric("sidecar_usage_evicted_mu_total", "Model units in rows of usage records that were dropped.", ("why",)),
     Metric("sidecar_build_info", "Always 1; the labels name version and engine.", ("version", "engine_kind")),
     # The name and unit of DCGM's exporter, for its consumers.
     Metric("DCGM_FI_DEV_GPU_UTIL", "GPU utilization (in %).", ("gpu", "UUID")),
@@ -152,18 +163,29 @@ class Metrics(Collector):
             case AbortRequests():
                 self._count("sidecar_streams_ended_total", (record.code,), len(record.ids))
 
-    def settled(
-        self, tenant: str, model: str, outcome: Outcome, mu: float, dollars: float = 0.0, **seconds: float | None
-    ) -> None:
-        """Count one settled request. `seconds`: by histogram; None if there was none (no token, nothing relayed)."""
-        client = tenant, model
-        self._count("sidecar_requests_total", (*client, outcome))
-        self._count("sidecar_mu_total", (*client, outcome), mu)
-        if dollars > 0:
-            self._count("sidecar_cost_dollars_total", client, dollars)
+    def settled(self, key: UsageKey, sums: UsageSums, **seconds: float | None) -> None:
+        """Count what one settled request adds to its row of usage records.
+
+        `seconds`: by histogram; None if there was none (no token, nothing relayed).
+        """
+        client, ended = (key.tenant, key.model), (key.tenant, key.model, key.outcome)
+        self._count("sidecar_requests_total", ended)
+        self._count("sidecar_mu_total", ended, sums.mu)
+        self._count("sidecar_gpu_seconds_total", ended, sums.gpu_seconds)
+        for kind, tokens in tokens_by_kind(sums).items():
+            if tokens > 0:
+                self._count("sidecar_tokens_total", (*client, kind, key.source), tokens)
+        if sums.dollars > 0:
+            self._count("sidecar_cost_dollars_total", client, sums.dollars)
         for name, value in seconds.items():
             if value is not None:
                 self._observe(f"sidecar_{name}_seconds", value)
+
+    def evicted(self, eviction: Eviction) -> None:
+        """Count rows of usage records that were dropped."""
+        labels = eviction.why, "yes" if eviction.is_billable else "no"
+        self._count("sidecar_usage_evicted_rows_total", labels, eviction.rows)
+        self._count("sidecar_usage_evicted_mu_total", labels[:1], eviction.mu)
 
     def relabel(self, of: Callable[[str, str], tuple[str, str]]) -> None:
         """Add the series of clients that lost their label to those of `of`."""
@@ -222,6 +244,7 @@ def gauges(snapshot: Snapshot) -> Iterator[MetricRow]:
     if snapshot.canaries.usable is not None:
         yield "sidecar_canary_usable", (), snapshot.canaries.usable
     yield "sidecar_garbage_output", (), snapshot.canaries.garbage
+    yield "sidecar_engine_gpus", (), snapshot.engine_gpus
     yield "sidecar_loop_lag_seconds", ("control",), snapshot.own_lag
     if isinstance(snapshot.own, Value):
         yield from _files("control", snapshot.own.value)

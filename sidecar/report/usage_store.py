@@ -1,13 +1,15 @@
-"""Usage on disk: sums per minute, tenant, model and outcome, in an SQLite file of the state directory.
+"""Usage on disk: sums per minute, tenant, model, outcome, source and rate, in an SQLite file of the state directory.
 
-    add (each settlement, in memory) -> take, about once a second -> write, one transaction -> rows
+    add (each settlement, in memory) -> take, about once a second -> write, one transaction -> rows (usage_query.py)
 
 Rules:
 - A batch is written whole or not at all, and kept in memory until then. kill -9 loses at most the unwritten batch.
 - Nothing is counted twice. Recent request ids are written in the same transaction, because relays replay settlements
   that the previous control process may not have recorded.
-- Minutes older than a day are summed up to hours. Rows beyond the bounds of age or size are dropped, oldest first,
-  pending ones too.
+- Minutes are summed up to quarters of an hour, of which the days of every time zone consist, after MINUTES_KEPT_S; rows
+  that cost nothing, to hours after one. A file that is too large is summed up sooner. What is too large still loses
+  rows: those that cost nothing first, then the oldest. Pending rows are bounded likewise.
+- Every row that is dropped is reported (Eviction).
 - No content, and no names except labels.
 - `write` does disk I/O: call it off the event loop, one at a time.
 """
@@ -17,138 +19,123 @@ from __future__ import annotations
 import contextlib
 import logging
 import sqlite3
-from collections.abc import Iterator, Mapping
-from dataclasses import astuple, dataclass, field, fields
+from collections.abc import Iterator
+from dataclasses import astuple
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-from sidecar.load.ledger import Settlement
+from sidecar.report.usage_rows import (
+    DAY_S,
+    HOUR_S,
+    MINUTE_S,
+    NAMES,
+    QUARTER_S,
+    UNKNOWN,
+    Eviction,
+    PendingUsage,
+    Rate,
+    UsageKey,
+    UsageSums,
+    bound,
+)
 from sidecar.runtime import safe_files
 
 USAGE_FILE: Final = "usage.db"
 SQLITE_SUFFIXES: Final = ("", "-wal", "-shm", "-journal")  # of a database and what belongs to it
-SCHEMA_VERSION: Final = 1
-MINUTE_S, HOUR_S, DAY_S = 60, 3600, 86_400
+SCHEMA_VERSION: Final = 2
 TIDY_INTERVAL_S: Final = HOUR_S
 SEEN_IDS_S: Final = 120  # relays replay settlements that are about a second old
 MAX_PENDING_ROWS: Final = 20_000  # about 6 MB
-
-# The values of `sidecar usage --by`, and their SQL.
-GROUP_COLUMNS: Final[Mapping[str, str]] = {
-    **{name: name for name in ("tenant", "model", "outcome")},
-    "day": "strftime('%Y-%m-%d', at, 'unixepoch')",
-    "hour": "strftime('%Y-%m-%dT%H:00Z', at, 'unixepoch')",
-}
+MINUTES_KEPT_S: Final = 8 * DAY_S  # a week and a day: `--since 7d` is exact to the minute
+# (age from which rows are summed up, to spans of), one after the other while the file is too large.
+COARSER: Final = ((DAY_S, QUARTER_S), (DAY_S, HOUR_S), (HOUR_S, QUARTER_S), (HOUR_S, HOUR_S))
+COSTS_NOTHING: Final = "mu = 0 AND gpu_seconds = 0"
 
 _log = logging.getLogger(__name__)
 
-Key = tuple[int, str, str, str]  # start of the minute (seconds since 1970), tenant, model, outcome
-
-
-@dataclass(slots=True)
-class UsageSums:
-    """Sums of usage. `gpu_seconds` is by the cost model; `seconds` is the time from admission to settlement."""
-
-    requests: int = 0
-    mu: float = 0.0
-    gpu_seconds: float = 0.0
-    input_tokens: int = 0
-    cached_tokens: int = 0
-    output_tokens: int = 0
-    images: int = 0
-    seconds: float = 0.0
-
-    def add(self, other: UsageSums) -> None:
-        for name in NAMES:
-            setattr(self, name, getattr(self, name) + getattr(other, name))
-
-
-NAMES: Final = tuple(f.name for f in fields(UsageSums))
 _COLUMNS = ", ".join(NAMES)
-_ADDED = ", ".join(f"{name} = {name} + excluded.{name}" for name in NAMES)
 _SUMMED = ", ".join(f"sum({name})" for name in NAMES)
-_SCHEMA = f"""
-CREATE TABLE IF NOT EXISTS usage (
-    at INTEGER NOT NULL, tenant TEXT NOT NULL, model TEXT NOT NULL, outcome TEXT NOT NULL, {_COLUMNS},
-    PRIMARY KEY (at, tenant, model, outcome)) WITHOUT ROWID"""
-_SEEN = "CREATE TABLE IF NOT EXISTS seen (id TEXT PRIMARY KEY, at INTEGER NOT NULL) WITHOUT ROWID"
-_UPSERT = f"""
-INSERT INTO usage (at, tenant, model, outcome, {_COLUMNS}) VALUES (?, ?, ?, ?, {", ".join("?" * len(NAMES))})
-ON CONFLICT (at, tenant, model, outcome) DO UPDATE SET {_ADDED}"""
+_KEY = "at, span, tenant, model, outcome, source, rate"
+_SCHEMA = (
+    f"""CREATE TABLE IF NOT EXISTS usage (
+    at INTEGER NOT NULL, span INTEGER NOT NULL, tenant TEXT NOT NULL, model TEXT NOT NULL, outcome TEXT NOT NULL,
+    source TEXT NOT NULL, rate INTEGER NOT NULL, {_COLUMNS}, PRIMARY KEY ({_KEY})) WITHOUT ROWID""",
+    """CREATE TABLE IF NOT EXISTS rate (id INTEGER PRIMARY KEY, fingerprint TEXT NOT NULL, gpus INTEGER NOT NULL,
+    dollars_per_gpu_hour REAL NOT NULL, UNIQUE (fingerprint, gpus, dollars_per_gpu_hour))""",
+    "CREATE TABLE IF NOT EXISTS seen (id TEXT PRIMARY KEY, at INTEGER NOT NULL) WITHOUT ROWID",
+)
+_ADDED = ", ".join(f"{name} = {name} + excluded.{name}" for name in NAMES)
+_ON_CONFLICT = f"ON CONFLICT ({_KEY}) DO UPDATE SET {_ADDED}"
+_UPSERT = f"INSERT INTO usage ({_KEY}, {_COLUMNS}) VALUES ({', '.join('?' * (7 + len(NAMES)))}) {_ON_CONFLICT}"
+_RATE_ID = "SELECT id FROM rate WHERE (fingerprint, gpus, dollars_per_gpu_hour) = (?, ?, ?)"
 
-
-@dataclass(slots=True)
-class PendingUsage:
-    """Settlements that are not on disk yet: their sums, and their request ids with the times of settlement."""
-
-    sums: dict[Key, UsageSums] = field(default_factory=dict)
-    ids: dict[str, int] = field(default_factory=dict)
-
-    def __bool__(self) -> bool:
-        return bool(self.ids)
-
-    def add(self, other: PendingUsage) -> None:
-        for key, sums in other.sums.items():
-            self.sums.setdefault(key, UsageSums()).add(sums)
-        self.ids |= other.ids
+# The rows of version 1 as those of today. Its hours were in the same column as its minutes: a row is an hour if it
+# starts one and is older than all rows that do not.
+_V1_COLUMNS = ("requests", "mu", "gpu_seconds", "input_tokens", "cached_tokens", "output_tokens", "images", "seconds")
+V1_ROWS: Final = f"""
+SELECT at, CASE WHEN at % {HOUR_S} = 0 AND at < coalesce(
+        (SELECT min(at) / {HOUR_S} * {HOUR_S} FROM usage WHERE at % {HOUR_S} != 0), at + 1)
+    THEN {HOUR_S} ELSE {MINUTE_S} END AS span,
+    tenant, model, outcome, '{UNKNOWN}' AS source,
+    {", ".join(name if name in _V1_COLUMNS else f"0 AS {name}" for name in NAMES)} FROM usage"""
 
 
 class UsageStore:
-    """The file of one sidecar. `unit_ms`: GPU milliseconds of one MU; `days` and `max_bytes` bound the file."""
+    """The file of one sidecar, bounded by `days` and `max_bytes`."""
 
-    def __init__(self, folder: Path, unit_ms: float, days: int, max_bytes: int) -> None:
+    def __init__(self, folder: Path, days: int, max_bytes: int) -> None:
         self.path = folder / USAGE_FILE
-        self._unit_ms, self._days, self._max_bytes = unit_ms, days, max_bytes
+        self._days, self._max_bytes = days, max_bytes
         self._pending, self._tidied = PendingUsage(), 0.0
         self._seen = _seen(self.path)  # by the previous process
 
-    def add(self, settlement: Settlement, wall: float) -> None:
-        """Count a settlement at `wall` (seconds since 1970), unless it is on disk already."""
-        if settlement.admitted.id in self._seen:
-            return
-        key = int(wall) // MINUTE_S * MINUTE_S, settlement.tenant, settlement.model, settlement.settled.outcome
-        work, mu, seconds = settlement.work, settlement.mu, settlement.settled.at - settlement.admitted.at
-        tokens = work.uncached + work.cached, work.cached, settlement.delivered
-        sums = UsageSums(1, mu, mu * self._unit_ms / 1000, *tokens, work.images, seconds)
-        self._pending.add(PendingUsage({key: sums}, {settlement.admitted.id: int(wall)}))
+    def add(self, id: str, key: UsageKey, sums: UsageSums) -> None:
+        """Count the settlement of a request, unless it is on disk already. A key without a request has no `id`."""
+        if id not in self._seen:
+            self._pending.add(PendingUsage({key: sums}, {id: key.at} if id else {}))
 
     def take(self) -> PendingUsage:
         """Remove and return the pending batch. Pass it to `write`, or back to `restore`."""
         taken, self._pending = self._pending, PendingUsage()
         return taken
 
-    def restore(self, taken: PendingUsage) -> None:
+    def restore(self, taken: PendingUsage) -> list[Eviction]:
         """Make a batch pending again after a failed write, bounded, as a disk may stay full."""
         taken.add(self._pending)
         newest = max(taken.ids.values(), default=0)
         ids = {id: at for id, at in taken.ids.items() if at >= newest - SEEN_IDS_S}
-        self._pending = PendingUsage(_bound_rows(taken.sums), ids)
+        sums, evicted = bound(taken.sums, MAX_PENDING_ROWS)
+        self._pending = PendingUsage(sums, ids)
+        return evicted
 
-    def write(self, taken: PendingUsage, wall: float) -> None:
+    def write(self, taken: PendingUsage, wall: float) -> list[Eviction]:
         """Add a batch to the file, and tidy it now and then. If this raises, nothing was written."""
         try:
-            self._write(taken, wall)
+            return self._write(taken, wall)
         except sqlite3.DatabaseError as error:
             if type(error) is not sqlite3.DatabaseError:  # subclasses are full or locked disks, and bugs
                 raise
             self._put_aside()
-            self._write(taken, wall)
+            return self._write(taken, wall)
 
-    def _write(self, taken: PendingUsage, wall: float) -> None:
+    def _write(self, taken: PendingUsage, wall: float) -> list[Eviction]:
         with _opened(self.path) as db:
             with db:
                 db.execute("BEGIN IMMEDIATE")
-                db.executemany(_UPSERT, [(*key, *astuple(sums)) for key, sums in taken.sums.items()])
+                rates = {rate: _rate_id(db, rate) for rate in {key.rate for key in taken.sums}}
+                rows = [(*key[:-1], rates[key.rate], *astuple(sums)) for key, sums in taken.sums.items()]
+                db.executemany(_UPSERT, rows)
                 db.executemany("INSERT OR REPLACE INTO seen VALUES (?, ?)", taken.ids.items())
                 db.execute("DELETE FROM seen WHERE at < ?", (int(wall) - SEEN_IDS_S,))
-            # Also when full, but at most once a minute: clients can create tenants quickly.
+            # Also when full, but at most once a minute: the labels of clients are bounded, but not few.
             since = wall - self._tidied
             if since >= TIDY_INTERVAL_S or (since >= MINUTE_S and _used_bytes(db) > self._max_bytes):
                 self._tidied = wall
                 try:
-                    tidy(db, wall, self._days, self._max_bytes)
+                    return tidy(db, wall, self._days, self._max_bytes)
                 except sqlite3.OperationalError as error:  # not raised, or the batch would be written again
                     _log.warning("cannot tidy usage records, retrying later: %s", error)
+        return []
 
     def _put_aside(self) -> None:
         _log.error("usage records are damaged, renaming the file to %s.damaged", self.path.name)
@@ -157,49 +144,60 @@ class UsageStore:
         self.path.replace(self.path.with_name(self.path.name + ".damaged"))
 
 
-def _bound_rows(sums: dict[Key, UsageSums]) -> dict[Key, UsageSums]:
-    """At most MAX_PENDING_ROWS sums: if there are more, sum up to hours, then keep the newest."""
-    if len(sums) <= MAX_PENDING_ROWS:
-        return sums
-    hours = PendingUsage()
-    for (at, tenant, model, outcome), one in sums.items():
-        hours.add(PendingUsage({(at // HOUR_S * HOUR_S, tenant, model, outcome): one}))
-    return dict(sorted(hours.sums.items(), key=lambda row: row[0])[-MAX_PENDING_ROWS:])
+def tidy(db: sqlite3.Connection, wall: float, days: int, max_bytes: int) -> list[Eviction]:
+    """Drop rows that are too old, sum up old ones, and while the file is too large sum up and drop more."""
+    now = int(wall)
+    evicted = _drop(db, "age", "at < ?", (now - days * DAY_S,))
+    _sum_up(db, now - HOUR_S, HOUR_S, COSTS_NOTHING)
+    _sum_up(db, now - MINUTES_KEPT_S, QUARTER_S)
+    for age, span in COARSER:
+        if _used_bytes(db) > max_bytes:
+            _sum_up(db, now - age, span)
+    for where in (COSTS_NOTHING, "true"):
+        while (
+            _used_bytes(db) > max_bytes
+            and (count := db.execute(f"SELECT count(*) FROM usage WHERE {where}").fetchone()[0]) > 1
+        ):
+            oldest = f"SELECT at FROM usage WHERE {where} ORDER BY at LIMIT 1 OFFSET {count // 10}"
+            evicted += _drop(db, "size", f"{where} AND at <= ({oldest})")
+    db.execute("DELETE FROM rate WHERE id NOT IN (SELECT rate FROM usage)")
+    db.execute("PRAGMA incremental_vacuum")
+    return evicted
 
 
-def tidy(db: sqlite3.Connection, wall: float, days: int, max_bytes: int) -> None:
-    """Sum old minutes up to hours, drop rows that are too old, and the oldest tenth while the file is too large."""
-    aged = int(wall - DAY_S) // HOUR_S * HOUR_S
+def _drop(db: sqlite3.Connection, why: str, where: str, values: tuple[int, ...] = ()) -> list[Eviction]:
+    """Delete rows. Returns what that lost: the rows that cost nothing, and the others."""
+    lost = "count(*), total(requests), total(mu), total(gpu_seconds), min(at), max(at)"
     with db:
         db.execute("BEGIN IMMEDIATE")
-        db.execute("DELETE FROM usage WHERE at < ?", (int(wall) - days * DAY_S,))
-        hours = f"SELECT at / {HOUR_S} * {HOUR_S}, tenant, model, outcome, {_SUMMED} FROM usage"
-        old = db.execute(f"{hours} WHERE at < ? GROUP BY 1, 2, 3, 4", (aged,)).fetchall()
-        db.execute("DELETE FROM usage WHERE at < ?", (aged,))
-        db.executemany(_UPSERT, old)
-    while _used_bytes(db) > max_bytes and (count := db.execute("SELECT count(*) FROM usage").fetchone()[0]) > 1:
-        with db:
-            db.execute("BEGIN IMMEDIATE")
-            row = db.execute("SELECT at FROM usage ORDER BY at LIMIT 1 OFFSET ?", (count // 10,)).fetchone()
-            db.execute("DELETE FROM usage WHERE at <= ?", row)
-    db.execute("PRAGMA incremental_vacuum")
+        query = f"SELECT {lost} FROM usage WHERE {where} GROUP BY {COSTS_NOTHING}"
+        found = [Eviction(why, rows, int(requests), *rest) for rows, requests, *rest in db.execute(query, values)]
+        db.execute(f"DELETE FROM usage WHERE {where}", values)
+    return found
 
 
-def read(path: Path, since: float, until: float, by: tuple[str, ...]) -> list[tuple[tuple[Any, ...], UsageSums]]:
-    """Sums of [since, until), grouped by keys of GROUP_COLUMNS, largest first. Raises OSError or sqlite3.Error."""
-    if not path.is_file():
-        raise FileNotFoundError(path)
-    width = max(len(by), 1)
-    groups = ", ".join(GROUP_COLUMNS[name] for name in by) or "'all'"
-    numbers = ", ".join(str(i + 1) for i in range(width))
-    order = ", ".join([*(str(i + 1) for i, name in enumerate(by) if name in ("day", "hour")), "sum(mu) DESC"])
-    query = f"SELECT {groups}, {_SUMMED} FROM usage WHERE at >= ? AND at < ? GROUP BY {numbers} ORDER BY {order}"
-    with contextlib.closing(_connect_to_read(path, timeout=5)) as db:
-        found = db.execute(query, (int(since), int(until))).fetchall()
-    return [(row[:width], UsageSums(*row[width:])) for row in found]
+def _sum_up(db: sqlite3.Connection, before: int, span: int, where: str = "true") -> None:
+    """Sum up the shorter rows that ended before a time to rows of `span` seconds."""
+    before = before // span * span
+    finer = f"at < {before} AND span < {span} AND {where}"
+    names = "tenant, model, outcome, source, rate"
+    with db:
+        db.execute("BEGIN IMMEDIATE")
+        db.execute(
+            f"CREATE TEMP TABLE coarse AS SELECT at / {span} * {span} AS at, {span} AS span, {names}, "
+            f"{', '.join(f'sum({name}) AS {name}' for name in NAMES)} FROM usage WHERE {finer} GROUP BY 1, {names}"
+        )
+        db.execute(f"DELETE FROM usage WHERE {finer}")
+        db.execute(f"INSERT INTO usage ({_KEY}, {_COLUMNS}) SELECT * FROM coarse WHERE true {_ON_CONFLICT}")
+        db.execute("DROP TABLE coarse")
 
 
-def _connect_to_read(path: Path, timeout: float) -> sqlite3.Connection:
+def _rate_id(db: sqlite3.Connection, rate: Rate) -> int:
+    db.execute("INSERT OR IGNORE INTO rate (fingerprint, gpus, dollars_per_gpu_hour) VALUES (?, ?, ?)", rate)
+    return int(db.execute(_RATE_ID, rate).fetchone()[0])
+
+
+def connect_to_read(path: Path, timeout: float) -> sqlite3.Connection:
     return sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=timeout)
 
 
@@ -208,7 +206,7 @@ def _seen(path: Path) -> frozenset[str]:
     if not path.is_file():
         return frozenset()
     try:
-        with contextlib.closing(_connect_to_read(path, timeout=1)) as db:
+        with contextlib.closing(connect_to_read(path, timeout=1)) as db:
             return frozenset(id for (id,) in db.execute("SELECT id FROM seen"))
     except sqlite3.Error:
         return frozenset()
@@ -219,14 +217,34 @@ def _opened(path: Path) -> Iterator[sqlite3.Connection]:
     for suffix in SQLITE_SUFFIXES:
         safe_files.require_no_link(path.with_name(path.name + suffix))
     with contextlib.closing(sqlite3.connect(path, timeout=5, isolation_level=None)) as db:
-        for setting in ("auto_vacuum = INCREMENTAL", "journal_mode = WAL", "synchronous = NORMAL"):
+        settings = ("auto_vacuum = INCREMENTAL", "journal_mode = WAL", "synchronous = NORMAL", "temp_store = MEMORY")
+        for setting in settings:
             db.execute(f"PRAGMA {setting}")
         version = db.execute("PRAGMA user_version").fetchone()[0]
-        if version not in (0, SCHEMA_VERSION):
+        if version not in (0, 1, SCHEMA_VERSION):
             raise sqlite3.DatabaseError(f"usage records of unknown version {version}")
-        for statement in (_SCHEMA, _SEEN, f"PRAGMA user_version = {SCHEMA_VERSION}"):
-            db.execute(statement)
+        if version == 1:
+            _upgrade(db)
+        elif version == 0:
+            for statement in (*_SCHEMA, f"PRAGMA user_version = {SCHEMA_VERSION}"):
+                db.execute(statement)
         yield db
+
+
+def _upgrade(db: sqlite3.Connection) -> None:
+    """Make a file of version 1 one of today, in one transaction. Its rows know no rate."""
+    with db:
+        db.execute("BEGIN IMMEDIATE")
+        db.execute(f"CREATE TEMP TABLE former AS {V1_ROWS}")
+        db.execute("DROP TABLE usage")
+        for statement in _SCHEMA:
+            db.execute(statement)
+        rate = _rate_id(db, Rate())
+        names = f"at, span, tenant, model, outcome, source, {rate}, {_COLUMNS}"
+        db.execute(f"INSERT INTO usage ({_KEY}, {_COLUMNS}) SELECT {names} FROM former")
+        db.execute("DROP TABLE former")
+        db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+    _log.info("usage records of an earlier version were upgraded")
 
 
 def _used_bytes(db: sqlite3.Connection) -> int:

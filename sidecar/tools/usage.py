@@ -21,7 +21,9 @@ from typing import Any, Final
 
 from sidecar.errors import SidecarError
 from sidecar.flags import directory, flag, number, one_of, parser
-from sidecar.report.usage_store import GROUP_COLUMNS, USAGE_FILE, UsageSums, read
+from sidecar.report.usage_query import GROUPS, read
+from sidecar.report.usage_rows import UsageSums
+from sidecar.report.usage_store import USAGE_FILE
 
 SECONDS_PER_UNIT: Final = {"m": 60, "h": 3600, "d": 86_400}
 
@@ -42,10 +44,10 @@ def span(value: str) -> str:
     return value
 
 
-@parser("some of " + ",".join(GROUP_COLUMNS), "NAMES")
+@parser("some of " + ",".join(GROUPS), "NAMES")
 def groups(value: str) -> str:
     names = [name for name in value.split(",") if name]
-    if set(names) - set(GROUP_COLUMNS) or len(set(names)) != len(names):
+    if set(names) - set(GROUPS) or len(set(names)) != len(names):
         raise ValueError
     return ",".join(names)
 

@@ -114,7 +114,7 @@ def test_usage_goes_through_no_link(tmp_path: Path, suffix: str) -> None:
     folder.mkdir()
     (folder / f"{USAGE_FILE}{suffix}").symlink_to(target)
     with pytest.raises(OSError):
-        UsageStore(folder, 1.0, 35, 1 << 20).write(PendingUsage(), time.time())
+        UsageStore(folder, 35, 1 << 20).write(PendingUsage(), time.time())
     assert target.read_bytes() == before
 
 

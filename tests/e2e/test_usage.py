@@ -10,7 +10,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from sidecar.report.usage_store import USAGE_FILE, read
+from sidecar.report.usage_query import read
+from sidecar.report.usage_store import USAGE_FILE
 from sidecar.tools.scripted_engine.server import ScriptedEngine
 
 

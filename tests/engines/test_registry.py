@@ -175,6 +175,22 @@ def test_the_sizes_of_an_engine_are_read(pages: dict[str, bytes], max_context: i
 
 
 @pytest.mark.parametrize(
+    ("said", "count"),
+    [
+        ({"tp_size": 8, "pp_size": 1, "dp_size": 1}, 8),
+        ({"tp_size": 4, "pp_size": 2, "dp_size": 2, "enable_dp_attention": False}, 16),
+        ({"tp_size": 8, "pp_size": 1, "dp_size": 8, "enable_dp_attention": True}, 8),
+        ({"tp_size": "8"}, 0),
+        ({"tp_size": 10**6}, 0),
+        ({}, 0),
+    ],
+)
+def test_the_gpus_of_sglang_are_counted(said: dict[str, object], count: int) -> None:
+    """Those of all its ranks; ranks of data-parallel attention share theirs."""
+    assert identity({"/server_info": json.dumps(said).encode()}).gpu_count == count
+
+
+@pytest.mark.parametrize(
     ("pages", "models_", "version"),
     [
         ({"/info": b'{"model_id": "a/b", "version": "1.9.3"}'}, ("a/b",), "1.9.3"),
@@ -197,6 +213,8 @@ def test_models_and_version_are_read(pages: dict[str, bytes], models_: tuple[str
 def test_any_json_is_an_identity(value: object) -> None:
     """Pages of any shape are read without an exception."""
     body = json.dumps(value).encode()
-    pages = dict.fromkeys(("/v1/models", "/models", "/info", "/props", "/version", "/api/ps", "/api/version"), body)
+    pages = dict.fromkeys(
+        ("/v1/models", "/models", "/info", "/props", "/version", "/server_info", "/api/ps", "/api/version"), body
+    )
     identity(pages)
     next_path(pages, {"/v1/models": 200, "/metrics": 404})

@@ -13,6 +13,7 @@ from sidecar.errors import UsageError
 from sidecar.events import RequestSize, Usage
 from sidecar.load import cost_model
 from sidecar.load.cost_model import Coefficients
+from sidecar.load.gpu_price import GpuPrice
 from sidecar.report import cost_json
 
 CO = Coefficients()
@@ -73,7 +74,7 @@ def test_audio_and_video_are_priced_as_images_are() -> None:
 def test_an_encoders_attention_stays_within_an_image() -> None:
     """One image costs more than two with as many tokens together; `GET /cost` assumes images of one size."""
     asked = {"in": "2000", "image_tokens": "1600"}
-    one, two = (cost_json.render(asked | {"images": str(n)}, CO)["terms_ms"]["images"] for n in (1, 2))
+    one, two = (cost_json.render(asked | {"images": str(n)}, CO, GpuPrice())["terms_ms"]["images"] for n in (1, 2))
     assert one - two == pytest.approx(CO.q * (1600**2 - 2 * 800**2) - CO.h)
 
 
@@ -105,10 +106,21 @@ def test_the_line_is_exact_for_one_unit_and_for_nothing() -> None:
 
 def test_cost_says_what_a_request_costs_and_why() -> None:
     """The terms add up; cached tokens are part of `in`."""
-    told = cost_json.render({"in": "3500", "cached": "500", "out": "300", "images": "1", "image_tokens": "400"}, CO)
+    told = cost_json.render(
+        {"in": "3500", "cached": "500", "out": "300", "images": "1", "image_tokens": "400"}, CO, GpuPrice()
+    )
     assert told["mu"] == cost_model.mu(RequestSize(3000, 500, 300, 400, 1, image_squares=400**2), CO)
     assert sum(told["terms_ms"].values()) == pytest.approx(told["gpu_ms"])
     assert told["mu_milli"] == round(1000 * told["mu"])
+    assert "dollars" not in told, "without a price"
+
+
+def test_the_time_of_all_gpus_is_paid() -> None:
+    """On eight GPUs a millisecond of the engine is eight of GPUs; an hour at full flow costs eight GPU hours."""
+    told = cost_json.render({"in": "3500", "out": "300"}, CO, GpuPrice(8, 2.5))
+    assert (told["gpus"], told["mu"]) == (8, 1.0)
+    assert told["gpu_ms"] == pytest.approx(8 * told["engine_ms"]) == pytest.approx(sum(told["terms_ms"].values()))
+    assert told["dollars"] * 60 * cost_model.max_mu_per_minute(CO) == pytest.approx(8 * 2.5)
 
 
 @pytest.mark.parametrize(
@@ -123,4 +135,4 @@ def test_cost_says_what_a_request_costs_and_why() -> None:
 def test_cost_says_what_is_wrong_with_a_question(asked: dict[str, str], said: str) -> None:
     """The error is one line that names the parameter."""
     with pytest.raises(ValueError, match=said):
-        cost_json.render(asked, CO)
+        cost_json.render(asked, CO, GpuPrice())

@@ -19,6 +19,7 @@ from sidecar.labels import NONE, OTHER, BoundedLabels, printable
 from sidecar.load.client_labels import ClientLabels
 from sidecar.report.metrics import METRICS, Metrics
 from sidecar.report.prometheus import MetricsPages
+from sidecar.report.usage_rows import Eviction, Rate, UsageKey, UsageSums
 from sidecar.snapshot import CanaryUse
 
 from .snapshots import SNAPSHOT
@@ -57,8 +58,16 @@ def key(name: str, **labels: str) -> tuple[str, frozenset[tuple[str, str]]]:
     return name, frozenset(labels.items())
 
 
-def settle(meters: Metrics, tenant: str = "acme", model: str = "llama", **more: float) -> None:
-    meters.settled(tenant, model, "ok", **{"mu": 0.5, "request": 2.0, **more})
+def settle(
+    meters: Metrics,
+    tenant: str = "acme",
+    model: str = "llama",
+    outcome: str = "ok",
+    sums: UsageSums | None = None,
+    **seconds: float,
+) -> None:
+    key_ = UsageKey(0, 60, tenant, model, outcome, "told", Rate())
+    meters.settled(key_, sums or UsageSums(mu=0.5), **{"request": 2.0, **seconds})
 
 
 @pytest.mark.parametrize("written", CONTRACT)
@@ -88,9 +97,10 @@ def test_the_contract_here_is_the_written_one(requires: Callable[[str], Path]) -
 def test_a_settled_request_is_counted_by_tenant_model_and_outcome() -> None:
     """Requests, MU and dollars add up per label set, and times go into their histograms."""
     meters = Metrics()
-    settle(meters, dollars=0.01, time_to_first_token=0.2, time_per_output_token=0.012, relay_overhead=0.0003)
-    settle(meters, mu=0.25, dollars=0.02)
-    meters.settled("acme", "llama", "client_cancelled", mu=0.1, request=1.0)
+    seconds = {"time_to_first_token": 0.2, "time_per_output_token": 0.012, "relay_overhead": 0.0003}
+    settle(meters, sums=UsageSums(mu=0.5, dollars=0.01), **seconds)
+    settle(meters, sums=UsageSums(mu=0.25, dollars=0.02))
+    settle(meters, outcome="client_cancelled", sums=UsageSums(mu=0.1), request=1.0)
     got = series(meters)
     ok = {"tenant": "acme", "model": "llama", "outcome": "ok"}
     assert got[key("sidecar_requests_total", **ok)] == 2
@@ -103,6 +113,26 @@ def test_a_settled_request_is_counted_by_tenant_model_and_outcome() -> None:
     assert got[key("sidecar_time_per_output_token_seconds_bucket", le="0.01")] == 0
     assert got[key("sidecar_time_per_output_token_seconds_bucket", le="0.015")] == 1
     assert got[key("sidecar_relay_overhead_seconds_bucket", le="0.0005")] == 1
+
+
+def test_a_token_is_of_one_kind() -> None:
+    """Those of media are no text, what was cached is not new, and all kinds together are input and output."""
+    meters = Metrics()
+    many = {"cached_tokens": 400, "output_tokens": 50, "image_tokens": 300, "audio_tokens": 20, "video_tokens": 0}
+    settle(meters, sums=UsageSums(requests=1, input_tokens=1000, **many))  # type: ignore[arg-type]
+    found = {dict(labels)["kind"]: n for (name, labels), n in series(meters).items() if name == "sidecar_tokens_total"}
+    assert found == {"new": 280, "cached": 400, "out": 50, "image": 300, "audio": 20}
+
+
+def test_dropped_usage_records_are_counted() -> None:
+    """By the reason, and whether they were billable."""
+    meters = Metrics()
+    meters.evicted(Eviction("size", 40, 900, 0.0, 0.0, 0, 60))
+    meters.evicted(Eviction("size", 3, 5, 2.5, 8.0, 0, 60))
+    got = series(meters)
+    rows = "sidecar_usage_evicted_rows_total"
+    assert got[key(rows, why="size", billable="no")] == 40 and got[key(rows, why="size", billable="yes")] == 3
+    assert got[key("sidecar_usage_evicted_mu_total", why="size")] == 2.5
 
 
 def test_kills_are_counted_by_reason_from_zero_on() -> None:

@@ -18,6 +18,7 @@ from sidecar.report import load_json, prometheus
 from sidecar.report.merged_page import merge_pages
 from sidecar.report.metrics import METRICS, Metrics
 from sidecar.report.prometheus import PLAIN_CONTENT_TYPE, MetricsPages
+from sidecar.report.usage_rows import Eviction, Rate, UsageKey, UsageSums
 from sidecar.snapshot import ShadowUse, Snapshot
 
 from .snapshots import GPU, SNAPSHOT
@@ -33,7 +34,9 @@ def full() -> Metrics:
     """Metrics with at least one series each."""
     meters = Metrics()
     meters.update(SNAPSHOT)
-    meters.settled("acme", "llama", "ok", 0.5, 0.01, **SECONDS)
+    row = UsageKey(0, 60, "acme", "llama", "ok", "told", Rate())
+    meters.settled(row, UsageSums(1, 0.5, 1.0, 10, dollars=0.01), **SECONDS)
+    meters.evicted(Eviction("size", 3, 5, 2.5, 8.0, 0, 60))
     meters.observe(ImagePrepared("r", 1.0, "jpeg", "ok", 0.03, (("decode", 0.006),), 1000, 3000))
     meters.observe(CanaryResult("ok", 10.0, 10.1, 8.0))
     meters.observe(Verdict("progressing", "bytes_delivered", "", 1.0, 1.0))

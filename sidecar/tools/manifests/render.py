@@ -218,6 +218,8 @@ def _sidecar_env(settings: ManifestSettings) -> str:
     )
     if settings.claim:
         values["SIDECAR_MODEL"], note = settings.model, ""
+    if settings.gpus:
+        values["SIDECAR_GPUS"] = str(settings.gpus)
     if settings.images == "shm":
         values["SIDECAR_IMAGES"] = "shm"
     lines = (f"- {{name: {name}, value: {quote(value)}}}\n" for name, value in values.items())

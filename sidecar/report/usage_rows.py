@@ -1,0 +1,177 @@
+"""Pure: the rows of usage records.
+
+A row holds the sums of one span of time, tenant, model, outcome, source and rate.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Final, NamedTuple
+
+from sidecar.load.gpu_price import GpuPrice
+from sidecar.load.ledger import Settlement
+
+MINUTE_S, QUARTER_S, HOUR_S, DAY_S = 60, 900, 3600, 86_400
+TOLD, ESTIMATED, UNKNOWN = "told", "estimated", "unknown"
+
+
+class Rate(NamedTuple):
+    """What a row was priced by: the coefficients' fingerprint, the engine's GPUs, and the price of an hour of one."""
+
+    fingerprint: str = ""
+    gpus: int = 1
+    dollars_per_gpu_hour: float = 0.0
+
+
+class UsageKey(NamedTuple):
+    """`at` is the start of `span` seconds, since 1970. `source`: whether the engine told the tokens."""
+
+    at: int
+    span: int
+    tenant: str
+    model: str
+    outcome: str
+    source: str
+    rate: Rate
+
+
+@dataclass(slots=True)
+class UsageSums:
+    """Sums of usage. `gpu_seconds` is by the cost model; `seconds` is the time from admission to settlement.
+
+    `input_tokens` includes those that were cached and those of media.
+    """
+
+    requests: int = 0
+    mu: float = 0.0
+    gpu_seconds: float = 0.0
+    input_tokens: int = 0
+    cached_tokens: int = 0
+    output_tokens: int = 0
+    images: int = 0
+    seconds: float = 0.0
+    image_tokens: int = 0
+    audio_tokens: int = 0
+    video_tokens: int = 0
+    dollars: float = 0.0
+
+    def add(self, other: UsageSums) -> None:
+        for name in NAMES:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
+    @property
+    def is_billable(self) -> bool:
+        return self.mu > 0 or self.gpu_seconds != 0
+
+
+NAMES: Final = tuple(f.name for f in fields(UsageSums))
+
+
+@dataclass(slots=True)
+class PendingUsage:
+    """Settlements that are not on disk yet: their sums, and their request ids with the times of settlement."""
+
+    sums: dict[UsageKey, UsageSums] = field(default_factory=dict)
+    ids: dict[str, int] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return bool(self.sums or self.ids)
+
+    def add(self, other: PendingUsage) -> None:
+        for key, sums in other.sums.items():
+            self.sums.setdefault(key, UsageSums()).add(sums)
+        self.ids |= other.ids
+
+
+@dataclass(frozen=True, slots=True)
+class Eviction:
+    """Rows that were dropped: `why` is "age", "size" or "memory"; `first` and `last` are the starts of their spans."""
+
+    why: str
+    rows: int
+    requests: int
+    mu: float
+    gpu_seconds: float
+    first: int
+    last: int
+
+    @property
+    def is_billable(self) -> bool:
+        return self.mu > 0 or self.gpu_seconds != 0
+
+
+def tokens_by_kind(sums: UsageSums) -> dict[str, int]:
+    """The tokens of a row, each counted once: `new` are those of text that were not cached."""
+    media = {"image": sums.image_tokens, "audio": sums.audio_tokens, "video": sums.video_tokens}
+    new = sums.input_tokens - sums.cached_tokens - sum(media.values())
+    return {"new": new, "cached": sums.cached_tokens, "out": sums.output_tokens, **media}
+
+
+def sums_of(settlement: Settlement, price: GpuPrice, unit_ms: float) -> UsageSums:
+    """What one settled request adds to its row. `unit_ms`: milliseconds of the engine of one MU."""
+    work, mu = settlement.work, settlement.mu
+    gpu_seconds = price.gpu_seconds(mu * unit_ms)
+    left, media = work.uncached, []
+    for tokens in (work.image_tokens, work.audio_tokens, work.video_tokens):
+        media.append(min(tokens, left))  # encoder tokens are part of the uncached ones
+        left -= media[-1]
+    return UsageSums(
+        requests=1,
+        mu=mu,
+        gpu_seconds=gpu_seconds,
+        input_tokens=work.uncached + work.cached,
+        cached_tokens=work.cached,
+        output_tokens=settlement.delivered,
+        images=work.images,
+        seconds=settlement.settled.at - settlement.admitted.at,
+        image_tokens=media[0],
+        audio_tokens=media[1],
+        video_tokens=media[2],
+        dollars=price.dollars(gpu_seconds),
+    )
+
+
+def key_of(settlement: Settlement, price: GpuPrice, fingerprint: str, wall: float) -> UsageKey:
+    """The row of a request that was settled at `wall` (seconds since 1970)."""
+    minute = int(wall) // MINUTE_S * MINUTE_S
+    source = TOLD if settlement.told else ESTIMATED
+    rate = Rate(fingerprint, price.gpus, price.dollars_per_gpu_hour)
+    names = settlement.tenant, settlement.model, settlement.settled.outcome, source
+    return UsageKey(minute, MINUTE_S, *names, rate)
+
+
+def bound(sums: dict[UsageKey, UsageSums], most: int) -> tuple[dict[UsageKey, UsageSums], list[Eviction]]:
+    """At most `most` rows: sum up to hours if there are more, then drop those without MU first, then the oldest."""
+    if len(sums) <= most:
+        return sums, []
+    hours = PendingUsage()
+    for key, one in sums.items():
+        hours.add(PendingUsage({key._replace(at=key.at // HOUR_S * HOUR_S, span=HOUR_S): one}))
+    by_worth = sorted(hours.sums.items(), key=lambda row: (row[1].is_billable, row[0].at), reverse=True)
+    return dict(by_worth[:most]), evictions_of("memory", by_worth[most:])
+
+
+def evictions_of(why: str, rows: list[tuple[UsageKey, UsageSums]]) -> list[Eviction]:
+    """What dropping these rows loses, billable or not."""
+    found = []
+    for billable in (False, True):
+        part = [(key, sums) for key, sums in rows if sums.is_billable is billable]
+        if part:
+            total, times = UsageSums(), [key.at for key, _ in part]
+            for _, sums in part:
+                total.add(sums)
+            of = len(part), total.requests, total.mu, total.gpu_seconds, min(times), max(times)
+            found.append(Eviction(why, *of))
+    return found
+
+
+def cut(sums: UsageSums, at: int, span: int, start: int, end: int) -> UsageSums:
+    """The part of a row in [start, end), as if its work had been even; counts of adjacent parts add up to the row's."""
+    low, high = max(start, at) - at, min(end, at + span) - at
+
+    def part(total: float) -> float:
+        if isinstance(total, int):
+            return total * high // span - total * low // span
+        return total * (high - low) / span
+
+    return UsageSums(*(part(getattr(sums, name)) for name in NAMES))  # type: ignore[arg-type]  # int stays int
