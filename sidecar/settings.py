@@ -167,6 +167,7 @@ def load(
     for source, values in (("file", _read_file(config)), ("environment", _read_env(env)), ("flag", flags)):
         for key, value in values.items():
             name = key.replace("-", "_")
+            name = f"{name}_" if f"{name}_" in known else name  # of a field that would be a word of Python: from_
             if value is None or (name not in known and name in others):
                 continue
             if name not in known:
@@ -186,6 +187,7 @@ def from_json(text: str) -> Settings:
 
 def format_key(name: str, source: str = "flag") -> str:
     """How a setting is written in a source: flag, environment or file."""
+    name = name.rstrip("_")
     if source == "environment":
         return ENV_PREFIX + name.upper().replace("-", "_")
     return "--" + name.replace("_", "-") if source == "flag" else name.replace("_", "-")

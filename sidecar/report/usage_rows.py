@@ -100,6 +100,26 @@ class Eviction:
         return self.mu > 0 or self.gpu_seconds != 0
 
 
+def merge_evictions(evictions: list[Eviction]) -> list[Eviction]:
+    """One eviction for each reason, of billable rows and of others."""
+    merged: dict[tuple[str, bool], Eviction] = {}
+    for one in evictions:
+        key = one.why, one.is_billable
+        if (so_far := merged.get(key)) is not None:
+            merged[key] = Eviction(
+                one.why,
+                so_far.rows + one.rows,
+                so_far.requests + one.requests,
+                so_far.mu + one.mu,
+                so_far.gpu_seconds + one.gpu_seconds,
+                min(so_far.first, one.first),
+                max(so_far.last, one.last),
+            )
+        else:
+            merged[key] = one
+    return list(merged.values())
+
+
 def tokens_by_kind(sums: UsageSums) -> dict[str, int]:
     """The tokens of a row, each counted once: `new` are those of text that were not cached."""
     media = {"image": sums.image_tokens, "audio": sums.audio_tokens, "video": sums.video_tokens}

@@ -37,6 +37,7 @@ from sidecar.report.usage_rows import (
     UsageKey,
     UsageSums,
     bound,
+    merge_evictions,
 )
 from sidecar.runtime import safe_files
 
@@ -162,7 +163,7 @@ def tidy(db: sqlite3.Connection, wall: float, days: int, max_bytes: int) -> list
             evicted += _drop(db, "size", f"{where} AND at <= ({oldest})")
     db.execute("DELETE FROM rate WHERE id NOT IN (SELECT rate FROM usage)")
     db.execute("PRAGMA incremental_vacuum")
-    return evicted
+    return merge_evictions(evicted)
 
 
 def _drop(db: sqlite3.Connection, why: str, where: str, values: tuple[int, ...] = ()) -> list[Eviction]:

@@ -1,9 +1,11 @@
 """Show usage: requests, model units, tokens and dollars per tenant, model and outcome.
 
     sidecar usage --since 24h --by tenant,outcome --dollars-per-gpu-hour 2.50
+    sidecar usage --from 2026-11-01 --until 2026-12-01 --tz Europe/Berlin --by tenant,day
 
 The records are read from a sidecar's state directory, while it may be running. Requests that were not `ok` count as
-wasted: the GPU worked on them, and no one got the response.
+wasted: the GPU worked on them, and no one got the response. A range of time includes its start and excludes its end, so
+days, months and any other ranges that follow each other add up.
 """
 
 from __future__ import annotations
@@ -16,18 +18,18 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime, tzinfo
 from pathlib import Path
 from typing import Any, Final
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
-from sidecar.errors import SidecarError
+from sidecar.errors import SidecarError, UsageError
 from sidecar.flags import directory, flag, number, one_of, parser
-from sidecar.report.usage_query import GROUPS, read
-from sidecar.report.usage_rows import UsageSums
+from sidecar.report.usage_query import GROUPS, Row, read
+from sidecar.report.usage_rows import HOUR_S, MINUTE_S, UsageSums
 from sidecar.report.usage_store import USAGE_FILE
 
 SECONDS_PER_UNIT: Final = {"m": 60, "h": 3600, "d": 86_400}
-
-Row = tuple[tuple[Any, ...], UsageSums]
 
 
 def parse_span(span: str) -> int:
@@ -44,6 +46,26 @@ def span(value: str) -> str:
     return value
 
 
+@parser("a date or time such as 2026-11-01, 2026-11-01T06:30 or 2026-11-01T06:30+02:00", "TIME")
+def moment(value: str) -> str:
+    datetime.fromisoformat(value)
+    return value
+
+
+@parser("a time zone such as UTC or Europe/Berlin", "ZONE")
+def time_zone(value: str) -> str:
+    zone_of(value)
+    return value
+
+
+def zone_of(name: str) -> tzinfo:
+    """A time zone by its IANA name. Raises ValueError, also where this machine knows no time zones but UTC."""
+    try:
+        return UTC if name == "UTC" else ZoneInfo(name)
+    except (ZoneInfoNotFoundError, OSError):
+        raise ValueError from None
+
+
 @parser("some of " + ",".join(GROUPS), "NAMES")
 def groups(value: str) -> str:
     names = [name for name in value.split(",") if name]
@@ -57,10 +79,15 @@ class UsageSettings:
     """Settings of `sidecar usage`."""
 
     state_dir: str = flag("/run/sidecar", directory, "State directory of the sidecar")
-    since: str = flag("24h", span, "How far to look back")
+    since: str = flag("", span, "How far to look back from --until, or from now; without --from: 24h")
+    from_: str = flag("", moment, "Start of the time to show, in --tz where it names no offset")
+    until: str = flag("", moment, "Its end, which is not shown itself; none: now")
+    tz: str = flag("UTC", time_zone, "Time zone of --from, --until, and of days and hours")
     by: str = flag("tenant,model", groups, "What to sum by")
     format: str = flag("table", one_of("table", "csv", "json"), "Form of the answer")
-    dollars_per_gpu_hour: float = flag(0.0, number(0, 10_000, "dollars"), "Price of a GPU hour")
+    dollars_per_gpu_hour: float = flag(
+        0.0, number(0, 10_000, "dollars"), "Price of an hour of one GPU; 0: the sidecar's at the time"
+    )
 
 
 class NoUsageRecords(SidecarError):
@@ -70,37 +97,64 @@ class NoUsageRecords(SidecarError):
 
 
 def main(settings: UsageSettings) -> int:
-    """Print the report. Returns 0. Raises NoUsageRecords."""
-    path, until = Path(settings.state_dir) / USAGE_FILE, time.time() + 60
-    since, by = until - 60 - parse_span(settings.since), tuple(filter(None, settings.by.split(",")))
+    """Print the report. Returns 0. Raises NoUsageRecords and UsageError."""
+    path, by = Path(settings.state_dir) / USAGE_FILE, tuple(filter(None, settings.by.split(",")))
+    since, until = time_range(settings, time.time())
     try:
-        found, outcomes = (read(path, since, until, names) for names in (by, ("outcome",)))
+        found, outcomes = (read(path, since, until, names, zone_of(settings.tz)) for names in (by, ("outcome",)))
     except FileNotFoundError:
         why = f"no usage records in {settings.state_dir}; name the state directory of a sidecar"
         raise NoUsageRecords(f"--state-dir: {why}") from None
     except (OSError, sqlite3.Error) as e:
         raise NoUsageRecords(f"--state-dir: the usage records {path} cannot be read: {e}") from None
     wasted = sum(sums.gpu_seconds for (outcome,), sums in outcomes if outcome != "ok")
-    rows = [line(by, key, sums, settings.dollars_per_gpu_hour) for key, sums in found]
-    FORMATS[settings.format](rows, summary(found, wasted, settings.dollars_per_gpu_hour))
+    for _, sums in found:
+        price = settings.dollars_per_gpu_hour
+        sums.dollars = sums.gpu_seconds / HOUR_S * price if price else sums.dollars
+    priced = any(sums.dollars for _, sums in found)
+    FORMATS[settings.format]([line(by, key, sums, priced=priced) for key, sums in found], summary(found, wasted))
     return 0
 
 
-def line(by: tuple[str, ...], key: tuple[Any, ...], sums: UsageSums, price: float) -> dict[str, Any]:
-    """One row of the report."""
+def time_range(settings: UsageSettings, now: float) -> tuple[int, int]:
+    """The range to show in seconds since 1970. Without --until it includes the minute of `now`. Raises UsageError."""
+    if settings.from_ and settings.since:
+        raise UsageError("--since and --from: give one of them")
+    zone, minute = zone_of(settings.tz), int(now) // MINUTE_S * MINUTE_S
+    until = _seconds(settings.until, zone) if settings.until else minute + MINUTE_S
+    if settings.from_:
+        since = _seconds(settings.from_, zone)
+    else:
+        since = (until if settings.until else minute) - parse_span(settings.since or "24h")
+    if since >= until:
+        raise UsageError("--until must be later than --from")
+    return since, until
+
+
+def _seconds(text: str, zone: tzinfo) -> int:
+    at = datetime.fromisoformat(text)
+    return int((at if at.tzinfo else at.replace(tzinfo=zone)).timestamp())
+
+
+def line(by: tuple[str, ...], key: tuple[Any, ...], sums: UsageSums, *, priced: bool) -> dict[str, Any]:
+    """One row of the report; without a price it has no dollars."""
     numbers = {name: round(value, 6) if isinstance(value, float) else value for name, value in asdict(sums).items()}
-    dollars = {"dollars": round(sums.gpu_seconds / 3600 * price, 6)} if price else {}
-    return dict(zip(by, key, strict=False)) | numbers | dollars
+    if not priced:
+        del numbers["dollars"]
+    return dict(zip(by, key, strict=False)) | numbers
 
 
-def summary(rows: Sequence[Row], wasted: float, price: float) -> str:
+def summary(rows: Sequence[Row], wasted: float) -> str:
     """The last line: the total and its wasted share."""
-    requests, mu, seconds = (sum(getattr(s, name) for _, s in rows) for name in ("requests", "mu", "gpu_seconds"))
-    if not requests:
+    total = UsageSums()
+    for _, sums in rows:
+        total.add(sums)
+    if not total.requests:
         return "no requests in this time"
-    cost = f", ${seconds / 3600 * price:.2f}" if price else ""
-    share = wasted / seconds if seconds else 0.0
-    return f"{requests} requests, {mu:.1f} MU, {seconds:.0f} GPU seconds{cost}; {share:.1%} wasted (not ok)"
+    cost = f", ${total.dollars:.2f}" if total.dollars else ""
+    share = wasted / total.gpu_seconds if total.gpu_seconds else 0.0
+    sums_up = f"{total.requests} requests, {total.mu:.1f} MU, {total.gpu_seconds:.0f} GPU seconds{cost}"
+    return f"{sums_up}; {share:.1%} wasted (not ok)"
 
 
 def as_table(rows: Sequence[dict[str, Any]], total: str) -> None:

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from sidecar.report.usage_query import read
-from sidecar.report.usage_store import USAGE_FILE
+from sidecar.report.usage_rows import PendingUsage, Rate, UsageKey, UsageSums
+from sidecar.report.usage_store import USAGE_FILE, UsageStore
 from sidecar.tools.scripted_engine.server import ScriptedEngine
 
 
@@ -66,3 +67,18 @@ async def test_kill_9_during_a_thousand_requests(engine: ScriptedEngine, start: 
     assert ended == 1000
     assert await sidecar.stop() == 0
     assert 1000 - at_risk <= recorded(sidecar.state) <= 1000
+
+
+async def test_no_bill_is_dropped_silently(engine: ScriptedEngine, start: Any, tmp_path: Path) -> None:
+    """A file that may hold next to nothing loses bills with a line in the log and a series."""
+    state, rate = tmp_path / "full", Rate("f", 1, 0.0)
+    state.mkdir()
+    minute = int(time.time()) // 60 * 60
+    rows = {UsageKey(minute - 60 * n, 60, "a", "m", "ok", "told", rate): UsageSums(1, 2.0) for n in range(20)}
+    UsageStore(state, 35, 1 << 20).write(PendingUsage(rows), time.time())
+    sidecar = await start(engine.url, state="full", usage_bytes="1k")
+    await sidecar.until_verdict("idle")
+    async with sidecar.chat(tokens=3) as answer:
+        await answer.read()
+    await sidecar.until_metrics('sidecar_usage_evicted_rows_total{billable="yes",why="size"}')
+    assert any("usage records dropped, over --usage-bytes" in line for line in sidecar.log)
