@@ -47,7 +47,7 @@ from sidecar.report.merged_page import merge_pages
 from sidecar.report.metrics import Metrics
 from sidecar.report.prometheus import MetricsPages
 from sidecar.report.tracing import Tracing
-from sidecar.report.usage_rows import Eviction
+from sidecar.report.usage_rows import Eviction, rate_of
 from sidecar.report.usage_store import UsageStore
 from sidecar.runtime.limited_log import LimitedLog
 from sidecar.settings import Settings
@@ -113,6 +113,7 @@ class ControlLoop:
                 await asyncio.sleep(due - loop.time())
         finally:
             await self._tasks.close()
+            self._count_gpu_time(time.monotonic(), time.time())
             await self._write_usage(time.time())
 
     # --- events ---
@@ -243,7 +244,14 @@ class ControlLoop:
         self.pool.publish(LoadReport(*forms, load.utilization, load.mu_max_in_flight, *takes))
         self.feed.publish(self.snapshot)
         self._tasks.start("state", self._write_state(health.probe_state(), wall))
-        self._tasks.start("records", self._write_usage(wall))
+        self._count_gpu_time(self.snapshot.at, wall)
+        if self._usage is not None and self._usage.is_due:
+            self._tasks.start("records", self._write_usage(wall))
+
+    def _count_gpu_time(self, now: float, wall: float) -> None:
+        """The GPU time that passes is part of the bill, whoever uses it."""
+        if self._usage is not None:
+            self._usage.elapse(now, wall, rate_of(self.control.gpu_price, self._fan_out.co.fingerprint))
 
     # --- background tasks ---
 

@@ -15,7 +15,7 @@ from sidecar.load.gpu_price import GpuPrice
 from sidecar.load.ledger import Settlement
 from sidecar.report.metrics import Metrics
 from sidecar.report.tracing import Tracing
-from sidecar.report.usage_rows import Eviction, key_of, sums_of
+from sidecar.report.usage_rows import Eviction, key_of, rate_of, sums_of
 from sidecar.report.usage_store import UsageStore
 
 
@@ -47,7 +47,7 @@ class FanOut:
             self.metrics.relabel(self.labels.of)
         self.tracing.settled(settled, mu, lambda: self.price_terms(settlement.work) if mu else ())
         first_at, later_tokens = settled.first_at, settlement.delivered - 1
-        key = key_of(settlement, price, self.co.fingerprint, wall)
+        key = key_of(settlement, rate_of(price, self.co.fingerprint), wall)
         sums = sums_of(settlement, price, unit_ms(self.co))
         self.metrics.settled(
             key,

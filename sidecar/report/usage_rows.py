@@ -13,6 +13,8 @@ from sidecar.load.ledger import Settlement
 
 MINUTE_S, QUARTER_S, HOUR_S, DAY_S = 60, 900, 3600, 86_400
 TOLD, ESTIMATED, UNKNOWN = "told", "estimated", "unknown"
+IDLE: Final = "idle"  # the outcome of GPU time that no request used
+NOBODY: Final = ""  # the tenant and model of it: no label of a client is empty
 
 
 class Rate(NamedTuple):
@@ -69,10 +71,14 @@ NAMES: Final = tuple(f.name for f in fields(UsageSums))
 
 @dataclass(slots=True)
 class PendingUsage:
-    """Settlements that are not on disk yet: their sums, and their request ids with the times of settlement."""
+    """Settlements that are not on disk yet: their sums, and their request ids with the times of settlement.
+
+    `until`: GPU time is counted until then (seconds since 1970); 0: not known.
+    """
 
     sums: dict[UsageKey, UsageSums] = field(default_factory=dict)
     ids: dict[str, int] = field(default_factory=dict)
+    until: float = 0.0
 
     def __bool__(self) -> bool:
         return bool(self.sums or self.ids)
@@ -81,6 +87,7 @@ class PendingUsage:
         for key, sums in other.sums.items():
             self.sums.setdefault(key, UsageSums()).add(sums)
         self.ids |= other.ids
+        self.until = max(self.until, other.until)
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,13 +158,39 @@ def sums_of(settlement: Settlement, price: GpuPrice, unit_ms: float) -> UsageSum
     )
 
 
-def key_of(settlement: Settlement, price: GpuPrice, fingerprint: str, wall: float) -> UsageKey:
+def key_of(settlement: Settlement, rate: Rate, wall: float) -> UsageKey:
     """The row of a request that was settled at `wall` (seconds since 1970)."""
     minute = int(wall) // MINUTE_S * MINUTE_S
     source = TOLD if settlement.told else ESTIMATED
-    rate = Rate(fingerprint, price.gpus, price.dollars_per_gpu_hour)
-    names = settlement.tenant, settlement.model, settlement.settled.outcome, source
-    return UsageKey(minute, MINUTE_S, *names, rate)
+    return UsageKey(minute, MINUTE_S, settlement.tenant, settlement.model, settlement.settled.outcome, source, rate)
+
+
+def rate_of(price: GpuPrice, fingerprint: str) -> Rate:
+    return Rate(fingerprint, price.gpus, price.dollars_per_gpu_hour)
+
+
+def idle_key(minute: int, rate: Rate) -> UsageKey:
+    """The row of the GPU time of a minute that no request used."""
+    return UsageKey(minute, MINUTE_S, NOBODY, NOBODY, IDLE, ESTIMATED, rate)
+
+
+def taken_from_idle(key: UsageKey, sums: UsageSums) -> PendingUsage:
+    """What a row of requests takes from the idle time of its minute, so that both together are the time that passed."""
+    used = UsageSums(gpu_seconds=-sums.gpu_seconds, dollars=-sums.dollars)
+    return PendingUsage({idle_key(key.at, key.rate): used} if sums.gpu_seconds else {})
+
+
+def idle_time(until: float, seconds: float, rate: Rate) -> PendingUsage:
+    """The `seconds` before `until` (seconds since 1970) as idle time of all GPUs, by minute."""
+    rows, start = {}, until - seconds
+    while start < until:
+        minute = int(start) // MINUTE_S * MINUTE_S
+        end = min(until, minute + MINUTE_S)
+        gpu_seconds = (end - start) * rate.gpus
+        dollars = gpu_seconds / HOUR_S * rate.dollars_per_gpu_hour
+        rows[idle_key(minute, rate)] = UsageSums(gpu_seconds=gpu_seconds, dollars=dollars)
+        start = end
+    return PendingUsage(rows, until=until)
 
 
 def bound(sums: dict[UsageKey, UsageSums], most: int) -> tuple[dict[UsageKey, UsageSums], list[Eviction]]:

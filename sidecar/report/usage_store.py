@@ -10,6 +10,10 @@ Rules:
   that cost nothing, to hours after one. A file that is too large is summed up sooner. What is too large still loses
   rows: those that cost nothing first, then the oldest. Pending rows are bounded likewise.
 - Every row that is dropped is reported (Eviction).
+- GPU time is counted as idle as it passes, also while the sidecar is restarted, and each request takes what it used
+  from the idle time of its minute. So all rows together are the GPU time that passed. Idle time is negative where
+  requests end that were longer than their minute, and in sum only if the coefficients are too dear.
+- What happened more than LATE_S ago is final: what could not be written until then counts when it is written.
 - No content, and no names except labels.
 - `write` does disk I/O: call it off the event loop, one at a time.
 """
@@ -18,6 +22,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import sqlite3
 from collections.abc import Iterator
 from dataclasses import astuple
@@ -37,7 +42,9 @@ from sidecar.report.usage_rows import (
     UsageKey,
     UsageSums,
     bound,
+    idle_time,
     merge_evictions,
+    taken_from_idle,
 )
 from sidecar.runtime import safe_files
 
@@ -47,6 +54,8 @@ SCHEMA_VERSION: Final = 2
 TIDY_INTERVAL_S: Final = HOUR_S
 SEEN_IDS_S: Final = 120  # relays replay settlements that are about a second old
 MAX_PENDING_ROWS: Final = 20_000  # about 6 MB
+LATE_S: Final = HOUR_S
+MAX_GAP_S: Final = HOUR_S  # between two processes of the sidecar, in which the GPUs were this pod's
 MINUTES_KEPT_S: Final = 8 * DAY_S  # a week and a day: `--since 7d` is exact to the minute
 # (age from which rows are summed up, to spans of), one after the other while the file is too large.
 COARSER: Final = ((DAY_S, QUARTER_S), (DAY_S, HOUR_S), (HOUR_S, QUARTER_S), (HOUR_S, HOUR_S))
@@ -63,6 +72,7 @@ _SCHEMA = (
     source TEXT NOT NULL, rate INTEGER NOT NULL, {_COLUMNS}, PRIMARY KEY ({_KEY})) WITHOUT ROWID""",
     """CREATE TABLE IF NOT EXISTS rate (id INTEGER PRIMARY KEY, fingerprint TEXT NOT NULL, gpus INTEGER NOT NULL,
     dollars_per_gpu_hour REAL NOT NULL, UNIQUE (fingerprint, gpus, dollars_per_gpu_hour))""",
+    "CREATE TABLE IF NOT EXISTS counted (until REAL NOT NULL)",
     "CREATE TABLE IF NOT EXISTS seen (id TEXT PRIMARY KEY, at INTEGER NOT NULL) WITHOUT ROWID",
 )
 _ADDED = ", ".join(f"{name} = {name} + excluded.{name}" for name in NAMES)
@@ -88,12 +98,29 @@ class UsageStore:
         self.path = folder / USAGE_FILE
         self._days, self._max_bytes = days, max_bytes
         self._pending, self._tidied = PendingUsage(), 0.0
-        self._seen = _seen(self.path)  # by the previous process
+        self._seen, self._until = _left_by_former(self.path)
+        self._elapsed_at: float | None = None
 
     def add(self, id: str, key: UsageKey, sums: UsageSums) -> None:
-        """Count the settlement of a request, unless it is on disk already. A key without a request has no `id`."""
+        """Count the settlement of a request, unless it is on disk already."""
         if id not in self._seen:
-            self._pending.add(PendingUsage({key: sums}, {id: key.at} if id else {}))
+            self._pending.add(PendingUsage({key: sums}, {id: key.at}))
+            self._pending.add(taken_from_idle(key, sums))
+
+    def elapse(self, now: float, wall: float, rate: Rate) -> None:
+        """Count the GPU time until now (monotonic seconds, and seconds since 1970)."""
+        if self._elapsed_at is None:  # the process before has counted until then
+            gap = wall - self._until
+            seconds = gap if gap <= MAX_GAP_S else 0.0
+        else:
+            seconds = now - self._elapsed_at
+        self._elapsed_at = now
+        self._pending.add(idle_time(wall, max(0.0, seconds), rate))
+
+    @property
+    def is_due(self) -> bool:
+        """Whether it is time to write: requests have ended, or a minute has passed without any."""
+        return bool(self._pending.ids) or len(self._pending.sums) > 1
 
     def take(self) -> PendingUsage:
         """Remove and return the pending batch. Pass it to `write`, or back to `restore`."""
@@ -106,7 +133,7 @@ class UsageStore:
         newest = max(taken.ids.values(), default=0)
         ids = {id: at for id, at in taken.ids.items() if at >= newest - SEEN_IDS_S}
         sums, evicted = bound(taken.sums, MAX_PENDING_ROWS)
-        self._pending = PendingUsage(sums, ids)
+        self._pending = PendingUsage(sums, ids, taken.until)
         return evicted
 
     def write(self, taken: PendingUsage, wall: float) -> list[Eviction]:
@@ -124,8 +151,12 @@ class UsageStore:
             with db:
                 db.execute("BEGIN IMMEDIATE")
                 rates = {rate: _rate_id(db, rate) for rate in {key.rate for key in taken.sums}}
-                rows = [(*key[:-1], rates[key.rate], *astuple(sums)) for key, sums in taken.sums.items()]
+                keys = {key: final_key(key, wall) for key in taken.sums}
+                rows = [(*keys[key][:-1], rates[key.rate], *astuple(sums)) for key, sums in taken.sums.items()]
                 db.executemany(_UPSERT, rows)
+                if taken.until:
+                    db.execute("DELETE FROM counted")
+                    db.execute("INSERT INTO counted VALUES (?)", (taken.until,))
                 db.executemany("INSERT OR REPLACE INTO seen VALUES (?, ?)", taken.ids.items())
                 db.execute("DELETE FROM seen WHERE at < ?", (int(wall) - SEEN_IDS_S,))
             # Also when full, but at most once a minute: the labels of clients are bounded, but not few.
@@ -143,6 +174,13 @@ class UsageStore:
         for suffix in SQLITE_SUFFIXES[1:]:
             self.path.with_name(self.path.name + suffix).unlink(missing_ok=True)
         self.path.replace(self.path.with_name(self.path.name + ".damaged"))
+
+
+def final_key(key: UsageKey, wall: float) -> UsageKey:
+    """The row in which usage counts that is written at `wall`."""
+    if key.at + key.span > wall - LATE_S:
+        return key
+    return key._replace(at=int(wall) // MINUTE_S * MINUTE_S, span=MINUTE_S)
 
 
 def tidy(db: sqlite3.Connection, wall: float, days: int, max_bytes: int) -> list[Eviction]:
@@ -202,15 +240,18 @@ def connect_to_read(path: Path, timeout: float) -> sqlite3.Connection:
     return sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=timeout)
 
 
-def _seen(path: Path) -> frozenset[str]:
-    """Ids that an earlier process wrote; none if there is no readable file."""
+def _left_by_former(path: Path) -> tuple[frozenset[str], float]:
+    """The ids that an earlier process wrote, and until when it counted GPU time (-inf: unknown)."""
+    seen: frozenset[str] = frozenset()
     if not path.is_file():
-        return frozenset()
+        return seen, -math.inf
     try:
         with contextlib.closing(connect_to_read(path, timeout=1)) as db:
-            return frozenset(id for (id,) in db.execute("SELECT id FROM seen"))
+            seen = frozenset(id for (id,) in db.execute("SELECT id FROM seen"))
+            row = db.execute("SELECT until FROM counted").fetchone()  # a file of version 1 has no such table
+            return seen, -math.inf if row is None else float(row[0])
     except sqlite3.Error:
-        return frozenset()
+        return seen, -math.inf
 
 
 @contextlib.contextmanager

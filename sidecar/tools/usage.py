@@ -4,7 +4,8 @@
     sidecar usage --from 2026-11-01 --until 2026-12-01 --tz Europe/Berlin --by tenant,day
 
 The records are read from a sidecar's state directory, while it may be running. Requests that were not `ok` count as
-wasted: the GPU worked on them, and no one got the response. A range of time includes its start and excludes its end, so
+wasted: the GPU worked on them, and no one got the response. Idle is the GPU time that no request used: all rows
+together are the hours of the GPUs. A range of time includes its start and excludes its end, so
 days, months and any other ranges that follow each other add up.
 """
 
@@ -26,7 +27,7 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 from sidecar.errors import SidecarError, UsageError
 from sidecar.flags import directory, flag, number, one_of, parser
 from sidecar.report.usage_query import GROUPS, Row, read
-from sidecar.report.usage_rows import HOUR_S, MINUTE_S, UsageSums
+from sidecar.report.usage_rows import HOUR_S, IDLE, MINUTE_S, NOBODY, UsageSums
 from sidecar.report.usage_store import USAGE_FILE
 
 SECONDS_PER_UNIT: Final = {"m": 60, "h": 3600, "d": 86_400}
@@ -107,12 +108,15 @@ def main(settings: UsageSettings) -> int:
         raise NoUsageRecords(f"--state-dir: {why}") from None
     except (OSError, sqlite3.Error) as e:
         raise NoUsageRecords(f"--state-dir: the usage records {path} cannot be read: {e}") from None
-    wasted = sum(sums.gpu_seconds for (outcome,), sums in outcomes if outcome != "ok")
+    wasted, idle = 0.0, 0.0
+    for (outcome,), sums in outcomes:
+        wasted += sums.gpu_seconds if outcome not in ("ok", IDLE) else 0.0
+        idle += sums.gpu_seconds if outcome == IDLE else 0.0
     for _, sums in found:
         price = settings.dollars_per_gpu_hour
         sums.dollars = sums.gpu_seconds / HOUR_S * price if price else sums.dollars
     priced = any(sums.dollars for _, sums in found)
-    FORMATS[settings.format]([line(by, key, sums, priced=priced) for key, sums in found], summary(found, wasted))
+    FORMATS[settings.format]([line(by, key, sums, priced=priced) for key, sums in found], summary(found, wasted, idle))
     return 0
 
 
@@ -144,17 +148,17 @@ def line(by: tuple[str, ...], key: tuple[Any, ...], sums: UsageSums, *, priced: 
     return dict(zip(by, key, strict=False)) | numbers
 
 
-def summary(rows: Sequence[Row], wasted: float) -> str:
-    """The last line: the total and its wasted share."""
+def summary(rows: Sequence[Row], wasted: float, idle: float = 0.0) -> str:
+    """The last line: the total, and the shares that were wasted and idle."""
     total = UsageSums()
     for _, sums in rows:
         total.add(sums)
-    if not total.requests:
+    if not (total.requests or idle):
         return "no requests in this time"
     cost = f", ${total.dollars:.2f}" if total.dollars else ""
-    share = wasted / total.gpu_seconds if total.gpu_seconds else 0.0
+    wasted_share, idle_share = (part / total.gpu_seconds if total.gpu_seconds else 0.0 for part in (wasted, idle))
     sums_up = f"{total.requests} requests, {total.mu:.1f} MU, {total.gpu_seconds:.0f} GPU seconds{cost}"
-    return f"{sums_up}; {share:.1%} wasted (not ok)"
+    return f"{sums_up}; {wasted_share:.1%} wasted (not ok)" + (f", {idle_share:.1%} idle" if idle else "")
 
 
 def as_table(rows: Sequence[dict[str, Any]], total: str) -> None:
@@ -185,6 +189,8 @@ FORMATS: Final = {"table": as_table, "csv": as_csv, "json": as_json}
 
 
 def _short(value: Any) -> str:
+    if value == NOBODY:
+        return "(idle)"
     return f"{value:.2f}" if isinstance(value, float) else "".join(c if c.isprintable() else "?" for c in str(value))
 
 

@@ -34,6 +34,7 @@ async def test_a_clean_end_leaves_every_request_on_disk(engine: ScriptedEngine, 
             await answer.read()
     assert await sidecar.stop() == 0
     rows = dict(read(sidecar.state / USAGE_FILE, 0, time.time() + 3600, ("tenant", "outcome")))
+    assert rows.pop(("", "idle")).gpu_seconds > 0
     assert {key: (sums.requests, sums.output_tokens) for key, sums in rows.items()} == {
         ("a", "ok"): (2, 6),
         ("b", "ok"): (1, 3),

@@ -204,5 +204,5 @@ class Bills(RuleBasedStateMachine):
         assert sums.output_tokens == sum(s.delivered for s in self.counted.values())
 
 
-Bills.TestCase.settings = settings(max_examples=30, stateful_step_count=25)
+Bills.TestCase.settings = settings(max_examples=20, stateful_step_count=20)
 TestBills = Bills.TestCase

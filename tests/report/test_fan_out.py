@@ -50,8 +50,10 @@ def test_a_request_reaches_metrics_and_usage_records_once(tmp_path: Path) -> Non
     tokens = {kind: sample("sidecar_tokens_total", TOKENS | {"kind": kind}) for kind in ("new", "cached", "out")}
     assert tokens == {"new": 500, "cached": None, "out": 3}
     usage.write(usage.take(), 100.0)
-    [(_, sums)] = read(usage.path, 0, 200, ("tenant",))
+    rows = dict(read(usage.path, 0, 200, ("tenant", "outcome")))
+    sums, idle = rows["t", "ok"], rows["", "idle"]
     assert (sums.requests, sums.mu, sums.dollars) == (1, mu, paid)
     assert sums.gpu_seconds == pytest.approx(gpu_seconds)
+    assert (idle.gpu_seconds, idle.dollars) == (-sums.gpu_seconds, -sums.dollars), "no GPU time has passed here"
     [((source, fingerprint), _)] = read(usage.path, 0, 200, ("source", "fingerprint"))
     assert (source, fingerprint) == ("estimated", CO.fingerprint)

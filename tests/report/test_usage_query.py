@@ -26,7 +26,7 @@ def write(folder: Path, rows: dict[tuple[int, int], int]) -> Path:
         for (at, span), n in rows.items()
     }
     store = UsageStore(folder, 3660, 1 << 30)
-    store.write(PendingUsage(sums), START - HOUR_S)
+    store.write(PendingUsage(sums), min(at for at, _ in rows))
     return store.path
 
 
