@@ -108,16 +108,26 @@ def commands() -> dict[str, click.Command]:
     return dict(sorted(seen.items(), key=lambda item: (item[0] != "run", item[0])))
 
 
+def with_subcommands() -> dict[str, click.Command]:
+    """Every command and those below it."""
+    found: dict[str, click.Command] = {}
+    for name, command in commands().items():
+        found[name] = command
+        if isinstance(command, click.Group):
+            found |= {f"{name} {below}": it for below, it in command.commands.items()}
+    return found
+
+
 def commands_table() -> str:
     """Every command in one line."""
-    rows = ((f"`sidecar {name}`", " ".join((c.help or "").split())) for name, c in commands().items())
+    rows = ((f"`sidecar {name}`", " ".join((c.help or "").split())) for name, c in with_subcommands().items())
     return table(("command", "does"), rows)
 
 
 def flags_tables() -> str:
     """The flags of every command but `run` and `doctor`, which takes those of `run`."""
     parts = []
-    for name, command in commands().items():
+    for name, command in with_subcommands().items():
         options = [p for p in command.params if isinstance(p, click.Option) and p.name != "config"]
         rows = [(f"`{o.opts[0]}`", " ".join((o.help or "").split())) for o in options]
         if name not in ("run", "doctor"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any, Final
 
@@ -59,6 +59,13 @@ LAZY_COMMANDS: Final = {
     "calibrate": ("sidecar.tools.calibrate.command", "CalibrateSettings"),
     "bench": ("sidecar.tools.bench.command", "BenchSettings"),
 }
+# Commands below one of them.
+LAZY_SUBCOMMANDS: Final = {
+    "usage": {
+        "export": ("sidecar.tools.usage_export", "ExportSettings"),
+        "merge": ("sidecar.tools.usage_merge", "MergeSettings"),
+    }
+}
 
 
 class Commands(click.Group):
@@ -70,15 +77,32 @@ class Commands(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in LAZY_COMMANDS:
             return super().get_command(ctx, cmd_name)
-        module, settings_class = LAZY_COMMANDS[cmd_name]
-        code = importlib.import_module(module)
-        cls = getattr(code, settings_class)
+        return _lazy_command(cmd_name, *LAZY_COMMANDS[cmd_name], LAZY_SUBCOMMANDS.get(cmd_name, {}))
 
-        def command(config: str | None, **flags: str | None) -> int:
-            return int(code.main(settings.load(cls, flags, os.environ, config, also=(Settings,))))
 
-        summary = str(code.__doc__).strip().splitlines()[0]
-        return click.command(cmd_name, help=summary)(add_options(cls)(command))
+def _lazy_command(
+    name: str, module: str, settings_class: str, subcommands: Mapping[str, tuple[str, str]]
+) -> click.Command:
+    """A command whose code is imported now, with those below it."""
+    code = importlib.import_module(module)
+    cls = getattr(code, settings_class)
+
+    def command(config: str | None, **flags: str | tuple[str, ...] | None) -> int:
+        texts = {flag: ",".join(value) or None if isinstance(value, tuple) else value for flag, value in flags.items()}
+        if (subcommand := click.get_current_context().invoked_subcommand) is not None:
+            if config or any(texts.values()):
+                raise UsageError(f"give the flags of `sidecar {name} {subcommand}` after its name")
+            return 0
+        return int(code.main(settings.load(cls, texts, os.environ, config, also=(Settings,))))
+
+    summary = str(code.__doc__).strip().splitlines()[0]
+    if not subcommands:
+        return click.command(name, help=summary)(add_options(cls)(command))
+    group = click.Group(name, invoke_without_command=True, help=summary)
+    group.callback, group.params = command, click.command(name)(add_options(cls)(command)).params
+    for subcommand, (module, settings_class) in subcommands.items():
+        group.add_command(_lazy_command(subcommand, module, settings_class, {}))
+    return group
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -95,6 +119,9 @@ def add_options(cls: type) -> Callable[[Callable[..., Any]], Callable[..., Any]]
             parser: Parser = field.metadata["parser"]
             choices = f"; {parser.expected}" if parser.metavar in ("NAME", "NAMES") else ""
             text = f"{field.metadata['help']}{choices} [{settings.format_default(field)}]"
+            if field.metadata.get("positional"):
+                command = click.argument(field.name, nargs=-1, metavar=parser.metavar)(command)
+                continue
             name = settings.format_key(field.name)
             command = click.option(name, field.name, default=None, metavar=parser.metavar, help=text)(command)
         return click.option("--config", default=None, metavar="FILE", help="TOML file of settings [none]")(command)

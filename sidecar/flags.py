@@ -31,6 +31,11 @@ def flag(default: Any, parser: Parser, help: str, *, expected: str = "", secret:
     return field(default=default, metadata={"parser": parser, "help": help, "secret": secret})
 
 
+def argument(parser: Parser, help: str) -> Any:
+    """The arguments of a command that are no flags, divided by commas in other sources."""
+    return field(default="", metadata={"parser": parser, "help": help, "secret": False, "positional": True})
+
+
 def parser(expected: str, metavar: str) -> Callable[[Callable[[str], Any]], Parser]:
     """Decorator: make a function of text a Parser."""
     return lambda parse: Parser(expected, metavar, parse)

@@ -11,14 +11,15 @@ from __future__ import annotations
 import contextlib
 import sqlite3
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime, tzinfo
 from pathlib import Path
 from typing import Any, Final
 
-from sidecar.report.usage_rows import NAMES, QUARTER_S, UsageSums, cut
+from sidecar.report.usage_rows import NAMES, QUARTER_S, Rate, UsageKey, UsageSums, cut
 from sidecar.report.usage_store import V1_ROWS, connect_to_read
 
-_NAMED: Final = ("tenant", "model", "outcome", "source", "fingerprint")
+_NAMED: Final = ("tenant", "model", "outcome", "source", "fingerprint", "gpus", "dollars_per_gpu_hour")
 _TIMES: Final[Mapping[str, Callable[[datetime], str]]] = {
     "day": lambda at: at.strftime("%Y-%m-%d"),
     "hour": lambda at: at.strftime("%Y-%m-%dT%H:00") + _offset(at),
@@ -66,6 +67,36 @@ def read(path: Path, since: float, until: float, by: tuple[str, ...], zone: tzin
                 groups.setdefault(key, UsageSums()).add(cut(UsageSums(*rest[width:]), at, span, start, end))
     timed = [n for n, name in enumerate(by) if name in _TIMES]
     return sorted(groups.items(), key=lambda row: ([row[0][n] for n in timed], -row[1].mu))
+
+
+@dataclass(frozen=True, slots=True)
+class Provenance:
+    """Whose rows a file holds, by random numbers, and until when it counted GPU time; both unknown in old files."""
+
+    origins: frozenset[str]
+    until: float
+
+
+def provenance(path: Path) -> Provenance:
+    """Raises OSError or sqlite3.Error."""
+    with _opened(path) as (db, _):
+        try:
+            origins = frozenset(id for (id,) in db.execute("SELECT id FROM origin"))
+            row = db.execute("SELECT until FROM counted").fetchone()
+        except sqlite3.OperationalError:  # a file of version 1
+            return Provenance(frozenset(), 0.0)
+        return Provenance(origins, float(row[0]) if row else 0.0)
+
+
+def all_rows(path: Path) -> Iterator[tuple[UsageKey, UsageSums]]:
+    """Every row. Raises OSError or sqlite3.Error."""
+    with _opened(path) as (db, rows):
+        names = "at, span, tenant, model, outcome, source, fingerprint, gpus, dollars_per_gpu_hour"
+        for at, span, tenant, model, outcome, source, fingerprint, gpus, price, *sums in db.execute(
+            f"SELECT {names}, {_COLUMNS} FROM {rows}"
+        ):
+            rate = Rate(fingerprint, gpus, price)
+            yield UsageKey(at, span, tenant, model, outcome, source, rate), UsageSums(*sums)
 
 
 def _pieces(start: int, end: int, *, cut_quarters: bool) -> Iterator[tuple[int, int]]:

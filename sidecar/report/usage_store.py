@@ -14,6 +14,7 @@ Rules:
   from the idle time of its minute. So all rows together are the GPU time that passed. Idle time is negative where
   requests end that were longer than their minute, and in sum only if the coefficients are too dear.
 - What happened more than LATE_S ago is final: what could not be written until then counts when it is written.
+- A file has an origin, a random number, by which copies of it are recognised (tools/usage_merge.py).
 - No content, and no names except labels.
 - `write` does disk I/O: call it off the event loop, one at a time.
 """
@@ -23,8 +24,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import secrets
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import astuple
 from pathlib import Path
 from typing import Final
@@ -72,6 +74,7 @@ _SCHEMA = (
     source TEXT NOT NULL, rate INTEGER NOT NULL, {_COLUMNS}, PRIMARY KEY ({_KEY})) WITHOUT ROWID""",
     """CREATE TABLE IF NOT EXISTS rate (id INTEGER PRIMARY KEY, fingerprint TEXT NOT NULL, gpus INTEGER NOT NULL,
     dollars_per_gpu_hour REAL NOT NULL, UNIQUE (fingerprint, gpus, dollars_per_gpu_hour))""",
+    "CREATE TABLE IF NOT EXISTS origin (id TEXT PRIMARY KEY) WITHOUT ROWID",
     "CREATE TABLE IF NOT EXISTS counted (until REAL NOT NULL)",
     "CREATE TABLE IF NOT EXISTS seen (id TEXT PRIMARY KEY, at INTEGER NOT NULL) WITHOUT ROWID",
 )
@@ -183,6 +186,14 @@ def final_key(key: UsageKey, wall: float) -> UsageKey:
     return key._replace(at=int(wall) // MINUTE_S * MINUTE_S, span=MINUTE_S)
 
 
+def set_origins(path: Path, origins: Iterable[str]) -> None:
+    """Say whose rows a file holds. Raises sqlite3.Error."""
+    with _opened(path) as db, db:
+        db.execute("BEGIN IMMEDIATE")
+        db.execute("DELETE FROM origin")
+        db.executemany("INSERT INTO origin VALUES (?)", [(origin,) for origin in origins])
+
+
 def tidy(db: sqlite3.Connection, wall: float, days: int, max_bytes: int) -> list[Eviction]:
     """Drop rows that are too old, sum up old ones, and while the file is too large sum up and drop more."""
     now = int(wall)
@@ -268,9 +279,16 @@ def _opened(path: Path) -> Iterator[sqlite3.Connection]:
         if version == 1:
             _upgrade(db)
         elif version == 0:
-            for statement in (*_SCHEMA, f"PRAGMA user_version = {SCHEMA_VERSION}"):
-                db.execute(statement)
+            _create(db)
+            db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
         yield db
+
+
+def _create(db: sqlite3.Connection) -> None:
+    for statement in _SCHEMA:
+        db.execute(statement)
+    if db.execute("SELECT count(*) FROM origin").fetchone()[0] == 0:
+        db.execute("INSERT INTO origin VALUES (?)", (secrets.token_hex(8),))
 
 
 def _upgrade(db: sqlite3.Connection) -> None:
@@ -279,8 +297,7 @@ def _upgrade(db: sqlite3.Connection) -> None:
         db.execute("BEGIN IMMEDIATE")
         db.execute(f"CREATE TEMP TABLE former AS {V1_ROWS}")
         db.execute("DROP TABLE usage")
-        for statement in _SCHEMA:
-            db.execute(statement)
+        _create(db)
         rate = _rate_id(db, Rate())
         names = f"at, span, tenant, model, outcome, source, {rate}, {_COLUMNS}"
         db.execute(f"INSERT INTO usage ({_KEY}, {_COLUMNS}) SELECT {names} FROM former")

@@ -125,9 +125,9 @@ def time_range(settings: UsageSettings, now: float) -> tuple[int, int]:
     if settings.from_ and settings.since:
         raise UsageError("--since and --from: give one of them")
     zone, minute = zone_of(settings.tz), int(now) // MINUTE_S * MINUTE_S
-    until = _seconds(settings.until, zone) if settings.until else minute + MINUTE_S
+    until = seconds_of(settings.until, zone) if settings.until else minute + MINUTE_S
     if settings.from_:
-        since = _seconds(settings.from_, zone)
+        since = seconds_of(settings.from_, zone)
     else:
         since = (until if settings.until else minute) - parse_span(settings.since or "24h")
     if since >= until:
@@ -135,7 +135,8 @@ def time_range(settings: UsageSettings, now: float) -> tuple[int, int]:
     return since, until
 
 
-def _seconds(text: str, zone: tzinfo) -> int:
+def seconds_of(text: str, zone: tzinfo) -> int:
+    """A date or time in seconds since 1970; in `zone` where it names no offset."""
     at = datetime.fromisoformat(text)
     return int((at if at.tzinfo else at.replace(tzinfo=zone)).timestamp())
 
@@ -177,7 +178,7 @@ def as_csv(rows: Sequence[dict[str, Any]], total: str) -> None:
     writer = csv.writer(sys.stdout)
     if rows:
         writer.writerow(rows[0])
-        writer.writerows([_text(value) for value in row.values()] for row in rows)
+        writer.writerows([as_text(value) for value in row.values()] for row in rows)
 
 
 def as_json(rows: Sequence[dict[str, Any]], total: str) -> None:
@@ -194,5 +195,6 @@ def _short(value: Any) -> str:
     return f"{value:.2f}" if isinstance(value, float) else "".join(c if c.isprintable() else "?" for c in str(value))
 
 
-def _text(value: Any) -> Any:
+def as_text(value: Any) -> Any:
+    """A name that starts like a spreadsheet formula, quoted."""
     return "'" + value if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r") else value

@@ -1,0 +1,131 @@
+"""Pure: usage records as rows of an hour for other systems: JSON lines, CSV, and FOCUS 1.4.
+
+FOCUS is the FinOps Open Cost and Usage Specification (https://focus.finops.org): its dataset "Cost and Usage" has all
+mandatory columns, of the others those that hold something here, and columns of our own that begin with `x_`. A row is
+priced by GPU hours. A tenant is a sub account, a sidecar (pod) a resource.
+
+An hour is exported once it is final, so a row is the same whenever it is exported, and so is its id.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from typing import Any, Final
+
+from sidecar.report.usage_query import Row
+from sidecar.report.usage_rows import HOUR_S, IDLE, Rate, UsageKey, UsageSums
+from sidecar.report.usage_store import LATE_S
+
+GROUPED_BY: Final = ("hour", "tenant", "model", "outcome", "source", "fingerprint", "gpus", "dollars_per_gpu_hour")
+DIGITS: Final = 6  # of numbers that are no counts: their last bits depend on the order in which rows were summed up
+
+ExportRow = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Exporter:
+    """Whose rows they are: the origin of the file, the pod's name, and the names of a bill."""
+
+    origin: str
+    pod: str
+    account: str
+    provider: str
+    currency: str
+
+
+def final_until(now: float) -> int:
+    """The end of the last hour that does not change any more (seconds since 1970)."""
+    return int(now - LATE_S) // HOUR_S * HOUR_S
+
+
+def record(row: Row, by: Exporter) -> ExportRow:
+    """A row of GROUPED_BY, in our own terms."""
+    names, sums = dict(zip(GROUPED_BY, row[0], strict=True)), row[1]
+    start = datetime.strptime(str(names.pop("hour")), "%Y-%m-%dT%H:00Z").replace(tzinfo=UTC)
+    numbers = {k: round(v, DIGITS) if isinstance(v, float) else v for k, v in asdict(sums).items()}
+    identity = json.dumps([by.origin, start.timestamp(), *names.values()])
+    id = hashlib.blake2b(identity.encode(), digest_size=12).hexdigest()
+    end = datetime.fromtimestamp(start.timestamp() + HOUR_S, UTC)
+    return {"id": id, "origin": by.origin, "pod": by.pod, "start": _time(start), "end": _time(end), **names, **numbers}
+
+
+def parse(raw: Any) -> tuple[str, str, UsageKey, UsageSums]:
+    """Inverse of `record`: id, origin, key, sums. Raises ValueError, LookupError or TypeError."""
+    start = datetime.fromisoformat(raw["start"])
+    tenant, model, outcome, source = (str(raw[name]) for name in ("tenant", "model", "outcome", "source"))
+    rate = Rate(str(raw["fingerprint"]), int(raw["gpus"]), float(raw["dollars_per_gpu_hour"]))
+    numbers = {name: type(default)(raw[name]) for name, default in asdict(UsageSums()).items()}
+    key = UsageKey(int(start.timestamp()), HOUR_S, tenant, model, outcome, source, rate)
+    return str(raw["id"]), str(raw["origin"]), key, UsageSums(**numbers)
+
+
+def focus(row: ExportRow, by: Exporter) -> ExportRow:
+    """A record in the terms of FOCUS 1.4; None is its null."""
+    start = datetime.fromisoformat(row["start"])
+    month = start.replace(day=1, hour=0)
+    following = month.replace(year=month.year + month.month // 12, month=month.month % 12 + 1)
+    is_idle = row["outcome"] == IDLE
+    what = "GPU time that no request used" if is_idle else f"requests of {row['tenant']} for {row['model']}"
+    cost, price = row["dollars"], row["dollars_per_gpu_hour"]
+    tenant = None if is_idle else row["tenant"]
+    return {
+        "BilledCost": cost,
+        "BillingAccountId": by.account,
+        "BillingAccountName": by.account,
+        "BillingCurrency": by.currency,
+        "BillingPeriodEnd": _time(following),
+        "BillingPeriodStart": _time(month),
+        "ChargeCategory": "Usage",
+        "ChargeClass": None,
+        "ChargeDescription": f"{what} ({row['outcome']})",
+        "ChargeFrequency": "Usage-Based",
+        "ChargePeriodEnd": row["end"],
+        "ChargePeriodStart": row["start"],
+        "ConsumedQuantity": row["gpu_seconds"],
+        "ConsumedUnit": "GPU Seconds",
+        "ContractedCost": cost,
+        "ContractedUnitPrice": price,
+        "EffectiveCost": cost,
+        "HostProviderName": by.provider,
+        "InvoiceIssuerName": by.provider,
+        "ListCost": cost,
+        "ListUnitPrice": price,
+        "PricingCategory": "Standard",
+        "PricingQuantity": row["gpu_seconds"] / HOUR_S,
+        "PricingUnit": "GPU Hours",
+        "ResourceId": by.origin or by.pod,
+        "ResourceName": by.pod,
+        "ResourceType": "Inference engine",
+        "ServiceCategory": "AI and Machine Learning",
+        "ServiceName": "Inference",
+        "ServiceProviderName": by.provider,
+        "ServiceSubcategory": "Generative AI",
+        "SkuId": "gpu-time",
+        "SkuMeter": "GPU time",
+        "SkuPriceId": f"gpu-time@{price:g}",
+        "SubAccountId": tenant,
+        "SubAccountName": tenant,
+        "Tags": json.dumps({"model": row["model"], "outcome": row["outcome"]}),
+        "x_RowId": row["id"],
+        "x_Model": None if is_idle else row["model"],
+        "x_Outcome": row["outcome"],
+        "x_TokenSource": row["source"],
+        "x_Coefficients": row["fingerprint"],
+        "x_Gpus": row["gpus"],
+        "x_ModelUnits": row["mu"],
+        "x_Requests": row["requests"],
+        "x_InputTokens": row["input_tokens"],
+        "x_CachedTokens": row["cached_tokens"],
+        "x_OutputTokens": row["output_tokens"],
+        "x_ImageTokens": row["image_tokens"],
+        "x_AudioTokens": row["audio_tokens"],
+        "x_VideoTokens": row["video_tokens"],
+    }
+
+
+def _time(at: datetime) -> str:
+    return at.strftime("%Y-%m-%dT%H:%M:%SZ")
