@@ -39,6 +39,7 @@ from sidecar.events import (
 from sidecar.health import probes, reasons
 from sidecar.health.garbage import GARBAGE
 from sidecar.health.monitor import TICK_S, TickReadings
+from sidecar.load import cost_model
 from sidecar.load.cost_model import Coefficients
 from sidecar.report import orca
 from sidecar.report.fan_out import FanOut
@@ -89,8 +90,8 @@ class ControlLoop:
         self._usage: UsageStore | None = None
         if settings.usage_bytes:
             self._usage = UsageStore(state_dir.path, settings.usage_days, settings.usage_bytes)
-        metrics, labels = Metrics(), control.ledger.labels
-        self._fan_out = FanOut(metrics, self.tracing, self._usage, labels, control.price_terms, co)
+        metrics, labels, priced = Metrics(), control.ledger.labels, (co.fingerprint, cost_model.unit_ms(co))
+        self._fan_out = FanOut(metrics, self.tracing, self._usage, labels, control.price_terms, *priced)
         self._limits = LimitsFile(settings.tenant_limits) if settings.tenant_limits else None
         self.pages, self.feed, self.diagnoses = MetricsPages(metrics.registry), PageFeed(), Diagnoses(state_dir)
         self.pool = RelayPool(settings.workers, self.on_event, self.on_lost)
@@ -251,7 +252,7 @@ class ControlLoop:
     def _count_gpu_time(self, now: float, wall: float) -> None:
         """The GPU time that passes is part of the bill, whoever uses it."""
         if self._usage is not None:
-            self._usage.elapse(now, wall, rate_of(self.control.gpu_price, self._fan_out.co.fingerprint))
+            self._usage.elapse(now, wall, rate_of(self.control.gpu_price, self._fan_out.fingerprint))
 
     # --- background tasks ---
 

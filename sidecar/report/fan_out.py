@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 from sidecar.events import AbortRequests, Admitted, CanaryResult, Event, FirstToken, ImagePrepared, RequestSize, Verdict
 from sidecar.load.client_labels import ClientLabels
-from sidecar.load.cost_model import Coefficients, unit_ms
 from sidecar.load.gpu_price import GpuPrice
 from sidecar.load.ledger import Settlement
 from sidecar.report.metrics import Metrics
@@ -28,7 +27,8 @@ class FanOut:
     usage: UsageStore | None
     labels: ClientLabels
     price_terms: Callable[[RequestSize], Iterable[tuple[str, float]]]
-    co: Coefficients
+    fingerprint: str  # of the coefficients
+    unit_ms: float  # milliseconds of the engine of one MU
 
     def on_event(self, event: Event) -> None:
         """An event of a relay, other than the end of a request."""
@@ -47,8 +47,8 @@ class FanOut:
             self.metrics.relabel(self.labels.of)
         self.tracing.settled(settled, mu, lambda: self.price_terms(settlement.work) if mu else ())
         first_at, later_tokens = settled.first_at, settlement.delivered - 1
-        key = key_of(settlement, rate_of(price, self.co.fingerprint), wall)
-        sums = sums_of(settlement, price, unit_ms(self.co))
+        key = key_of(settlement, rate_of(price, self.fingerprint), wall)
+        sums = sums_of(settlement, price, self.unit_ms)
         self.metrics.settled(
             key,
             sums,

@@ -83,9 +83,27 @@ class PendingUsage:
     def __bool__(self) -> bool:
         return bool(self.sums or self.ids)
 
+    def count(self, id: str, key: UsageKey, sums: UsageSums) -> None:
+        """Add a request to its row, and take what it used from the idle time of its minute.
+
+        So both rows together stay the time that passed.
+        """
+        self._row(key).add(sums)
+        self.ids[id] = key.at
+        if sums.gpu_seconds:
+            idle = self._row(idle_key(key.at, key.rate))
+            idle.gpu_seconds -= sums.gpu_seconds
+            idle.dollars -= sums.dollars
+
+    def _row(self, key: UsageKey) -> UsageSums:
+        row = self.sums.get(key)
+        if row is None:
+            row = self.sums[key] = UsageSums()
+        return row
+
     def add(self, other: PendingUsage) -> None:
         for key, sums in other.sums.items():
-            self.sums.setdefault(key, UsageSums()).add(sums)
+            self._row(key).add(sums)
         self.ids |= other.ids
         self.until = max(self.until, other.until)
 
@@ -172,12 +190,6 @@ def rate_of(price: GpuPrice, fingerprint: str) -> Rate:
 def idle_key(minute: int, rate: Rate) -> UsageKey:
     """The row of the GPU time of a minute that no request used."""
     return UsageKey(minute, MINUTE_S, NOBODY, NOBODY, IDLE, ESTIMATED, rate)
-
-
-def taken_from_idle(key: UsageKey, sums: UsageSums) -> PendingUsage:
-    """What a row of requests takes from the idle time of its minute, so that both together are the time that passed."""
-    used = UsageSums(gpu_seconds=-sums.gpu_seconds, dollars=-sums.dollars)
-    return PendingUsage({idle_key(key.at, key.rate): used} if sums.gpu_seconds else {})
 
 
 def idle_time(until: float, seconds: float, rate: Rate) -> PendingUsage:

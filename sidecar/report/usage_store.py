@@ -46,7 +46,6 @@ from sidecar.report.usage_rows import (
     bound,
     idle_time,
     merge_evictions,
-    taken_from_idle,
 )
 from sidecar.runtime import safe_files
 
@@ -107,8 +106,7 @@ class UsageStore:
     def add(self, id: str, key: UsageKey, sums: UsageSums) -> None:
         """Count the settlement of a request, unless it is on disk already."""
         if id not in self._seen:
-            self._pending.add(PendingUsage({key: sums}, {id: key.at}))
-            self._pending.add(taken_from_idle(key, sums))
+            self._pending.count(id, key, sums)
 
     def elapse(self, now: float, wall: float, rate: Rate) -> None:
         """Count the GPU time until now (monotonic seconds, and seconds since 1970)."""

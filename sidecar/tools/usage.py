@@ -163,8 +163,10 @@ def summary(rows: Sequence[Row], wasted: float, idle: float = 0.0) -> str:
 
 
 def as_table(rows: Sequence[dict[str, Any]], total: str) -> None:
-    """Print aligned columns."""
+    """Print aligned columns, without those that hold nothing."""
     if rows:
+        used = [name for name in rows[0] if any(row[name] != 0 for row in rows)]
+        rows = [{name: row[name] for name in used} for row in rows]
         texts = [list(rows[0]), *([_short(value) for value in row.values()] for row in rows)]
         widths = [max(len(line[i]) for line in texts) for i in range(len(texts[0]))]
         sides = [str.ljust if isinstance(value, str) else str.rjust for value in rows[0].values()]

@@ -25,6 +25,7 @@ from sidecar.report.usage_store import UsageStore
 
 CO = cost_model.Coefficients()
 LIMIT = 3
+PRICED = CO.fingerprint, cost_model.unit_ms(CO)
 PRICE = GpuPrice(8, 3.6)
 PER_CLIENT = {metric.name for metric in METRICS if metric.labels[:2] == ("tenant", "model")}
 
@@ -35,7 +36,7 @@ class Books:
     def __init__(self, usage: UsageStore) -> None:
         self.ledger, self.metrics, self.usage = Ledger(CO, ClientLabels(LIMIT)), Metrics(), usage
         tracing = Tracing("", "0")
-        self.fan_out = FanOut(self.metrics, tracing, usage, self.ledger.labels, lambda work: (), CO)
+        self.fan_out = FanOut(self.metrics, tracing, usage, self.ledger.labels, lambda work: (), *PRICED)
         self.count = 0
 
     def apply(self, relay: int, event: Event) -> Settlement | None:

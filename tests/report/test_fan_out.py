@@ -17,6 +17,7 @@ from sidecar.report.usage_query import read
 from sidecar.report.usage_store import UsageStore
 
 CO = Coefficients()
+PRICED = CO.fingerprint, unit_ms(CO)
 TOKENS = {"tenant": "t", "model": "m", "source": "estimated"}
 
 
@@ -24,7 +25,7 @@ def test_a_request_reaches_metrics_and_usage_records_once(tmp_path: Path) -> Non
     """Its end is counted with its time per token and its price; so is its image."""
     metrics, usage = Metrics(), UsageStore(tmp_path, 1, 1 << 20)
     ledger = Ledger(CO)
-    fan_out = FanOut(metrics, Tracing("", "0"), usage, ledger.labels, lambda work: (), CO)
+    fan_out = FanOut(metrics, Tracing("", "0"), usage, ledger.labels, lambda work: (), *PRICED)
     events: list[Event] = [
         ImagePrepared("a", 0.5, "jpeg", "ok", 0.1, (), 10, 10),
         Admitted("a", 1.0, "t", "m", "chat", True, RequestSize(500, output=3), 3, 1.0),

@@ -19,6 +19,7 @@ from sidecar.report.usage_rows import DAY_S, HOUR_S, IDLE, NOBODY, UsageSums, ra
 from sidecar.report.usage_store import LATE_S, MAX_GAP_S, USAGE_FILE, UsageStore
 
 CO, PRICE = Coefficients(), GpuPrice(8, 2.5)
+PRICED = CO.fingerprint, unit_ms(CO)
 NOON = 1_800_000_000 // DAY_S * DAY_S + DAY_S // 2
 OUTCOMES: tuple[Outcome, ...] = ("ok", "ok", "ok", "ok", "client_cancelled", "engine_error", "stalled")
 
@@ -37,7 +38,7 @@ class Pod:
     def start(self) -> None:
         self.store, self.ledger = UsageStore(self.folder, 35, 64 << 20), Ledger(CO)
         tracing = Tracing("", "0")
-        self.fan_out = FanOut(Metrics(), tracing, self.store, self.ledger.labels, lambda work: (), CO)
+        self.fan_out = FanOut(Metrics(), tracing, self.store, self.ledger.labels, lambda work: (), *PRICED)
         self.second()
 
     def second(self) -> None:

@@ -16,7 +16,7 @@ import pytest
 
 from sidecar.__main__ import run
 from sidecar.report.usage_query import all_rows, read
-from sidecar.report.usage_rows import DAY_S, HOUR_S, PendingUsage, Rate, UsageKey, UsageSums, idle_key, taken_from_idle
+from sidecar.report.usage_rows import DAY_S, HOUR_S, PendingUsage, Rate, UsageKey, UsageSums, idle_key
 from sidecar.report.usage_store import USAGE_FILE, UsageStore
 from sidecar.tools.usage_export import ExportSettings, export_range
 
@@ -42,8 +42,7 @@ def fill(folder: Path, hours: int = 3, seed: int = 1) -> Path:
         key = UsageKey(minute, 60, tenant, "llama", "ok", "told", RATE)
         sums = UsageSums(1, 1.5, 0.1 * seed + 60.0, 1000, 400, 50, dollars=(0.1 * seed + 60.0) / 3600 * 2.5)
         whole = UsageSums(gpu_seconds=480.0, dollars=480.0 / 3600 * 2.5)
-        for part in (PendingUsage({key: sums}), taken_from_idle(key, sums)):
-            batch.add(part)
+        batch.count(str(minute), key, sums)
         batch.add(PendingUsage({idle_key(minute, RATE): whole}))
     folder.mkdir(exist_ok=True)
     store = UsageStore(folder, 35, 64 << 20)
