@@ -87,7 +87,8 @@ class AdmissionHold:
 class Settlement:
     """One settled request; `mu` is its actual cost. `tenant` and `model` are labels.
 
-    `relabelled`: another name lost its label to one of them, and is part of `other` from now on.
+    `told`: by the engine; otherwise its tokens are estimated, and counted as they passed. `relabelled`: another name
+    lost its label to one of them, and is part of `other` from now on.
     """
 
     admitted: Admitted
@@ -99,12 +100,8 @@ class Settlement:
     delivered: int
     slowed: bool = False  # its client blocked it after the first token
     pace: float | None = None  # seconds per output token, as the relay saw them come
+    told: bool = False
     relabelled: bool = False
-
-    @property
-    def told(self) -> bool:
-        """Whether the engine told the tokens; otherwise they are estimated, and counted as they passed."""
-        return self.settled.usage is not None
 
 
 @dataclass(slots=True)
@@ -275,8 +272,19 @@ class Ledger:
         totals.requests += 1
         totals.tokens += delivered
         work = work or RequestSize(0)
+        told = event.usage is not None
         return Settlement(
-            hold.admitted, event, tenant, model, work, mu, delivered, hold.slowed, pace, relabelled=relabelled
+            hold.admitted,
+            event,
+            tenant,
+            model,
+            work,
+            mu,
+            delivered,
+            hold.slowed,
+            pace,
+            told=told,
+            relabelled=relabelled,
         )
 
     def _accept(self, admitted: Admitted, mu: float, at: float) -> bool:

@@ -153,7 +153,7 @@ def test_only_what_the_engine_accepts_names_its_client(
     ledger.apply(0, admitted("a"))
     if first is not None:
         ledger.apply(0, FirstToken("a", first))
-    done = ledger.apply(0, replace(settled("a", 2.0, outcome, first=first), status=status))
+    done = ledger.apply(0, structs.replace(settled("a", 2.0, outcome, first=first), status=status))
     assert done is not None and (done.tenant, done.model) == (("acme", "m") if named else ("other", "other"))
 
 
