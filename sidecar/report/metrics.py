@@ -28,7 +28,7 @@ from sidecar.health.reasons import REASON_TEXTS
 from sidecar.labels import BoundedLabels
 from sidecar.load.client_labels import fold
 from sidecar.readings import SLOWDOWNS, Failed, GpuSample, ProcessSample, Reading, Value
-from sidecar.report.usage_rows import Eviction, UsageKey, UsageSums, tokens_by_kind
+from sidecar.report.usage_rows import EVICTION_REASONS, Eviction, UsageKey, UsageSums, tokens_by_kind
 from sidecar.snapshot import RelayUse, Snapshot
 
 Labels = tuple[str, ...]
@@ -139,6 +139,10 @@ class Metrics(Collector):
         self._histograms: dict[str, dict[Labels, _Histogram]] = {
             m.name: {} if m.labels else {(): _Histogram(m)} for m in METRICS if m.buckets
         }
+        for why in EVICTION_REASONS:  # from 0 on: a rate misses the rise of a series that begins at 1
+            self._count("sidecar_usage_evicted_mu_total", (why,), 0.0)
+            for billable in ("yes", "no"):
+                self._count("sidecar_usage_evicted_rows_total", (why, billable), 0.0)
         self._snapshot: Snapshot | None = None
         self.registry = CollectorRegistry(auto_describe=False)
         self.registry.register(self)

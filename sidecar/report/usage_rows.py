@@ -17,6 +17,10 @@ IDLE: Final = "idle"  # the outcome of GPU time that no request used
 NOBODY: Final = ""  # the tenant and model of it: no label of a client is empty
 
 
+# Older than --usage-days, over --usage-bytes, not written for too long.
+EVICTION_REASONS: Final = ("age", "size", "memory")
+
+
 class Rate(NamedTuple):
     """What a row was priced by: the coefficients' fingerprint, the engine's GPUs, and the price of an hour of one."""
 
@@ -110,7 +114,7 @@ class PendingUsage:
 
 @dataclass(frozen=True, slots=True)
 class Eviction:
-    """Rows that were dropped: `why` is "age", "size" or "memory"; `first` and `last` are the starts of their spans."""
+    """Rows that were dropped, for one of EVICTION_REASONS; `first` and `last` are the starts of their spans."""
 
     why: str
     rows: int

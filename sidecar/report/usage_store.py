@@ -59,7 +59,10 @@ LATE_S: Final = HOUR_S
 MAX_GAP_S: Final = HOUR_S  # between two processes of the sidecar, in which the GPUs were this pod's
 MINUTES_KEPT_S: Final = 8 * DAY_S  # a week and a day: `--since 7d` is exact to the minute
 # (age from which rows are summed up, to spans of), one after the other while the file is too large.
-COARSER: Final = ((DAY_S, QUARTER_S), (DAY_S, HOUR_S), (HOUR_S, QUARTER_S), (HOUR_S, HOUR_S))
+COARSER: Final = (
+    *((DAY_S, QUARTER_S), (DAY_S, HOUR_S), (HOUR_S, QUARTER_S), (HOUR_S, HOUR_S)),
+    (MINUTES_KEPT_S, DAY_S),
+)
 COSTS_NOTHING: Final = "mu = 0 AND gpu_seconds = 0"
 
 _log = logging.getLogger(__name__)

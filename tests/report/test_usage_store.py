@@ -199,6 +199,20 @@ def test_a_batch_whose_tidying_fails_is_counted_once(tmp_path: Path, caplog: pyt
     assert total(tmp_path).requests == 2
 
 
+def test_old_bills_become_days_before_any_is_dropped(tmp_path: Path) -> None:
+    """Where hours are too many, those of more than eight days ago become days."""
+    kept = fresh(tmp_path)
+    for hour in range(30 * 24):
+        for tenant in ("a", "b"):
+            put(kept, NOW + HOUR_S * hour, tenant)
+    kept.write(kept.take(), NOW)
+    evicted = fresh(tmp_path, most=100_000).write(PendingUsage(), NOW + 30 * DAY_S)
+    assert not evicted and total(tmp_path).requests == 2 * 30 * 24
+    assert count(tmp_path, f"span = {DAY_S}") >= 2 * 21 and count(tmp_path, f"span <= {HOUR_S}") >= 2 * 7 * 24
+    days = read(tmp_path / USAGE_FILE, NOW - DAY_S, NOW + 30 * DAY_S, ("day",))
+    assert sum(sums.requests for _, sums in days) == 2 * 30 * 24
+
+
 def test_what_waits_for_a_full_disk_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of three days of unwritten settlements, few rows and the last ids are kept, and the newest sums add up."""
     monkeypatch.setattr(usage_store, "MAX_PENDING_ROWS", 100)
