@@ -48,7 +48,7 @@ from sidecar.report.merged_page import merge_pages
 from sidecar.report.metrics import Metrics
 from sidecar.report.prometheus import MetricsPages
 from sidecar.report.tracing import Tracing
-from sidecar.report.usage_rows import Eviction, rate_of
+from sidecar.report.usage_rows import Eviction
 from sidecar.report.usage_store import UsageStore
 from sidecar.runtime.limited_log import LimitedLog
 from sidecar.settings import Settings
@@ -252,7 +252,7 @@ class ControlLoop:
     def _count_gpu_time(self, now: float, wall: float) -> None:
         """The GPU time that passes is part of the bill, whoever uses it."""
         if self._usage is not None:
-            self._usage.elapse(now, wall, rate_of(self.control.gpu_price, self._fan_out.fingerprint))
+            self._usage.elapse(now, wall, self.control.gpu_price, self._fan_out.fingerprint)
 
     # --- background tasks ---
 

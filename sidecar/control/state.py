@@ -18,7 +18,7 @@ from sidecar.labels import DEFAULT_TENANT
 from sidecar.load import coefficient_monitor, cost_model, summary
 from sidecar.load.client_labels import ClientLabels
 from sidecar.load.coefficient_monitor import CoefficientMonitor
-from sidecar.load.gpu_price import GpuCount, GpuPrice, count_gpus
+from sidecar.load.gpu_price import GpuCount, GpuPrice, count_gpus, mean_watts
 from sidecar.load.ledger import Ledger, Settlement
 from sidecar.readings import EngineSample, Reading, Value
 from sidecar.settings import Settings
@@ -36,6 +36,7 @@ class ControlState:
         self._settings = settings
         self._co = co
         self.gpu_count = GpuCount()
+        self._watts: float | None = None  # of a GPU
         self.ledger = Ledger(co, ClientLabels(settings.max_tenants))
         self.name_tenants(())
         self._models: tuple[str, ...] = ()
@@ -83,7 +84,7 @@ class ControlState:
     @property
     def gpu_price(self) -> GpuPrice:
         """What the engine's time costs, as far as it is known now."""
-        return GpuPrice(self.gpu_count.gpus, self._settings.dollars_per_gpu_hour)
+        return GpuPrice(self.gpu_count.gpus, self._settings.dollars_per_gpu_hour, self._watts)
 
     @property
     def is_gpu_count_assumed(self) -> bool:
@@ -117,6 +118,7 @@ class ControlState:
         settings = self._settings
         found = count_gpus(settings.gpus, settings.gpu, readings.identity, ranks, readings.gpus)
         self.gpu_count = found if found.source else self.gpu_count
+        self._watts = mean_watts(readings.gpus)
 
     def _smooth_queue(self, reading: Reading[EngineSample]) -> None:
         if isinstance(reading, Value) and reading.at > self._queue_read_at:

@@ -15,10 +15,14 @@ MS_PER_SECOND, SECONDS_PER_HOUR = 1000, 3600
 
 @dataclass(frozen=True, slots=True)
 class GpuPrice:
-    """The GPUs of one engine, and the price of an hour of each; 0: unknown. A MIG slice counts as a GPU."""
+    """The GPUs of one engine, the price of an hour of each (0: unknown), and the power that each draws now.
+
+    A MIG slice counts as a GPU; NVML knows no power of it.
+    """
 
     gpus: int = 1
     dollars_per_gpu_hour: float = 0.0
+    watts: float | None = None
 
     def gpu_seconds(self, engine_ms: float) -> float:
         """GPU seconds of some milliseconds of the engine."""
@@ -27,6 +31,9 @@ class GpuPrice:
     def dollars(self, gpu_seconds: float) -> float:
         return gpu_seconds / SECONDS_PER_HOUR * self.dollars_per_gpu_hour
 
+    def joules(self, gpu_seconds: float) -> float | None:
+        return None if self.watts is None else gpu_seconds * self.watts
+
 
 @dataclass(frozen=True, slots=True)
 class GpuCount:
@@ -34,6 +41,12 @@ class GpuCount:
 
     gpus: int = 1
     source: str = ""
+
+
+def mean_watts(seen: Reading[tuple[GpuSample, ...]]) -> float | None:
+    """The mean power of a GPU in the last second; None where NVML has none."""
+    powers = [gpu.power.value for gpu in seen.value if isinstance(gpu.power, Value)] if isinstance(seen, Value) else []
+    return sum(powers) / len(powers) if powers else None
 
 
 def count_gpus(

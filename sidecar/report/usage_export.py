@@ -58,7 +58,8 @@ def parse(raw: Any) -> tuple[str, str, UsageKey, UsageSums]:
     start = datetime.fromisoformat(raw["start"])
     tenant, model, outcome, source = (str(raw[name]) for name in ("tenant", "model", "outcome", "source"))
     rate = Rate(str(raw["fingerprint"]), int(raw["gpus"]), float(raw["dollars_per_gpu_hour"]))
-    numbers = {name: type(default)(raw[name]) for name, default in asdict(UsageSums()).items()}
+    defaults = asdict(UsageSums(joules=0.0)).items()
+    numbers: dict[str, Any] = {k: None if raw[k] is None else type(default)(raw[k]) for k, default in defaults}
     key = UsageKey(int(start.timestamp()), HOUR_S, tenant, model, outcome, source, rate)
     return str(raw["id"]), str(raw["origin"]), key, UsageSums(**numbers)
 
@@ -124,6 +125,7 @@ def focus(row: ExportRow, by: Exporter) -> ExportRow:
         "x_ImageTokens": row["image_tokens"],
         "x_AudioTokens": row["audio_tokens"],
         "x_VideoTokens": row["video_tokens"],
+        "x_Joules": row["joules"],
     }
 
 

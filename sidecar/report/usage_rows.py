@@ -45,7 +45,7 @@ class UsageKey(NamedTuple):
 class UsageSums:
     """Sums of usage. `gpu_seconds` is by the cost model; `seconds` is the time from admission to settlement.
 
-    `input_tokens` includes those that were cached and those of media.
+    `input_tokens` includes those that were cached and those of media. `joules` is None where no GPU's power is known.
     """
 
     requests: int = 0
@@ -60,10 +60,12 @@ class UsageSums:
     audio_tokens: int = 0
     video_tokens: int = 0
     dollars: float = 0.0
+    joules: float | None = None
 
     def add(self, other: UsageSums) -> None:
-        for name in NAMES:
+        for name in COUNTED:
             setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.joules = add_known(self.joules, other.joules)
 
     @property
     def is_billable(self) -> bool:
@@ -71,6 +73,12 @@ class UsageSums:
 
 
 NAMES: Final = tuple(f.name for f in fields(UsageSums))
+COUNTED: Final = NAMES[:-1]  # all but the last, which can be unknown
+
+
+def add_known(a: float | None, b: float | None) -> float | None:
+    """The sum of those that are known."""
+    return b if a is None else a if b is None else a + b
 
 
 @dataclass(slots=True)
@@ -98,6 +106,7 @@ class PendingUsage:
             idle = self._row(idle_key(key.at, key.rate))
             idle.gpu_seconds -= sums.gpu_seconds
             idle.dollars -= sums.dollars
+            idle.joules = add_known(idle.joules, None if sums.joules is None else -sums.joules)
 
     def _row(self, key: UsageKey) -> UsageSums:
         row = self.sums.get(key)
@@ -177,6 +186,7 @@ def sums_of(settlement: Settlement, price: GpuPrice, unit_ms: float) -> UsageSum
         audio_tokens=media[1],
         video_tokens=media[2],
         dollars=price.dollars(gpu_seconds),
+        joules=price.joules(gpu_seconds),
     )
 
 
@@ -196,15 +206,17 @@ def idle_key(minute: int, rate: Rate) -> UsageKey:
     return UsageKey(minute, MINUTE_S, NOBODY, NOBODY, IDLE, ESTIMATED, rate)
 
 
-def idle_time(until: float, seconds: float, rate: Rate) -> PendingUsage:
+def idle_time(until: float, seconds: float, price: GpuPrice, fingerprint: str) -> PendingUsage:
     """The `seconds` before `until` (seconds since 1970) as idle time of all GPUs, by minute."""
+    rate = rate_of(price, fingerprint)
     rows, start = {}, until - seconds
     while start < until:
         minute = int(start) // MINUTE_S * MINUTE_S
         end = min(until, minute + MINUTE_S)
-        gpu_seconds = (end - start) * rate.gpus
-        dollars = gpu_seconds / HOUR_S * rate.dollars_per_gpu_hour
-        rows[idle_key(minute, rate)] = UsageSums(gpu_seconds=gpu_seconds, dollars=dollars)
+        gpu_seconds = (end - start) * price.gpus
+        rows[idle_key(minute, rate)] = UsageSums(
+            gpu_seconds=gpu_seconds, dollars=price.dollars(gpu_seconds), joules=price.joules(gpu_seconds)
+        )
         start = end
     return PendingUsage(rows, until=until)
 
@@ -238,7 +250,9 @@ def cut(sums: UsageSums, at: int, span: int, start: int, end: int) -> UsageSums:
     """The part of a row in [start, end), as if its work had been even; counts of adjacent parts add up to the row's."""
     low, high = max(start, at) - at, min(end, at + span) - at
 
-    def part(total: float) -> float:
+    def part(total: float | None) -> float | None:
+        if total is None:
+            return None
         if isinstance(total, int):
             return total * high // span - total * low // span
         return total * (high - low) / span

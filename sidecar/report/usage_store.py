@@ -31,7 +31,9 @@ from dataclasses import astuple
 from pathlib import Path
 from typing import Final
 
+from sidecar.load.gpu_price import GpuPrice
 from sidecar.report.usage_rows import (
+    COUNTED,
     DAY_S,
     HOUR_S,
     MINUTE_S,
@@ -68,7 +70,6 @@ COSTS_NOTHING: Final = "mu = 0 AND gpu_seconds = 0"
 _log = logging.getLogger(__name__)
 
 _COLUMNS = ", ".join(NAMES)
-_SUMMED = ", ".join(f"sum({name})" for name in NAMES)
 _KEY = "at, span, tenant, model, outcome, source, rate"
 _SCHEMA = (
     f"""CREATE TABLE IF NOT EXISTS usage (
@@ -80,7 +81,8 @@ _SCHEMA = (
     "CREATE TABLE IF NOT EXISTS counted (until REAL NOT NULL)",
     "CREATE TABLE IF NOT EXISTS seen (id TEXT PRIMARY KEY, at INTEGER NOT NULL) WITHOUT ROWID",
 )
-_ADDED = ", ".join(f"{name} = {name} + excluded.{name}" for name in NAMES)
+_ADDED = ", ".join(f"{name} = {name} + excluded.{name}" for name in COUNTED)
+_ADDED += ", joules = coalesce(joules + excluded.joules, joules, excluded.joules)"
 _ON_CONFLICT = f"ON CONFLICT ({_KEY}) DO UPDATE SET {_ADDED}"
 _UPSERT = f"INSERT INTO usage ({_KEY}, {_COLUMNS}) VALUES ({', '.join('?' * (7 + len(NAMES)))}) {_ON_CONFLICT}"
 _RATE_ID = "SELECT id FROM rate WHERE (fingerprint, gpus, dollars_per_gpu_hour) = (?, ?, ?)"
@@ -93,7 +95,7 @@ SELECT at, CASE WHEN at % {HOUR_S} = 0 AND at < coalesce(
         (SELECT min(at) / {HOUR_S} * {HOUR_S} FROM usage WHERE at % {HOUR_S} != 0), at + 1)
     THEN {HOUR_S} ELSE {MINUTE_S} END AS span,
     tenant, model, outcome, '{UNKNOWN}' AS source,
-    {", ".join(name if name in _V1_COLUMNS else f"0 AS {name}" for name in NAMES)} FROM usage"""
+    {", ".join(name if name in _V1_COLUMNS else f"0 AS {name}" for name in COUNTED)}, NULL AS joules FROM usage"""
 
 
 class UsageStore:
@@ -111,7 +113,7 @@ class UsageStore:
         if id not in self._seen:
             self._pending.count(id, key, sums)
 
-    def elapse(self, now: float, wall: float, rate: Rate) -> None:
+    def elapse(self, now: float, wall: float, price: GpuPrice, fingerprint: str) -> None:
         """Count the GPU time until now (monotonic seconds, and seconds since 1970)."""
         if self._elapsed_at is None:  # the process before has counted until then
             gap = wall - self._until
@@ -119,7 +121,7 @@ class UsageStore:
         else:
             seconds = now - self._elapsed_at
         self._elapsed_at = now
-        self._pending.add(idle_time(wall, max(0.0, seconds), rate))
+        self._pending.add(idle_time(wall, max(0.0, seconds), price, fingerprint))
 
     @property
     def is_due(self) -> bool:

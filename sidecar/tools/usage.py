@@ -165,7 +165,7 @@ def summary(rows: Sequence[Row], wasted: float, idle: float = 0.0) -> str:
 def as_table(rows: Sequence[dict[str, Any]], total: str) -> None:
     """Print aligned columns, without those that hold nothing."""
     if rows:
-        used = [name for name in rows[0] if any(row[name] != 0 for row in rows)]
+        used = [name for name in rows[0] if any(row[name] not in (0, None) for row in rows)]
         rows = [{name: row[name] for name in used} for row in rows]
         texts = [list(rows[0]), *([_short(value) for value in row.values()] for row in rows)]
         widths = [max(len(line[i]) for line in texts) for i in range(len(texts[0]))]
@@ -194,6 +194,8 @@ FORMATS: Final = {"table": as_table, "csv": as_csv, "json": as_json}
 def _short(value: Any) -> str:
     if value == NOBODY:
         return "(idle)"
+    if value is None:
+        return ""
     return f"{value:.2f}" if isinstance(value, float) else "".join(c if c.isprintable() else "?" for c in str(value))
 
 

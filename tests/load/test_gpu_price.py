@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from sidecar.load import cost_model
-from sidecar.load.gpu_price import GpuCount, GpuPrice, count_gpus
+from sidecar.load.gpu_price import GpuCount, GpuPrice, count_gpus, mean_watts
 from sidecar.readings import Absent, EngineIdentity, Failed, GpuSample, Reading, Value
 
 from ..report.snapshots import GPU
@@ -44,3 +44,10 @@ def test_who_says_how_many(
 ) -> None:
     """An operator, else the engine, else what can be seen: GPUs, and ranks where no GPU can be."""
     assert count_gpus(chosen, named, EngineIdentity(gpu_count=stated), ranks, seen) == found
+
+
+def test_the_power_of_a_gpu_is_the_mean() -> None:
+    """Of those that say it; a slice has none, and no GPU is no power of 0."""
+    low, sliced = replace(GPU, power=Value(100.0, 1.0)), replace(GPU, power=Absent("MIG"))
+    assert mean_watts(Value((GPU, low, sliced), 1.0)) == (640.5 + 100.0) / 2
+    assert mean_watts(Value((sliced,), 1.0)) is None and mean_watts(NONE) is None

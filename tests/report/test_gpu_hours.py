@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from sidecar.report.fan_out import FanOut
 from sidecar.report.metrics import Metrics
 from sidecar.report.tracing import Tracing
 from sidecar.report.usage_query import read
-from sidecar.report.usage_rows import DAY_S, HOUR_S, IDLE, NOBODY, UsageSums, rate_of
+from sidecar.report.usage_rows import DAY_S, HOUR_S, IDLE, NOBODY, UsageSums
 from sidecar.report.usage_store import LATE_S, MAX_GAP_S, USAGE_FILE, UsageStore
 
 CO, PRICE = Coefficients(), GpuPrice(8, 2.5)
@@ -28,7 +29,7 @@ class Pod:
     """One pod's control process, its usage records, and a simulated clock: monotonic `now` and `wall` time."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.now, self.count = folder, 1000.0, 0
+        self.folder, self.now, self.count, self.price = folder, 1000.0, 0, PRICE
         self.start()
 
     @property
@@ -43,12 +44,12 @@ class Pod:
 
     def second(self) -> None:
         """What the control loop does each second."""
-        self.store.elapse(self.now, self.wall, rate_of(PRICE, CO.fingerprint))
+        self.store.elapse(self.now, self.wall, self.price, CO.fingerprint)
         if self.store.is_due:
             self.store.write(self.store.take(), self.wall)
 
     def end(self) -> None:
-        self.store.elapse(self.now, self.wall, rate_of(PRICE, CO.fingerprint))
+        self.store.elapse(self.now, self.wall, self.price, CO.fingerprint)
         self.store.write(self.store.take(), self.wall)
 
     def request(self, outcome: Outcome, size: RequestSize, tenant: str) -> None:
@@ -58,7 +59,7 @@ class Pod:
         done = Settled(id, self.now + 3, outcome, 200, None, size.output, 900, self.now + 1, self.now, 0.0)
         settlement = self.ledger.apply(0, done)
         assert settlement is not None
-        self.fan_out.on_settlement(settlement, PRICE, self.wall)
+        self.fan_out.on_settlement(settlement, self.price, self.wall)
 
     def sums(self, by: tuple[str, ...], since: float = 0.0, until: float = 2e9) -> dict[tuple[str, ...], UsageSums]:
         return dict(read(self.folder / USAGE_FILE, since, until, by))
@@ -105,6 +106,26 @@ def test_a_request_takes_its_time_from_idle_time(tmp_path: Path) -> None:
     assert sums[NOBODY, IDLE].requests == 0 and sums[NOBODY, IDLE].mu == 0
 
 
+def test_joules_are_those_of_all_gpus(tmp_path: Path) -> None:
+    """Requests and idle time share what was drawn; where no power is known there are no joules, not 0."""
+    pod = Pod(tmp_path)
+    pod.now += 30.0
+    pod.end()
+    assert pod.sums(())["all",].joules is None
+    drawn = 0.0
+    for watts in (700.0, 120.0, 650.0):
+        pod.price = replace(PRICE, watts=watts)
+        pod.now += 30.0
+        drawn += 30.0 * 8 * watts
+        pod.request("ok", RequestSize(9000, output=300), "a")
+        pod.second()
+    pod.end()
+    sums = {outcome: s.joules for (outcome,), s in pod.sums(("outcome",)).items()}
+    assert sums["ok"] and sums[IDLE] and sums["ok"] + sums[IDLE] == pytest.approx(drawn)
+    used = pod.sums(("outcome",))["ok",].gpu_seconds
+    assert sums["ok"] == pytest.approx(used * (700 + 120 + 650) / 3)
+
+
 def test_time_between_two_processes_is_the_pods(tmp_path: Path) -> None:
     """A restart that takes minutes is counted; a file that was left for longer than an hour is not of this pod."""
     pod = Pod(tmp_path)
@@ -121,10 +142,10 @@ def test_a_clock_that_jumps_counts_no_time(tmp_path: Path) -> None:
     """Time is what passed, not what a clock was set to; a start before the last end counts none."""
     store = UsageStore(tmp_path, 35, 64 << 20)
     for now, wall in ((10.0, NOON), (20.0, NOON + 5000.0), (30.0, NOON - 100.0)):
-        store.elapse(now, wall, rate_of(PRICE, "f"))
+        store.elapse(now, wall, PRICE, "f")
     store.write(store.take(), NOON)
     again = UsageStore(tmp_path, 35, 64 << 20)
-    again.elapse(5.0, NOON - 3000.0, rate_of(PRICE, "f"))
+    again.elapse(5.0, NOON - 3000.0, PRICE, "f")
     again.write(again.take(), NOON)
     assert read(tmp_path / USAGE_FILE, 0, 2e9, ())[0][1].gpu_seconds == pytest.approx(8 * 20)
 
