@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 import sqlite3
 import time
@@ -14,6 +15,8 @@ from sidecar.report.usage_query import read
 from sidecar.report.usage_rows import PendingUsage, Rate, UsageKey, UsageSums
 from sidecar.report.usage_store import USAGE_FILE, UsageStore
 from sidecar.tools.scripted_engine.server import ScriptedEngine
+
+from ..waiting import PATIENCE
 
 
 def recorded(state: Path) -> int:
@@ -81,5 +84,9 @@ async def test_no_bill_is_dropped_silently(engine: ScriptedEngine, start: Any, t
     await sidecar.until_verdict("idle")
     async with sidecar.chat(tokens=3) as answer:
         await answer.read()
-    await sidecar.until_metrics('sidecar_usage_evicted_rows_total{billable="yes",why="size"}')
-    assert any("usage records dropped, over --usage-bytes" in line for line in sidecar.log)
+    async with asyncio.timeout(PATIENCE):
+        while not any("usage records dropped, over --usage-bytes" in line for line in sidecar.log):  # noqa: ASYNC110  a log has no event
+            await asyncio.sleep(0.1)
+    page = await sidecar.until_metrics('sidecar_usage_evicted_rows_total{billable="yes",why="size"}')
+    [lost] = re.findall(r'sidecar_usage_evicted_mu_total\{why="size"\} (\S+)', page)
+    assert float(lost) > 0
