@@ -2,23 +2,26 @@
 #   --build-arg EXTRAS=diagnose      without torch: no image preparation, a much smaller image; EXTRAS= also omits py-spy
 #   --build-arg PILLOW=pillow-simd   see docs/images.md, "Pillow-SIMD"
 #   --build-arg PYTHON=3.13
+#   --build-arg COMPILE=             interpreted by Python: built in a third of the time, each request costs half as much again
 ARG PYTHON=3.11
 
 FROM python:${PYTHON}-slim-bookworm AS build
 ARG EXTRAS=images,diagnose,orca,tokenizer
 ARG PILLOW=pillow
+ARG COMPILE=1
 # The compiler builds the kernel and, if selected, Pillow-SIMD; it stays in this stage.
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install -y --no-install-recommends g++ libc6-dev libjpeg62-turbo-dev zlib1g-dev libwebp-dev libtiff-dev \
     && rm -rf /var/lib/apt/lists/*
 WORKDIR /src
-COPY constraints.txt pyproject.toml README.md ./
+COPY constraints.txt pyproject.toml setup.py README.md ./
 RUN python -m venv /opt/sidecar && /opt/sidecar/bin/pip install --no-cache-dir -c constraints.txt uv
 ENV VIRTUAL_ENV=/opt/sidecar UV_LINK_MODE=copy UV_NO_CACHE=1 PATH=/opt/sidecar/bin:$PATH
 COPY kernels kernels
 COPY sidecar sidecar
-RUN uv pip install --compile-bytecode -c constraints.txt ".${EXTRAS:+[$EXTRAS]}"
+# COMPILE: the path of each request as machine code (docs/decisions/0036-compiled-hot-path.md)
+RUN COMPILE=$COMPILE uv pip install --compile-bytecode -c constraints.txt ".${EXTRAS:+[$EXTRAS]}"
 # Pillow-SIMD is a drop-in for Pillow under another name, so it replaces Pillow once everything else is installed.
 RUN if [ "$PILLOW" != pillow ]; then \
       uv pip uninstall pillow && CC="gcc -mavx2" uv pip install --compile-bytecode --no-binary "$PILLOW" "$PILLOW"; \

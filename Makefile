@@ -1,4 +1,4 @@
-# make run | test | test-slow | check | matrix | test-vllm | test-clients | sanitize | soak | fuzz | bench | docs | clean
+# make run | test | test-slow | check | matrix | test-vllm | test-clients | compiled | test-compiled | sanitize | soak | fuzz | bench | docs | clean
 #
 # Needs GNU make, Python 3.11-3.13 with pip and venv, and C and C++ compilers for the kernel and a test. Everything else
 # is installed into .venv, pinned by constraints.txt, again only when pyproject.toml or constraints.txt changes.
@@ -15,7 +15,7 @@ PINS := pyproject.toml constraints.txt
 # Without bytecode on disk, every start of a test or a worker would compile torch's thousands of modules again.
 INSTALL := env -u PYTHONDONTWRITEBYTECODE $(BIN)/uv pip install --quiet --python $(BIN)/python --compile-bytecode -c constraints.txt
 
-.PHONY: help run test test-slow check matrix test-vllm test-clients sanitize soak fuzz bench docs constraints clean
+.PHONY: help run test test-slow check matrix test-vllm test-clients compiled test-compiled sanitize soak fuzz bench docs constraints clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
@@ -45,6 +45,17 @@ test-vllm: .venv/.installed-test ## Tests against a real vLLM on the CPU; instal
 test-clients: .venv/.installed-test ## The openai, anthropic, litellm and langchain clients through the relay; installs them first
 	$(BIN)/python tests/e2e/clients/environment.py
 	$(BIN)/pytest tests/e2e/test_clients.py -m clients $(ARGS)
+
+compiled: .venv/.installed-test ## The sidecar with its hot path compiled, as in the image, in build/compiled
+	@if [ ! -e build/compiled/.made ] || [ -n "$$(find setup.py pyproject.toml sidecar kernels -newer build/compiled/.made -name '*.[pch]*' -print -quit)" ]; then
+		rm -rf build/compiled
+		COMPILE=1 $(BIN)/uv pip install --quiet --python $(BIN)/python --target build/compiled --no-deps .
+		touch build/compiled/.made
+	fi
+
+test-compiled: compiled ## Every test that sees the relay only from outside, against build/compiled
+	PYTHONSAFEPATH=1 PYTHONPATH=build/compiled:. $(BIN)/pytest -p no:cacheprovider tests/relay/conformance tests/relay/http tests/e2e \
+		-m "not vllm and not clients and not matrix and not slow" $(ARGS)
 
 sanitize: ## The compiled module under AddressSanitizer and UBSan over random images and bodies; ARGS="SECONDS SEED"
 	mkdir -p build

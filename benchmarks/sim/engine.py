@@ -14,6 +14,8 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
+from msgspec import structs
+
 from sidecar.events import Delivered, Event, FirstToken, RequestSize
 from sidecar.load import cost_model
 from sidecar.tools.scripted_engine.behaviour import Behaviour
@@ -345,6 +347,6 @@ class Engine:
             seq.first_at = seq.ended_at = now
         self._late.clear()
         if self._held:
-            out.extend(replace(f, at=now) for f in self._held)  # they reach the relay now
+            out.extend(structs.replace(f, at=now) for f in self._held)  # they reach the relay now
             self._held.clear()
             self.chunk_at = now

@@ -16,6 +16,7 @@ import aiohttp
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec import structs
 
 from sidecar.__main__ import run
 from sidecar.errors import UsageError
@@ -135,7 +136,7 @@ def test_images_are_predicted_whether_or_not_their_cost_grows_with_the_square(q:
     shapes = plan_shapes(2048, cached=True, tokens=TOKENS)
     rows = [(s, Measured(work(s), cost_model.gpu_ms(work(s), true) * rng.lognormvariate(0, 0.05))) for s in shapes]
     photos, fitted = [m for s, m in rows if s.held_out and s.images], [m for s, m in rows if not s.held_out]
-    flat = fit.fit([replace(m, work=replace(m.work, image_squares=0)) for m in fitted])
+    flat = fit.fit([replace(m, work=structs.replace(m.work, image_squares=0)) for m in fitted])
     ours, linear = (fit.accuracy(photos, co).mape for co in (fit.fit(fitted), replace(flat, q=0.0)))
     assert ours < 0.1 and (linear > 2 * ours) is (q > 0)
 
