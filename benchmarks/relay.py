@@ -4,16 +4,18 @@
 
 Engine and client are compiled (routes/load.cpp) and share one core; each rival has the other one, with all its
 processes, and all of them are counted: user and system time by the clock of each process. The sidecar runs as
-`sidecar run` with its defaults, so that everything is admitted, priced and booked. "Added" is the time of a request
-less that of the same round's direct one. A paced stream has a chunk each 50 ms; its delay is from the engine's write to
-the client's read. The forwarder moves bytes between two sockets and is the least that any relay can cost here. Figures
-are medians over the rounds. Answers are compared with the engine's own before anything is timed. The engine's metrics
-page is short; scrape.py has the cost of long ones.
+`sidecar run` with its defaults, so that everything is admitted, priced and booked; interpreted, and compiled as in the
+image (`make compiled`). "Added" is the time of a request less that of the same round's direct one. A paced stream has a
+chunk each 50 ms; its delay is from the engine's write to the client's read. The forwarder moves bytes between two
+sockets and is the least that any relay can cost here. Figures are medians over the rounds. Answers are compared with
+the engine's own before anything is timed. The engine's metrics page is short; scrape.py has the cost of long ones.
+`--write` keeps the tables and a plot.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import os
 import re
@@ -29,11 +31,12 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from routes import ends, processes
+from routes import ends, plot, processes
 from routes.ends import Figures, Load
+from routes.plot import Bar
 from routes.processes import cpu_seconds
-from routes.report import heading, publish, table
-from routes.rivals import DIRECT, RIVALS, SIDECAR, Absent, Rival, Route, serving
+from routes.report import RESULTS, heading, publish, table
+from routes.rivals import COMPILED, DIRECT, INTERPRETED, RIVALS, SIDECARS, Absent, Rival, Route, serving
 
 PACE_MS = 50.0
 ENDLESS, SHORT = 1_000_000, 200  # chunks of a stream
@@ -221,8 +224,10 @@ def unpaced_row(windows: Windows, rival: Rival, plan: Plan) -> list[str]:
 def process_rows(windows: Windows, names: dict[int, str], plan: Plan) -> list[list[str]]:
     """Which of the sidecar's processes uses what: share of a core under each load, and per request or chunk."""
     rows = []
-    for load in (plan.counted(), *plan.paced()):
-        several = windows[SIDECAR, load]
+    counted = plan.counted()
+    sidecar = COMPILED if windows.get((COMPILED, counted)) else INTERPRETED
+    for load in (counted, *plan.paced()):
+        several = windows[sidecar, load]
         for name in sorted({names.get(pid, "other") for w in several for pid in w.cpu}):
             used = [sum(s for pid, s in w.cpu.items() if names.get(pid, "other") == name) for w in several]
             share = statistics.median(u / w.figures.seconds for u, w in zip(used, several, strict=True))
@@ -253,6 +258,23 @@ def tables(windows: Windows, names: dict[int, str], plan: Plan) -> list[str]:
         head = ["load", "process", "share of a core", "µs per request or chunk"]
         lines += ["", "## The sidecar's processes", *table(head, process_rows(windows, names, plan))]
     return lines
+
+
+def panels(windows: Windows, plan: Plan) -> list[tuple[str, list[Bar]]]:
+    """The bars of a plot: CPU per request, then per paced chunk for each number of streams."""
+    rivals = [rival for rival in dict.fromkeys(rival for rival, _ in windows) if rival != DIRECT]
+
+    def bars_of(load: Load) -> list[Bar]:
+        found = []
+        for rival in rivals:
+            several = windows[rival, load]
+            cost = middle(several, lambda w: w.cpu_us / max(1, w.figures.chunks if load.chunks else w.figures.requests))
+            found.append(Bar(rival.title(), cost, f"{cost:.0f} µs", rival in SIDECARS))
+        return found
+
+    counted = plan.counted()
+    shown = [(f"CPU of all processes per one-token request, {describe(counted)}", bars_of(counted))]
+    return shown + [(f"CPU per chunk, {describe(load)}", bars_of(load)) for load in plan.paced()]
 
 
 def errors(windows: Windows) -> list[str]:
@@ -299,6 +321,8 @@ def main() -> None:
     remark = f"other work used {foreign_share(began, busy, own):.0%} of all cores meanwhile."
     lines = [*heading("Relay", remark), *(f"\n{note}" for note in notes + errors(windows))]
     publish([*lines, *tables(windows, names, plan)], "relay" if args.write else "")
+    if args.write:
+        (RESULTS / f"relay-{datetime.date.today()}.svg").write_text(plot.bars(panels(windows, plan)))
 
 
 if __name__ == "__main__":

