@@ -20,7 +20,7 @@ RUN python -m venv /opt/sidecar && /opt/sidecar/bin/pip install --no-cache-dir -
 ENV VIRTUAL_ENV=/opt/sidecar UV_LINK_MODE=copy UV_NO_CACHE=1 PATH=/opt/sidecar/bin:$PATH
 COPY kernels kernels
 COPY sidecar sidecar
-# COMPILE: the path of each request as machine code (docs/decisions/0036-compiled-hot-path.md)
+# COMPILE: the path of each request as machine code (docs/decisions/0040-compiled-hot-path.md)
 RUN COMPILE=$COMPILE uv pip install --compile-bytecode -c constraints.txt ".${EXTRAS:+[$EXTRAS]}"
 # Pillow-SIMD is a drop-in for Pillow under another name, so it replaces Pillow once everything else is installed.
 RUN if [ "$PILLOW" != pillow ]; then \

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shutil
 import subprocess
@@ -75,3 +76,15 @@ def test_the_kernels_of_sidecar_and_hugging_face_coexist() -> None:
     assert done.returncode == 0, done.stderr
     theirs, ours = done.stdout.split()
     assert Path(theirs).is_relative_to(Path(sys.prefix)) and "sidecar" in ours
+
+
+def test_the_modules_that_are_compiled_exist() -> None:
+    """setup.py names modules by their paths; one that moved would fail only where the image is built."""
+    tree = ast.parse((ROOT / "setup.py").read_text())
+    (table,) = [
+        ast.literal_eval(node.value)
+        for node in tree.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "COMPILED"
+    ]
+    paths = [ROOT / folder / f"{name}.py" for folder, names in table.items() for name in names.split()]
+    assert len(paths) > 20 and [path for path in paths if not path.is_file()] == []
