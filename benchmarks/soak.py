@@ -28,7 +28,8 @@ from typing import Any
 import aiohttp
 import psutil
 
-from sidecar.report.usage_store import USAGE_FILE, read
+from sidecar.report.usage_query import read
+from sidecar.report.usage_store import USAGE_FILE
 from sidecar.tools.scripted_engine.server import EngineSettings, ScriptedEngine
 
 COLOURS = ("#1b6ca8", "#c0392b", "#2e8b57", "#8e44ad", "#888888")
