@@ -16,11 +16,15 @@ FILES = sorted(path.relative_to(BENCHMARKS) for path in BENCHMARKS.rglob("*.py")
 @pytest.mark.parametrize("file", FILES, ids=str)
 def test_what_a_benchmark_imports_exists(file: Path) -> None:
     """Each name that it takes from the package is there."""
-    missing = []
-    for node in ast.walk(ast.parse((BENCHMARKS / file).read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "sidecar":
-            module = importlib.import_module(node.module)
-            for name in (alias.name for alias in node.names):
-                if not hasattr(module, name) and importlib.util.find_spec(f"{node.module}.{name}") is None:
-                    missing.append(f"{node.module}.{name}")
+    taken = [
+        (node.module, alias.name)
+        for node in ast.walk(ast.parse((BENCHMARKS / file).read_text()))
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "sidecar"
+        for alias in node.names
+    ]
+    missing = [
+        f"{module}.{name}"
+        for module, name in taken
+        if not hasattr(importlib.import_module(module), name) and importlib.util.find_spec(f"{module}.{name}") is None
+    ]
     assert missing == []
