@@ -52,7 +52,7 @@ class Trace(Record, frozen=True):
 
 LONGEST_ANSWER_TOKENS: Final = 1 << 17  # of an answer without max_tokens: models of today give no longer ones
 # Routes that request no tokens; their answer counts as a stream of one event.
-SHORT_ROUTES: Final = ("embeddings", "rerank", "score", "pooling", "classify")
+SHORT_ROUTES: Final = ("embeddings", "rerank", "score", "pooling", "classify", "decisions")
 TAIL_MULTIPLES: Final = (1, 2, 4, 8)  # of the expected output, for which an estimate gives what still remains
 
 
@@ -67,7 +67,7 @@ class Admitted(Record, tag=True, frozen=True):
     at: float
     tenant: str
     model: str
-    route: str  # "chat", "completions", "embeddings", ...: a value of relay.request_body.ROUTES
+    route: str  # "chat", "completions", "embeddings", ...: a route of load.api_routes
     stream: bool
     expected: RequestSize
     max_output: int | None

@@ -25,7 +25,7 @@ IDLE_ENDS: Final = ("load", "unload")
 class CanaryRow:
     """One canary. `fields` are its body without the model.
 
-    `routes`: the users' routes that it stands for, as relay/request_body.py names them. `works` decides whether the
+    `routes`: the users' routes that it stands for, as load/api_routes.py names them. `works` decides whether the
     JSON of the answer shows work; None: it is a stream of one token, which takes a priority. `is_upload`: a form with a
     sound file, no JSON. `names_model`: the engine wants the model's name. `prompt_tokens` count if the answer does not
     say.
@@ -62,10 +62,15 @@ _CHAT: Final = {"messages": [{"role": "user", "content": PROMPT}]}
 _PAIR: Final = {"query": PROMPT, "documents": [PROMPT]}
 _OPTIONS: Final = {"num_predict": 1, "temperature": 0}
 
-COMPLETIONS: Final = CanaryRow("/v1/completions", ("completions", "generate"), {**_TOKEN, "prompt": PROMPT})
+# Routes of users, by what their engine must be able to do.
+_COMPLETIONS: Final = ("completions", "generate", "llamacpp_completion", "ollama_generate")
+_CHATS: Final = ("chat", "responses", "messages", "ollama_chat", "cohere_chat", "decisions")
+_SOUND: Final = ("transcription", "realtime")
+
+COMPLETIONS: Final = CanaryRow("/v1/completions", _COMPLETIONS, {**_TOKEN, "prompt": PROMPT})
 CHAT: Final = CanaryRow(
     "/v1/chat/completions",
-    ("chat", "responses", "messages"),
+    _CHATS,
     {**_TOKEN, **_CHAT},
     prompt_tokens=16,  # a chat template adds some
 )
@@ -76,12 +81,12 @@ POOLING: Final = CanaryRow("/pooling", ("pooling",), {"input": PROMPT}, _has_row
 CLASSIFY: Final = CanaryRow("/classify", ("classify",), {"input": [PROMPT]}, _has_rows)
 CLASSIFY_V1: Final = CanaryRow("/v1/classify", ("classify",), {"input": [PROMPT]}, _has_rows)
 TRANSCRIPTION: Final = CanaryRow(
-    "/v1/audio/transcriptions", ("audio",), {"response_format": "json", "temperature": "0"}, _has_text, is_upload=True
+    "/v1/audio/transcriptions", _SOUND, {"response_format": "json", "temperature": "0"}, _has_text, is_upload=True
 )
 # vLLM's name for the bound of its answer.
 TRANSCRIPTION_BOUNDED: Final = CanaryRow(
     "/v1/audio/transcriptions",
-    ("audio",),
+    _SOUND,
     {"response_format": "json", "temperature": "0", "max_completion_tokens": "1"},
     _has_text,
     is_upload=True,
@@ -101,7 +106,7 @@ TEI_SPARSE: Final = CanaryRow("/embed_sparse", ("embeddings",), {"inputs": PROMP
 
 OLLAMA_GENERATE: Final = CanaryRow(
     "/api/generate",
-    ("completions", "generate", "chat", "responses", "messages"),
+    (*_COMPLETIONS, *_CHATS),
     {"prompt": PROMPT, "raw": True, "stream": False, "options": _OPTIONS},
     _has_reply,
 )

@@ -54,7 +54,7 @@ MIN_EXCESS_READINGS: Final = 5
 # take 2,048 to 16,384).
 BATCH_TOKENS: Final = 16_384
 # Routes whose answer is no text: their time is that of the route.
-TIMED_ROUTES: Final = ("audio", "unread")
+TIMED_ROUTES: Final = ("transcription", "speech", "images", "realtime", "unread")
 # Processes behind one port that are distinguished.
 MAX_PAGES: Final = 4
 # A start time of the engine's process that lies so long before the last page is not of a new process.

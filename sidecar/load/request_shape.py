@@ -48,7 +48,7 @@ def describe(scan: BodyScan | None, route: str, body_bytes: int) -> RequestShape
     """The shape of a request. `scan` is None if the body was not read; its length then counts as text."""
     generative = route not in SHORT_ROUTES
     if scan is None:
-        text_bytes = 0 if route == "audio" else body_bytes
+        text_bytes = 0 if route == "transcription" else body_bytes
         return RequestShape(generative=generative, text_bytes=text_bytes, reorders=True, withholds=True)  # unknown
     found, options = scan.found, scan.options
     model, stream = options.get("model"), options.get("stream") is True

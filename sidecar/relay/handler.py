@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING
 from sidecar.engines.registry import KINDS
 from sidecar.errors import Draining, ImagesOff, Internal, RequestError, place_of
 from sidecar.events import AbortRequests, CanariesOver, Command, Event, LoadReport, MetricsPage
-from sidecar.load import request_shape
+from sidecar.load import api_routes, request_shape
+from sidecar.load.api_routes import Api
 from sidecar.relay import (
     admin_paths,
     body_thread,
@@ -176,11 +177,11 @@ class Relay:
     async def _dispatch(self, request: Request, id: str) -> None:
         path = engine_io.path_of(request.target)
         admin_paths.check(self._settings.admin_paths, request.method, path, request.peer)
+        api = api_routes.api_of(request.method, path, has_body=request.has_body)
+        if api is not None:
+            await self._work(request, api, id)
+            return
         if request.method == "POST":
-            route = request_body.route_of(path)
-            if route is not None:
-                await self._work(request, route, id)
-                return
             if path == "/v1/preprocess":
                 if self._preprocess is None:
                     raise ImagesOff(
@@ -221,14 +222,14 @@ class Relay:
             return b""
         return found or b""
 
-    async def _work(self, request: Request, route: str, id: str) -> None:
+    async def _work(self, request: Request, api: Api, id: str) -> None:
         """Engine work: one admission, settled before its client gets an error."""
         tenant = headers.tenant(request.fields, self._tenant_header)
         trace = None
         if self._settings.otlp_endpoint:
             given, state = request.fields.get(b"traceparent"), request.fields.get(b"tracestate")
             trace = parse_traceparent(given, state) or new_trace()
-        admission = Admission(self._open_requests.new_id(), route, tenant, trace)
+        admission = Admission(self._open_requests.new_id(), api.route, tenant, trace)
         try:
             with self._budget.reading() as held, self._open_requests.settling(admission):
                 self._open_requests.check(time.monotonic())
@@ -247,7 +248,7 @@ class Relay:
         """The body to send: read, charged, its images prepared, and admitted."""
         body = await client_io.read(request, self._settings.max_body_bytes, held)
         admission.read_at = time.monotonic()
-        if admission.route == "audio" or b"content-encoding" in request.fields:
+        if admission.route == "transcription" or b"content-encoding" in request.fields:
             parsed = request_body.ParsedBody(body)
         elif len(body) <= body_thread.MAX_INLINE_BYTES:
             parsed = request_body.parse(body, links=self._fetch is not None)

@@ -1,4 +1,4 @@
-"""Pure: request bodies. Which paths are engine work, where a body's images stand, and changes as splices.
+"""Pure: request bodies: where their images stand, and changes as splices.
 
 Rules: no body is serialised again. What is replaced or added is spliced in at its position, and every other byte goes
 out as it came: repeated keys, forms of numbers, spaces. A body that is no JSON object, and one in UTF-16 or UTF-32, is
@@ -17,22 +17,6 @@ from sidecar.load import body_scan
 from sidecar.load.body_scan import BodyScan, Buffer
 from sidecar.load.found import FoundPart, Span
 from sidecar.load.request_keys import PROCESSING_OPTIONS
-
-# Route name -> ends of POST paths. The last two segments of a path are looked up first, then the last one.
-_PATHS: Final = {
-    "chat": "chat/completions completions/batch",
-    "completions": "completions completion infill",  # llama.cpp's
-    "responses": "responses",
-    "messages": "messages",
-    "generate": "generate generate_stream invocations",  # TGI's, SageMaker's
-    "embeddings": "embeddings embedding embed encode",  # llama.cpp's, SGLang's
-    "rerank": "rerank reranking",  # llama.cpp's
-    "score": "score generative_scoring",
-    "pooling": "pooling",
-    "classify": "classify",
-    "audio": "audio/transcriptions audio/translations audio/speech",
-}
-ROUTES: Final = {path: route for route, paths in _PATHS.items() for path in paths.split()}
 
 _BASE64_MARK: Final = b";base64,"
 _MAX_HEAD_BYTES: Final = 136  # of a data URL, up to its base64 text
@@ -68,12 +52,6 @@ class ParsedBody:
     images: list[ImagePart] = field(default_factory=list)
     image_count: int = 0
     link_count: int = 0
-
-
-def route_of(path: str) -> str | None:
-    """The route name of a POST to `path` (no query), or None if it is not engine work."""
-    head, _, last = path.rpartition("/")
-    return ROUTES.get(head.rpartition("/")[2] + "/" + last) or ROUTES.get(last)
 
 
 def parse(body: bytes, *, links: bool = False) -> ParsedBody:

@@ -237,10 +237,10 @@ def test_each_route_without_tokens_learns_its_own_time() -> None:
     """A transcription has no tokens to count; until its route is known it may take until the cap."""
     p = learned()
     work = item(9000.0)
-    work.route = "audio"
+    work.route = "transcription"
     assert p.evidence([work], 9001.0).kill_after == LIMITS.cap
     for n in range(5):
-        p.admitted((0, str(n)), None, 100.0 * n, route="audio")
+        p.admitted((0, str(n)), None, 100.0 * n, route="transcription")
         p.completed((0, str(n)), 100.0 * n + 40.0)
     assert p.evidence([work], 9001.0).kill_after == pytest.approx(120.0)
 

@@ -230,7 +230,7 @@ class Watched(World):
             "served without a canary": isinstance(event, Settled)
             and event.outcome == "ok"
             and not self.site.takes_canary,
-            "short": isinstance(event, Admitted) and event.route in ("embeddings", "rerank", "audio"),
+            "short": isinstance(event, Admitted) and event.route in ("embeddings", "rerank", "transcription"),
         }
         for name, holds in names.items():
             self.seen[name] = self.seen.get(name, 0) + bool(holds)

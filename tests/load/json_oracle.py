@@ -50,7 +50,7 @@ def describe(payload: dict[str, Any] | None, route: str, body_bytes: int) -> Req
     """The shape of a request. `payload` is None if the body could not be parsed; its length then counts as text."""
     generative = route not in SHORT_ROUTES
     if payload is None:
-        text_bytes = 0 if route == "audio" else body_bytes
+        text_bytes = 0 if route == "transcription" else body_bytes
         return RequestShape(generative=generative, text_bytes=text_bytes, reorders=True, withholds=True)  # unknown
     model, stream, messages = payload.get("model"), payload.get("stream") is True, payload.get("messages")
     choices, limit = _count(payload.get("n")) or 1, _max_output(payload)

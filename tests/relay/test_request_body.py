@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from sidecar.load import request_shape
 from sidecar.load.request_shape import RequestShape, describe
-from sidecar.relay.request_body import ParsedBody, parse, rebuild, route_of
+from sidecar.relay.request_body import ParsedBody, parse, rebuild
 
 from ..load import json_oracle
 
@@ -29,36 +29,6 @@ def image(url: str) -> dict[str, Any]:
 
 def sent(skeleton: ParsedBody, replaced: dict[int, tuple[str, bytes]], **kwargs: bool) -> Any:
     return json.loads(b"".join(rebuild(skeleton, replaced, **kwargs)))
-
-
-@pytest.mark.parametrize(
-    ("path", "route"),
-    [
-        ("/v1/chat/completions", "chat"),
-        ("/openai/v1/chat/completions", "chat"),
-        ("/v1/completions", "completions"),
-        ("/completions", "completions"),
-        ("/v1/responses", "responses"),
-        ("/v1/messages", "messages"),
-        ("/v1/embeddings", "embeddings"),
-        ("/inference/v1/generate", "generate"),
-        ("/generate", "generate"),
-        ("/v2/rerank", "rerank"),
-        ("/score", "score"),
-        ("/pooling", "pooling"),
-        ("/classify", "classify"),
-        ("/v1/audio/transcriptions", "audio"),
-        ("/tokenize", None),
-        ("/v1/messages/count_tokens", None),
-        ("/v1/chat/completions/render", None),
-        ("/v1/responses/resp_1/cancel", None),
-        ("/", None),
-        ("", None),
-    ],
-)
-def test_work_is_told_by_the_end_of_the_path(path: str, route: str | None) -> None:
-    """Every path of the table is its route, under any prefix, and neighbours of them are not work."""
-    assert route_of(path) == route
 
 
 def test_an_image_is_found_and_never_copied() -> None:

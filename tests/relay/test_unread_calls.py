@@ -46,10 +46,10 @@ class HeldEngine:
 
 @pytest.mark.parametrize("method", ["POST", "PUT", "PATCH"])
 async def test_work_of_an_unknown_route_is_seen_open_and_over(rig: Any, serve: Any, method: str) -> None:
-    """Image generation is reported as soon as the engine has it, and with the engine's status when it ended."""
+    """Video generation is reported as soon as the engine has it, and with the engine's status when it ended."""
     engine = HeldEngine()
     r = await rig(await serve(engine))
-    asked = asyncio.create_task(r.client.request(method, r.url + "/v1/images/generations", json={"prompt": "a cat"}))
+    asked = asyncio.create_task(r.client.request(method, r.url + "/v1/videos", json={"prompt": "a cat"}))
     await soon(engine.called)
     assert marks(r) == [(True, 0)]
     engine.answer.set()
@@ -65,7 +65,7 @@ async def test_work_of_an_unknown_route_is_seen_open_and_over(rig: Any, serve: A
 @pytest.mark.parametrize(
     ("method", "path"),
     [
-        *(("GET", "/v1/models"), ("DELETE", "/v1/files/1"), ("OPTIONS", "/v1/images/generations"), ("POST", "/sleep")),
+        *(("GET", "/v1/models"), ("DELETE", "/v1/files/1"), ("OPTIONS", "/v1/videos"), ("POST", "/sleep")),
         *(("POST", "/update_weights"), ("POST", "/wake_up"), ("POST", "/v1/embeddings"), ("POST", "/v1/preprocess")),
     ],
 )
@@ -87,7 +87,7 @@ async def test_a_client_that_leaves_ends_its_call(rig: Any, serve: Any) -> None:
     """The call is over when its client has gone, and the engine learns of it, too."""
     engine = HeldEngine()
     r = await rig(await serve(engine))
-    asked = asyncio.create_task(r.client.post(r.url + "/v1/images/generations", json={}))
+    asked = asyncio.create_task(r.client.post(r.url + "/v1/videos", json={}))
     await soon(engine.called)
     asked.cancel()
     await soon(engine.left)
@@ -107,7 +107,7 @@ async def test_an_engine_that_breaks_ends_the_call(rig: Any, serve_raw: Any, ans
 
     r = await rig(await serve_raw(talk))
     with contextlib.suppress(aiohttp.ClientError):
-        async with r.client.post(r.url + "/v1/images/generations") as got:
+        async with r.client.post(r.url + "/v1/videos") as got:
             await got.read()
     await r.emitted.wait(UnreadRequest, 2)
     assert marks(r) == [(True, 0), (False, 200 if answer else 0)]
@@ -116,7 +116,7 @@ async def test_an_engine_that_breaks_ends_the_call(rig: Any, serve_raw: Any, ans
 async def test_an_engine_that_is_not_there_ends_the_call(rig: Any, unused_tcp_port: int) -> None:
     """A refused connection leaves nothing open."""
     r = await rig(f"http://127.0.0.1:{unused_tcp_port}")
-    async with r.client.post(r.url + "/v1/images/generations") as got:
+    async with r.client.post(r.url + "/v1/videos") as got:
         assert got.status == 502
     assert marks(r) == [(True, 0), (False, 0)]
 
@@ -137,7 +137,7 @@ async def test_an_upload_counts_while_it_is_sent(rig: Any, serve: Any) -> None:
     r = await rig(await serve(engine))
     reader, writer = await asyncio.open_connection(r.host, r.port)
     size = 2 * MAX_REPEATED_BYTES
-    writer.write(b"POST /v1/images/edits HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\nab" % size)
+    writer.write(b"POST /v1/videos HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\nab" % size)
     await soon(arrived)
     assert marks(r) == [(True, 0)]
     [blocked] = await r.emitted.wait(RequestBlocked)  # the engine waits for the client
@@ -161,7 +161,7 @@ async def test_a_client_that_does_not_read_is_to_blame_for_the_silence(rig: Any,
             await response.write(b"x" * 65536)
 
     r = await rig(await serve(engine))
-    got = await r.client.post(r.url + "/api/chat")
+    got = await r.client.post(r.url + "/v1/videos")
     [on] = await r.emitted.wait(RequestBlocked)
     while len(r.emitted.of(RequestBlocked)) < 2:
         await got.content.readany()
@@ -191,7 +191,7 @@ async def lines_until(
         ("/api/chat", "application/x-ndjson", b'{"message":{"content":"x"},"done":false}\n'),
         ("/api/chat", "application/json", b'{"message":{"content":"x"}}\n'),
         ("/api/generate", "application/x-ndjson", b'{"response":"x"}\n'),
-        ("/v1/images/generations", "text/event-stream", b"data: {}\n\n"),
+        ("/v1/videos", "text/event-stream", b"data: {}\n\n"),
         ("/v1/chat/completions", "application/x-ndjson", b'{"choices":[{"delta":{"content":"x"}}]}\n'),
         ("/v1/chat/completions", "application/json", b'{"choices":[{"delta":{"content":"x"}}]}\n'),
         ("/v1/audio/speech", "audio/pcm", b"\x00\x01" * 100),
@@ -307,7 +307,7 @@ async def test_what_a_drain_cuts_off_ends(rig: Any, serve: Any) -> None:
     """A call that outlasts the drain is over with it."""
     engine = HeldEngine()
     r = await rig(await serve(engine))
-    asked = asyncio.create_task(r.client.post(r.url + "/v1/images/generations", json={}))
+    asked = asyncio.create_task(r.client.post(r.url + "/v1/videos", json={}))
     await soon(engine.called)
     await r.relay.drain(0.0)
     assert marks(r) == [(True, 0), (False, 0)]
@@ -320,10 +320,10 @@ async def test_the_calls_that_are_reported_are_bounded(rig: Any, serve: Any, mon
     monkeypatch.setattr(open_requests, "MAX_UNREAD", 1)
     engine = HeldEngine()
     r = await rig(await serve(engine))
-    first = asyncio.create_task(r.client.post(r.url + "/v1/images/generations", json={}))
+    first = asyncio.create_task(r.client.post(r.url + "/v1/videos", json={}))
     await soon(engine.called)
     engine.called.clear()
-    second = asyncio.create_task(r.client.post(r.url + "/v1/images/generations", json={}))
+    second = asyncio.create_task(r.client.post(r.url + "/v1/videos", json={}))
     await soon(engine.called)
     engine.answer.set()
     for asked in (first, second):
