@@ -24,7 +24,12 @@ class Record(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 
 class RequestSize(Record, frozen=True):
-    """One request's size in tokens. Those of images, audio and video are encoder outputs and part of `uncached`."""
+    """One request's size in tokens. Those of images, audio and video are encoder outputs and part of `uncached`.
+
+    Tokens are sums over all sequences. `prompts` are computed each for itself, and each gives as many answers:
+    `sequences` in all. `skew` is 1 where all prompts are equally long: the mean of their squares over the square of
+    their mean. `audio_seconds` are those of an upload that an encoder hears (a transcription).
+    """
 
     uncached: int
     cached: int = 0
@@ -36,6 +41,11 @@ class RequestSize(Record, frozen=True):
     video_tokens: int = 0
     videos: int = 0
     image_squares: int = 0  # the sum of the squares of each image's tokens
+    prompts: int = 1
+    sequences: int = 1
+    skew: float = 1.0
+    audio_seconds: float = 0.0
+    video_frames: int = 0
 
 
 class Trace(Record, frozen=True):
@@ -96,11 +106,12 @@ class Delivered(Record, tag=True, frozen=True):
 
 
 class Usage(Record, frozen=True):
-    """From the engine's `usage` object."""
+    """From the engine's `usage` object. `audio_seconds`: the length of what it heard; 0: it does not say."""
 
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int = 0
+    audio_seconds: float = 0.0
 
 
 class Settled(Record, tag=True, frozen=True):

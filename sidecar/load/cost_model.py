@@ -1,6 +1,6 @@
 """Pure: request size -> GPU milliseconds -> model units (MU).
 
-    gpu_ms = k + a*u + b*u*(c + u/2) + d*o + f*o*(n + o/2) + g*e + h*items + q*s        n = u + c
+    gpu_ms = k*p + a*u + b*u*(c + u/2)/p + d*o + f*o*(n/p + o/2/m) + g*e + h*items + q*s + w*t        n = u + c
     MU     = gpu_ms / gpu_ms(3500 in, 300 out)
 
 u, c     uncached and cached input tokens
@@ -8,8 +8,11 @@ o        output tokens
 e        encoder tokens of images, audio and video, in units of an image token
 items    images, recordings and videos
 s        the sum of the squares of each image's tokens, as in the encoder each token attends to its whole image
+p, m     prompts, and the sequences that they give: more with `n` answers to each
+t        seconds of audio that is transcribed
 
-u*(c + u/2) and o*(n + o/2) sum up the tokens before each new one. In a share `windowed` of the layers, a token attends
+Tokens are sums over all sequences, but each attends to its own sequence only. u*(c + u/2) and o*(n + o/2) sum up the
+tokens before each new one, here of sequences of equal length; the first is taken times RequestSize.skew. In a share `windowed` of the layers, a token attends
 to the last `window` tokens only. Coefficients belong to one model on one kind of hardware; `Coefficients.source` says
 whether they are the default, a roofline, or measured.
 """
@@ -17,6 +20,7 @@ whether they are the default, a roofline, or measured.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, fields
 from typing import Final
 
@@ -26,7 +30,8 @@ from sidecar.errors import UsageError
 from sidecar.events import RequestSize, Usage
 
 REFERENCE = RequestSize(uncached=3500, output=300)
-TERMS: Final = ("k", "a", "b", "d", "f", "g", "h", "q")
+TERMS: Final = ("k", "a", "b", "d", "f", "g", "h", "q", "w")
+AUDIO_WINDOW_S: Final = 30.0
 FILE_VERSION: Final = 2  # version 1 is not numbered, and was measured without q
 
 
@@ -38,7 +43,8 @@ class Coefficients:
     TFLOP/s dense, 3.35 TB/s, of which it achieves 50 % and 70 %), decode in a batch of 32:
     a = 2*8e9 / 495e12 s; b = 4*32*4096 / 495e12 s; d = 16e9 / 2.3e12 / 32 s; f = 131072 / 2.3e12 s (KV bytes per
     token); g = 2*0.67e9*4 / 495e12 s (a 0.67B vision tower, 4 patches per token); q = 16*4*32*1280 / 495e12 s
-    (its 32 layers of width 1280, 16 pairs of patches per pair of tokens); k, h = launch and glue, in ms.
+    (its 32 layers of width 1280, 16 pairs of patches per pair of tokens); w = 50*(2*0.635e9 + 4*32*1280*1500) / 495e12
+    s (the encoder of Whisper large: 50 frames a second, each attends to 30 seconds); k, h = launch and glue, in ms.
     """
 
     k: float = 2.0
@@ -49,6 +55,7 @@ class Coefficients:
     g: float = 0.0108
     h: float = 1.0
     q: float = 5.3e-6
+    w: float = 0.153
     audio: float = 0.5  # price of an audio encoder token, in image tokens: Whisper's encoder, two frames per token
     video: float = 1.0  # likewise of a video token: the same tower
     window: float = 0.0  # tokens that a layer with a sliding window attends to; 0: there are none
@@ -78,10 +85,11 @@ class CostTerms:
     decode: float
     kv_read: float
     images: float
+    audio: float
 
     @property
     def before_first_token(self) -> float:
-        return self.overhead + self.prefill + self.attention + self.images
+        return self.overhead + self.prefill + self.attention + self.images + self.audio
 
     @property
     def total(self) -> float:
@@ -90,17 +98,18 @@ class CostTerms:
 
 def terms(work: RequestSize, co: Coefficients) -> CostTerms:
     """Price each term of one request in GPU milliseconds."""
-    one, u, attended, o, read, encoded, items, squares = features(work, co)
+    prompts, u, attended, o, read, encoded, items, squares, seconds = features(work, co)
     images = co.g * encoded + co.h * items + co.q * squares
-    return CostTerms(co.k * one, co.a * u, co.b * attended, co.d * o, co.f * read, images)
+    return CostTerms(co.k * prompts, co.a * u, co.b * attended, co.d * o, co.f * read, images, co.w * seconds)
 
 
 def features(work: RequestSize, co: Coefficients) -> tuple[float, ...]:
     """The factor of each coefficient, in the order of TERMS. Uses only the prices of media and the window of `co`."""
-    u, c, o = work.uncached, work.cached, work.output
+    u, c, o, prompts = work.uncached, work.cached, work.output, work.prompts
     encoded = work.image_tokens + co.audio * work.audio_tokens + co.video * work.video_tokens
     items = work.images + work.audios + work.videos
-    return 1.0, u, attended_tokens(c, u, co), o, attended_tokens(u + c, o, co), encoded, items, work.image_squares
+    attended = prompts * work.skew * attended_tokens(c / prompts, u / prompts, co)
+    return prompts, u, attended, o, read_tokens(work, o, co), encoded, items, work.image_squares, work.audio_seconds
 
 
 def attended_tokens(before: float, tokens: float, co: Coefficients) -> float:
@@ -113,9 +122,15 @@ def attended_tokens(before: float, tokens: float, co: Coefficients) -> float:
     return (1 - co.windowed) * whole + co.windowed * seen
 
 
-def decode_ms(before: int, tokens: int, co: Coefficients) -> float:
-    """GPU milliseconds of `tokens` output tokens after a prompt of `before` tokens."""
-    return co.d * tokens + co.f * attended_tokens(before, tokens, co)
+def read_tokens(work: RequestSize, tokens: float, co: Coefficients) -> float:
+    """Tokens that `tokens` of output attend to, summed; they come from all sequences alike."""
+    m = work.sequences
+    return m * attended_tokens((work.uncached + work.cached) / work.prompts, tokens / m, co)
+
+
+def decode_ms(work: RequestSize, tokens: int, co: Coefficients) -> float:
+    """GPU milliseconds of `tokens` output tokens after the prompts of `work`."""
+    return co.d * tokens + co.f * read_tokens(work, tokens, co)
 
 
 def gpu_ms(work: RequestSize, co: Coefficients) -> float:
@@ -162,6 +177,10 @@ def settled_work(expected: RequestSize, usage: Usage | None, delivered_tokens: i
     """The actual work of a request: from the engine's `usage`, else the estimate with the delivered tokens."""
     if usage is None:
         return structs.replace(expected, output=delivered_tokens)
+    if usage.audio_seconds > 0 and expected.audio_seconds > 0:
+        expected = heard(expected, usage.audio_seconds)
+        if not usage.prompt_tokens and not usage.completion_tokens:  # engines tell the seconds of a transcript alone
+            return structs.replace(expected, output=max(expected.output, delivered_tokens))
     cached = min(usage.cached_tokens, usage.prompt_tokens)
     uncached = usage.prompt_tokens - cached
     work = structs.replace(expected, uncached=uncached, cached=cached, output=usage.completion_tokens)
@@ -171,6 +190,24 @@ def settled_work(expected: RequestSize, usage: Usage | None, delivered_tokens: i
     # Encoder tokens are part of the prompt, so those beyond `uncached` were cached.
     names = ("image_tokens", "audio_tokens", "video_tokens", "image_squares")
     return structs.replace(work, **{name: getattr(work, name) * uncached // encoded for name in names})
+
+
+def heard(work: RequestSize, seconds: float) -> RequestSize:
+    """The work of a recording as long as it turned out to be."""
+    times, windows = seconds / work.audio_seconds, audio_windows(seconds)
+    return structs.replace(
+        work,
+        uncached=round(work.uncached * windows / work.prompts),
+        output=round(work.output * times),
+        prompts=windows,
+        sequences=windows,
+        audio_seconds=seconds,
+    )
+
+
+def audio_windows(seconds: float) -> int:
+    """The sequences of a recording: engines cut it into windows of 30 seconds, as Whisper takes no longer one."""
+    return max(1, math.ceil(seconds / AUDIO_WINDOW_S))
 
 
 def to_json(co: Coefficients) -> str:

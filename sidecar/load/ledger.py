@@ -163,7 +163,7 @@ class Ledger:
         self.labels = labels or ClientLabels(MAX_NAMES)
         self._holds: dict[Key, AdmissionHold] = {}
         self._unit_ms = cost_model.unit_ms(co)
-        self._token_mu = cost_model.decode_ms(0, 1, co) / self._unit_ms
+        self._token_mu = cost_model.decode_ms(RequestSize(0), 1, co) / self._unit_ms
         self.flow, self.recent_flow = SlidingSum(FLOW_WINDOW_S), SlidingSum(RECENT_WINDOW_S)  # MU done
         self.tokens = SlidingSum(TOKEN_WINDOW_S)  # delivered
         self.finished, self.failed = SlidingSum(FLOW_WINDOW_S), SlidingSum(FLOW_WINDOW_S)  # requests
@@ -242,8 +242,8 @@ class Ledger:
 
     def _price(self, hold: AdmissionHold, output: int) -> float:
         """MU of a hold with `output` tokens: `cost_model.mu`, without repeating the prefill part at every Delivered."""
-        prompt = hold.admitted.expected.uncached + hold.admitted.expected.cached
-        return (hold.prefill * 1000 + cost_model.decode_ms(prompt, output, self.co)) / self._unit_ms
+        decode = cost_model.decode_ms(hold.admitted.expected, output, self.co)
+        return (hold.prefill * 1000 + decode) / self._unit_ms
 
     def _add_flow(self, mu: float, at: float) -> None:
         self.flow.add(mu, at)

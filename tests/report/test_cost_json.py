@@ -47,7 +47,7 @@ def test_output_alone_costs_what_is_left_of_the_whole(u: int, c: int, o: int, wi
     """The prices before the first token and of the output add up to that of the request, as in the ledger."""
     co = Coefficients(f=1e-3, window=window, windowed=0.5, g=0.1)
     work = RequestSize(u, c, o, image_tokens=u // 2, images=1)
-    parts = cost_model.terms(work, co).before_first_token + cost_model.decode_ms(u + c, o, co)
+    parts = cost_model.terms(work, co).before_first_token + cost_model.decode_ms(work, o, co)
     assert parts == pytest.approx(cost_model.gpu_ms(work, co))
 
 
