@@ -79,6 +79,15 @@ inline PyObject* members_of(const json::Findings& found) {
     return packed(flat);
 }
 
+// Of those that are there: index, count, integers or not, lists, weight, squares.
+inline PyObject* items_of(const json::Findings& found) {
+    std::vector<uint64_t> flat;
+    for (size_t i = 0; i < found.items.size(); ++i)
+        if (const auto& items = found.items[i]; items.weight || items.count)
+            flat.insert(flat.end(), {i, items.count, items.integers, items.lists, items.weight, items.squares});
+    return packed(flat);
+}
+
 inline PyObject* texts_of(const json::Findings& found) {
     if (!found.all_texts) Py_RETURN_NONE;
     std::vector<uint64_t> flat;
@@ -111,9 +120,9 @@ inline PyObject* scan_body(PyObject*, PyObject* args) {
         if (!read) Py_RETURN_NONE;
         const auto& found = scan.found;
         const auto& sums = found.sums;
-        return Py_BuildValue("(KKKIIINKNNII)(NNKNN)", sums.text.bytes, sums.text.chars, sums.ids, sums.images, sums.audios, sums.videos,
+        return Py_BuildValue("(KKKIIINKNNII)(NNNKNN)", sums.text.bytes, sums.text.chars, sums.ids, sums.images, sums.audios, sums.videos,
                              PyBool_FromLong(sums.fetches), found.messages, PyBool_FromLong(found.offers), PyBool_FromLong(found.strict_offers),
-                             sums.parts, sums.links, members_of(found), parts_of(found, sums.part_nodes), found.sources,
+                             sums.parts, sums.links, members_of(found), items_of(found), parts_of(found, sums.part_nodes), found.sources,
                              found.only_texts ? parts_of(found, found.source_nodes) : (Py_INCREF(Py_None), Py_None), texts_of(found));
     } catch (const std::bad_alloc&) {
         return PyErr_NoMemory();

@@ -22,6 +22,7 @@ constexpr size_t MAX_TEXTS = 4096;
 constexpr size_t MAX_PARTS = 64;
 constexpr size_t MAX_HEAD = 136;  // of a data URL, up to its base64 text
 constexpr uint32_t NONE = ~0u;
+constexpr uint64_t BYTES_PER_ID = 4;  // that a token id weighs next to text
 
 struct Span {
     uint64_t start = 0, end = 0;  // offsets into the body
@@ -30,11 +31,11 @@ struct Span {
 // Media first, in the order of MEDIA; the others have a slot in a frame, or a meaning of their own.
 enum Key : uint8_t {
     IMAGE_URL, INPUT_IMAGE, IMAGE, IMAGE_PIL, IMAGE_EMBEDS, INPUT_AUDIO, AUDIO_URL, AUDIO, VIDEO_URL, INPUT_VIDEO, VIDEO,
-    URL, TEXT, CONTENT, DATA, FILE_DATA, INPUT, TOOLS, TOOL, ARGUMENTS, TYPE, FUNCTIONS, FUNCTION, STRICT, UUID, TOOL_USE, OTHER
+    URL, TEXT, CONTENT, DATA, FILE_DATA, INPUT, TOOLS, TOOL, ARGUMENTS, TYPE, FUNCTIONS, FUNCTION, STRICT, UUID, TOOL_USE, IMAGES, OTHER
 };
 constexpr const char* WORDS[] = {
     "image_url", "input_image", "image", "image_pil", "image_embeds", "input_audio", "audio_url", "audio", "video_url", "input_video", "video",
-    "url", "text", "content", "data", "file_data", "input", "tools", "tool", "arguments", "type", "functions", "function", "strict", "uuid", "tool_use",
+    "url", "text", "content", "data", "file_data", "input", "tools", "tool", "arguments", "type", "functions", "function", "strict", "uuid", "tool_use", "images",
 };
 constexpr Key FIRST_AUDIO = INPUT_AUDIO, FIRST_VIDEO = VIDEO_URL, FIRST_SLOT = TEXT, FIRST_PRINTED = INPUT;
 constexpr size_t MEDIA = URL, SLOTS = INPUT - TEXT + 1, PRINTED = ARGUMENTS - INPUT + 1, LONGEST_WORD = 12;
@@ -72,6 +73,12 @@ struct Sums {
     bool any = false;  // it differs from Sums{}
 };
 
+// What stands in a member of the body, by its items: their weights are bytes of text.
+struct Items {
+    uint64_t count = 0, lists = 0, weight = 0, squares = 0;
+    bool integers = false;  // token ids: one sequence
+};
+
 struct Url {
     Span span;
     bool escaped = false, link = false, fetched = false, data = false;
@@ -86,6 +93,7 @@ struct Value {
     Length printed;              // as JSON
     Span span;
     uint64_t count = 0;
+    Items items;  // of a member of the body
 };
 
 struct Frame {
@@ -98,7 +106,9 @@ struct Frame {
     uint32_t set;             // which slots hold something
     size_t root_key;
     uint64_t start, count;
+    uint64_t pictures;        // items of its `images`
     Url url, image;
+    Items items;
     Length printed;
     Sums sums;
     std::array<Sums, SLOTS> slots;          // valid where `set` says so
@@ -108,7 +118,8 @@ struct Frame {
         object = is_object, mute = is_mute, named = false;
         role = as, key = kind = OTHER, list = of;
         strict = offers = strict_offers = 0, media = fetched = 0, set = 0;
-        start = at, count = 0, root_key = 0;
+        start = at, count = pictures = 0, root_key = 0;
+        items = Items{};
         url = image = Url{};
         printed = Length{};
         sums = Sums{};
@@ -161,19 +172,24 @@ inline const Names& words() {
 // The members of a body that are asked for: the first `prompts` of them hold its prompt.
 struct Wanted {
     Names names;
-    size_t prompts = 0, messages = 0, input = 0, tools = 0, functions = 0, images = 0;
+    size_t prompts = 0, messages = 0, input = 0, tools = 0, functions = 0, images = 0, documents = 0, state = 0, questions = 0;
+
+    // Whether engines print a member into the prompt as JSON.
+    bool prints(size_t key) const { return key < prompts && (key == tools || key == state || key == questions); }
 
     void add(std::string name, bool is_prompt) {
         names.add(std::move(name));
         if (is_prompt) prompts = names.count();
         const auto of = [&](const char* word) { return names.find(word, std::strlen(word)); };
         messages = of("messages"), input = of("input"), tools = of("tools"), functions = of("functions"), images = of("images");
+        documents = of("documents"), state = of("state"), questions = of("questions");
     }
 };
 
 struct Findings {
     Sums sums;                  // of the whole prompt
     std::vector<Span> members;  // of the names that are asked for, by the last of each; {0, 0} if absent
+    std::vector<Items> items;   // likewise
     std::vector<TextNode> texts;
     std::vector<PartNode> parts;
     bool all_texts = true;     // none was left out of `texts`
@@ -189,6 +205,7 @@ public:
     Scan(const Byte* body, size_t size, const Wanted& wanted)
         : body_(body), at_(body), end_(body + size), wanted_(wanted), prompts_(wanted.prompts) {
         found.members.resize(wanted.names.count());
+        found.items.resize(wanted.names.count());
     }
 
     // Whether the body is one JSON object, and not too deep.
@@ -308,7 +325,7 @@ private:
 
     // Whether the texts below a member need no place of their own: it is no prompt, or counts as a whole.
     bool mutes(const Frame& frame) const {
-        if (frame.role == Role::ROOT) return frame.root_key >= wanted_.prompts || frame.root_key == wanted_.tools;
+        if (frame.role == Role::ROOT) return frame.root_key >= wanted_.prompts || wanted_.prints(frame.root_key);
         return frame.object && (frame.key < URL || frame.key == Key::TOOLS || frame.key == Key::TOOL || frame.key == ARGUMENTS);
     }
 
@@ -339,6 +356,8 @@ private:
         made.printed = frame.printed;
         made.printed.add(2);
         made.count = frame.count;
+        made.items = frame.items;
+        made.items.count = frame.count;
         made.url = &frame.url;
         if (frame.role == Role::ROOT) {
             depth_ = 0;
@@ -355,7 +374,7 @@ private:
     // What an object counts, now that its type is known. `media`: room for what a media part does.
     const Sums* judge(Frame& frame, Sums& media) {
         const bool is_media = frame.kind < MEDIA;
-        if (!is_media && !frame.set && !frame.media) return &frame.sums;
+        if (!is_media && !frame.set && !frame.media && !frame.pictures) return &frame.sums;
         Sums& sums = is_media ? media : frame.sums;
         const auto slot = [&](Key key) {
             if (frame.set >> key & 1) add(sums, frame.slots[key - FIRST_SLOT]);
@@ -371,12 +390,13 @@ private:
             if (frame.role == Role::PART && frame.kind <= INPUT_IMAGE) add_part(sums, frame);
             return &sums;
         }
-        if (frame.kind == Key::TEXT) slot(DATA), slot(FILE_DATA);
+        if (frame.kind == Key::TEXT || frames_[0].root_key == wanted_.documents) slot(DATA), slot(FILE_DATA);
         if (frame.kind == TOOL_USE) as_printed(INPUT);
         else slot(INPUT);
         for (Key key : {Key::TOOLS, Key::TOOL, ARGUMENTS}) as_printed(key);
         for (int key = 0; key < static_cast<int>(MEDIA); ++key)
             if (frame.media >> key & 1) count_media(sums, static_cast<Key>(key));
+        if (frame.pictures) sums.any = true, sums.images += frame.pictures;
         return &sums;
     }
 
@@ -389,6 +409,7 @@ private:
         Frame& frame = top();
         if (frame.role == Role::ROOT) return root_member(frame, value);
         frame.printed.add(value.printed);
+        if (depth_ == 2) weigh(frame.items, value);
         if (frame.object) return member(frame, value);
         if (value.type == Type::INTEGER) ++frame.sums.ids, frame.sums.any = true;
         else add_value(frame.sums, value);
@@ -427,9 +448,23 @@ private:
                 if (frame.role == Role::TOOL) frame.strict = (frame.strict & 1) | (value.type == Type::OBJECT && value.strict ? 2 : 0);
                 break;
             case UUID: frame.named = true; break;
+            case IMAGES: frame.pictures = value.type == Type::LIST ? value.count : 0; return;  // Ollama's
             default: break;
         }
         add_value(frame.sums, value);
+    }
+
+    static uint64_t weight_of(const Value& value) {
+        if (value.type == Type::STRING) return value.text->length.bytes;
+        return value.sums ? weight_of(*value.sums) : 0;
+    }
+    static uint64_t weight_of(const Sums& sums) { return sums.text.bytes + BYTES_PER_ID * sums.ids; }
+
+    static void weigh(Items& items, const Value& value) {
+        const uint64_t weight = weight_of(value);
+        items.squares += weight * weight;
+        items.lists += value.type == Type::LIST;
+        items.integers = items.integers || value.type == Type::INTEGER;
     }
 
     template <class Holder>
@@ -443,6 +478,9 @@ private:
         const size_t key = frame.root_key;
         if (key == wanted_.names.count()) return;
         found.members[key] = value.span;
+        found.items[key] = value.items;
+        if (value.type == Type::OBJECT && key != wanted_.questions) found.items[key] = Items{};
+        found.items[key].weight = weight_of(value);
         const uint64_t items = value.type == Type::LIST ? value.count : 0;
         if (key == wanted_.tools) offer(found, value, 1);
         if (key == wanted_.functions) offer(found, value, 2);
@@ -454,8 +492,9 @@ private:
         }
         if (key >= wanted_.prompts) return;
         Sums& slot = prompts_[key] = Sums{};
-        if (key == wanted_.tools) print(slot, value);
+        if (wanted_.prints(key)) print(slot, value);
         else add_value(slot, value);
+        found.items[key].weight = weight_of(slot);
     }
 
     void add_value(Sums& sums, const Value& value) {

@@ -30,9 +30,8 @@ class Api:
     """One API. `route` names it in events, reports and the readers of answers; several rows may share one.
 
     `ends` are ends of its paths. Each item of the lists `items` is a sequence; without any, there is one. A sequence
-    begins with the texts of `shared`: the query of each pair. `seconds`: an upload is audio, priced by its length.
-    `output_per`: tokens of output per piece of input where answers are no text (a second of audio, a byte of text, or
-    a picture), for an estimate.
+    begins with the texts of `shared`: the query of each pair. `output_per`: tokens of output per second of an upload of
+    audio, per byte of text, or per picture (`output_of`), where answers are not as long as those to other prompts.
     """
 
     route: str
@@ -41,12 +40,12 @@ class Api:
     shared: tuple[str, ...] = ()
     generates: bool = True
     streams: bool = False  # unless the body says otherwise
-    seconds: bool = False
+    output_of: Literal["", "second", "byte", "picture"] = ""
     output_per: float = 0.0
 
 
-_CHAT: Final = Api("chat", "chat/completions completions/batch chat/interactive", items=("messages",))
-_COMPLETIONS: Final = Api("completions", "completions", items=("prompt",))
+CHAT: Final = Api("chat", "chat/completions completions/batch chat/interactive", items=("messages",))
+COMPLETIONS: Final = Api("completions", "completions", items=("prompt",))
 _EMBEDDINGS: Final = Api(
     "embeddings",
     "embeddings embedding embed embed_all embed_sparse encode",  # llama.cpp's, TEI's, SGLang's
@@ -57,7 +56,7 @@ _RERANK: Final = Api("rerank", "rerank reranking", ("documents", "texts"), ("que
 _SCORE: Final = Api(
     "score",
     "score generative_scoring similarity",
-    ("text_2", "documents", "items", "data_2", "inputs"),
+    ("text_2", "documents", "items", "data_2"),
     ("text_1", "query", "queries", "data_1"),
     generates=False,
 )
@@ -75,8 +74,8 @@ _TOKENS_PER_SPOKEN_SECOND: Final = 2.5
 _TOKENS_PER_PICTURE: Final = 4160.0
 
 APIS: Final = (
-    _CHAT,
-    _COMPLETIONS,
+    CHAT,
+    COMPLETIONS,
     Api("responses", "responses responses/compact"),
     Api("messages", "messages"),
     _EMBEDDINGS,
@@ -87,11 +86,16 @@ APIS: Final = (
     Api(
         "transcription",
         "audio/transcriptions audio/translations",
-        seconds=True,
+        output_of="second",
         output_per=_TOKENS_PER_SPOKEN_SECOND,
     ),
-    Api("speech", "audio/speech", items=("input",), output_per=_SPEECH_TOKENS_PER_BYTE),
-    Api("images", "images/generations images/edits images/variations", output_per=_TOKENS_PER_PICTURE),
+    Api("speech", "audio/speech", items=("input",), output_of="byte", output_per=_SPEECH_TOKENS_PER_BYTE),
+    Api(
+        "images",
+        "images/generations images/edits images/variations",
+        output_of="picture",
+        output_per=_TOKENS_PER_PICTURE,
+    ),
     _GENERATE,
     Api("generate", "generate_stream", _GENERATE.items, streams=True),  # TGI's
     Api("llamacpp_completion", "completion infill", ("prompt",)),
@@ -103,10 +107,10 @@ APIS: Final = (
 # SageMaker's path takes the bodies of all others: the first member that it has says which it is.
 INVOCATIONS: Final = Api("generate", "invocations", _GENERATE.items)
 _FORMS: Final = (
-    ("messages", _CHAT),
+    ("messages", CHAT),
     ("query", _RERANK),
     *((name, _SCORE) for name in ("text_1", "queries", "data_1")),
-    ("prompt", _COMPLETIONS),
+    ("prompt", COMPLETIONS),
     ("input", _EMBEDDINGS),
 )
 # TGI's and TEI's path for whatever their model does.

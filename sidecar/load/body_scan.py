@@ -16,7 +16,7 @@ from typing import Any, Final
 import msgspec
 
 from sidecar.load import python_scan
-from sidecar.load.found import Found, FoundPart, PromptTexts, Span
+from sidecar.load.found import Found, FoundPart, Items, PromptTexts, Span
 from sidecar.load.request_keys import HELD_KEYS, HOLDERS, OPTION_KEYS, PROMPT_KEYS
 
 try:
@@ -31,7 +31,8 @@ MAX_OPTION_BYTES: Final = 1024
 MAX_OPTIONS_BYTES: Final = 4096  # all of a body; those of a long holder: MAX_OPTION_BYTES
 MAX_PYTHON_BYTES: Final = 8 << 10  # json.loads and the walk take 4.5 ms for them at worst
 TOO_LONG: Final = object()  # the value of an option that was not parsed
-_NAMES: Final = (*PROMPT_KEYS, *(key for key in (*OPTION_KEYS, *HELD_KEYS) if key not in PROMPT_KEYS))
+_NAMES: Final = tuple(dict.fromkeys((*PROMPT_KEYS, *HELD_KEYS, *OPTION_KEYS)))
+_ITEM_NAMES: Final = len({*PROMPT_KEYS, *HELD_KEYS})  # the first of them, whose items are counted
 _decode: Final = msgspec.json.Decoder(dict[str, Any]).decode  # ten times as fast as `json`
 _OPTIONS: Final = frozenset(OPTION_KEYS)
 _WANTED: Final = _fused.wanted(PROMPT_KEYS, _NAMES[len(PROMPT_KEYS) :]) if _fused is not None else None
@@ -106,11 +107,17 @@ def _by_module(body: Buffer) -> Found | None:
     found: Any = _fused.scan_body(_WANTED, body)
     if found is None:
         return None
-    numbers, (members, parts, source_count, sources, texts) = found
+    numbers, (members, items, parts, source_count, sources, texts) = found
     flat = memoryview(members).cast("Q").tolist()
+    counts = iter(memoryview(items).cast("Q").tolist())
     fields: list[Any] = [
         *numbers,
         {_NAMES[n]: (start, end) for n, start, end in zip(flat[::3], flat[1::3], flat[2::3], strict=True)},
+        {
+            _NAMES[n]: Items(count, bool(integers), lists, weight, squares)
+            for n, count, integers, lists, weight, squares in zip(*[counts] * 6, strict=True)
+            if n < _ITEM_NAMES
+        },
         _parts(parts),
         source_count,
         None if sources is None else _parts(sources),

@@ -12,9 +12,9 @@ p, m     prompts, and the sequences that they give: more with `n` answers to eac
 t        seconds of audio that is transcribed
 
 Tokens are sums over all sequences, but each attends to its own sequence only. u*(c + u/2) and o*(n + o/2) sum up the
-tokens before each new one, here of sequences of equal length; the first is taken times RequestSize.skew. In a share `windowed` of the layers, a token attends
-to the last `window` tokens only. Coefficients belong to one model on one kind of hardware; `Coefficients.source` says
-whether they are the default, a roofline, or measured.
+tokens before each new one, in sequences of equal length; the first is taken times RequestSize.skew. In a share
+`windowed` of the layers, a token attends to the last `window` tokens only. Coefficients belong to one model on one kind
+of hardware; `Coefficients.source` says whether they are the default, a roofline, or measured.
 """
 
 from __future__ import annotations

@@ -25,7 +25,8 @@ from sidecar.load.request_shape import RequestShape
 DEFAULT_BYTES_PER_TOKEN: Final = 4.0  # English text in a vocabulary of 100k to 150k
 DEFAULT_IMAGE_TOKENS: Final = 1000  # unknown size: about 1 Mpx at 28x28 pixels per token (Qwen2-VL)
 DEFAULT_AUDIO_TOKENS: Final = 250  # not decoded here: ten seconds at 25 tokens per second (Qwen2-Audio)
-DEFAULT_VIDEO_TOKENS: Final = 4096  # likewise: 32 frames, two per step of 256 tokens
+DEFAULT_FRAME_TOKENS: Final = 128  # likewise of a video: two frames per step of 256 tokens (Qwen2-VL)
+PROMPT_TOKENS_PER_WINDOW: Final = 4  # of a recording: Whisper's start, language, task and no timestamps
 _OBSERVATION_WEIGHT: Final = 0.05
 _MAX_MODELS: Final = 256
 RESERVED_QUANTILE: Final = 0.9  # share of answers that a reservation covers
@@ -106,36 +107,44 @@ class Estimator:
             text = self.text_tokens(shape)
         else:
             template = self._templates.get(shape.model, _CHATML)
-            text = counted + (round(template.tokens(shape.messages)) if shape.messages else 0)
-        audio, video = DEFAULT_AUDIO_TOKENS * shape.audios, DEFAULT_VIDEO_TOKENS * shape.videos
+            text = round(counted * shape.repeated)
+            if shape.messages and shape.prompts == 1:
+                text += round(template.tokens(shape.messages))
+        windows = cost_model.audio_windows(shape.audio_seconds) if shape.audio_seconds else 0
+        text += PROMPT_TOKENS_PER_WINDOW * windows
+        audio, video = DEFAULT_AUDIO_TOKENS * shape.audios, DEFAULT_FRAME_TOKENS * shape.video_frames
         media = encoder, images, audio, shape.audios, video, shape.videos, squares
         prompt = max(1, text + shape.token_ids + encoder + audio + video)
-        if not shape.generative:
-            work = RequestSize(prompt, 0, 0, *media)
+        prompts = max(shape.prompts, windows)
+        sequences = prompts * shape.choices
+        parts = *media, prompts, sequences, shape.skew, shape.audio_seconds, shape.video_frames
+        if not shape.generative or shape.told_output:
+            output = shape.told_output if shape.max_output is None else min(shape.told_output, shape.max_output)
+            work = RequestSize(prompt, 0, output, *parts)
             return Estimate(work, self.mu(work))
         forecast = self.forecast(tenant, shape, prompt)
-        work = RequestSize(prompt, 0, round(forecast.mean() * shape.choices), *media)
-        tail = forecast.remaining([at * work.output / shape.choices for at in TAIL_MULTIPLES]) if shape.stream else ()
-        return Estimate(work, self.mu(work), tuple(round(tokens * shape.choices) for tokens in tail))
+        work = RequestSize(prompt, 0, round(forecast.mean() * sequences), *parts)
+        tail = forecast.remaining([at * work.output / sequences for at in TAIL_MULTIPLES]) if shape.stream else ()
+        return Estimate(work, self.mu(work), tuple(round(tokens * sequences) for tokens in tail))
 
     def text_tokens(self, shape: RequestShape) -> int:
         """Tokens of a prompt's text, by the learned ratio of its model and script."""
         return round(shape.text_bytes / self._ratios.get((shape.model, shape.script)))
 
     def forecast(self, tenant: str, shape: RequestShape, prompt: int) -> OutputForecast:
-        """The forecast of one choice's tokens."""
-        limit = None if shape.max_output is None else shape.max_output // shape.choices
-        return self._outputs.forecast(tenant, shape.model, prompt, limit)
+        """The forecast of one answer's tokens; `prompt`: tokens of all prompts."""
+        limit = None if shape.max_output is None else shape.max_output // (shape.choices * shape.prompts)
+        return self._outputs.forecast(tenant, shape.model, prompt // shape.prompts, limit)
 
     def mu(self, work: RequestSize) -> float:
         return cost_model.gpu_ms(work, self._coefficients) / self._unit_ms
 
     def high_output(self, tenant: str, shape: RequestShape, expected: RequestSize) -> int:
         """The 90th percentile of output tokens; at least the expected ones."""
-        if not shape.generative:
-            return 0
+        if not shape.generative or shape.told_output:
+            return expected.output
         forecast = self.forecast(tenant, shape, expected.uncached)
-        return max(round(forecast.quantile(RESERVED_QUANTILE) * shape.choices), expected.output)
+        return max(round(forecast.quantile(RESERVED_QUANTILE) * expected.sequences), expected.output)
 
     def reserved_mu(self, tenant: str, shape: RequestShape, expected: RequestSize) -> float:
         """The price with the high output, which a tenant limit reserves."""
@@ -144,19 +153,20 @@ class Estimator:
     def learn(self, tenant: str, shape: RequestShape, usage: Usage, counted: int | None = None) -> None:
         """Learn from the usage of a finished request. `counted`: tokens of its whole text, by a tokenizer."""
         text_tokens = usage.prompt_tokens - shape.token_ids
-        if not (shape.images or shape.audios or shape.videos) and text_tokens > 0 and shape.text_bytes > 0:
+        has_media = shape.images or shape.audios or shape.videos or shape.audio_seconds
+        if not has_media and text_tokens > 0 and shape.text_bytes > 0:
             # The template of a short prompt outweighs its text; tokenizers yield 0.5 to 16 bytes per token.
             self._ratios.add((shape.model, shape.script), min(16.0, max(0.5, shape.text_bytes / text_tokens)))
-            if counted is not None and shape.messages:
+            if counted is not None and shape.messages and shape.prompts == 1:
                 template = self._templates.setdefault(shape.model, ChatTemplateOverhead())
                 template.add(shape.messages, text_tokens - counted)
                 self._templates.move_to_end(shape.model)
                 if len(self._templates) > _MAX_MODELS:
                     self._templates.popitem(last=False)
-        if shape.generative:
+        if shape.generative and not shape.told_output:
             cut = shape.max_output is not None and usage.completion_tokens >= shape.max_output
-            tokens = usage.completion_tokens / shape.choices
-            self._outputs.learn(tenant, shape.model, usage.prompt_tokens, tokens, cut=cut)
+            tokens = usage.completion_tokens / (shape.choices * shape.prompts)
+            self._outputs.learn(tenant, shape.model, usage.prompt_tokens // shape.prompts, tokens, cut=cut)
 
 
 _CHATML: Final = ChatTemplateOverhead()

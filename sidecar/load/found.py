@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 Span = tuple[int, int]  # start and end in the body, in bytes
 MAX_PARTS = 64  # image parts whose positions are kept
 MAX_TEXTS = 4096  # texts whose positions are kept
+BYTES_PER_ID = 4
 PART_LISTS = ("messages", "input", "images")
 
 
@@ -28,6 +30,20 @@ class FoundPart:
     def where(self) -> str:
         name = f"{PART_LISTS[self.list]}[{self.item}]"
         return name if PART_LISTS[self.list] == "images" else f"{name}.content[{self.part}]"
+
+
+class Items(NamedTuple):
+    """What stands in a member of the body. Weights are bytes of text; a token id weighs BYTES_PER_ID of them.
+
+    `number`: of the items of a list, or of an object with questions; 0: it is something else. `integers`: some of them
+    are token ids; `lists`: of those that are lists themselves; `squares`: the sum of the squares of the items' weights.
+    """
+
+    number: int
+    integers: bool
+    lists: int
+    weight: int
+    squares: int
 
 
 @dataclass(slots=True)
@@ -55,6 +71,7 @@ class Found:
     image_parts: int  # those that hold a data URL
     link_parts: int
     members: Mapping[str, Span]  # of those that are read, the last of each
+    items: Mapping[str, Items]  # of members that are not empty
     parts: tuple[FoundPart, ...]  # the first MAX_PARTS
     source_count: int  # items of `images`
     sources: tuple[FoundPart, ...] | None  # the first of them, if all are strings

@@ -9,18 +9,32 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from json.decoder import scanstring  # type: ignore[attr-defined]
 from json.encoder import encode_basestring
 from typing import Any, Final
 
-from sidecar.load.found import MAX_PARTS, MAX_TEXTS, PART_LISTS, Found, FoundPart, PromptTexts, Span
+from sidecar.load.found import (
+    BYTES_PER_ID,
+    MAX_PARTS,
+    MAX_TEXTS,
+    PART_LISTS,
+    Found,
+    FoundPart,
+    Items,
+    PromptTexts,
+    Span,
+)
 from sidecar.load.request_keys import (
     AUDIO_TYPES,
     BINARY_KEYS,
+    HELD_KEYS,
     IMAGE_TYPES,
+    IMAGES_KEY,
     MEDIA_TYPES,
     PRINTED_KEYS,
+    PRINTED_PROMPT_KEYS,
     PROMPT_KEYS,
     TEXT_KEYS,
     VIDEO_TYPES,
@@ -32,7 +46,9 @@ _ASCII_BLANKS: Final = " \t\n\r\v\f\x1c\x1d\x1e\x1f"
 _LINK: Final = ("http://", "https://")
 _MAX_HEAD: Final = 136  # of a data URL, up to its base64 text
 _BASE64_MARK: Final = ";base64,"
-_LAST_COUNTS: Final = frozenset((*MEDIA_TYPES, *TEXT_KEYS, *BINARY_KEYS, *PRINTED_KEYS, "input"))
+_LAST_COUNTS: Final = frozenset((*MEDIA_TYPES, *TEXT_KEYS, *BINARY_KEYS, *PRINTED_KEYS, IMAGES_KEY, "input"))
+
+Leaf = str | list[int] | dict[str, Any]
 
 
 class Again(str):
@@ -87,7 +103,10 @@ def _found(body: bytes, text: str, at: int, payload: dict[str, Any], names: Sequ
     token_ids = 0
     media: Counter[str] = Counter()
     fetches = False
-    for value in leaves(prompts(payload)):
+    leaves_of: dict[str, list[Leaf]] = {
+        key: list(prompt_leaves(key, payload[key])) for key in PROMPT_KEYS if key in payload
+    }
+    for value in chain.from_iterable(leaves_of.values()):
         if isinstance(value, str):
             texts.append(value)
         elif isinstance(value, list):
@@ -115,6 +134,7 @@ def _found(body: bytes, text: str, at: int, payload: dict[str, Any], names: Sequ
         image_parts=sum(not part.is_link for part in parts),
         link_parts=sum(part.is_link for part in parts),
         members={name: (place(spans[name][0]), place(spans[name][1])) for name in names if name in spans},
+        items=dict(_items_of(payload, leaves_of)),
         parts=tuple(parts[:MAX_PARTS]),
         source_count=len(listed),
         sources=_sources(text, spans["images"][0], place)
@@ -127,13 +147,18 @@ def _found(body: bytes, text: str, at: int, payload: dict[str, Any], names: Sequ
 # --- sums ---
 
 
-def prompts(payload: dict[str, Any]) -> list[Any]:
-    """The members of a body that contain its prompt."""
-    return [{key: payload[key] for key in PROMPT_KEYS if key in payload}]
+def prompt_leaves(key: str, value: Any) -> Iterator[Leaf]:
+    """Those of a member of a body that holds a prompt. Documents have texts under any name."""
+    if key in PRINTED_PROMPT_KEYS:
+        return iter([printed(value)])
+    return leaves([value], binary=frozenset() if key == "documents" else BINARY_KEYS)
 
 
-def leaves(stack: list[Any]) -> Iterator[str | list[int] | dict[str, Any]]:
-    """The texts, lists of token ids, and media parts below the values of `stack`, which is consumed from its end."""
+def leaves(stack: list[Any], binary: frozenset[str] = BINARY_KEYS) -> Iterator[Leaf]:
+    """The texts, lists of token ids, and media parts below the values of `stack`, which is consumed from its end.
+
+    `binary`: keys of values that are no text.
+    """
     while stack:
         value = stack.pop()
         if isinstance(value, str):
@@ -155,8 +180,34 @@ def leaves(stack: list[Any]) -> Iterator[str | list[int] | dict[str, Any]]:
                 elif key in MEDIA_TYPES:
                     if item:
                         yield {"type": key}
-                elif key not in BINARY_KEYS or kind == "text":
+                elif key == IMAGES_KEY:
+                    yield from [{"type": "image"}] * len(item) if isinstance(item, list) else ()
+                elif key not in binary or kind == "text":
                     stack.append(item)
+
+
+def _items_of(payload: Mapping[str, Any], leaves_of: Mapping[str, list[Leaf]]) -> Iterator[tuple[str, Items]]:
+    """The sums over the items of each member."""
+    for key in dict.fromkeys((*PROMPT_KEYS, *HELD_KEYS)):
+        value = payload.get(key)
+        binary = frozenset[str]() if key == "documents" else BINARY_KEYS
+        items = value if isinstance(value, list) else []
+        if isinstance(value, dict) and key == "questions":
+            items = list(value.values())
+        weights = [_weight(leaves([item], binary)) for item in items if type(item) is not int]
+        whole = _weight(leaves_of[key] if key in leaves_of else leaves([value]))
+        if items or whole:
+            integers, lists = any(type(item) is int for item in items), sum(isinstance(item, list) for item in items)
+            yield key, Items(len(items), integers, lists, whole, sum(weight * weight for weight in weights))
+
+
+def _weight(found: Iterable[Leaf]) -> int:
+    """What texts and token ids weigh, in bytes of text."""
+    return sum(
+        len(leaf.encode(errors="replace")) if isinstance(leaf, str) else BYTES_PER_ID * len(leaf)
+        for leaf in found
+        if not isinstance(leaf, dict)
+    )
 
 
 def reprinted(raw: bytes) -> str:

@@ -8,11 +8,19 @@ from typing import Final
 PROMPT_KEYS: Final = (
     *("messages", "prompt", "input", "inputs", "text", "system", "instructions", "tools", "suffix", "content"),
     *("input_ids", "token_ids", "prompt_token_ids", "query", "queries", "documents", "text_1", "text_2", "items"),
-    *("input_prefix", "input_suffix"),
+    *("input_prefix", "input_suffix", "input_extra"),  # llama.cpp's
+    *("texts", "message", "chat_history", "preamble"),  # Cohere's
+    *("state", "questions", "data_1", "data_2", "instances", "context"),  # decisions, vLLM's scores, Vertex's, Ollama's
 )
-# Limits of one choice's output tokens, by precedence; nested ones are TGI's and SGLang's.
-OUTPUT_KEYS: Final = ("max_completion_tokens", "max_tokens", "max_output_tokens", "max_new_tokens", "n_predict")
-OUTPUT_HOLDERS: Final = ("parameters", "sampling_params")
+# Of these, what engines print into a prompt as JSON.
+PRINTED_PROMPT_KEYS: Final = ("tools", "state", "questions")
+# Limits of one choice's output tokens, by precedence; nested ones are TGI's, SGLang's and Ollama's.
+OUTPUT_KEYS: Final = (
+    *("max_completion_tokens", "max_tokens", "max_output_tokens", "max_new_tokens"),
+    *("n_predict", "num_predict"),  # llama.cpp's, Ollama's
+)
+CHOICE_KEYS: Final = ("n", "best_of", "n_cmpl")  # answers to one prompt; the last one is llama.cpp's
+OUTPUT_HOLDERS: Final = ("parameters", "sampling_params", "options")
 # Members that make a request wait for something of its own, while later ones are served: a grammar that is compiled, KV
 # blocks or weights that are fetched, a slot. Those of holders are TGI's and SGLang's.
 # vLLM: entrypoints/openai/chat_completion/protocol.py (earlier versions: `guided_*`); SGLang:
@@ -34,13 +42,13 @@ PROCESSING_OPTIONS: Final = ("mm_processor_kwargs", "media_io_kwargs")
 HOLDERS: Final = (*OUTPUT_HOLDERS, *FORMAT_HOLDERS, "reasoning", "stream_options")
 # All that is parsed, by precedence.
 OPTION_KEYS: Final = (
-    *("model", "stream", "stream_options", "n", "priority", *OUTPUT_KEYS, *OUTPUT_HOLDERS),
+    *("model", "stream", "stream_options", *CHOICE_KEYS, "priority", *OUTPUT_KEYS, *OUTPUT_HOLDERS),
     *("tool_choice", "function_call", "id_slot", "reasoning_effort", "reasoning", "include_reasoning"),
     *("stream_reasoning", *PROCESSING_OPTIONS, *GRAMMARS, *TRANSFERS, *FORMAT_HOLDERS),
     *("format", "effort", "include_usage"),  # of holders
 )
-# Members of which only what they hold is wanted.
-HELD_KEYS: Final = ("functions", "images")
+# Members of which only what they hold is wanted: media next to the prompt (Ollama's, Cohere's, SGLang's).
+HELD_KEYS: Final = ("functions", "images", "image_data", "audio_data", "video_data", "audio", "videos")
 
 IMAGE_TYPES: Final = ("image_url", "input_image", "image", "image_pil", "image_embeds")
 AUDIO_TYPES: Final = ("input_audio", "audio_url", "audio")
@@ -48,5 +56,6 @@ VIDEO_TYPES: Final = ("video_url", "input_video", "video")
 # Of a part, or the name of its only member if it has no type.
 MEDIA_TYPES: Final = frozenset((*IMAGE_TYPES, *AUDIO_TYPES, *VIDEO_TYPES))
 TEXT_KEYS: Final = ("text", "content")  # read by engines regardless of the part's type
+IMAGES_KEY: Final = "images"  # a list in a message (Ollama's)
 PRINTED_KEYS: Final = frozenset(("tools", "tool", "arguments"))  # JSON that engines print into the prompt
 BINARY_KEYS: Final = frozenset(("data", "file_data"))  # base64 in every API: documents, files, embeddings

@@ -7,20 +7,27 @@ from typing import Any, Final
 
 import msgspec
 
-from sidecar.events import SHORT_ROUTES
+from sidecar.load.api_routes import Api
 from sidecar.load.body_scan import TOO_LONG, BodyScan
-from sidecar.load.request_keys import FORMAT_HOLDERS, GRAMMARS, OUTPUT_HOLDERS, OUTPUT_KEYS, TRANSFERS
+from sidecar.load.found import Items
+from sidecar.load.request_keys import CHOICE_KEYS, FORMAT_HOLDERS, GRAMMARS, OUTPUT_HOLDERS, OUTPUT_KEYS, TRANSFERS
+from sidecar.load.sequences import sequences_of
 
 _WAITED_FOR: Final = frozenset((*GRAMMARS, *TRANSFERS))
 _MAX_PRIORITY: Final = (1 << 63) - 1
 _STREAM_OPTIONS_ROUTES: Final = frozenset(("chat", "completions"))
 MAX_MODEL_NAME_CHARS: Final = 128
+DEFAULT_VIDEO_FRAMES: Final = 32  # vLLM's
 
 Options = Mapping[str, Any]  # members of a body, or of an object in it
 
 
 class RequestShape(msgspec.Struct, frozen=True, gc=False):
-    """What a request asks for. `text_bytes` is UTF-8 prompt text, `max_output` the client's limit over all choices.
+    """What a request asks for. `text_bytes` is UTF-8 prompt text, `max_output` the client's limit over all sequences.
+
+    `prompts`, `skew` and `audio_seconds` are those of RequestSize; each prompt gives `choices` answers. The engine
+    computes the text of the body `repeated` times. `told_output`: tokens that the input tells to expect, where answers
+    are no text; 0: they are learned.
 
     `script` is the rounded number of bytes per character: 1 for Latin, 2 for Greek, Cyrillic or Arabic, 3 for Chinese,
     Japanese or Korean. `priority`, `reorders` and `withholds` are those of events.Admitted.
@@ -32,46 +39,74 @@ class RequestShape(msgspec.Struct, frozen=True, gc=False):
     max_output: int | None = None
     choices: int = 1
     text_bytes: int = 0
+    prompts: int = 1
+    skew: float = 1.0
+    repeated: float = 1.0
+    audio_seconds: float = 0.0
+    told_output: int = 0
     script: int = 1
     messages: int = 0
     token_ids: int = 0
     images: int = 0
     audios: int = 0
     videos: int = 0
+    video_frames: int = 0
     ask_usage: bool = False  # add the usage option to a stream, as the client did not
     priority: int = 0
     reorders: bool = False
     withholds: bool = False
 
 
-def describe(scan: BodyScan | None, route: str, body_bytes: int) -> RequestShape:
+def describe(scan: BodyScan | None, api: Api, body_bytes: int) -> RequestShape:
     """The shape of a request. `scan` is None if the body was not read; its length then counts as text."""
-    generative = route not in SHORT_ROUTES
     if scan is None:
-        text_bytes = 0 if route == "transcription" else body_bytes
-        return RequestShape(generative=generative, text_bytes=text_bytes, reorders=True, withholds=True)  # unknown
+        return RequestShape(generative=api.generates, text_bytes=body_bytes, reorders=True, withholds=True)  # unknown
     found, options = scan.found, scan.options
-    model, stream = options.get("model"), options.get("stream") is True
-    choices, limit = _count(options.get("n")) or 1, _max_output(options)
+    model, stream = options.get("model"), options.get("stream", api.streams) is True
+    choices, limit, sequences = _choices(options), _max_output(options), sequences_of(found.items, api)
+    videos = found.videos + _items(found.items, "video_data", "videos")
     return RequestShape(
         # JSON may hold lone surrogates, which no report can carry
         model=model[:MAX_MODEL_NAME_CHARS].encode(errors="replace").decode() if isinstance(model, str) else "",
         stream=stream,
-        generative=generative,
-        max_output=None if limit is None else limit * choices,
+        generative=api.generates,
+        max_output=None if limit is None else limit * choices * sequences.prompts,
         choices=choices,
-        text_bytes=found.text_bytes,
+        text_bytes=found.text_bytes + sequences.repeated,
+        prompts=sequences.prompts,
+        skew=sequences.skew,
+        repeated=1 + sequences.repeated / max(1, found.text_bytes),
+        told_output=round(api.output_per * (found.text_bytes if api.output_of == "byte" else choices)),
         script=min(3, max(1, round(found.text_bytes / max(1, found.characters)))),
         messages=found.messages,
         token_ids=found.token_ids,
-        images=found.images,
-        audios=found.audios,
-        videos=found.videos,
-        ask_usage=stream and route in _STREAM_OPTIONS_ROUTES and _lacks_usage(options.get("stream_options")),
+        images=found.images + _items(found.items, "images", "image_data"),
+        audios=found.audios + _items(found.items, "audio_data", "audio"),
+        videos=videos,
+        video_frames=videos * _frames(options),
+        ask_usage=stream and api.route in _STREAM_OPTIONS_ROUTES and _lacks_usage(options.get("stream_options")),
         priority=_priority(options.get("priority")),
         reorders=found.fetches or _reorders(options) or _has_tool_grammar(scan),
         withholds=_withholds(scan),
     )
+
+
+def _items(items: Mapping[str, Items], *names: str) -> int:
+    """What some members hold: the items of a list, or one."""
+    return sum(items[name].number or 1 for name in names if name in items)
+
+
+def _choices(options: Options) -> int:
+    """Answers that are sampled for each prompt."""
+    counts = (_count(holder.get(key)) for holder in _holders(options) for key in CHOICE_KEYS)
+    return max([1, *(count for count in counts if count is not None)])
+
+
+def _frames(options: Options) -> int:
+    """Frames that an engine takes of each video."""
+    kwargs = options.get("media_io_kwargs")
+    video = kwargs.get("video") if isinstance(kwargs, dict) else None
+    return (_count(video.get("num_frames")) if isinstance(video, dict) else None) or DEFAULT_VIDEO_FRAMES
 
 
 def _lacks_usage(options: Any) -> bool:

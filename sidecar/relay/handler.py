@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from sidecar.engines.registry import KINDS
 from sidecar.errors import Draining, ImagesOff, Internal, RequestError, place_of
 from sidecar.events import AbortRequests, CanariesOver, Command, Event, LoadReport, MetricsPage
-from sidecar.load import api_routes, request_shape
+from sidecar.load import api_routes, audio_upload, request_shape
 from sidecar.load.api_routes import Api
 from sidecar.relay import (
     admin_paths,
@@ -233,7 +233,7 @@ class Relay:
         try:
             with self._budget.reading() as held, self._open_requests.settling(admission):
                 self._open_requests.check(time.monotonic())
-                await self._admitted(request, admission, await self._ready(request, admission, held), id, held)
+                await self._admitted(request, admission, await self._ready(request, admission, api, held), id, held)
         except RequestError as e:
             if not request.reply.begun:
                 raise
@@ -244,17 +244,26 @@ class Relay:
             if self._images is not None:
                 self._images.release(admission.id)
 
-    async def _ready(self, request: Request, admission: Admission, held: client_io.HeldBytes) -> BodyPayload:
+    async def _parsed(self, body: bytes) -> request_body.ParsedBody:
+        """A body and what is found in it; a long one is read in a thread."""
+        if len(body) <= body_thread.MAX_INLINE_BYTES:
+            return request_body.parse(body, links=self._fetch is not None)
+        return await body_thread.run(partial(request_body.parse, links=self._fetch is not None), body)
+
+    async def _ready(self, request: Request, admission: Admission, api: Api, held: client_io.HeldBytes) -> BodyPayload:
         """The body to send: read, charged, its images prepared, and admitted."""
         body = await client_io.read(request, self._settings.max_body_bytes, held)
         admission.read_at = time.monotonic()
-        if admission.route == "transcription" or b"content-encoding" in request.fields:
-            parsed = request_body.ParsedBody(body)
-        elif len(body) <= body_thread.MAX_INLINE_BYTES:
-            parsed = request_body.parse(body, links=self._fetch is not None)
+        media_type = request.fields.get(b"content-type", "")
+        parsed = request_body.ParsedBody(body)
+        if api.output_of == "second" and "json" not in media_type:
+            admission.shape = audio_upload.describe_upload(body, media_type, api)
         else:
-            parsed = await body_thread.run(partial(request_body.parse, links=self._fetch is not None), body)
-        admission.shape = request_shape.describe(parsed.scan, admission.route, len(body))
+            if b"content-encoding" not in request.fields:
+                parsed = await self._parsed(body)
+            api = api_routes.of_form(api, () if parsed.scan is None else parsed.scan.found.members)
+            admission.route = api.route
+            admission.shape = request_shape.describe(parsed.scan, api, len(body))
         await self._pricing.charge(admission, parsed)
         if self._images is None or not parsed.images:
             self._open_requests.admit(admission, self._pricing.estimate(admission, []))

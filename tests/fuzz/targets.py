@@ -13,6 +13,7 @@ from typing import Any
 from sidecar.images import file_headers
 from sidecar.load import body_scan as scans
 from sidecar.load import request_shape
+from sidecar.load.api_routes import CHAT
 from sidecar.load.found import Found
 from sidecar.relay import request_body as bodies
 from sidecar.relay import url_policy
@@ -47,12 +48,12 @@ def request_body(data: bytes) -> None:
     for with_links in (False, True):
         parsed = bodies.parse(data, links=with_links)
         assert bodies.rebuild(parsed, {}) == [data]
-        request_shape.describe(parsed.scan, "chat", len(data))
+        request_shape.describe(parsed.scan, CHAT, len(data))
         if parsed.scan is None:
             assert not parsed.images and bodies.rebuild(parsed, {}, ask_usage=True) == [data]
             continue
         means = json.loads(data)
-        if parsed.scan.options.get("stream") is True and request_shape.describe(parsed.scan, "chat", 0).ask_usage:
+        if parsed.scan.options.get("stream") is True and request_shape.describe(parsed.scan, CHAT, 0).ask_usage:
             asked = json.loads(b"".join(bodies.rebuild(parsed, {}, ask_usage=True)))
             assert asked["stream_options"].pop("include_usage") is True
             options = means.get("stream_options") or {}

@@ -14,11 +14,15 @@ from sidecar.load.request_shape import MAX_MODEL_NAME_CHARS, RequestShape
 _PROMPT_KEYS: Final = (
     *("messages", "prompt", "input", "inputs", "text", "system", "instructions", "tools", "suffix", "content"),
     *("input_ids", "token_ids", "prompt_token_ids", "query", "queries", "documents", "text_1", "text_2", "items"),
-    *("input_prefix", "input_suffix"),
+    *("input_prefix", "input_suffix", "input_extra"),
+    *("texts", "message", "chat_history", "preamble"),
+    *("state", "questions", "data_1", "data_2", "instances", "context"),
 )
+_PRINTED_PROMPTS: Final = ("tools", "state", "questions")
 # Limits of one choice's output tokens, by precedence; nested ones are TGI's and SGLang's.
-_OUTPUT_KEYS: Final = ("max_completion_tokens", "max_tokens", "max_output_tokens", "max_new_tokens", "n_predict")
-_OUTPUT_HOLDERS: Final = ("parameters", "sampling_params")
+_LIMITS: Final = ("max_completion_tokens", "max_tokens", "max_output_tokens", "max_new_tokens", "n_predict")
+_OUTPUT_KEYS: Final = (*_LIMITS, "num_predict")
+_OUTPUT_HOLDERS: Final = ("parameters", "sampling_params", "options")
 _IMAGE_TYPES: Final = frozenset(("image_url", "input_image", "image", "image_pil", "image_embeds"))
 _AUDIO_TYPES: Final = frozenset(("input_audio", "audio_url", "audio"))
 _VIDEO_TYPES: Final = frozenset(("video_url", "input_video", "video"))
@@ -53,11 +57,13 @@ def describe(payload: dict[str, Any] | None, route: str, body_bytes: int) -> Req
         text_bytes = 0 if route == "transcription" else body_bytes
         return RequestShape(generative=generative, text_bytes=text_bytes, reorders=True, withholds=True)  # unknown
     model, stream, messages = payload.get("model"), payload.get("stream") is True, payload.get("messages")
-    choices, limit = _count(payload.get("n")) or 1, _max_output(payload)
+    choices, limit = _choices(payload), _max_output(payload)
+    conversations = [item for item in messages if isinstance(item, list)] if isinstance(messages, list) else []
+    prompts_, lengths = max(1, len(conversations)), [_weight(item) for item in messages] if conversations else [1]
     text_bytes = characters = token_ids = 0
     media: Counter[str] = Counter()
     fetches = False
-    for value in leaves(prompts(payload)):
+    for value in prompt_leaves(payload):
         if isinstance(value, str):
             text_bytes += len(value) if value.isascii() else len(value.encode(errors="replace"))
             characters += len(value)
@@ -71,20 +77,53 @@ def describe(payload: dict[str, Any] | None, route: str, body_bytes: int) -> Req
         model=model[:MAX_MODEL_NAME_CHARS].encode(errors="replace").decode() if isinstance(model, str) else "",
         stream=stream,
         generative=generative,
-        max_output=None if limit is None else limit * choices,
+        max_output=None if limit is None else limit * choices * prompts_,
         choices=choices,
+        prompts=prompts_,
+        skew=_skew(prompts_, lengths),
         text_bytes=text_bytes,
         script=min(3, max(1, round(text_bytes / max(1, characters)))),
         messages=len(messages) if isinstance(messages, list) else 0,
         token_ids=token_ids,
-        images=sum(media[kind] for kind in _IMAGE_TYPES),
-        audios=sum(media[kind] for kind in _AUDIO_TYPES),
-        videos=sum(media[kind] for kind in _VIDEO_TYPES),
+        images=sum(media[kind] for kind in _IMAGE_TYPES) + _held(payload, "images", "image_data"),
+        audios=sum(media[kind] for kind in _AUDIO_TYPES) + _held(payload, "audio_data", "audio"),
+        videos=(videos := sum(media[kind] for kind in _VIDEO_TYPES) + _held(payload, "video_data", "videos")),
+        video_frames=videos * _frames(payload),
         ask_usage=stream and route in _STREAM_OPTIONS_ROUTES and _lacks_usage(payload.get("stream_options")),
         priority=_priority(payload.get("priority")),
         reorders=fetches or _reorders(payload),
         withholds=_withholds(payload),
     )
+
+
+def _held(payload: dict[str, Any], *names: str) -> int:
+    """Media next to the prompt: the items of a list, or one thing that has any text."""
+    values = [payload[name] for name in names if name in payload]
+    return sum(len(value) if isinstance(value, list) else _weight(value) > 0 for value in values)
+
+
+def _frames(payload: dict[str, Any]) -> int:
+    kwargs = payload.get("media_io_kwargs")
+    video = kwargs.get("video") if isinstance(kwargs, dict) else None
+    return (_count(video.get("num_frames")) if isinstance(video, dict) else None) or 32
+
+
+def _choices(payload: dict[str, Any]) -> int:
+    holders = [payload, *(payload[key] for key in _OUTPUT_HOLDERS if isinstance(payload.get(key), dict))]
+    return max(_count(holder.get(key)) or 1 for holder in holders for key in ("n", "best_of", "n_cmpl"))
+
+
+def _weight(value: Any) -> int:
+    """Bytes of text, at four bytes for a token id that stands in a list."""
+    found = list(leaves([value]))
+    texts = sum(len(leaf.encode(errors="replace")) for leaf in found if isinstance(leaf, str))
+    return texts + 4 * sum(len(leaf) for leaf in found if isinstance(leaf, list))
+
+
+def _skew(prompts: int, lengths: list[int]) -> float:
+    """The work of attention against that of as many prompts of equal length."""
+    total = sum(lengths)
+    return min(prompts, max(1.0, prompts * sum(length**2 for length in lengths) / total**2)) if total else 1.0
 
 
 def _lacks_usage(options: Any) -> bool:
@@ -173,12 +212,16 @@ def _count(value: Any) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 31 else None
 
 
-def prompts(payload: dict[str, Any]) -> list[Any]:
-    """The members of a body that contain its prompt."""
-    return [{key: payload[key] for key in _PROMPT_KEYS if key in payload}]
+def prompt_leaves(payload: dict[str, Any]) -> Iterator[str | list[int] | dict[str, Any]]:
+    """Those of the members of a body that contain its prompt."""
+    for key in _PROMPT_KEYS:
+        if key in _PRINTED_PROMPTS:
+            yield from _printed(payload.get(key))
+        elif key in payload:
+            yield from leaves([payload[key]], key == "documents")
 
 
-def leaves(stack: list[Any]) -> Iterator[str | list[int] | dict[str, Any]]:
+def leaves(stack: list[Any], is_document: bool = False) -> Iterator[str | list[int] | dict[str, Any]]:
     """The texts, lists of token ids, and media parts below the values of `stack`, which is consumed from its end."""
     while stack:
         value = stack.pop()
@@ -205,7 +248,9 @@ def leaves(stack: list[Any]) -> Iterator[str | list[int] | dict[str, Any]]:
                 elif key in _MEDIA_TYPES:
                     if item:
                         yield {"type": key}
-                elif key not in _BINARY_KEYS or kind == "text":
+                elif key == "images":
+                    yield from [{"type": "image"} for _ in item] if isinstance(item, list) else ()
+                elif is_document or key not in _BINARY_KEYS or kind == "text":
                     stack.append(item)
 
 

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sidecar.load import body_scan, request_keys
+from sidecar.load.api_routes import CHAT
 from sidecar.load.body_scan import TOO_LONG, find, find_in_python, lenient, prompt_text, scan
 from sidecar.load.found import MAX_PARTS, MAX_TEXTS, Found
 from sidecar.load.request_shape import describe
@@ -136,7 +137,7 @@ def test_a_scan_finds_what_a_parser_finds(body: bytes) -> None:
         assert urls[part.where] == text and body[part.start : part.start + 1] == b"{"
         assert text.startswith("data:") or part.is_link
     if not repeats_unknown(body):
-        assert describe(found, "chat", 0) == json_oracle.describe(payload, "chat", 0)
+        assert describe(found, CHAT, 0) == json_oracle.describe(payload, "chat", 0)
 
 
 ODD = [
@@ -244,7 +245,7 @@ def test_a_long_option_counts_as_set() -> None:
     found = scan(json.dumps(body).encode())
     assert found is not None
     assert found.options["response_format"] is found.options["n"] is found.options["stream"] is TOO_LONG
-    shape = describe(found, "chat", 0)
+    shape = describe(found, CHAT, 0)
     assert (shape.model, shape.max_output, shape.choices) == ("x" * 128, 7, 1)
     assert (shape.stream, shape.priority, shape.reorders, shape.withholds) == (False, 0, True, True)
     many = {name: [0] * 300 for name in request_keys.GRAMMARS}

@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 
+from sidecar.load.api_routes import CHAT
 from sidecar.load.body_scan import scan
 from sidecar.load.request_shape import RequestShape, describe
 
 
 def shape(members: dict[str, Any]) -> RequestShape:
     """What is read of a body with these members."""
-    return describe(scan(json.dumps(members).encode()), "chat", 0)
+    return describe(scan(json.dumps(members).encode()), CHAT, 0)
 
 
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
@@ -137,5 +138,5 @@ def test_tools_and_hidden_thoughts_may_be_withheld(members: dict[str, Any], with
 
 def test_a_body_that_was_not_read_may_be_all_of_it() -> None:
     """Nothing is known of an encoded body, so neither its turn nor its pace proves anything."""
-    unread = describe(None, "chat", 1000)
+    unread = describe(None, CHAT, 1000)
     assert (unread.priority, unread.reorders, unread.withholds) == (0, True, True)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from sidecar.events import Admitted
+from sidecar.load.api_routes import CHAT
 from sidecar.load.request_shape import describe
 from sidecar.relay import body_thread, request_body
 from sidecar.relay.body_thread import MAX_INLINE_BYTES
@@ -30,7 +31,7 @@ def test_nothing_is_made_of_a_body(shape: str) -> None:
     tracemalloc.start()
     try:
         parsed = request_body.parse(body, links=True)
-        shape_of = describe(parsed.scan, "chat", len(body))
+        shape_of = describe(parsed.scan, CHAT, len(body))
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()

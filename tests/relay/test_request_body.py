@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sidecar.load import request_shape
+from sidecar.load.api_routes import CHAT, COMPLETIONS, api_of
 from sidecar.load.request_shape import RequestShape, describe
 from sidecar.relay.request_body import ParsedBody, parse, rebuild
 
@@ -122,8 +123,8 @@ def test_a_body_in_wide_characters_is_left_alone(encoding: str) -> None:
 def test_a_long_text_is_measured() -> None:
     """However long, a text is counted to the byte, and what could not be read counts by its length."""
     body = b'{"prompt":"' + b"a" * (20 << 20) + b'"}'
-    assert describe(parse(body).scan, "completions", len(body)).text_bytes == 20 << 20
-    assert describe(None, "completions", len(body)).text_bytes == len(body)
+    assert describe(parse(body).scan, COMPLETIONS, len(body)).text_bytes == 20 << 20
+    assert describe(None, COMPLETIONS, len(body)).text_bytes == len(body)
 
 
 values = st.recursive(
@@ -163,7 +164,9 @@ def test_join_undoes_cut(extra: Any, content: list[Any], ascii_only: bool, slash
 
 def shape_of(payload: dict[str, Any], route: str = "chat") -> RequestShape:
     """What the relay makes of a body, as bytes."""
-    return describe(parse(json.dumps(payload).encode()).scan, route, 0)
+    api = api_of("POST", f"/{route}" if route != "chat" else "/chat/completions", has_body=True)
+    assert api is not None
+    return describe(parse(json.dumps(payload).encode()).scan, api, 0)
 
 
 def message(*blocks: Any) -> dict[str, Any]:
@@ -221,7 +224,7 @@ def test_what_a_media_part_holds_is_no_text(slashes: bool) -> None:
     )
     text = json.dumps(body).replace("/", "\\/") if slashes else json.dumps(body)
     skeleton = parse(text.encode())
-    shape = describe(skeleton.scan, "chat", 0)
+    shape = describe(skeleton.scan, CHAT, 0)
     assert (shape.images, shape.audios, shape.videos) == (4, 1, 1)
     assert shape.text_bytes < 50
 
@@ -273,7 +276,7 @@ def test_tools_of_any_depth_are_counted() -> None:
         body = b'{"tools":' + b"[" * depth + b'"' + LONG.encode() + b'"' + b"]" * depth + b"}"
         scan = parse(body).scan
         if scan is not None:
-            assert describe(scan, "chat", 0).text_bytes >= len(LONG)
+            assert describe(scan, CHAT, 0).text_bytes >= len(LONG)
             read += 1
     assert read
 
@@ -284,7 +287,7 @@ def test_a_shape_is_that_of_the_parsed_body(extra: Any, content: list[Any], slas
     body = {"prompt": extra, "model": extra, "system": extra, **message(*content)}
     text = json.dumps(body).replace("/", "\\/") if slashes else json.dumps(body)
     skeleton = parse(text.encode())
-    assert describe(skeleton.scan, "chat", 0) == json_oracle.describe(json.loads(text), "chat", 0)
+    assert describe(skeleton.scan, CHAT, 0) == json_oracle.describe(json.loads(text), "chat", 0)
 
 
 def test_a_model_is_named_as_its_client_names_it() -> None:
@@ -322,7 +325,7 @@ def test_options_are_spliced_and_nothing_else_changes(options: bytes, sent_optio
     """Forms of numbers, repeated keys and blanks go out as they came; the last options are the ones that count."""
     around = b'\xef\xbb\xbf {"stream": true, "temperature":1e400,"seed":1.50 , %b,"a":1,"a":-0}\n'
     parsed = parse(around % options)
-    assert describe(parsed.scan, "chat", 0).ask_usage
+    assert describe(parsed.scan, CHAT, 0).ask_usage
     assert b"".join(rebuild(parsed, {}, ask_usage=True)) == around % sent_options
 
 
@@ -368,8 +371,8 @@ def test_usage_is_asked_only_where_the_client_did_not(options: Any, asked: bool)
             RequestShape("m", max_output=14, choices=2, text_bytes=4),
         ),
         ({"prompt": [1, 2, 3]}, RequestShape(token_ids=3)),
-        ({"prompt": [[1, 2], [3]]}, RequestShape(token_ids=3)),
-        ({"prompt": ["ab", "é"]}, RequestShape(text_bytes=4)),
+        ({"prompt": [[1, 2], [3]]}, RequestShape(token_ids=3, prompts=2, skew=2 * (2**2 + 1) / 3**2)),
+        ({"prompt": ["ab", "é"]}, RequestShape(text_bytes=4, prompts=2)),
         ({"prompt": "жизнь"}, RequestShape(text_bytes=10, script=2)),
         ({"prompt": "你好 vLLM, 世界和平"}, RequestShape(text_bytes=25, script=2)),
         ({"prompt": "你好"}, RequestShape(text_bytes=6, script=3)),
@@ -396,7 +399,7 @@ def test_usage_is_asked_only_where_the_client_did_not(options: Any, asked: bool)
                     }
                 ]
             },
-            RequestShape(text_bytes=6, messages=1, videos=1, reorders=True),
+            RequestShape(text_bytes=6, messages=1, videos=1, video_frames=32, reorders=True),
         ),
     ],
 )
