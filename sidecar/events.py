@@ -106,12 +106,16 @@ class Delivered(Record, tag=True, frozen=True):
 
 
 class Usage(Record, frozen=True):
-    """From the engine's `usage` object. `audio_seconds`: the length of what it heard; 0: it does not say."""
+    """From the engine's `usage` object. `audio_seconds`: the length of what it heard; 0: it does not say.
+
+    `final`: all of it is the engine's word, and about the whole answer.
+    """
 
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int = 0
     audio_seconds: float = 0.0
+    final: bool = True
 
 
 class Settled(Record, tag=True, frozen=True):
@@ -184,13 +188,14 @@ class UnreadRequest(Record, tag=True, frozen=True):
     """A request of unknown cost is with the engine (`on`), or over. It is passed on unread, and may be work.
 
     `id` is the relay's own. Its bytes are reported by Delivered with 0 tokens. `status` is the engine's, 0 where there
-    was none.
+    was none. `path_class` is one of load.api_routes; its end has none.
     """
 
     id: str
     at: float
     on: bool
     status: int = 0
+    path_class: str = ""
 
 
 class Heartbeat(Record, tag=True, frozen=True):

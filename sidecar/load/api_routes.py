@@ -17,12 +17,13 @@ from __future__ import annotations
 import re
 from collections.abc import Container
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final, Literal, get_args
 from urllib.parse import unquote
 
 WORKING_METHODS: Final = ("POST", "PUT", "PATCH")
 
 PathClass = Literal["tokenizer", "control", "files", "other"]
+PATH_CLASSES: Final[tuple[PathClass, ...]] = get_args(PathClass)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +116,8 @@ _FORMS: Final = (
 )
 # TGI's and TEI's path for whatever their model does.
 _ROOT: Final = Api("generate", "/", _GENERATE.items)
-REALTIME: Final = Api("realtime", "realtime")
+# Any WebSocket.
+REALTIME: Final = Api("realtime", "realtime", output_of="second", output_per=_TOKENS_PER_SPOKEN_SECOND)
 
 _BY_END: Final = {end: api for api in (*APIS, INVOCATIONS) for end in api.ends.split()}
 _LONGEST_END: Final = max(end.count("/") for end in _BY_END) + 1

@@ -18,6 +18,7 @@ from typing import Final
 from msgspec import structs
 
 from sidecar.load import cost_model
+from sidecar.load.api_routes import REALTIME
 from sidecar.load.cost_model import Coefficients
 from sidecar.load.ledger import FAILED_OUTCOMES, AdmissionHold, Settlement
 
@@ -61,8 +62,8 @@ class WorkWindows:
 
     def settled(self, settlement: Settlement) -> None:
         ended = settlement.settled
-        if ended.sent_at is None or ended.outcome == "rejected":
-            return
+        if ended.sent_at is None or ended.outcome == "rejected" or settlement.admitted.route == REALTIME.route:
+            return  # a session may be idle for hours
         indices = range(max(self._next, int(ended.sent_at / WINDOW_S)), int(ended.at / WINDOW_S) + 1)
         windows = {index: self._open.setdefault(index, _OpenWindow()) for index in indices}
         if settlement.slowed or ended.outcome in FAILED_OUTCOMES:

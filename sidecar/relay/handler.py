@@ -20,7 +20,7 @@ from sidecar.engines.registry import KINDS
 from sidecar.errors import Draining, ImagesOff, Internal, RequestError, place_of
 from sidecar.events import AbortRequests, CanariesOver, Command, Event, LoadReport, MetricsPage
 from sidecar.load import api_routes, audio_upload, request_shape
-from sidecar.load.api_routes import Api
+from sidecar.load.api_routes import REALTIME, Api
 from sidecar.relay import (
     admin_paths,
     body_thread,
@@ -32,6 +32,8 @@ from sidecar.relay import (
     passthrough,
     request_body,
     response,
+    session,
+    websocket,
 )
 from sidecar.relay.admission import Admission
 from sidecar.relay.canary_gate import CanaryGate
@@ -177,7 +179,8 @@ class Relay:
     async def _dispatch(self, request: Request, id: str) -> None:
         path = engine_io.path_of(request.target)
         admin_paths.check(self._settings.admin_paths, request.method, path, request.peer)
-        api = api_routes.api_of(request.method, path, has_body=request.has_body)
+        is_session = websocket.is_wanted(request)
+        api = REALTIME if is_session else api_routes.api_of(request.method, path, has_body=request.has_body)
         if api is not None:
             await self._work(request, api, id)
             return
@@ -233,6 +236,11 @@ class Relay:
         try:
             with self._budget.reading() as held, self._open_requests.settling(admission):
                 self._open_requests.check(time.monotonic())
+                if api is REALTIME:
+                    report = self._load_report
+                    pricing, engine, requests = self._pricing, self._engine, self._open_requests
+                    await session.serve(request, id, admission, engine, requests, pricing, report)
+                    return
                 await self._admitted(request, admission, await self._ready(request, admission, api, held), id, held)
         except RequestError as e:
             if not request.reply.begun:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -22,6 +23,7 @@ from sidecar.relay.admission import NO_ESTIMATE, Admission
 from sidecar.relay.client_io import CLIENT_STALL_S
 from sidecar.relay.outcomes import abort_error, cut, stalled
 from sidecar.relay.unread_call import UnreadCall
+from sidecar.runtime.limited_log import LimitedLog
 
 EVENT_FLUSH_INTERVAL_S: Final = 0.2
 STALL_CHECK_INTERVAL_S: Final = 0.5
@@ -39,6 +41,7 @@ class OpenRequests:
         self.emit = emit
         self.verdict: State = "unknown"  # the last one that control published
         self.cutting = False  # a drain ran out of time and cuts off what is open
+        self.log = LimitedLog(logging.getLogger(__name__))
         self._verdict_at = 0.0
         # ids are unique over relay processes and their restarts; a client's own request id need not be
         self._prefix = os.urandom(4).hex()
@@ -141,10 +144,10 @@ class OpenRequests:
     # --- calls that are passed on unread ---
 
     @contextmanager
-    def passing(self, *, is_work: bool) -> Iterator[UnreadCall]:
-        """A call that is with the engine for a block. `is_work`: it may be work, so control learns of it."""
-        call = UnreadCall(self.new_id())
-        if not is_work or len(self._unread) >= MAX_UNREAD:
+    def passing(self, path_class: str) -> Iterator[UnreadCall]:
+        """A call that is with the engine for a block. `path_class`: of one that may be work; control learns of it."""
+        call = UnreadCall(self.new_id(), path_class)
+        if not path_class or len(self._unread) >= MAX_UNREAD:
             yield call
             return
         self._unread.add(call)

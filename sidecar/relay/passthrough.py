@@ -2,7 +2,7 @@
 
 Rules: a short body is read, so that it may be sent again on a fresh connection; a long one streams. Calls that pause
 the engine or let it go on are reported, and read whole first: one that resumes may name parts. Any
-other call that may be work is reported while it is with the engine, and so is a WebSocket.
+other call that may be work is reported while it is with the engine, and counted by its class.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import Final
 
+from sidecar import labels
 from sidecar.events import LoadReport
-from sidecar.relay import client_io, engine_io, engine_pauses, headers, websocket
+from sidecar.load import api_routes
+from sidecar.relay import admin_paths, client_io, engine_io, engine_pauses, headers
 from sidecar.relay.canary_gate import CanaryGate
 from sidecar.relay.engine_io import BodyPayload
 from sidecar.relay.http.client import Request
@@ -24,7 +26,10 @@ from sidecar.relay.http.engine import Answer, EngineConnection, EngineError
 from sidecar.relay.http.head import Field, chunk, last_chunk
 from sidecar.relay.open_requests import OpenRequests
 from sidecar.relay.outcomes import EngineBroke
-from sidecar.relay.unread_call import WORKING_METHODS, UnreadCall
+from sidecar.relay.unread_call import UnreadCall
+from sidecar.runtime.limited_log import LimitedLog
+
+_MAX_LOGGED_CHARS: Final = 80
 
 _pause_call_ids: Final = itertools.count(1)
 
@@ -46,7 +51,6 @@ async def forward(
     target = engine_io.origin_form(request.target).decode("latin-1")
     path, _, query = target.partition("?")
     route, is_partial, data = engine_pauses.route_of(request.method, path), False, None
-    is_upgrade = websocket.is_wanted(request)
     with budget.reading() as held:
         if route is not None and route.turn != "during":  # what is never complete is no order
             data = await client_io.read(request, max_body_bytes, held)
@@ -54,8 +58,10 @@ async def forward(
         elif request.has_body and (request.fields.length() or math.inf) <= engine_io.MAX_REPEATED_BYTES:
             data = await client_io.read(request, engine_io.MAX_REPEATED_BYTES, held)
         pause = engine_pauses.PauseCall(open_requests.emit, time.monotonic, next(_pause_call_ids), route, is_partial)
-        is_work = is_upgrade or (route is None and request.method in WORKING_METHODS)
-        with open_requests.passing(is_work=is_work) as call:
+        kind = ""
+        if route is None and (request.has_body or request.method in api_routes.WORKING_METHODS):
+            kind = _class_of(request.method, path, open_requests.log)
+        with open_requests.passing(kind) as call:
             client = _Client(request, call, open_requests)
             with closing(pause):
                 if data is None and request.has_body:
@@ -67,16 +73,22 @@ async def forward(
                     if gate is not None and pause.stops_work:
                         await gate.wait(pause.id)
                     body = None if data is None else BodyPayload([data])
-                    answer = await engine.send(request, id, body, is_upgrade=is_upgrade)
+                    answer = await engine.send(request, id, body)
                 pause.answered(answer.status)
             call.status = answer.status
             held.release()
             with closing(answer):
                 passed = headers.to_client(request.fields, answer.fields, id, report, {})
-                if answer.is_upgrade:
-                    await websocket.tunnel(request, answer, passed, lambda size: open_requests.receive(call, size))
-                else:
-                    await _answer(request, answer, passed, client)
+                await _answer(request, answer, passed, client)
+
+
+def _class_of(method: str, path: str, log: LimitedLog) -> str:
+    """The class of a call whose work is not metered, as a label. One that may be anything is logged."""
+    kind = "control" if admin_paths.is_control(method, path) else api_routes.path_class(path)
+    if kind == "other":
+        named = labels.printable(path, _MAX_LOGGED_CHARS)
+        log.warning("unmetered", "%s %s is no API that is known: its work is not metered", method, named)
+    return kind
 
 
 async def _answer(request: Request, answer: Answer, passed: list[Field], client: _Client) -> None:

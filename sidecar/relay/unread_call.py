@@ -1,4 +1,4 @@
-"""Pure: a request that is passed on unread, and may be work of the engine: image generation, Ollama's `/api/chat`.
+"""Pure: a request that is passed on unread, and may be work of the engine: video generation, an API of tomorrow.
 
 Rules: it is the engine's from the first byte that is sent until it ends, however it ends. Bytes of its answer are
 progress, except those of an error or of an answer that takes no time: a server gives those while its engine hangs.
@@ -12,8 +12,6 @@ from typing import Final
 from sidecar.events import Delivered, RequestBlocked, UnreadRequest
 from sidecar.relay.admission import BLOCKED_WRITE_S
 
-# Calls that read something have no effect on an engine that is worth waiting for.
-WORKING_METHODS: Final = ("POST", "PUT", "PATCH")
 # Pieces over a longer time are made while they are sent. A tokenizer's answer comes at once.
 WHOLE_ANSWER_S: Final = 0.2
 
@@ -23,6 +21,7 @@ class UnreadCall:
     """The state of one call. Times are monotonic seconds."""
 
     id: str
+    path_class: str = ""  # "": it is no work
     status: int = 0  # the engine's
     answered_at: float | None = None  # the first byte of the answer's body came
     reading_since: float | None = None  # it waits for its client's upload
@@ -32,7 +31,7 @@ class UnreadCall:
 
     def begin(self, now: float) -> UnreadRequest:
         """The engine gets the request."""
-        return UnreadRequest(self.id, now, True)
+        return UnreadRequest(self.id, now, True, path_class=self.path_class)
 
     def receive(self, size: int, now: float) -> bool:
         """Bytes of the answer came. Returns whether they show that the engine works."""

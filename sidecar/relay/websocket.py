@@ -1,6 +1,6 @@
 """WebSockets (`/v1/realtime`): the handshake passes as any request does, and after the engine's 101 all bytes do.
 
-Rules: nothing is read of them, so extensions, close codes and refusals are the engine's. Whoever does not read lets
+Rules: nothing is changed in them, so extensions, close codes and refusals are the engine's. Whoever does not read lets
 the other side wait. Each side's end is passed on; the tunnel is over when both have ended.
 """
 
@@ -24,8 +24,20 @@ def is_wanted(request: Request) -> bool:
     return request.method == "GET" and "websocket" in request.fields.tokens(b"upgrade")
 
 
-async def tunnel(request: Request, answer: Answer, passed: list[Field], receive: Callable[[int], None]) -> None:
-    """Pass bytes both ways until both sides have ended. `receive` gets the size of each piece from the engine."""
+Hear = Callable[[bytes], None]
+
+
+async def tunnel(
+    request: Request,
+    answer: Answer,
+    passed: list[Field],
+    received: Hear,
+    sent: Hear,
+) -> None:
+    """Pass bytes both ways until both sides have ended.
+
+    `received` gets each piece from the engine, `sent` each from the client.
+    """
     client, ended, sides = request.connection, asyncio.Event(), {"client", "engine"}
     upgraded = [(b"connection", b"upgrade"), (b"upgrade", answer.fields.get(b"upgrade").encode("latin-1"))]
     request.reply.upgrade(answer.status, answer.reason, [*passed, *upgraded])
@@ -42,12 +54,17 @@ async def tunnel(request: Request, answer: Answer, passed: list[Field], receive:
 
     def to_client(data: bytes) -> None:
         if data:
-            receive(len(data))
+            received(data)
         pass_on(data, "engine", answer, client)
+
+    def to_engine(data: bytes) -> None:
+        if data:
+            sent(data)
+        pass_on(data, "client", client, engine)
 
     engine = answer.tunnel(to_client)
     engine.on_resume, client.on_resume = client.resume, engine.resume
-    client.take_over(lambda data: pass_on(data, "client", client, engine))
+    client.take_over(to_engine)
     try:
         await ended.wait()
         ended.clear()

@@ -8,7 +8,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from sidecar.events import AbortRequests, Admitted, CanaryResult, Event, FirstToken, ImagePrepared, RequestSize, Verdict
+from sidecar.events import (
+    AbortRequests,
+    Admitted,
+    CanaryResult,
+    Event,
+    FirstToken,
+    ImagePrepared,
+    RequestSize,
+    UnreadRequest,
+    Verdict,
+)
 from sidecar.load.client_labels import ClientLabels
 from sidecar.load.gpu_price import GpuPrice
 from sidecar.load.ledger import Settlement
@@ -36,6 +46,8 @@ class FanOut:
             self.tracing.admitted(event)
         elif isinstance(event, FirstToken):
             self.tracing.first_token(event)
+        elif isinstance(event, UnreadRequest):
+            self.metrics.observe(event)
         elif isinstance(event, ImagePrepared):
             self.metrics.observe(event)
             self.tracing.imaged(event)

@@ -22,10 +22,11 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.metrics_core import Metric as Family
 from prometheus_client.registry import Collector
 
-from sidecar.events import STATES, AbortRequests, CanaryResult, ImagePrepared, Verdict
+from sidecar.events import STATES, AbortRequests, CanaryResult, ImagePrepared, UnreadRequest, Verdict
 from sidecar.health.kill_policy import ESCALATIONS, KILL_REASONS
 from sidecar.health.reasons import REASON_TEXTS
 from sidecar.labels import BoundedLabels
+from sidecar.load.api_routes import PATH_CLASSES
 from sidecar.load.client_labels import fold
 from sidecar.readings import SLOWDOWNS, Failed, GpuSample, ProcessSample, Reading, Value
 from sidecar.report.usage_rows import EVICTION_REASONS, Eviction, UsageKey, UsageSums, tokens_by_kind
@@ -70,6 +71,7 @@ METRICS: Final = (
         "Tokens of settled requests, each of one kind.",
         _KIND,
     ),
+    Metric("sidecar_unmetered_requests_total", "Requests passed on unread, whose work is in no sum.", ("path_class",)),
     Metric("sidecar_mu_coefficients_stale", "1 if the coefficients no longer fit this model and hardware."),
     Metric("sidecar_prefill_tokens_in_flight", "Input tokens of requests without a first token."),
     Metric("sidecar_decode_tokens_in_flight", "Output tokens that are expected and not yet delivered."),
@@ -143,6 +145,8 @@ class Metrics(Collector):
             self._count("sidecar_usage_evicted_mu_total", (why,), 0.0)
             for billable in ("yes", "no"):
                 self._count("sidecar_usage_evicted_rows_total", (why, billable), 0.0)
+        for name in PATH_CLASSES:  # each from 0 on: a rate misses the rise of a series that begins at 1
+            self._count("sidecar_unmetered_requests_total", (name,), 0)
         self._snapshot: Snapshot | None = None
         self.registry = CollectorRegistry(auto_describe=False)
         self.registry.register(self)
@@ -150,8 +154,8 @@ class Metrics(Collector):
     def update(self, snapshot: Snapshot) -> None:
         self._snapshot = snapshot
 
-    def observe(self, record: ImagePrepared | CanaryResult | Verdict | AbortRequests) -> None:
-        """Count an image, a canary result, a changed verdict, or a command to abort requests."""
+    def observe(self, record: ImagePrepared | CanaryResult | Verdict | AbortRequests | UnreadRequest) -> None:
+        """Count an image, an unread call, a canary result, a changed verdict, or a command to abort requests."""
         match record:
             case ImagePrepared():
                 self._count("sidecar_images_total", (self._formats(record.format), record.outcome))
@@ -164,6 +168,9 @@ class Metrics(Collector):
                 self._observe("sidecar_canary_seconds", record.ended - record.started)
             case Verdict():
                 self._count("sidecar_verdict_changes_total", (record.state, self._reasons(record.reason)))
+            case UnreadRequest():
+                if record.on and record.path_class in PATH_CLASSES:
+                    self._count("sidecar_unmetered_requests_total", (record.path_class,))
             case AbortRequests():
                 self._count("sidecar_streams_ended_total", (record.code,), len(record.ids))
 

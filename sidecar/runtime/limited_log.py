@@ -27,10 +27,17 @@ class LimitedLog:
 
     def error(self, kind: str, text: str, *args: object) -> None:
         """Log an error, or count it if one of its kind was logged within LINE_INTERVAL_S."""
+        self._write(logging.ERROR, kind, text, args)
+
+    def warning(self, kind: str, text: str, *args: object) -> None:
+        """The same for a warning."""
+        self._write(logging.WARNING, kind, text, args)
+
+    def _write(self, level: int, kind: str, text: str, args: tuple[object, ...]) -> None:
         now, before = self._clock(), self._kinds.get(kind)
         if before is not None and now - before.logged_at < LINE_INTERVAL_S:
             before.left_out += 1
             return
         left_out = f" ({before.left_out} more since the last such line)" if before and before.left_out else ""
         self._kinds[kind] = _Kind(now)
-        self._log.error(f"{text}{left_out}", *args)
+        self._log.log(level, f"{text}{left_out}", *args)

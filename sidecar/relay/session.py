@@ -1,0 +1,126 @@
+"""A WebSocket session as work: admitted and charged when it opens, settled by what passed when it ends.
+
+Rules: nothing of a session is read but the first byte of each piece, which tells pings from messages. Its audio is
+estimated from the bytes that its client sends: base64 of 16-bit samples, 16,000 a second, as vLLM takes them. While the
+engine owes nothing, since it had the last word or the client has not yet spoken, its silence is the client's. A session
+takes no slot of --max-concurrent, as it may be idle for hours.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Final
+from urllib.parse import parse_qs
+
+from sidecar.events import LoadReport, RequestBlocked, Usage
+from sidecar.load.api_routes import REALTIME
+from sidecar.load.request_shape import MAX_MODEL_NAME_CHARS, RequestShape
+from sidecar.relay import engine_io, headers, response, websocket
+from sidecar.relay.admission import Admission
+from sidecar.relay.http.client import Request
+from sidecar.relay.open_requests import OpenRequests
+from sidecar.relay.pricing.charge import Pricing
+from sidecar.relay.request_body import ParsedBody
+
+EXPECTED_SECONDS: Final = 30.0  # of audio in a session, as its tenant is charged at first: one window of Whisper's
+BYTES_PER_S: Final = 2 * 16_000 * 4 / 3
+# RFC 6455, 5.5: control frames are short, and have these first bytes.
+_PINGS: Final = (0x89, 0x8A)
+_MAX_PING_BYTES: Final = 125 + 6
+
+
+@dataclass(slots=True)
+class SessionMeter:
+    """What passed of one session. `owed`: the client has sent something since the engine last did."""
+
+    client_bytes: int = 0
+    engine_bytes: int = 0
+    owed: bool = False
+
+    def sent(self, data: bytes) -> bool:
+        """The client sent a piece. Returns whether the engine owes something from now on, as it did not before."""
+        if is_ping(data):
+            return False
+        self.client_bytes += len(data)
+        owed, self.owed = self.owed, True
+        return not owed
+
+    def received(self, data: bytes) -> bool:
+        """The engine sent a piece. Returns whether it owes nothing from now on, as it did before."""
+        if is_ping(data):
+            return False
+        self.engine_bytes += len(data)
+        owed, self.owed = self.owed, False
+        return owed
+
+    def usage(self) -> Usage:
+        """An estimate of it."""
+        return Usage(0, 0, audio_seconds=max(1e-3, self.client_bytes / BYTES_PER_S), final=False)
+
+
+def is_ping(data: bytes) -> bool:
+    """Whether a piece is a ping or a pong: the API process sends those while its engine hangs."""
+    return len(data) <= _MAX_PING_BYTES and bool(data) and data[0] in _PINGS
+
+
+def shape_of(target: bytes) -> RequestShape:
+    """The shape of a session that is asked for at `target`."""
+    model = parse_qs(target.partition(b"?")[2].decode("latin-1")).get("model", [""])[0]
+    return RequestShape(
+        model=model[:MAX_MODEL_NAME_CHARS],
+        audio_seconds=EXPECTED_SECONDS,
+        told_output=round(REALTIME.output_per * EXPECTED_SECONDS),
+        reorders=True,
+        withholds=True,
+    )
+
+
+async def serve(
+    request: Request,
+    id: str,
+    admission: Admission,
+    engine: engine_io.EngineClient,
+    open_requests: OpenRequests,
+    pricing: Pricing,
+    report: LoadReport | None,
+) -> None:
+    """One session; or the engine's answer, where it wants none. `report`: the load report for the answer's header."""
+    admission.read_at = time.monotonic()
+    admission.shape = shape_of(request.target)
+    await pricing.charge(admission, ParsedBody(b""))
+    open_requests.admit(admission, pricing.estimate(admission, []))
+    async with admission.abortable():
+        open_requests.check(time.monotonic())
+        with closing(await engine.send(request, id, None, is_upgrade=True)) as answer:
+            admission.status, admission.sent_at = answer.status, time.monotonic()
+            passed = headers.to_client(request.fields, answer.fields, id, report, {})
+            if not answer.is_upgrade:
+                await response.ResponseSender(request, answer, passed, admission, open_requests).send()
+                return
+            meter = SessionMeter()
+            try:
+                open_requests.emit(RequestBlocked(admission.id, time.monotonic(), True))
+                await websocket.tunnel(request, answer, passed, *_ears(meter, admission, open_requests))
+            finally:
+                admission.usage = meter.usage()
+
+
+def _ears(
+    meter: SessionMeter, admission: Admission, open_requests: OpenRequests
+) -> tuple[websocket.Hear, websocket.Hear]:
+    """What is called with each piece from the engine, and with each from the client."""
+
+    def received(data: bytes) -> None:
+        before = meter.engine_bytes
+        if meter.received(data):
+            open_requests.emit(RequestBlocked(admission.id, time.monotonic(), True))
+        if size := meter.engine_bytes - before:
+            open_requests.deliver(admission, 0, size, started=False)
+
+    def sent(data: bytes) -> None:
+        if meter.sent(data):
+            open_requests.emit(RequestBlocked(admission.id, time.monotonic(), False))
+
+    return received, sent
