@@ -1,8 +1,8 @@
-"""Pure: an upload of audio (a transcription): how long it is, and the options of its form.
+"""Pure: an upload of audio (a transcription) or a picture: how long it is, and the options of its form.
 
 Rules: a length comes from the file's own header where it has one: exact for WAV, FLAC, Ogg, MP4 and WebM, and for MP3
 with a count of its frames. Of anything else, it is the size over a usual bit rate. What is read here is bounded, and
-nothing is decoded; the engine's answer corrects it. No length is believed for which the bytes would not do.
+nothing is decoded; the engine's answer corrects it.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from sidecar.load.request_shape import MAX_MODEL_NAME_CHARS, RequestShape
 Bytes = memoryview
 
 USUAL_BYTES_PER_S: Final = 8000.0  # 64 kbit/s: speech as MP3, AAC or Opus has 24 to 128
-# What the leanest coding of speech takes (Codec 2 has 700 bit/s, Opus 6 kbit/s): a header that says more is wrong.
-MIN_BYTES_PER_S: Final = 80.0
+# Eight channels of 192,000 samples of 32 bits, and a day: a header that says less or more is wrong.
+MAX_BYTES_PER_S: Final = 8 * 192_000 * 4
+MAX_SECONDS: Final = 86_400.0
 MAX_PARTS: Final = 64  # of a form
 _MAX_HEAD_BYTES: Final = 4096  # of a part
 _MAX_VALUE_BYTES: Final = 64 << 10  # of a field that is read
@@ -29,36 +30,48 @@ _FILE_NAME: Final = re.compile(rb"\bfilename\*?=", re.IGNORECASE)
 _TRUE: Final = (b"true", b"1", b"on", b"yes")
 
 
+def is_upload(api: Api, content_type: str) -> bool:
+    """Whether a body is a form with a file that is priced, or the file itself."""
+    return api.output_of == "second" or (api.output_of == "picture" and content_type.lower().startswith("multipart/"))
+
+
 def describe_upload(body: bytes, content_type: str, api: Api) -> RequestShape:
-    """The shape of a form with a sound file, or of a body that is one."""
+    """The shape of a form with a sound or a picture, or of a body that is one."""
     fields: dict[bytes, bytes] = {}
     sound = memoryview(body)
     boundary = _BOUNDARY.search(content_type)
     if content_type.lower().startswith("multipart/") and boundary is not None:
-        sound = memoryview(b"")
+        found = memoryview(b"")
         for name, value, is_file in _parts(body, (boundary[1] or boundary[2]).encode("latin-1", "replace")):
-            if is_file and len(value) > len(sound):
-                sound = value
+            if is_file and len(value) > len(found):
+                found = value
             elif not is_file:
                 fields[name] = bytes(value[:_MAX_VALUE_BYTES])
-    seconds = seconds_of(sound)
-    limit = fields.get(b"max_completion_tokens", b"")
+        sound = found or sound  # a form of another kind is no way round
+    seconds = seconds_of(sound) if api.output_of == "second" else 0.0
+    limit, choices = _number(fields.get(b"max_completion_tokens", b"")), _number(fields.get(b"n", b"")) or 1
     return RequestShape(
         model=fields.get(b"model", b"")[:MAX_MODEL_NAME_CHARS].decode(errors="replace"),
         stream=fields.get(b"stream", b"").strip().lower() in _TRUE,
         generative=api.generates,
-        max_output=int(limit) if limit.isdigit() and len(limit) < 10 else None,
+        max_output=limit,
+        choices=choices,
         text_bytes=len(fields.get(b"prompt", b"")),
+        images=int(api.output_of == "picture"),
         audio_seconds=seconds,
-        told_output=max(1, round(api.output_per * seconds)),
+        told_output=max(1, round(api.output_per * (seconds or choices))),
     )
+
+
+def _number(text: bytes) -> int | None:
+    return int(text) if text.isdigit() and len(text) < 10 else None
 
 
 def seconds_of(sound: Bytes) -> float:
     """The length of a sound file."""
     size = len(sound)
     told = next((read(sound) for mark, at, read in _READERS if bytes(sound[at : at + len(mark)]) == mark), None)
-    if told is None or not 0 < told <= size / MIN_BYTES_PER_S:
+    if told is None or not size / MAX_BYTES_PER_S <= told <= MAX_SECONDS:
         return size / USUAL_BYTES_PER_S
     return told
 

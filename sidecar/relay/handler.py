@@ -16,6 +16,8 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
+from msgspec import structs
+
 from sidecar.engines.registry import KINDS
 from sidecar.errors import Draining, ImagesOff, Internal, RequestError, place_of
 from sidecar.events import AbortRequests, CanariesOver, Command, Event, LoadReport, MetricsPage
@@ -264,11 +266,14 @@ class Relay:
         admission.read_at = time.monotonic()
         media_type = request.fields.get(b"content-type", "")
         parsed = request_body.ParsedBody(body)
-        if api.output_of == "second" and "json" not in media_type:
+        if audio_upload.is_upload(api, media_type):
             admission.shape = audio_upload.describe_upload(body, media_type, api)
+        elif coding := next(filter(None, map(request.fields.get, request_body.CODING_FIELDS)), ""):
+            limit = self._settings.max_body_bytes
+            scan, size = await body_thread.run(partial(request_body.scan_coded, coding=coding, limit=limit), body)
+            admission.shape = structs.replace(request_shape.describe(scan, api, size), ask_usage=False)
         else:
-            if b"content-encoding" not in request.fields:
-                parsed = await self._parsed(body)
+            parsed = await self._parsed(body)
             api = api_routes.of_form(api, () if parsed.scan is None else parsed.scan.found.members)
             admission.route = api.route
             admission.shape = request_shape.describe(parsed.scan, api, len(body))

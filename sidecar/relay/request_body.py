@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -18,6 +19,10 @@ from sidecar.load.body_scan import BodyScan, Buffer
 from sidecar.load.found import FoundPart, Span
 from sidecar.load.request_keys import PROCESSING_OPTIONS
 
+# Fields that name the coding of a body: HTTP's, SGLang's.
+CODING_FIELDS: Final = (b"content-encoding", b"x-body-compressed")
+_WINDOW_BITS: Final = {"gzip": 31, "x-gzip": 31, "deflate": 15}
+UNREAD_FACTOR: Final = 4  # text over its compressed form, where that is not read (zstd, brotli)
 _BASE64_MARK: Final = b";base64,"
 _MAX_HEAD_BYTES: Final = 136  # of a data URL, up to its base64 text
 _EMPTY_OBJECT: Final = re.compile(rb"\{[ \t\r\n]*\}")
@@ -64,6 +69,18 @@ def parse(body: bytes, *, links: bool = False) -> ParsedBody:
     parsed.image_count = found.image_parts + parsed.link_count
     parsed.images = [_image(body, part) for part in found.parts if links or not part.is_link]
     return parsed
+
+
+def scan_coded(body: bytes, coding: str, limit: int) -> tuple[BodyScan | None, int]:
+    """The scan of a compressed body, which goes out as it came, and the bytes of its text, of which `limit` are read."""
+    bits = _WINDOW_BITS.get(coding.strip().lower())
+    try:
+        if bits is None:
+            return None, len(body) * UNREAD_FACTOR
+        text = zlib.decompressobj(bits).decompress(body, limit)
+    except zlib.error:
+        return None, len(body)
+    return body_scan.scan(text), len(text)
 
 
 def rebuild(parsed: ParsedBody, replaced: Mapping[int, tuple[str, Buffer]], *, ask_usage: bool = False) -> list[Buffer]:
