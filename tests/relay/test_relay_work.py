@@ -273,14 +273,15 @@ async def test_pings_are_no_progress(rig: Any, serve: Any) -> None:
 
 
 async def test_an_admission_tells_what_the_body_says_of_its_turn(rig: Any, serve: Any) -> None:
-    """Priority, what may be overtaken and what may be withheld; an encoded body may be all of it."""
+    """Priority, what may be overtaken and what may be withheld; one in a coding that is not read may be all of it."""
     r = await rig(await serve(echo))
     tools = [{"type": "function", "function": {"name": "f"}}]
     for body in ({"priority": -7}, {"response_format": {"type": "json_object"}}, {"tools": tools}):
         async with r.client.post(r.url + "/v1/chat/completions", json={**CHAT, **body}) as got:
             await got.read()
-    packed, encoded = gzip.compress(b"{}", mtime=0), {"content-encoding": "gzip"}
-    async with r.client.post(r.url + "/v1/chat/completions", data=packed, headers=encoded) as got:
-        await got.read()
+    for packed, coding in ((gzip.compress(b'{"priority":3}', mtime=0), "gzip"), (b"\x0b\x01\x80{}\x03", "br")):
+        encoded = {"content-encoding": coding}
+        async with r.client.post(r.url + "/v1/chat/completions", data=packed, headers=encoded) as got:
+            await got.read()
     reported = [(event.priority, event.reorders, event.withholds) for event in r.emitted.of(Admitted)]
-    assert reported == [(-7, False, False), (0, True, False), (0, False, True), (0, True, True)]
+    assert reported == [(-7, False, False), (0, True, False), (0, False, True), (3, False, False), (0, True, True)]
