@@ -33,7 +33,7 @@ LOADS = ("idle", "decoding", "short prefill", "long prefill", FULL)
 BUSY = LOADS[1:4]
 SPECIAL = {  # loads of one mode each: what its users ask for, the tokens of their prompts and of what comes back
     "embeddings": (Special(route="embeddings"), 3000, 1),
-    "transcription": (Special(route="audio", seconds=1.0), 100, 1),
+    "transcription": (Special(route="transcription", seconds=1.0), 100, 1),
 }
 FIRST_FIELD = 100  # numbers from here on: the kind of the field's report, and which of that kind
 FIELD = (

@@ -9,7 +9,7 @@ from sidecar.load import cost_model
 
 OURS, USER, FOREIGN, ZOMBIE = "ours", "user", "foreign", "zombie"
 UNREAD = "unread"  # the route of requests that the relay passes on unread
-IN_FULL = ("audio", "embeddings", "rerank")  # routes whose answer comes after work that no token counts
+IN_FULL = ("transcription", "embeddings", "rerank")  # routes whose answer comes after work that no token counts
 
 
 @dataclass(frozen=True, slots=True)

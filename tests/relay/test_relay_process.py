@@ -199,7 +199,7 @@ async def test_the_next_control_process_learns_of_open_calls(relay_process: Any,
     url, go_on = await two_step_engine(serve)
     process = await relay_process(url)
     async with aiohttp.ClientSession() as client:
-        got = await client.post(process.url + "/v1/images/generations", json={"prompt": "x"})
+        got = await client.post(process.url + "/v1/videos", json={"prompt": "x"})
         [open_call] = await emitted.wait(UnreadRequest)
         await process.control.die()
         process.path.unlink()
