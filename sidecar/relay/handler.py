@@ -254,12 +254,6 @@ class Relay:
             if self._images is not None:
                 self._images.release(admission.id)
 
-    async def _parsed(self, body: bytes) -> request_body.ParsedBody:
-        """A body and what is found in it; a long one is read in a thread."""
-        if len(body) <= body_thread.MAX_INLINE_BYTES:
-            return request_body.parse(body, links=self._fetch is not None)
-        return await body_thread.run(partial(request_body.parse, links=self._fetch is not None), body)
-
     async def _ready(self, request: Request, admission: Admission, api: Api, held: client_io.HeldBytes) -> BodyPayload:
         """The body to send: read, charged, its images prepared, and admitted."""
         body = await client_io.read(request, self._settings.max_body_bytes, held)
@@ -273,7 +267,8 @@ class Relay:
             scan, size = await body_thread.run(partial(request_body.scan_coded, coding=coding, limit=limit), body)
             admission.shape = structs.replace(request_shape.describe(scan, api, size), ask_usage=False)
         else:
-            parsed = await self._parsed(body)
+            parse = partial(request_body.parse, links=self._fetch is not None)
+            parsed = parse(body) if len(body) <= body_thread.MAX_INLINE_BYTES else await body_thread.run(parse, body)
             api = api_routes.of_form(api, () if parsed.scan is None else parsed.scan.found.members)
             admission.route = api.route
             admission.shape = request_shape.describe(parsed.scan, api, len(body))

@@ -9,7 +9,6 @@ takes no slot of --max-concurrent, as it may be idle for hours.
 from __future__ import annotations
 
 import time
-from contextlib import closing
 from dataclasses import dataclass
 from typing import Final
 from urllib.parse import parse_qs
@@ -91,10 +90,13 @@ async def serve(
     admission.shape = shape_of(request.target)
     await pricing.charge(admission, ParsedBody(b""))
     open_requests.admit(admission, pricing.estimate(admission, []))
-    async with admission.abortable():
+    task = request.connection.task
+    assert task is not None  # it runs this
+    with admission.abortable(task):
         open_requests.check(time.monotonic())
-        with closing(await engine.send(request, id, None, is_upgrade=True)) as answer:
-            admission.status, admission.sent_at = answer.status, time.monotonic()
+        with await engine.send(request, id, None, is_upgrade=True) as answer:
+            admission.status = answer.status
+            admission.mark_sent()
             passed = headers.to_client(request.fields, answer.fields, id, report, {})
             if not answer.is_upgrade:
                 await response.ResponseSender(request, answer, passed, admission, open_requests).send()
