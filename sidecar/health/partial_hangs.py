@@ -152,7 +152,7 @@ class StreamTable:
         self.streams[key] = OpenStream(
             number=self._next_number(),
             lane=None if event.reorders else (event.model, event.priority),
-            prompt_tokens=expected.uncached + expected.cached,
+            prompt_tokens=(expected.uncached + expected.cached) // expected.prompts,
             prefill=prefill,
             likely_tokens=likely,
             max_tokens=allowed if event.stream or whole else likely,

@@ -136,6 +136,9 @@ def api_of(method: str, path: str, *, has_body: bool) -> Api | None:
     """The API of a request to `path`, as it was sent but for the query; None if it is no work that is known."""
     if not has_body and method not in WORKING_METHODS:
         return None
+    head, _, last = path.rpartition("/")
+    if usual := _BY_END.get(f"{head.rpartition('/')[2]}/{last}"):
+        return usual
     segments = _segments(path)
     if not segments:
         return _ROOT

@@ -136,8 +136,10 @@ def _reorders(options: Options) -> bool:
 
 
 def _holders(options: Options) -> list[Options]:
-    """The objects that hold options: the body, and those of TGI and SGLang in it."""
-    return [options, *(options[key] for key in OUTPUT_HOLDERS if isinstance(options.get(key), dict))]
+    """The objects that hold options: the body, and those of TGI and SGLang in it, which may be one per prompt."""
+    held = [options.get(key) for key in OUTPUT_HOLDERS]
+    listed = [item for value in held for item in (value if isinstance(value, list) else (value,))]
+    return [options, *(item for item in listed if isinstance(item, dict))]
 
 
 def _is_set(value: Any) -> bool:

@@ -2,6 +2,7 @@
 
 `in` counts all input tokens, including cached ones and those of media. Missing ones are 0. All images have one size.
 `gpu_ms` and its terms are milliseconds of all GPUs of the engine, `engine_ms` of the engine; `dollars` needs a price.
+`prompts=100&sequences=200`: tokens are sums over so many prompts of equal length, which give so many answers.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from sidecar.load.cost_model import Coefficients
 from sidecar.load.gpu_price import GpuPrice
 
 MEDIA: Final = ("images", "image_tokens", "audios", "audio_tokens", "videos", "video_tokens")
-PARAMETERS: Final = ("in", "cached", "out", *MEDIA)
+PARAMETERS: Final = ("in", "cached", "out", "prompts", "sequences", "audio_seconds", *MEDIA)
 MAX_COUNT: Final = 10**9
 
 
@@ -29,7 +30,15 @@ def render(asked: Mapping[str, str], co: Coefficients, price: GpuPrice) -> dict[
         raise ValueError("cached must not exceed in: cached tokens are input tokens")
     media = {name: numbers.get(name, 0) for name in MEDIA}
     squares = media["image_tokens"] ** 2 // max(1, media["images"])
-    work = RequestSize(numbers.get("in", 0) - cached, cached, numbers.get("out", 0), **media, image_squares=squares)
+    prompts = max(1, numbers.get("prompts", 1))
+    work = RequestSize(
+        *(numbers.get("in", 0) - cached, cached, numbers.get("out", 0)),
+        **media,
+        image_squares=squares,
+        prompts=prompts,
+        sequences=max(prompts, numbers.get("sequences", 1)),
+        audio_seconds=float(numbers.get("audio_seconds", 0)),
+    )
     mu, engine_ms = cost_model.mu(work, co), cost_model.gpu_ms(work, co)
     dollars = price.dollars(price.gpu_seconds(engine_ms))
     return {

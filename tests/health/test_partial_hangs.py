@@ -406,6 +406,7 @@ def test_a_prompt_that_never_fits_is_named_once_while_the_queue_stands() -> None
     assert e.parts.oversized_prompt.find(EngineSample(running=1, waiting=2, kv_capacity_tokens=900), 20.0) is None
     assert e.parts.oversized_prompt.find(EngineSample(running=0, waiting=2, kv_capacity_tokens=2000), 20.0) is None
     assert e.parts.oversized_prompt.find(full, 2.0) is None
+    e.admit(expected=RequestSize(100_000, prompts=200, sequences=200))  # many prompts, none of which is large
     assert e.parts.oversized_prompt.find(full, 20.0) == key
     assert e.parts.oversized_prompt.find(full, 20.0) is None
 

@@ -108,8 +108,16 @@ def _frames(payload: dict[str, Any]) -> int:
     return (_count(video.get("num_frames")) if isinstance(video, dict) else None) or 32
 
 
+def _holders(payload: dict[str, Any]) -> list[dict[str, Any]]:
+    found = [payload]
+    for key in _OUTPUT_HOLDERS:
+        value = payload.get(key)
+        found += [item for item in (value if isinstance(value, list) else [value]) if isinstance(item, dict)]
+    return found
+
+
 def _choices(payload: dict[str, Any]) -> int:
-    holders = [payload, *(payload[key] for key in _OUTPUT_HOLDERS if isinstance(payload.get(key), dict))]
+    holders = _holders(payload)
     return max(_count(holder.get(key)) or 1 for holder in holders for key in ("n", "best_of", "n_cmpl"))
 
 
@@ -141,7 +149,7 @@ def _priority(value: Any) -> int:
 
 def _reorders(payload: dict[str, Any]) -> bool:
     """Whether an engine that serves first come, first served may serve later requests before this one."""
-    holders = [payload, *(payload[key] for key in _OUTPUT_HOLDERS if isinstance(payload.get(key), dict))]
+    holders = _holders(payload)
     if any(_is_set(holder.get(name)) for holder in holders for name in (*_GRAMMARS, *_TRANSFERS)):
         return True
     # the responses API's, Anthropic's
@@ -202,7 +210,7 @@ def _is_fetched(part: dict[str, Any]) -> bool:
 
 
 def _max_output(payload: dict[str, Any]) -> int | None:
-    holders = [payload, *(payload[key] for key in _OUTPUT_HOLDERS if isinstance(payload.get(key), dict))]
+    holders = _holders(payload)
     limits = (_count(holder.get(key)) for holder in holders for key in _OUTPUT_KEYS)
     return next((limit for limit in limits if limit is not None), None)
 

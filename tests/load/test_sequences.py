@@ -94,6 +94,7 @@ def test_pairs_repeat_their_query(sizes: list[int], query: int) -> None:
         ("/completion", {"prompt": [12, "ab", 13]}, 1, 1, 2),  # llama.cpp's mixed prompt
         ("/completion", {"prompt": ["ab", [12, 13]], "n_cmpl": 2}, 2, 4, 2),
         ("/generate", {"text": ["ab", "cd"], "sampling_params": {"n": 2}}, 2, 4, 4),
+        ("/generate", {"text": ["ab", "cd"], "sampling_params": [{"n": 2}, {"n": 3}]}, 2, 6, 4),
         ("/generate", {"input_ids": [[1], [2]]}, 2, 2, 0),
         ("/generate", {"inputs": "abc", "parameters": {"best_of": 4}}, 1, 4, 3),
         ("/v1/chat/completions", {"messages": [{"content": "a"}] * 5, "n": 2}, 1, 2, 5),
