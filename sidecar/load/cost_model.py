@@ -32,6 +32,7 @@ from sidecar.events import RequestSize, Usage
 REFERENCE = RequestSize(uncached=3500, output=300)
 TERMS: Final = ("k", "a", "b", "d", "f", "g", "h", "q", "w")
 AUDIO_WINDOW_S: Final = 30.0
+AUDIO_FLOPS: Final = 50 * (2 * 0.635e9 + 4 * 32 * 1280 * 1500)  # of a second of audio
 FILE_VERSION: Final = 2  # version 1 is not numbered, and was measured without q
 
 
@@ -43,8 +44,8 @@ class Coefficients:
     TFLOP/s dense, 3.35 TB/s, of which it achieves 50 % and 70 %), decode in a batch of 32:
     a = 2*8e9 / 495e12 s; b = 4*32*4096 / 495e12 s; d = 16e9 / 2.3e12 / 32 s; f = 131072 / 2.3e12 s (KV bytes per
     token); g = 2*0.67e9*4 / 495e12 s (a 0.67B vision tower, 4 patches per token); q = 16*4*32*1280 / 495e12 s
-    (its 32 layers of width 1280, 16 pairs of patches per pair of tokens); w = 50*(2*0.635e9 + 4*32*1280*1500) / 495e12
-    s (the encoder of Whisper large: 50 frames a second, each attends to 30 seconds); k, h = launch and glue, in ms.
+    (its 32 layers of width 1280, 16 pairs of patches per pair of tokens); w = AUDIO_FLOPS / 495e12 s (50 frames a
+    second of Whisper's large encoder, each of which attends to 30 seconds); k, h = launch and glue, in ms.
     """
 
     k: float = 2.0

@@ -8,6 +8,7 @@ A roofline: products run at COMPUTE_EFFICIENCY of the GPU's peak, memory reads a
        or the FLOPs if they take longer
     f  the bytes of keys and values of one token
     g  2 FLOPs per weight of the vision tower, for each patch merged into a token, and attention within a tile or window
+    w  the FLOPs of Whisper's large encoder for a second of audio
     q  4 FLOPs per dimension and layer of the tower, for each pair of patches that attend to each other across the image
 
 k and h, launch and glue, are the defaults. Of each further GPU, PARALLEL_EFFICIENCY adds to the speed. `source` names
@@ -21,7 +22,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
-from sidecar.load.cost_model import TERMS, Coefficients
+from sidecar.load.cost_model import AUDIO_FLOPS, TERMS, Coefficients
 from sidecar.load.gpu_specs import GpuSpec, find_gpu
 
 COMPUTE_EFFICIENCY: Final = 0.5  # what the benchmarks of vLLM and FlashAttention reach on long prompts
@@ -86,6 +87,7 @@ def roofline(config: Config, gpu: str = "", count: int = 1) -> Coefficients:
         f=model.kv_values * kv_bytes(config) / read,
         g=per_token / plain if per_token else default.g,
         q=per_pair / plain if per_token else default.q,
+        w=AUDIO_FLOPS / plain,
         window=model.window,
         windowed=model.windowed,
         batch=DECODE_BATCH,

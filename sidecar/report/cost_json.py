@@ -30,14 +30,15 @@ def render(asked: Mapping[str, str], co: Coefficients, price: GpuPrice) -> dict[
         raise ValueError("cached must not exceed in: cached tokens are input tokens")
     media = {name: numbers.get(name, 0) for name in MEDIA}
     squares = media["image_tokens"] ** 2 // max(1, media["images"])
-    prompts = max(1, numbers.get("prompts", 1))
+    seconds = float(numbers.get("audio_seconds", 0))
+    prompts = max(1, numbers.get("prompts", cost_model.audio_windows(seconds)))
     work = RequestSize(
         *(numbers.get("in", 0) - cached, cached, numbers.get("out", 0)),
         **media,
         image_squares=squares,
         prompts=prompts,
         sequences=max(prompts, numbers.get("sequences", 1)),
-        audio_seconds=float(numbers.get("audio_seconds", 0)),
+        audio_seconds=seconds,
     )
     mu, engine_ms = cost_model.mu(work, co), cost_model.gpu_ms(work, co)
     dollars = price.dollars(price.gpu_seconds(engine_ms))
