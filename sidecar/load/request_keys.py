@@ -10,7 +10,8 @@ PROMPT_KEYS: Final = (
     *("input_ids", "token_ids", "prompt_token_ids", "query", "queries", "documents", "text_1", "text_2", "items"),
     *("input_prefix", "input_suffix", "input_extra"),  # llama.cpp's
     *("texts", "message", "chat_history", "preamble"),  # Cohere's
-    *("state", "questions", "data_1", "data_2", "instances", "context"),  # decisions, vLLM's scores, Vertex's, Ollama's
+    *("state", "questions", "data_1", "data_2", "instances"),  # of decisions, vLLM's scores, Vertex's
+    *("context", "template", "chat_template_kwargs"),  # Ollama's, vLLM's
 )
 # Of these, what engines print into a prompt as JSON.
 PRINTED_PROMPT_KEYS: Final = ("tools", "state", "questions")

@@ -1,9 +1,9 @@
-"""A WebSocket session as work: admitted and charged when it opens, settled by what passed when it ends.
+"""A WebSocket session as work: admitted when it opens, charged as it goes on, settled by what passed when it ends.
 
 Rules: nothing of a session is read but the first byte of each piece, which tells pings from messages. Its audio is
 estimated from the bytes that its client sends: base64 of 16-bit samples, 16,000 a second, as vLLM takes them. While the
 engine owes nothing, since it had the last word or the client has not yet spoken, its silence is the client's. A session
-takes no slot of --max-concurrent, as it may be idle for hours.
+whose tenant has no units left is ended. It takes no slot of --max-concurrent, as it may be idle for hours.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Final
 from urllib.parse import parse_qs
 
+from sidecar.errors import TenantLimited
 from sidecar.events import LoadReport, RequestBlocked, Usage
 from sidecar.load.api_routes import REALTIME
 from sidecar.load.request_shape import MAX_MODEL_NAME_CHARS, RequestShape
@@ -23,7 +24,7 @@ from sidecar.relay.open_requests import OpenRequests
 from sidecar.relay.pricing.charge import Pricing
 from sidecar.relay.request_body import ParsedBody
 
-EXPECTED_SECONDS: Final = 30.0  # of audio in a session, as its tenant is charged at first: one window of Whisper's
+PAID_SECONDS: Final = 30.0  # of audio, for which its tenant is charged ahead: one window of Whisper's
 BYTES_PER_S: Final = 2 * 16_000 * 4 / 3
 # RFC 6455, 5.5: control frames are short, and have these first bytes.
 _PINGS: Final = (0x89, 0x8A)
@@ -32,11 +33,20 @@ _MAX_PING_BYTES: Final = 125 + 6
 
 @dataclass(slots=True)
 class SessionMeter:
-    """What passed of one session. `owed`: the client has sent something since the engine last did."""
+    """What passed of one session. `owed`: the client has sent something since the engine last did.
+
+    `paid`: seconds of audio that its tenant was charged for.
+    """
 
     client_bytes: int = 0
     engine_bytes: int = 0
     owed: bool = False
+    paid: float = PAID_SECONDS
+
+    @property
+    def seconds(self) -> float:
+        """Of audio, that its client can have sent."""
+        return self.client_bytes / BYTES_PER_S
 
     def sent(self, data: bytes) -> bool:
         """The client sent a piece. Returns whether the engine owes something from now on, as it did not before."""
@@ -56,7 +66,7 @@ class SessionMeter:
 
     def usage(self) -> Usage:
         """An estimate of it."""
-        return Usage(0, 0, audio_seconds=max(1e-3, self.client_bytes / BYTES_PER_S), final=False)
+        return Usage(0, 0, audio_seconds=max(1e-3, self.seconds), final=False)
 
 
 def is_ping(data: bytes) -> bool:
@@ -69,8 +79,8 @@ def shape_of(target: bytes) -> RequestShape:
     model = parse_qs(target.partition(b"?")[2].decode("latin-1")).get("model", [""])[0]
     return RequestShape(
         model=model[:MAX_MODEL_NAME_CHARS],
-        audio_seconds=EXPECTED_SECONDS,
-        told_output=round(REALTIME.output_per * EXPECTED_SECONDS),
+        audio_seconds=PAID_SECONDS,
+        told_output=round(REALTIME.output_per * PAID_SECONDS),
         reorders=True,
         withholds=True,
     )
@@ -104,13 +114,13 @@ async def serve(
             meter = SessionMeter()
             try:
                 open_requests.emit(RequestBlocked(admission.id, time.monotonic(), True))
-                await websocket.tunnel(request, answer, passed, *_ears(meter, admission, open_requests))
+                await websocket.tunnel(request, answer, passed, *_ears(meter, admission, open_requests, pricing))
             finally:
                 admission.usage = meter.usage()
 
 
 def _ears(
-    meter: SessionMeter, admission: Admission, open_requests: OpenRequests
+    meter: SessionMeter, admission: Admission, open_requests: OpenRequests, pricing: Pricing
 ) -> tuple[websocket.Hear, websocket.Hear]:
     """What is called with each piece from the engine, and with each from the client."""
 
@@ -124,5 +134,12 @@ def _ears(
     def sent(data: bytes) -> None:
         if meter.sent(data):
             open_requests.emit(RequestBlocked(admission.id, time.monotonic(), False))
+        while meter.seconds > meter.paid:
+            meter.paid += PAID_SECONDS
+            try:
+                pricing.top_up(admission, admission.mu)
+            except TenantLimited as error:
+                admission.abort(error)
+                return
 
     return received, sent

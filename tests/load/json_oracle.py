@@ -16,7 +16,8 @@ _PROMPT_KEYS: Final = (
     *("input_ids", "token_ids", "prompt_token_ids", "query", "queries", "documents", "text_1", "text_2", "items"),
     *("input_prefix", "input_suffix", "input_extra"),
     *("texts", "message", "chat_history", "preamble"),
-    *("state", "questions", "data_1", "data_2", "instances", "context"),
+    *("state", "questions", "data_1", "data_2", "instances"),
+    *("context", "template", "chat_template_kwargs"),
 )
 _PRINTED_PROMPTS: Final = ("tools", "state", "questions")
 # Limits of one choice's output tokens, by precedence; nested ones are TGI's and SGLang's.

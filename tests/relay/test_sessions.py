@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from aiohttp import web
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sidecar.errors import TenantLimited
 from sidecar.events import Admitted, RequestBlocked, Settled, UnreadRequest
 from sidecar.load import cost_model
 from sidecar.load.cost_model import Coefficients
@@ -20,7 +22,7 @@ from sidecar.load.ledger import Ledger
 from sidecar.relay.pricing.charge import Pricing
 from sidecar.relay.pricing.quota import Quota, read_limits
 from sidecar.relay.pricing.tenant_accounts import TenantAccounts
-from sidecar.relay.session import BYTES_PER_S, SessionMeter, is_ping
+from sidecar.relay.session import BYTES_PER_S, SessionMeter, is_ping, shape_of
 
 from ..waiting import PATIENCE
 
@@ -92,6 +94,35 @@ async def test_a_session_keeps_to_its_tenants_limit(rig: Any, serve: Any, tmp_pa
     with pytest.raises(aiohttp.WSServerHandshakeError) as refused:
         await r.client.ws_connect(r.url + "/v1/realtime")
     assert refused.value.status == 429
+    quota.close()
+
+
+async def test_a_long_session_is_charged_as_it_goes_on(rig: Any, serve: Any, tmp_path: Path) -> None:
+    """One that has used up its tenant's units is ended, and its tenant has what it did not use."""
+    window = Estimator(Coefficients()).estimate("t", shape_of(b"/v1/realtime"), []).mu
+    file = tmp_path / "limits.toml"
+    file.write_text(f"default = {{mu_per_minute = 0.0001, burst_mu = {3.5 * window}}}")
+    accounts = TenantAccounts("", 1, 0)
+    quota = Quota(str(file), accounts, 1, read_limits(str(file)))
+    r = await rig(await serve(talk), pricing=Pricing(Estimator(Coefficients()), quota))
+    second = "A" * round(BYTES_PER_S)
+    url, acme = r.url + "/v1/realtime", {"x-tenant-id": "acme"}
+    async with r.client.ws_connect(url, headers=acme) as ws, asyncio.timeout(PATIENCE):
+        heard = 0
+        with contextlib.suppress(ConnectionError):
+            while heard < 300:
+                await ws.send_str(second)
+                if (await ws.receive()).type is not aiohttp.WSMsgType.TEXT:
+                    break
+                heard += 1
+    assert 85 <= heard <= 91
+    ended = await r.emitted.settled()
+    assert (ended.outcome, ended.error) == ("rejected", "rate_limit_exceeded")
+    assert ended.usage is not None
+    await asyncio.sleep(0)  # the charge is corrected right after the settlement
+    assert quota.take("acme", 0.3 * window, 0.0) is not None  # half a window is left
+    with pytest.raises(TenantLimited):
+        quota.take("acme", 0.3 * window, 0.0)
     quota.close()
 
 

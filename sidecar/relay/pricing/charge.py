@@ -14,6 +14,7 @@ from sidecar.load.estimator import Estimate, Estimator
 from sidecar.load.ledger import actual_work
 from sidecar.relay.admission import Admission
 from sidecar.relay.pricing.quota import Quota
+from sidecar.relay.pricing.tenant_accounts import TenantCharge
 from sidecar.relay.pricing.tokenizer import TokenCounter
 from sidecar.relay.request_body import ImagePart, ParsedBody
 
@@ -51,6 +52,15 @@ class Pricing:
     def price_milli(self, admission: Admission, usage: Usage) -> int:
         """The price of a usage in milli-MU, as it will settle."""
         return round(1000 * self.estimator.mu(settled_work(admission.work, usage, 0)))
+
+    def top_up(self, admission: Admission, mu: float) -> None:
+        """Charge `mu` more to a request that goes on beyond its estimate. Raises TenantLimited."""
+        before = admission.charge
+        if self.quota is None or before is None:
+            return
+        if (more := self.quota.take(admission.tenant, mu, mu)) is not None:
+            limit = more.limit if more.mu else before.limit
+            admission.charge = TenantCharge(before.row, limit, before.mu + more.mu, before.high + more.high)
 
     def settle(self, admission: Admission) -> None:
         """The request has settled: correct its charge to what it used, and learn from it."""
