@@ -13,7 +13,7 @@ from typing import Any
 from sidecar.images import file_headers
 from sidecar.load import body_scan as scans
 from sidecar.load import request_shape
-from sidecar.load.api_routes import CHAT
+from sidecar.load.api_routes import APIS, CHAT
 from sidecar.load.found import Found
 from sidecar.relay import request_body as bodies
 from sidecar.relay import url_policy
@@ -48,7 +48,10 @@ def request_body(data: bytes) -> None:
     for with_links in (False, True):
         parsed = bodies.parse(data, links=with_links)
         assert bodies.rebuild(parsed, {}) == [data]
-        request_shape.describe(parsed.scan, CHAT, len(data))
+        for api in APIS:
+            shape = request_shape.describe(parsed.scan, api, len(data))
+            assert 1 <= shape.skew <= max(1, shape.prompts) and shape.repeated >= 1
+            assert 1 <= shape.prompts <= max(1, len(data)) and shape.told_output >= 0
         if parsed.scan is None:
             assert not parsed.images and bodies.rebuild(parsed, {}, ask_usage=True) == [data]
             continue
