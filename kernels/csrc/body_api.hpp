@@ -79,12 +79,12 @@ inline PyObject* members_of(const json::Findings& found) {
     return packed(flat);
 }
 
-// Of those that are there: index, count, integers or not, lists, weight, squares.
+// Of those that are there: index, count, ids or not, lists, weight, squares.
 inline PyObject* items_of(const json::Findings& found) {
     std::vector<uint64_t> flat;
     for (size_t i = 0; i < found.items.size(); ++i)
         if (const auto& items = found.items[i]; items.weight || items.count)
-            flat.insert(flat.end(), {i, items.count, items.integers, items.lists, items.weight, items.squares});
+            flat.insert(flat.end(), {i, items.count, items.ids, items.lists, items.weight, items.squares});
     return packed(flat);
 }
 

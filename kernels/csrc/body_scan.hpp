@@ -76,7 +76,7 @@ struct Sums {
 // What stands in a member of the body, by its items: their weights are bytes of text.
 struct Items {
     uint64_t count = 0, lists = 0, weight = 0, squares = 0;
-    bool integers = false;  // token ids: one sequence
+    bool ids = false;  // one sequence
 };
 
 struct Url {
@@ -411,7 +411,7 @@ private:
         frame.printed.add(value.printed);
         if (depth_ == 2) weigh(frame.items, value);
         if (frame.object) return member(frame, value);
-        if (value.type == Type::INTEGER) ++frame.sums.ids, frame.sums.any = true;
+        if (is_id(value)) ++frame.sums.ids, frame.sums.any = true;
         else add_value(frame.sums, value);
         if (frame.role == Role::MESSAGES || frame.role == Role::TOOLS) frame.offers |= value.offers, frame.strict |= value.strict;
         if (frame.role == Role::SOURCES) source(frame, value);
@@ -454,6 +454,9 @@ private:
         add_value(frame.sums, value);
     }
 
+    // Engines take 7.0 and true for token ids, too.
+    static bool is_id(const Value& value) { return !value.text && !value.sums && !value.null; }
+
     static uint64_t weight_of(const Value& value) {
         if (value.type == Type::STRING) return value.text->length.bytes;
         return value.sums ? weight_of(*value.sums) : 0;
@@ -464,7 +467,7 @@ private:
         const uint64_t weight = weight_of(value);
         items.squares += weight * weight;
         items.lists += value.type == Type::LIST;
-        items.integers = items.integers || value.type == Type::INTEGER;
+        items.ids = items.ids || is_id(value);
     }
 
     template <class Holder>

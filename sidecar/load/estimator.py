@@ -123,7 +123,7 @@ class Estimator:
             work = RequestSize(prompt, 0, output, *parts)
             return Estimate(work, self.mu(work))
         forecast = self.forecast(tenant, shape, prompt)
-        work = RequestSize(prompt, 0, round(forecast.mean() * sequences), *parts)
+        work = RequestSize(prompt, 0, round(max(forecast.mean(), shape.min_output) * sequences), *parts)
         tail = forecast.remaining([at * work.output / sequences for at in TAIL_MULTIPLES]) if shape.stream else ()
         return Estimate(work, self.mu(work), tuple(round(tokens * sequences) for tokens in tail))
 

@@ -35,12 +35,12 @@ class FoundPart:
 class Items(NamedTuple):
     """What stands in a member of the body. Weights are bytes of text; a token id weighs BYTES_PER_ID of them.
 
-    `number`: of the items of a list, or of an object with questions; 0: it is something else. `integers`: some of them
-    are token ids; `lists`: of those that are lists themselves; `squares`: the sum of the squares of the items' weights.
+    `number`: of the items of a list, or of an object with questions; 0: it is something else. `ids`: some of them are
+    token ids; `lists`: of those that are lists themselves; `squares`: the sum of the squares of the items' weights.
     """
 
     number: int
-    integers: bool
+    ids: bool
     lists: int
     weight: int
     squares: int

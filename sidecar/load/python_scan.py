@@ -48,7 +48,7 @@ _MAX_HEAD: Final = 136  # of a data URL, up to its base64 text
 _BASE64_MARK: Final = ";base64,"
 _LAST_COUNTS: Final = frozenset((*MEDIA_TYPES, *TEXT_KEYS, *BINARY_KEYS, *PRINTED_KEYS, IMAGES_KEY, "input"))
 
-Leaf = str | list[int] | dict[str, Any]
+Leaf = str | list[float] | dict[str, Any]
 
 
 class Again(str):
@@ -164,8 +164,8 @@ def leaves(stack: list[Any], binary: frozenset[str] = BINARY_KEYS) -> Iterator[L
         if isinstance(value, str):
             yield value
         elif isinstance(value, list):
-            yield [item for item in value if type(item) is int]
-            stack.extend(item for item in value if type(item) is not int)
+            yield [item for item in value if isinstance(item, (int, float))]  # engines take 7.0 and true for token ids
+            stack.extend(item for item in value if not isinstance(item, (int, float)))
         elif isinstance(value, dict):
             kind = value.get("type")
             if isinstance(kind, str) and kind in MEDIA_TYPES:
@@ -194,10 +194,13 @@ def _items_of(payload: Mapping[str, Any], leaves_of: Mapping[str, list[Leaf]]) -
         items = value if isinstance(value, list) else []
         if isinstance(value, dict) and key == "questions":
             items = list(value.values())
-        weights = [_weight(leaves([item], binary)) for item in items if type(item) is not int]
+        weights = [_weight(leaves([item], binary)) for item in items if not isinstance(item, (int, float))]
         whole = _weight(leaves_of[key] if key in leaves_of else leaves([value]))
         if items or whole:
-            integers, lists = any(type(item) is int for item in items), sum(isinstance(item, list) for item in items)
+            integers, lists = (
+                any(isinstance(item, (int, float)) for item in items),
+                sum(isinstance(item, list) for item in items),
+            )
             yield key, Items(len(items), integers, lists, whole, sum(weight * weight for weight in weights))
 
 

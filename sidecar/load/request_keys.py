@@ -20,6 +20,7 @@ OUTPUT_KEYS: Final = (
     *("max_completion_tokens", "max_tokens", "max_output_tokens", "max_new_tokens"),
     *("n_predict", "num_predict"),  # llama.cpp's, Ollama's
 )
+LEAST_OUTPUT_KEYS: Final = ("min_tokens", "min_new_tokens")  # of one answer
 CHOICE_KEYS: Final = ("n", "best_of", "n_cmpl")  # answers to one prompt; the last one is llama.cpp's
 OUTPUT_HOLDERS: Final = ("parameters", "sampling_params", "options")
 # Members that make a request wait for something of its own, while later ones are served: a grammar that is compiled, KV
@@ -43,7 +44,17 @@ PROCESSING_OPTIONS: Final = ("mm_processor_kwargs", "media_io_kwargs")
 HOLDERS: Final = (*OUTPUT_HOLDERS, *FORMAT_HOLDERS, "reasoning", "stream_options")
 # All that is parsed, by precedence.
 OPTION_KEYS: Final = (
-    *("model", "stream", "stream_options", *CHOICE_KEYS, "priority", *OUTPUT_KEYS, *OUTPUT_HOLDERS),
+    *(
+        "model",
+        "stream",
+        "stream_options",
+        *CHOICE_KEYS,
+        "priority",
+        *OUTPUT_KEYS,
+        *OUTPUT_HOLDERS,
+        *LEAST_OUTPUT_KEYS,
+        "ignore_eos",
+    ),
     *("tool_choice", "function_call", "id_slot", "reasoning_effort", "reasoning", "include_reasoning"),
     *("stream_reasoning", *PROCESSING_OPTIONS, *GRAMMARS, *TRANSFERS, *FORMAT_HOLDERS),
     *("format", "effort", "include_usage"),  # of holders

@@ -10,13 +10,23 @@ import msgspec
 from sidecar.load.api_routes import Api
 from sidecar.load.body_scan import TOO_LONG, BodyScan
 from sidecar.load.found import Items
-from sidecar.load.request_keys import CHOICE_KEYS, FORMAT_HOLDERS, GRAMMARS, OUTPUT_HOLDERS, OUTPUT_KEYS, TRANSFERS
+from sidecar.load.request_keys import (
+    CHOICE_KEYS,
+    FORMAT_HOLDERS,
+    GRAMMARS,
+    LEAST_OUTPUT_KEYS,
+    OUTPUT_HOLDERS,
+    OUTPUT_KEYS,
+    TRANSFERS,
+)
 from sidecar.load.sequences import sequences_of
 
 _WAITED_FOR: Final = frozenset((*GRAMMARS, *TRANSFERS))
 _MAX_PRIORITY: Final = (1 << 63) - 1
 _STREAM_OPTIONS_ROUTES: Final = frozenset(("chat", "completions"))
 MAX_MODEL_NAME_CHARS: Final = 128
+_TRUE: Final = frozenset(("1", "t", "true", "y", "yes", "on"))
+_MAX_DIGITS: Final = 11
 DEFAULT_VIDEO_FRAMES: Final = 32  # vLLM's
 
 Options = Mapping[str, Any]  # members of a body, or of an object in it
@@ -26,8 +36,8 @@ class RequestShape(msgspec.Struct, frozen=True, gc=False):
     """What a request asks for. `text_bytes` is UTF-8 prompt text, `max_output` the client's limit over all sequences.
 
     `prompts`, `skew` and `audio_seconds` are those of RequestSize; each prompt gives `choices` answers. The engine
-    computes the text of the body `repeated` times. `told_output`: tokens that the input tells to expect, where answers
-    are no text; 0: they are learned.
+    computes the text of the body `repeated` times. `min_output`: tokens that each answer has at least. `told_output`:
+    tokens that the input tells to expect, where answers are no text; 0: they are learned.
 
     `script` is the rounded number of bytes per character: 1 for Latin, 2 for Greek, Cyrillic or Arabic, 3 for Chinese,
     Japanese or Korean. `priority`, `reorders` and `withholds` are those of events.Admitted.
@@ -37,6 +47,7 @@ class RequestShape(msgspec.Struct, frozen=True, gc=False):
     stream: bool = False
     generative: bool = True
     max_output: int | None = None
+    min_output: int = 0
     choices: int = 1
     text_bytes: int = 0
     prompts: int = 1
@@ -62,7 +73,7 @@ def describe(scan: BodyScan | None, api: Api, body_bytes: int) -> RequestShape:
     if scan is None:
         return RequestShape(generative=api.generates, text_bytes=body_bytes, reorders=True, withholds=True)  # unknown
     found, options = scan.found, scan.options
-    model, stream = options.get("model"), options.get("stream", api.streams) is True
+    model, stream = options.get("model"), _is_true(options.get("stream", api.streams))
     choices, limit, sequences = _choices(options), _max_output(options), sequences_of(found.items, api)
     videos = found.videos + _items(found.items, "video_data", "videos")
     return RequestShape(
@@ -71,6 +82,7 @@ def describe(scan: BodyScan | None, api: Api, body_bytes: int) -> RequestShape:
         stream=stream,
         generative=api.generates,
         max_output=None if limit is None else limit * choices * sequences.prompts,
+        min_output=_min_output(options, limit),
         choices=choices,
         text_bytes=found.text_bytes + sequences.repeated,
         prompts=sequences.prompts,
@@ -175,11 +187,29 @@ def _choice(options: Options) -> str:
     return "function" if choice is TOO_LONG else choice if isinstance(choice, str) else ""
 
 
+def _min_output(options: Options, limit: int | None) -> int:
+    """Tokens that an answer has at least: all that it may have, where its end is ignored."""
+    holders = _holders(options)
+    if limit is not None and any(_is_true(holder.get("ignore_eos")) for holder in holders):
+        return limit
+    counts = (_count(holder.get(key)) for holder in holders for key in LEAST_OUTPUT_KEYS)
+    return max((count for count in counts if count is not None), default=0)
+
+
 def _max_output(options: Options) -> int | None:
     limits = (_count(holder.get(key)) for holder in _holders(options) for key in OUTPUT_KEYS)
     return next((limit for limit in limits if limit is not None), None)
 
 
+def _is_true(value: Any) -> bool:
+    """Whether engines take a value for true: pydantic has these texts, too."""
+    return value is True or (value is not False and value == 1) or (isinstance(value, str) and value.lower() in _TRUE)
+
+
 def _count(value: Any) -> int | None:
-    """A plausible count, or None; 2^31 bounds the effect of one request on the sums."""
+    """A plausible count, or None; 2^31 bounds the effect of one request on the sums. Engines take 7.0 and "7" for 7."""
+    if (isinstance(value, float) and value.is_integer()) or (
+        isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < _MAX_DIGITS
+    ):
+        value = int(value)
     return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 31 else None

@@ -44,7 +44,7 @@ Texts = tuple[int, float, float]  # their number, the sum of their weights, that
 
 
 def _list(name: str, items: Items) -> Texts:
-    count = items.lists if name == "messages" else 0 if items.integers else items.number
+    count = items.lists if name == "messages" else 0 if items.ids else items.number
     return (count, items.weight, items.squares) if count else (1, items.weight, float(items.weight) ** 2)
 
 

@@ -57,7 +57,7 @@ def describe(payload: dict[str, Any] | None, route: str, body_bytes: int) -> Req
     if payload is None:
         text_bytes = 0 if route == "transcription" else body_bytes
         return RequestShape(generative=generative, text_bytes=text_bytes, reorders=True, withholds=True)  # unknown
-    model, stream, messages = payload.get("model"), payload.get("stream") is True, payload.get("messages")
+    model, stream, messages = payload.get("model"), _is_true(payload.get("stream")), payload.get("messages")
     choices, limit = _choices(payload), _max_output(payload)
     conversations = [item for item in messages if isinstance(item, list)] if isinstance(messages, list) else []
     prompts_, lengths = max(1, len(conversations)), [_weight(item) for item in messages] if conversations else [1]
@@ -80,6 +80,9 @@ def describe(payload: dict[str, Any] | None, route: str, body_bytes: int) -> Req
         generative=generative,
         max_output=None if limit is None else limit * choices * prompts_,
         choices=choices,
+        min_output=max(_count(h.get(key)) or 0 for h in _holders(payload) for key in ("min_tokens", "min_new_tokens"))
+        if not any(_is_true(h.get("ignore_eos")) for h in _holders(payload))
+        else limit or 0,
         prompts=prompts_,
         skew=_skew(prompts_, lengths),
         text_bytes=text_bytes,
@@ -133,6 +136,17 @@ def _skew(prompts: int, lengths: list[int]) -> float:
     """The work of attention against that of as many prompts of equal length."""
     total = sum(lengths)
     return min(prompts, max(1.0, prompts * sum(length**2 for length in lengths) / total**2)) if total else 1.0
+
+
+_TRUE: Final = ("1", "t", "true", "y", "yes", "on")
+
+
+def _is_true(value: Any) -> bool:
+    return (
+        value is True
+        or value == 1
+        or (isinstance(value, str) and value.lower() in ["1", "t", "true", "y", "yes", "on"])
+    )
 
 
 def _lacks_usage(options: Any) -> bool:
@@ -218,6 +232,10 @@ def _max_output(payload: dict[str, Any]) -> int | None:
 
 def _count(value: Any) -> int | None:
     """A plausible count, or None; 2^31 bounds the effect of one request on the sums."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 11:
+        value = int(value)
     return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 31 else None
 
 
@@ -237,14 +255,10 @@ def leaves(stack: list[Any], is_document: bool = False) -> Iterator[str | list[i
         if isinstance(value, str):
             yield value
         elif isinstance(value, list):
-            kinds = set(map(type, value))
-            if int not in kinds:
-                stack.extend(value)
-            elif len(kinds) == 1:
-                yield value
-            else:  # llama.cpp accepts texts among token ids
-                yield [item for item in value if type(item) is int]
-                stack.extend(item for item in value if type(item) is not int)
+            numbers = [item for item in value if isinstance(item, bool | int | float)]
+            if numbers:  # llama.cpp accepts texts among token ids
+                yield numbers
+            stack.extend(item for item in value if not isinstance(item, bool | int | float))
         elif isinstance(value, dict):
             kind = value.get("type")
             if isinstance(kind, str) and kind in _MEDIA_TYPES:

@@ -158,6 +158,29 @@ def test_limits_and_lengths_are_of_all_sequences() -> None:
     )
 
 
+@pytest.mark.parametrize("n", [16, 16.0, "16"])
+@pytest.mark.parametrize("stream", [True, "true", "1", 1, "on"])
+def test_values_count_as_engines_take_them(n: Any, stream: Any) -> None:
+    """Pydantic takes 16.0 and "16" for 16, and many words for true: no form hides what is asked for."""
+    shape = shape_of("/v1/completions", {"prompt": "a", "n": n, "max_tokens": n, "stream": stream})
+    assert (shape.choices, shape.max_output, shape.stream, shape.ask_usage) == (16, 256, True, True)
+
+
+@pytest.mark.parametrize("ids", [[1, 2, 3], [1.0, 2.0, 3.0], [True, False, 3], [[1], [2.0, True]]])
+def test_token_ids_count_as_engines_take_them(ids: list[Any]) -> None:
+    """Numbers with a fraction of 0 and booleans are token ids for pydantic."""
+    assert shape_of("/v1/completions", {"prompt": ids}).token_ids == 3
+
+
+def test_answers_that_cannot_be_short_are_not_expected_to_be() -> None:
+    """A least number of tokens, or an end that is ignored, is what is expected, of each answer."""
+    least = {"prompt": ["a", "b"], "n": 2, "max_tokens": 4000}
+    for more in ({"min_tokens": 4000}, {"ignore_eos": True}, {"ignore_eos": "true"}):
+        assert estimate("/v1/completions", least | more).output == 16_000
+    sampling = {"max_new_tokens": 900, "ignore_eos": True}
+    assert estimate("/generate", {"text": "a", "sampling_params": sampling}).output == 900
+
+
 def test_a_usage_is_of_all_sequences() -> None:
     """What was used is priced in as many sequences as were asked for."""
     expected = RequestSize(100, 0, 5000, prompts=100, sequences=200, skew=1.5)
