@@ -53,8 +53,9 @@ MIN_EXCESS_READINGS: Final = 5
 # Prompt tokens that an engine may compute in one step, all of whose first tokens come together (vLLM, TGI and SGLang
 # take 2,048 to 16,384).
 BATCH_TOKENS: Final = 16_384
-# Routes whose answer is no text: their time is that of the route.
+# Routes whose answer is no text: their time is that of the route. How long a session may be silent is never known.
 TIMED_ROUTES: Final = ("transcription", "speech", "images", "realtime", "unread")
+SESSION_ROUTE: Final = "realtime"
 # Processes behind one port that are distinguished.
 MAX_PAGES: Final = 4
 # A start time of the engine's process that lies so long before the last page is not of a new process.
@@ -253,6 +254,7 @@ class Progress:
     _first_at: float = 0.0  # the last first token, or answer that counts as one
     _predicted: dict[Key, tuple[float, float]] = field(default_factory=dict)  # admitted at, seconds of prefill
     _timed: dict[Key, tuple[float, str]] = field(default_factory=dict)  # open requests of TIMED_ROUTES: since, route
+    _sessions: set[Key] = field(default_factory=set)  # those of SESSION_ROUTE
 
     def rebaseline(self, now: float) -> None:
         """Forget silence up to `now`: what the sidecar saw of it is unreliable, or it was excused."""
@@ -270,7 +272,10 @@ class Progress:
         """
         self._worked_at = max(now, self._worked_at)
         if route in TIMED_ROUTES:
-            self._timed[key] = (now, route)
+            if route == SESSION_ROUTE:
+                self._sessions.add(key)
+            else:
+                self._timed[key] = (now, route)
         elif prefill is not None:
             self._predicted[key] = (now, prefill)
 
@@ -301,9 +306,15 @@ class Progress:
         self._ended_at = max(now, self._ended_at)
         self._predicted.pop(key, None)
         self._timed.pop(key, None)
+        self._sessions.discard(key)
 
     def completed(self, key: Key, now: float) -> None:
-        """The engine ended a request by itself: an answer without tokens shows what its prompt took."""
+        """The engine ended a request by itself: an answer without tokens shows what its prompt took.
+
+        Clients end sessions, which shows nothing.
+        """
+        if key in self._sessions:
+            return
         if key in self._predicted:
             self._observe_prefill(key, now)
             self.learned.answers += 1

@@ -1,9 +1,9 @@
 """A WebSocket session as work: admitted when it opens, charged as it goes on, settled by what passed when it ends.
 
-Rules: nothing of a session is read but the first byte of each piece, which tells pings from messages. Its audio is
-estimated from the bytes that its client sends: base64 of 16-bit samples, 16,000 a second, as vLLM takes them. While the
-engine owes nothing, since it had the last word or the client has not yet spoken, its silence is the client's. A session
-whose tenant has no units left is ended. It takes no slot of --max-concurrent, as it may be idle for hours.
+Rules: nothing of a session is read but the first byte of each piece, which tells pings and closes from messages. Its
+audio is estimated from the bytes that its client sends: base64 of 16-bit samples, 16,000 a second, as vLLM takes them.
+While the engine owes nothing, since it had the last word or the client has not yet spoken, its silence is the client's.
+A session whose tenant has no units left is ended. It takes no slot of --max-concurrent, as it may be idle for hours.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from sidecar.relay.request_body import ParsedBody
 PAID_SECONDS: Final = 30.0  # of audio, for which its tenant is charged ahead: one window of Whisper's
 BYTES_PER_S: Final = 2 * 16_000 * 4 / 3
 # RFC 6455, 5.5: control frames are short, and have these first bytes.
-_PINGS: Final = (0x89, 0x8A)
-_MAX_PING_BYTES: Final = 125 + 6
+_CONTROLS: Final = (0x88, 0x89, 0x8A)  # close, ping, pong
+_MAX_CONTROL_BYTES: Final = 125 + 6
 
 
 @dataclass(slots=True)
@@ -50,7 +50,7 @@ class SessionMeter:
 
     def sent(self, data: bytes) -> bool:
         """The client sent a piece. Returns whether the engine owes something from now on, as it did not before."""
-        if is_ping(data):
+        if is_control(data):
             return False
         self.client_bytes += len(data)
         owed, self.owed = self.owed, True
@@ -58,7 +58,7 @@ class SessionMeter:
 
     def received(self, data: bytes) -> bool:
         """The engine sent a piece. Returns whether it owes nothing from now on, as it did before."""
-        if is_ping(data):
+        if is_control(data):
             return False
         self.engine_bytes += len(data)
         owed, self.owed = self.owed, False
@@ -69,9 +69,9 @@ class SessionMeter:
         return Usage(0, 0, audio_seconds=max(1e-3, self.seconds), final=False)
 
 
-def is_ping(data: bytes) -> bool:
-    """Whether a piece is a ping or a pong: the API process sends those while its engine hangs."""
-    return len(data) <= _MAX_PING_BYTES and bool(data) and data[0] in _PINGS
+def is_control(data: bytes) -> bool:
+    """Whether a piece is a ping, a pong or a close: the API process sends those while its engine hangs."""
+    return len(data) <= _MAX_CONTROL_BYTES and bool(data) and data[0] in _CONTROLS
 
 
 def shape_of(target: bytes) -> RequestShape:

@@ -245,6 +245,20 @@ def test_each_route_without_tokens_learns_its_own_time() -> None:
     assert p.evidence([work], 9001.0).kill_after == pytest.approx(120.0)
 
 
+def test_a_session_teaches_nothing_by_its_end() -> None:
+    """Its client ends it, after any silence: that is no progress, and no time that an answer takes."""
+    p = learned()
+    before = p.last()
+    work = item(9000.0)
+    work.route = "realtime"
+    for n in range(9):
+        p.admitted((0, str(n)), None, 100.0 * n, route="realtime")
+        p.completed((0, str(n)), 100.0 * n + 0.01)
+        p.settled((0, str(n)), 100.0 * n + 0.01)
+    assert p.last() == before
+    assert p.evidence([work], 9001.0).kill_after == LIMITS.cap
+
+
 def test_answers_without_tokens_make_an_engine_known() -> None:
     """An embedding engine has no first tokens; the end of an answer shows what its prompt took."""
     p = Progress(LIMITS)

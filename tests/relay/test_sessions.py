@@ -22,7 +22,7 @@ from sidecar.load.ledger import Ledger
 from sidecar.relay.pricing.charge import Pricing
 from sidecar.relay.pricing.quota import Quota, read_limits
 from sidecar.relay.pricing.tenant_accounts import TenantAccounts
-from sidecar.relay.session import BYTES_PER_S, SessionMeter, is_ping, shape_of
+from sidecar.relay.session import BYTES_PER_S, SessionMeter, is_control, shape_of
 
 from ..waiting import PATIENCE
 
@@ -160,12 +160,12 @@ async def test_a_drain_waits_for_a_session_and_then_cuts_it(rig: Any, serve: Any
 
 
 @given(st.lists(st.tuples(st.booleans(), st.binary(min_size=1, max_size=300))))
-def test_what_passes_is_counted_and_pings_are_not(pieces: list[tuple[bool, bytes]]) -> None:
+def test_what_passes_is_counted_and_control_frames_are_not(pieces: list[tuple[bool, bytes]]) -> None:
     """Each change of who owes what is told once."""
     meter, owed = SessionMeter(), False
     for is_client, data in pieces:
         changed = meter.sent(data) if is_client else meter.received(data)
-        assert changed == (not is_ping(data) and owed != is_client)
-        owed = owed if is_ping(data) else is_client
-    sent = sum(len(data) for is_client, data in pieces if is_client and not is_ping(data))
+        assert changed == (not is_control(data) and owed != is_client)
+        owed = owed if is_control(data) else is_client
+    sent = sum(len(data) for is_client, data in pieces if is_client and not is_control(data))
     assert meter.usage().audio_seconds == max(1e-3, sent / BYTES_PER_S)
