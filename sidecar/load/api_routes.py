@@ -159,11 +159,17 @@ def path_class(path: str) -> PathClass:
     return _CLASSES.get(segments[-1], "other") if segments else "other"
 
 
-def _segments(path: str) -> list[str]:
-    """The segments of a path in lower case, without empty ones and parameters (`;`)."""
+def decoded(path: str) -> str:
+    """A path as engines decode it: without a fragment, escapes, and a last line feed."""
     path = path.partition("#")[0]
     if "%" in path:
         path = unquote(_UNICODE_ESCAPE.sub(lambda match: chr(int(match[1], 16)), path))
+    return path.removesuffix("\n")
+
+
+def _segments(path: str) -> list[str]:
+    """The segments of a path in lower case, without empty ones and parameters (`;`)."""
+    path = decoded(path)
     if ";" in path:
         path = "/".join(segment.partition(";")[0] for segment in path.split("/"))
     return [segment for segment in path.lower().strip().split("/") if segment]

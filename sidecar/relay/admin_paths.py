@@ -13,9 +13,9 @@ from __future__ import annotations
 from functools import lru_cache
 from ipaddress import IPv6Address, ip_address
 from typing import Final
-from urllib.parse import unquote
 
 from sidecar.errors import AdminPathRefused
+from sidecar.load.api_routes import decoded
 from sidecar.relay.engine_pauses import PAUSE_ROUTES
 
 # With any method: SGLang takes GET for many.
@@ -49,7 +49,7 @@ def is_control(method: str, path: str) -> bool:
 def _is_control(method: str, path: str) -> bool:
     if method == "OPTIONS":  # a browser's question whether it may
         return False
-    path = unquote(path)
+    path = decoded(path)
     ends = _ends(path)
     if not CONTROL_PATHS.isdisjoint(ends):
         return True

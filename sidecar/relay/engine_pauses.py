@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, Literal
-from urllib.parse import parse_qs, unquote
+from urllib.parse import parse_qs
 
 from sidecar.events import Directing, EnginePauseChanged, Event
+from sidecar.load.api_routes import decoded
 from sidecar.relay.request_body import parse_object
 
 PAUSE_METHODS: Final = ("POST", "GET", "PUT")
@@ -60,7 +61,7 @@ PAUSE_ROUTES: Final = {
 
 def route_of(method: str, path: str) -> PauseRoute | None:
     """The route of a request, or None if it neither pauses nor resumes the engine; `path` as it was sent."""
-    return PAUSE_ROUTES.get(unquote(path)) if method in PAUSE_METHODS else None
+    return PAUSE_ROUTES.get(decoded(path)) if method in PAUSE_METHODS else None
 
 
 def is_partial(query: str, body: bytes) -> bool:

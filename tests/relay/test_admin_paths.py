@@ -32,6 +32,7 @@ OTHER = "10.1.2.3"
         ("POST", "/props"),
         ("POST", "/slots/0"),
         ("POST", "/models/unload"),
+        *(("POST", path) for path in ("/sleep%0A", "/sleep#x", "/slee%70", "/%u0073leep", "/v1%2Fload_lora_adapter")),
         ("DELETE", "/models"),
         ("DELETE", "/api/delete"),
         ("POST", "/%73leep"),
