@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from math import ceil
 from typing import Final, Protocol
 
 from sidecar.events import LONGEST_ANSWER_TOKENS, SHORT_ROUTES
@@ -122,9 +123,9 @@ class OpenWork(Protocol):
 
     `since`: when its silence began to be the engine's; `prefill`: seconds before its first token, by the cost model;
     `whole`: tokens of an answer that comes in one piece, 0 for a stream; `blocked`: it waits for its client or in the
-    relay; `most_tokens`: that its client allows, None where it names no limit; `delivered`: events so far, the last one
-    at `last_at`; `shows`: it would be seen to generate, because its text has begun to come and it has nothing to
-    withhold.
+    relay; `most_tokens`: that its client allows over all its `sequences`, None where it names no limit; `delivered`:
+    events so far, the last one at `last_at`; `shows`: it would be seen to generate, because its text has begun to come
+    and it has nothing to withhold.
     """
 
     @property
@@ -143,6 +144,8 @@ class OpenWork(Protocol):
     def route(self) -> str: ...
     @property
     def most_tokens(self) -> int | None: ...
+    @property
+    def sequences(self) -> int: ...
     @property
     def delivered(self) -> int: ...
     @property
@@ -163,6 +166,7 @@ class UnreadWork:
     prompt_tokens: int = 0
     route: str = "unread"
     most_tokens: int | None = None
+    sequences: int = 1
     delivered: int = 0
     last_at: float = 0.0
     shows: bool = False
@@ -501,8 +505,10 @@ class Progress:
             return self.learned.route_seconds(hold.route, self.limits.cap)
         if hold.route in SHORT_ROUTES:
             return 0.0
-        most = hold.most_tokens or self.max_context or LONGEST_ANSWER_TOKENS
-        return max(0, most - hold.delivered) * self.learned.longest_token
+        many = hold.sequences
+        most = hold.most_tokens / many if hold.most_tokens else self.max_context or LONGEST_ANSWER_TOKENS
+        rounds = ceil(many / max(1, self.learned.concurrent))
+        return max(0.0, most - hold.delivered / many) * rounds * self.learned.longest_token
 
     def _observe_prefill(self, key: Key, now: float) -> None:
         """Prefills end first come, first served: the time runs from the admission or from the first token before."""

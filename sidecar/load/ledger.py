@@ -66,8 +66,13 @@ class AdmissionHold:
         return self.admitted.route
 
     @property
+    def sequences(self) -> int:
+        """Sequences that are computed at once, as far as the engine can."""
+        return self.admitted.expected.sequences
+
+    @property
     def most_tokens(self) -> int | None:
-        """Output tokens that its client allows; None where it names no limit."""
+        """Output tokens that its client allows over all sequences; None where it names no limit."""
         return self.admitted.max_output
 
     @property

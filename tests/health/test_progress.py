@@ -27,6 +27,7 @@ class Item:
     prompt_tokens: int = 0
     route: str = "chat"
     most_tokens: int | None = None
+    sequences: int = 1
     delivered: int = 0
     shows: bool = False
     last_at: float = 0.0
@@ -243,6 +244,18 @@ def test_each_route_without_tokens_learns_its_own_time() -> None:
         p.admitted((0, str(n)), None, 100.0 * n, route="transcription")
         p.completed((0, str(n)), 100.0 * n + 40.0)
     assert p.evidence([work], 9001.0).kill_after == pytest.approx(120.0)
+
+
+def test_sequences_are_computed_at_once() -> None:
+    """As far as the engine was seen to: sixteen answers take sixteen times one, or as long as the slots need."""
+    p = learned()
+    one, many = item(100.0, whole=20), item(100.0, whole=16 * 20)
+    many.sequences = 16
+    alone = p.evidence([one], 101.0).hidden
+    assert 0 < alone < LIMITS.cap / 16
+    assert p.evidence([many], 101.0).hidden == pytest.approx(16 * alone)
+    p.learned.concurrent = 8
+    assert p.evidence([many], 101.0).hidden == pytest.approx(2 * alone)
 
 
 def test_a_session_teaches_nothing_by_its_end() -> None:
