@@ -16,9 +16,10 @@ from sidecar.events import Admitted, Settled, UnreadRequest
 from sidecar.load.cost_model import Coefficients
 from sidecar.load.estimator import Estimator
 from sidecar.relay.pricing.charge import Pricing
-from sidecar.relay.pricing.quota import Quota, read_limits
+from sidecar.relay.pricing.quota import Quota
 from sidecar.relay.pricing.tenant_accounts import TenantAccounts
 from sidecar.report.metrics import Metrics
+from sidecar.signals.limits_file import read_limits
 
 BODY = json.dumps({"prompt": "a long prompt", "messages": [{"content": "a long prompt"}], "n": 5}).encode()
 
@@ -105,7 +106,7 @@ async def test_what_is_not_metered_is_counted_and_logged_once(
     async def engine(request: web.BaseRequest) -> web.StreamResponse:
         return web.json_response({})
 
-    r, page = await rig(await serve(engine)), Metrics(max_tenants=5)
+    r, page = await rig(await serve(engine)), Metrics()
     caplog.set_level(logging.WARNING, "sidecar.relay.open_requests")
     calls = [("POST", "/v9/new"), ("PUT", "/v9/new\u00e4\x01"), ("PUT", "/v9/newer"), ("POST", "/tokenize")]
     calls += [("POST", "/v1/files"), ("POST", "/v1/load_lora_adapter"), ("GET", "/v1/models"), ("POST", "/sleep")]

@@ -20,9 +20,10 @@ from sidecar.load.cost_model import Coefficients
 from sidecar.load.estimator import Estimator
 from sidecar.load.ledger import Ledger
 from sidecar.relay.pricing.charge import Pricing
-from sidecar.relay.pricing.quota import Quota, read_limits
+from sidecar.relay.pricing.quota import Quota
 from sidecar.relay.pricing.tenant_accounts import TenantAccounts
 from sidecar.relay.session import BYTES_PER_S, SessionMeter, is_control, shape_of
+from sidecar.signals.limits_file import read_limits
 
 from ..waiting import PATIENCE
 

@@ -111,9 +111,9 @@ def test_cost_says_what_a_request_costs_and_why() -> None:
     )
     assert told["mu"] == cost_model.mu(RequestSize(3000, 500, 300, 400, 1, image_squares=400**2), CO)
     assert sum(told["terms_ms"].values()) == pytest.approx(told["gpu_ms"])
-    batch = cost_json.render({"in": "512000", "prompts": "1000"}, CO)
+    batch = cost_json.render({"in": "512000", "prompts": "1000"}, CO, GpuPrice())
     assert batch["mu"] == pytest.approx(75, abs=0.05)
-    assert cost_json.render({"audio_seconds": "60"}, CO)["terms_ms"]["audio"] == pytest.approx(60 * CO.w)
+    assert cost_json.render({"audio_seconds": "60"}, CO, GpuPrice())["terms_ms"]["audio"] == pytest.approx(60 * CO.w)
     assert told["mu_milli"] == round(1000 * told["mu"])
     assert "dollars" not in told, "without a price"
 
