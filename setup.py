@@ -20,7 +20,8 @@ COMPILED = {
     "sidecar/relay/http": "body client connection engine head",
     "sidecar/relay/pricing": "charge",
     "sidecar/runtime": "channel codec limited_log",
-    "sidecar/load": "body_scan cost_model estimator ledger output_length request_keys request_shape work_windows",
+    "sidecar/load": "api_routes body_scan cost_model estimator ledger output_length request_keys request_shape sequences "
+    "work_windows",
 }
 
 
