@@ -9,6 +9,7 @@
 
 #include "body_api.hpp"
 #include "choice.hpp"
+#include "member_api.hpp"
 #include "tiles.hpp"
 
 namespace {
@@ -163,12 +164,16 @@ PyMethodDef METHODS[] = {
     {"wanted", wanted_, METH_VARARGS, "wanted(prompts, options): the names of members that a scan finds, as tuples"},
     {"scan_body", scan_body, METH_VARARGS, "scan_body(wanted, body): what sidecar.load.body_scan reads; None if it is no JSON object"},
     {"unescape", unescape, METH_VARARGS, "unescape(inside): the text of a JSON string without its quotes, in UTF-8"},
+    {"member_paths", member_paths, METH_O, "member_paths(paths): where wanted members of answers stand, as a tuple of `a.b`"},
+    {"member_scan", member_scan, METH_O, "member_scan(member_paths): a scan of one text"},
+    {"scan_members", scan_members, METH_VARARGS, "scan_members(scan, piece): look at the next piece of the text"},
+    {"found_members", found_members, METH_O, "found_members(scan): (path, item, start, value) of each that was found"},
     {"level", level, METH_NOARGS, "the instruction set that is used on this machine"},
     {"refused", refused, METH_NOARGS, "the instruction set whose form gave other bits here and is not used; empty if none"},
     {nullptr, nullptr, 0, nullptr},
 };
 
-PyModuleDef MODULE = {PyModuleDef_HEAD_INIT, "_fused", "Exact resize fused with the patch layout; the scan of request bodies.", 0, METHODS, nullptr, nullptr, nullptr, nullptr};
+PyModuleDef MODULE = {PyModuleDef_HEAD_INIT, "_fused", "Exact resize fused with the patch layout; the scans of requests and answers.", 0, METHODS, nullptr, nullptr, nullptr, nullptr};
 
 }  // namespace
 

@@ -10,6 +10,7 @@
 #include <string>
 
 #include "body_scan.hpp"
+#include "member_scan.hpp"
 
 using namespace sidecar::json;
 
@@ -100,6 +101,26 @@ bool scan(const std::string& text, const Wanted& wanted) {
     return true;
 }
 
+// Members by path, of the whole text and of the same in two pieces, each in memory of its own size.
+void members(const std::string& text, const MemberPaths& paths) {
+    MemberScan whole(paths), pieces(paths);
+    const auto feed = [](MemberScan& scan, const std::string& piece) {
+        const std::unique_ptr<char[]> bytes(new char[piece.size()]);
+        std::memcpy(bytes.get(), piece.data(), piece.size());
+        scan.feed(bytes.get(), bytes.get() + piece.size());
+    };
+    const size_t cut = pick(0, static_cast<int>(text.size()));
+    feed(whole, text);
+    feed(pieces, text.substr(0, cut));
+    feed(pieces, text.substr(cut));
+    must(whole.found.size() == pieces.found.size(), "pieces hold other members", text);
+    for (size_t i = 0; i < whole.found.size(); ++i) {
+        const auto &a = whole.found[i], &b = pieces.found[i];
+        must(a.path == b.path && a.start == b.start && a.value == b.value, "a member differs in pieces", text);
+        must(text.compare(a.start, a.value.size(), a.value) == 0, "a member lies elsewhere", text);
+    }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -109,9 +130,14 @@ int main(int argc, char** argv) {
     Wanted wanted;
     for (const char* name : {"messages", "input", "tools", "text", "content"}) wanted.add(name, true);
     for (const char* name : {"model", "stream", "functions", "images"}) wanted.add(name, false);
+    MemberPaths paths;
+    int index = 0;
+    for (const char* path : {"model", "messages", "tools.function.name", "input.content", "stream"}) paths.add(path, index++);
     long cases = 0, valid = 0;
     for (; std::chrono::steady_clock::now() < end; ++cases) {
         const std::string made = body();
+        members(pick(0, 3) ? made : "[" + made + "," + made + "]", paths);
+        members(wrong(made), paths);
         const bool read = scan(made, wanted);
         must(read || made.find("[[[[[[[[[") != std::string::npos, "a valid body is refused", made);
         valid += read + scan(wrong(made), wanted);
