@@ -12,7 +12,8 @@ from typing import Final, Literal, get_args
 
 import msgspec
 
-Outcome = Literal["ok", "engine_error", "client_cancelled", "rejected", "stalled", "lost"]
+# "not_begun": its client left while the engine cannot have begun it.
+Outcome = Literal["ok", "engine_error", "client_cancelled", "not_begun", "rejected", "stalled", "lost"]
 OUTCOMES: Final[tuple[Outcome, ...]] = get_args(Outcome)
 
 State = Literal["starting", "idle", "progressing", "quiet", "suspect", "stalled", "dead", "exempt", "unknown"]
@@ -106,16 +107,12 @@ class Delivered(Record, tag=True, frozen=True):
 
 
 class Usage(Record, frozen=True):
-    """From the engine's `usage` object. `audio_seconds`: the length of what it heard; 0: it does not say.
-
-    `final`: all of it is the engine's word, and about the whole answer.
-    """
+    """What the engine said that it used. `audio_seconds`: the length of what it heard; 0: it does not say."""
 
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int = 0
     audio_seconds: float = 0.0
-    final: bool = True
 
 
 class Settled(Record, tag=True, frozen=True):
@@ -136,6 +133,7 @@ class Settled(Record, tag=True, frozen=True):
     sent_at: float | None  # when it had been written to the engine, None if it never was
     overhead: float
     error: str = ""  # reason code, never free text of a client
+    estimated: bool = False  # parts of `usage` are not the engine's word, or not about the whole answer
 
 
 class ImagePrepared(Record, tag=True, frozen=True):

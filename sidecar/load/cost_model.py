@@ -193,6 +193,15 @@ def settled_work(expected: RequestSize, usage: Usage | None, delivered_tokens: i
     return structs.replace(work, **{name: getattr(work, name) * uncached // encoded for name in names})
 
 
+def part_of(work: RequestSize, share: float) -> RequestSize | None:
+    """The work of a prompt of which a share was computed; None if that is not a token."""
+    if share >= 1:
+        return work
+    names = ("uncached", "image_tokens", "audio_tokens", "video_tokens", "image_squares")
+    part = structs.replace(work, **{name: round(getattr(work, name) * share) for name in names})
+    return part if part.uncached else None
+
+
 def heard(work: RequestSize, seconds: float) -> RequestSize:
     """The work of a recording as long as it turned out to be."""
     times, windows = seconds / work.audio_seconds, audio_windows(seconds)

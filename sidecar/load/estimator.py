@@ -139,6 +139,10 @@ class Estimator:
     def mu(self, work: RequestSize) -> float:
         return cost_model.gpu_ms(work, self._coefficients) / self._unit_ms
 
+    def prefill_seconds(self, work: RequestSize) -> float:
+        """Seconds before the first token, by the cost model."""
+        return cost_model.terms(work, self._coefficients).before_first_token / 1000
+
     def high_output(self, tenant: str, shape: RequestShape, expected: RequestSize) -> int:
         """The 90th percentile of output tokens; at least the expected ones."""
         if not shape.generative or shape.told_output:

@@ -4,7 +4,7 @@
 
 Rules:
 - The load in flight is always the sum over the open holds.
-- Settlement corrects what a request has accrued to its actual cost.
+- Settlement corrects what a request has accrued to its actual cost: what the engine told, else what it can have done.
 - A second Settled, or one of an unknown request, changes nothing.
 """
 
@@ -16,10 +16,13 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Final
 
+from msgspec import structs
+
 from sidecar import events
 from sidecar.events import Admitted, Delivered, Event, FirstToken, Outcome, RequestBlocked, RequestSize, Settled
 from sidecar.load import cost_model
 from sidecar.load.client_labels import ClientLabels, fold
+from sidecar.load.prefill_queue import PrefillQueue
 
 FLOW_WINDOW_S = 60.0
 MAX_NAMES = 50  # tenants and models that are named, unless a setting says otherwise
@@ -27,6 +30,10 @@ RECENT_WINDOW_S = 10.0  # of the flow that routers weigh engines by
 TOKEN_WINDOW_S = 5.0
 # The engine or the sidecar is at fault.
 FAILED_OUTCOMES: Final[frozenset[Outcome]] = frozenset(("engine_error", "stalled", "lost"))
+
+# It ended without a word of the engine's.
+LEFT_OUTCOMES: Final[frozenset[Outcome]] = frozenset(("client_cancelled", "lost"))
+PACE_WEIGHT: Final = 0.1  # of one answer
 
 # Events of a stream that show no text yet: the role, and the first token.
 MAX_FIRST_EVENTS: Final = 2
@@ -92,8 +99,8 @@ class AdmissionHold:
 class Settlement:
     """One settled request; `mu` is its actual cost. `tenant` and `model` are labels.
 
-    `told`: by the engine; otherwise its tokens are estimated, and counted as they passed. `relabelled`: another name
-    lost its label to one of them, and is part of `other` from now on.
+    `told`: by the engine, and all of it; otherwise its tokens are estimated, or counted as they passed. `relabelled`:
+    another name lost its label to one of them, and is part of `other` from now on.
     """
 
     admitted: Admitted
@@ -167,6 +174,8 @@ class Ledger:
         self.co = co
         self.labels = labels or ClientLabels(MAX_NAMES)
         self._holds: dict[Key, AdmissionHold] = {}
+        self._queue = PrefillQueue()
+        self._pace: float | None = None  # decayed seconds per output token of a sequence
         self._unit_ms = cost_model.unit_ms(co)
         self._token_mu = cost_model.decode_ms(RequestSize(0), 1, co) / self._unit_ms
         self.flow, self.recent_flow = SlidingSum(FLOW_WINDOW_S), SlidingSum(RECENT_WINDOW_S)  # MU done
@@ -184,7 +193,7 @@ class Ledger:
         if isinstance(event, Admitted):
             self._hold(relay, event)
         elif isinstance(event, FirstToken | Delivered | RequestBlocked) and (hold := self.hold((relay, event.id))):
-            self._update(hold, event)
+            self._update((relay, event.id), hold, event)
         return None
 
     def lose(self, relay: int, now: float) -> list[Settlement]:
@@ -215,9 +224,10 @@ class Ledger:
         hold.prefill = cost_model.terms(event.expected, self.co).before_first_token / 1000
         if not event.stream and event.route not in events.SHORT_ROUTES:
             hold.whole = event.max_output or events.LONGEST_ANSWER_TOKENS
-        self._holds.setdefault((relay, event.id), hold)
+        if self._holds.setdefault((relay, event.id), hold) is hold:
+            self._queue.enter((relay, event.id), hold.prefill, event.at, shows=event.stream)
 
-    def _update(self, hold: AdmissionHold, event: FirstToken | Delivered | RequestBlocked) -> None:
+    def _update(self, key: Key, hold: AdmissionHold, event: FirstToken | Delivered | RequestBlocked) -> None:
         if isinstance(event, Delivered):
             hold.last_at = event.at
             self._deliver(hold, event.tokens, event.at)
@@ -227,8 +237,14 @@ class Ledger:
             hold.slowed |= hold.first_at is not None
             if not event.on:
                 hold.since = hold.last_at = event.at
+            if hold.first_at is None:  # in the sidecar's own queue
+                if event.on:
+                    self._queue.forget(key, event.at)
+                else:
+                    self._queue.enter(key, hold.prefill, event.at, shows=hold.admitted.stream)
         elif hold.first_at is None:
             hold.first_at = hold.last_at = event.at
+            self._queue.begin(key, event.at)
             self._book(hold, event.at)
 
     def _deliver(self, hold: AdmissionHold, tokens: int, at: float) -> None:
@@ -258,10 +274,14 @@ class Ledger:
         hold = self._holds.pop((relay, event.id), None)
         if hold is None:
             return None
-        pace = hold.pace
-        delivered = event.usage.completion_tokens if event.usage else max(event.delivered_tokens, hold.delivered)
+        pace, started = hold.pace, (hold.first_at or event.first_at) is not None
+        share = self._leave_queue((relay, event.id), event, started=started)
+        seen = hold.delivered if started else max(hold.delivered, self._unseen(hold, event))
+        work = actual_work(hold.admitted.expected, event, started=started, delivered=seen, share=share)
+        if work is None and event.outcome == "client_cancelled":
+            event = structs.replace(event, outcome="not_begun")
+        delivered = hold.delivered if work is None else work.output
         self._deliver(hold, delivered - hold.delivered, event.at)
-        work = actual_work(hold.admitted.expected, event, started=hold.first_at is not None, delivered=hold.delivered)
         mu = cost_model.mu(work, self.co) if work is not None else 0.0
         self._add_flow(mu - hold.accrued, event.at)
         self.finished.add(1, event.at)
@@ -277,7 +297,9 @@ class Ledger:
         totals.requests += 1
         totals.tokens += delivered
         work = work or RequestSize(0)
-        told = event.usage is not None
+        told = event.usage is not None and not event.estimated
+        if told and event.outcome == "ok":
+            self._learn_pace(hold, event, work.output)
         return Settlement(
             hold.admitted,
             event,
@@ -305,6 +327,33 @@ class Ledger:
         self.tenant_totals = fold(self.tenant_totals, labels.tenant, TenantTotals.plus)
         return True
 
+    def _learn_pace(self, hold: AdmissionHold, event: Settled, output: int) -> None:
+        """Learn from a whole answer how long a token takes."""
+        each = output // hold.admitted.expected.sequences
+        if each < 2 or event.sent_at is None or hold.slowed:
+            return
+        first = event.sent_at + hold.prefill if hold.first_at is None else hold.first_at
+        pace = max(0.0, event.at - first) / each
+        self._pace = pace if self._pace is None else self._pace + PACE_WEIGHT * (pace - self._pace)
+
+    def _unseen(self, hold: AdmissionHold, event: Settled) -> int:
+        """Tokens that an answer in one piece can have had when its client left; its expected ones at most."""
+        expected, pace = hold.admitted.expected, self._pace
+        if hold.admitted.stream or event.sent_at is None or not pace or event.outcome not in LEFT_OUTCOMES:
+            return 0
+        seconds = event.at - event.sent_at - hold.prefill
+        return max(0, min(expected.output, int(seconds / pace) * expected.sequences))
+
+    def _leave_queue(self, key: Key, event: Settled, *, started: bool) -> float:
+        """Take an ended request out of the engine's queue. Returns the share of its prompt that may be computed."""
+        if started or event.sent_at is None or event.status >= 400:
+            self._queue.forget(key, event.at)
+        elif event.outcome in LEFT_OUTCOMES:
+            return self._queue.drop(key, event.at)
+        else:
+            self._queue.begin(key, event.at)
+        return 1.0
+
 
 def is_accepted(hold: AdmissionHold, event: Settled) -> bool:
     """Whether the engine took a request as one that it serves: only then do its tenant and model get labels.
@@ -316,19 +365,23 @@ def is_accepted(hold: AdmissionHold, event: Settled) -> bool:
     return 200 <= event.status < 300 and event.outcome != "rejected"
 
 
-def actual_work(expected: RequestSize, event: Settled, *, started: bool, delivered: int) -> RequestSize | None:
-    """The actual work of a settled request; None if it never cost the engine anything.
+def actual_work(
+    expected: RequestSize, event: Settled, *, started: bool, delivered: int, share: float = 1.0
+) -> RequestSize | None:
+    """The actual work of a settled request; None if the engine cannot have begun it, or failed before its first token.
 
-    Without `usage`, a request that ended before its first token has used its prefill only if the engine was working on
-    it: true if its client disconnected, false if the engine rejected it.
+    `share`: how much of a prompt without a first token the engine can have computed.
     """
     if event.usage is not None:
         return cost_model.settled_work(expected, event.usage, 0)
-    if event.sent_at is None or event.outcome == "rejected":
+    if event.sent_at is None or event.outcome == "rejected" or event.status >= 400:
         return None
-    if not started and event.outcome in ("engine_error", "stalled") and event.delivered_bytes == 0:
+    if not started and event.outcome in ("engine_error", "stalled"):
         return None
-    return cost_model.settled_work(expected, None, max(event.delivered_tokens, delivered))
+    work = cost_model.settled_work(expected, None, max(event.delivered_tokens, delivered))
+    if event.outcome == "ok":  # an answer in one piece that tells nothing
+        return work if work.output else structs.replace(work, output=expected.output)
+    return work if started else cost_model.part_of(work, share)
 
 
 def remaining_tokens(hold: AdmissionHold) -> int:

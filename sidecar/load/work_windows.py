@@ -62,8 +62,10 @@ class WorkWindows:
 
     def settled(self, settlement: Settlement) -> None:
         ended = settlement.settled
-        if ended.sent_at is None or ended.outcome == "rejected" or settlement.admitted.route == REALTIME.route:
-            return  # a session may be idle for hours
+        if ended.sent_at is None or ended.outcome in ("rejected", "not_begun"):
+            return
+        if settlement.admitted.route == REALTIME.route:  # a session may be idle for hours
+            return
         indices = range(max(self._next, int(ended.sent_at / WINDOW_S)), int(ended.at / WINDOW_S) + 1)
         windows = {index: self._open.setdefault(index, _OpenWindow()) for index in indices}
         if settlement.slowed or ended.outcome in FAILED_OUTCOMES:
