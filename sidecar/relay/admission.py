@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from sidecar.errors import SidecarError
-from sidecar.events import Admitted, Delivered, RequestBlocked, RequestSize, Settled, State, Trace, Usage
+from sidecar.events import Admitted, Delivered, RequestBlocked, RequestSize, Settled, State, Trace
 from sidecar.load.estimator import Estimate
 from sidecar.load.request_shape import RequestShape
+from sidecar.load.usage_forms import ToldUsage
 from sidecar.relay.outcomes import ClientStalled, outcome_of, reason_of
 from sidecar.relay.pricing.tenant_accounts import TenantCharge
 from sidecar.relay.pricing.tokenizer import TokenCount
@@ -57,7 +58,9 @@ class Admission:
     unreported_bytes: int = 0
     writing_since: float | None = None
     blocked: bool = False
-    usage: Usage | None = None
+    told: ToldUsage | None = None  # by the engine
+    failed: bool = False  # its answer says so, whatever its status
+    tokens_per_event: float = 1.0  # of its model's streams
     settled: Settled | None = None
 
     def admit(self, estimate: Estimate, now: float) -> Admitted:
@@ -123,18 +126,21 @@ class Admission:
 
     def settle(self, error: BaseException | None, verdict: State, now: float) -> Settled:
         """The request has ended: with `error`, or by the engine's status."""
+        counted = round(self.tokens * self.tokens_per_event) if self.events is not None else self.tokens
+        usage = None if self.told is None else self.told.usage(self.work, counted)
         self.settled = Settled(
             id=self.id,
             at=now,
-            outcome=outcome_of(error, self.status, verdict),
+            outcome=outcome_of(error, self.status, verdict, failed=self.failed),
             status=self.status,
-            usage=self.usage,
-            delivered_tokens=self.usage.completion_tokens if self.usage else self.tokens,
+            usage=usage,
+            delivered_tokens=usage.completion_tokens if usage else counted,
             delivered_bytes=self.bytes,
             first_at=self.first_at,
             sent_at=self.sent_at,
             overhead=self.overhead(now),
-            error=reason_of(error, self.status),
+            error=reason_of(error, self.status, failed=self.failed),
+            estimated=self.told is not None and not self.told.is_whole(self.work),
         )
         return self.settled
 

@@ -32,6 +32,8 @@ class EngineBroke(SidecarError):
     code = "engine_broke"  # its answer ended early; the client already has part of it
 
 
+ERROR_IN_ANSWER: Final = "error_in_answer"  # of a 200
+
 # The first match counts; any other error means "lost".
 _OUTCOMES: Final[tuple[tuple[tuple[type[BaseException], ...], Outcome], ...]] = (
     ((DrainCut,), "lost"),
@@ -42,17 +44,24 @@ _OUTCOMES: Final[tuple[tuple[tuple[type[BaseException], ...], Outcome], ...]] = 
 )
 
 
-def outcome_of(error: BaseException | None, status: int, verdict: State) -> Outcome:
-    """The outcome of a request that ended with `error`, or else by the engine's `status`."""
+def outcome_of(error: BaseException | None, status: int, verdict: State, *, failed: bool = False) -> Outcome:
+    """The outcome of a request that ended with `error`, or else by the engine's `status`.
+
+    `failed`: the answer itself said that the engine failed. A client that leaves then, leaves because of it.
+    """
     if error is None:
         outcome: Outcome = "engine_error" if status >= 500 else "rejected" if status >= 400 else "ok"
     else:
         outcome = next((outcome for kinds, outcome in _OUTCOMES if isinstance(error, kinds)), "lost")
+    if failed and outcome in ("ok", "client_cancelled"):
+        return "engine_error"
     return "stalled" if outcome == "engine_error" and error is not None and verdict == "stalled" else outcome
 
 
-def reason_of(error: BaseException | None, status: int) -> str:
+def reason_of(error: BaseException | None, status: int, *, failed: bool = False) -> str:
     """A reason code, never free text."""
+    if failed and isinstance(error, asyncio.CancelledError | ClientGone | None):
+        return ERROR_IN_ANSWER
     if error is None:
         return f"status_{status}" if status >= 400 else ""
     if isinstance(error, asyncio.CancelledError):

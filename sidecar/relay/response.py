@@ -12,10 +12,12 @@ import asyncio
 import time
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, Protocol
 
 from sidecar.errors import RequestError
+from sidecar.load import answer_scan, usage_forms
+from sidecar.load.answer_scan import AnswerScan, Members
 from sidecar.relay import client_io
 from sidecar.relay.admission import Admission
 from sidecar.relay.http.client import Request
@@ -23,7 +25,7 @@ from sidecar.relay.http.engine import Answer, EngineError
 from sidecar.relay.http.head import Field
 from sidecar.relay.open_requests import OpenRequests
 from sidecar.relay.outcomes import EngineBroke
-from sidecar.relay.sse import SSE, BodyTail, add_price, error_event, usage_of
+from sidecar.relay.sse import JSON_LINES, SSE, add_price, error_event
 
 MAX_SHORT_BYTES: Final = 256 << 10  # an answer of known length up to this is read whole and written at once
 _WINDOW_BITS: Final = {"gzip": 31, "x-gzip": 31, "deflate": 15}
@@ -31,8 +33,9 @@ _ERROR_EVENT_TIMEOUT_S: Final = 1.0  # for the last event to a client that may n
 
 
 def is_stream(answer: Answer) -> bool:
-    """Whether an answer is a stream of server-sent events, in any encoding."""
-    return answer.fields.media_type() == "text/event-stream"
+    """Whether an answer is a stream of events or lines, in any encoding."""
+    media_type = answer.fields.media_type()
+    return media_type == "text/event-stream" or media_type in JSON_LINES
 
 
 class Decoder(Protocol):
@@ -80,7 +83,9 @@ class ResponseSender:
             await (self._send_short() if is_short(self._answer) else self._send_long())
 
     async def _send_stream(self) -> None:
-        sse, admission = SSE(self._admission.shape.ask_usage, self._admission.price), self._admission
+        admission, is_lines = self._admission, self._answer.fields.media_type() in JSON_LINES
+        shape = admission.shape
+        sse = SSE(shape.ask_usage, admission.price, is_lines=is_lines, choices=shape.choices)
         reply, deliver, feed = self._request.reply, self._open_requests.deliver, sse.feed
         decode = None if self._decoder is None else self._decoder.decompress
 
@@ -96,13 +101,13 @@ class ResponseSender:
             await self._pipe(take)
             reply.write(sse.finish())
         finally:
-            admission.usage = sse.usage
+            admission.told, admission.failed = sse.told, sse.failed
         await self._end()
 
     async def _send_long(self) -> None:
         """A body that may be long, and is no stream whose events can be read."""
         answer, admission, reply = self._answer, self._admission, self._request.reply
-        tail = BodyTail()
+        scan = AnswerScan()
         # events cannot be separated in a compressed stream: each chunk counts as one
         tokens = int(is_stream(answer))
         # JSON means nothing before its end: its first bytes are no first token
@@ -110,12 +115,16 @@ class ResponseSender:
 
         def take(chunk: bytes) -> None:
             reply.write(chunk)
-            tail.feed(chunk)
+            scan.feed(chunk)
             self._open_requests.deliver(admission, tokens, len(chunk), started=started)
 
         self._begin(None)
-        await self._pipe(take)
-        admission.usage = tail.usage if _is_plain(answer) else None
+        is_whole = False
+        try:
+            await self._pipe(take)
+            is_whole = True
+        finally:
+            self._read(scan.items(), is_whole=is_whole)
         await self._end()
 
     async def _send_short(self) -> None:
@@ -127,8 +136,17 @@ class ResponseSender:
             self._begin(None, body=sent)
             await self._wait()
         finally:
-            self._admission.usage = usage_of(body)
+            self._read(answer_scan.read(body), is_whole=True)
             self._admission.bytes += len(body)  # settled at once: nothing of it is left to report
+
+    def _read(self, items: list[Members], *, is_whole: bool) -> None:
+        """Keep what an answer in one piece tells; an error's status has told it all."""
+        if self._answer.ok:
+            admission = self._admission
+            told = usage_forms.read(items, admission.shape.choices)
+            told = usage_forms.with_header(told, self._answer.fields.get)
+            admission.told = told if told is None or is_whole else replace(told, final=False)
+            admission.failed = any(map(usage_forms.has_failed, items))
 
     def _begin(self, sse: SSE | None, body: bytes | None = None) -> None:
         answer = self._answer
@@ -178,7 +196,7 @@ async def end_with_error(request: Request, admission: Admission, error: RequestE
     if events is None or not events.is_between_events or reply.is_delimited:
         client_io.hang_up(request)
         return
-    reply.write(events.release() + error_event(error.body()["error"], admission.route))
+    reply.write(events.release() + error_event(error.body()["error"], admission.route, is_line=events.is_lines))
     reply.end()
     try:
         async with asyncio.timeout(_ERROR_EVENT_TIMEOUT_S):

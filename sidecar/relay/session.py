@@ -14,9 +14,10 @@ from typing import Final
 from urllib.parse import parse_qs
 
 from sidecar.errors import TenantLimited
-from sidecar.events import LoadReport, RequestBlocked, Usage
+from sidecar.events import LoadReport, RequestBlocked
 from sidecar.load.api_routes import REALTIME
 from sidecar.load.request_shape import MAX_MODEL_NAME_CHARS, RequestShape
+from sidecar.load.usage_forms import ToldUsage
 from sidecar.relay import engine_io, headers, response, websocket
 from sidecar.relay.admission import Admission
 from sidecar.relay.http.client import Request
@@ -64,9 +65,9 @@ class SessionMeter:
         owed, self.owed = self.owed, False
         return owed
 
-    def usage(self) -> Usage:
+    def usage(self) -> ToldUsage:
         """An estimate of it."""
-        return Usage(0, 0, audio_seconds=max(1e-3, self.seconds), final=False)
+        return ToldUsage(0, 0, seconds=max(1e-3, self.seconds), final=False)
 
 
 def is_control(data: bytes) -> bool:
@@ -116,7 +117,7 @@ async def serve(
                 open_requests.emit(RequestBlocked(admission.id, time.monotonic(), True))
                 await websocket.tunnel(request, answer, passed, *_ears(meter, admission, open_requests, pricing))
             finally:
-                admission.usage = meter.usage()
+                admission.told = meter.usage()
 
 
 def _ears(

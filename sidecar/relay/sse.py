@@ -1,12 +1,14 @@
-"""Sans-I/O: what an engine's answer delivers, counted while it passes.
+"""Sans-I/O: what an engine's streamed answer delivers, counted while it passes.
 
 Rules: bytes go out unchanged, and no later than their event is complete. Two exceptions: the usage that only the
 sidecar asked for is removed, and a usage gets its price if the client asked for it. llama.cpp puts its timings into the
 usage event if there is one: they go back into the last choice, which waits for the event after it. Events are found by
-their blank line; only a usage event is parsed. Memory is bounded.
+their blank line, or their line feed (Ollama's lines of JSON); only events that tell something are parsed. Memory is
+bounded.
 
 An event counts as a token if it carries data and is neither `[DONE]`, nor usage only, nor the role that opens a chat.
-A named event (Anthropic, OpenAI responses) counts if its name ends in `delta`, which names a piece of output.
+A named event (Anthropic, OpenAI responses, Cohere) counts if its name ends in `delta`, which names a piece of output.
+An error inside the stream is no token.
 """
 
 from __future__ import annotations
@@ -14,47 +16,69 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from typing import Any, Final
-
-from msgspec import structs
+from dataclasses import replace
+from typing import Final
 
 from sidecar.events import Usage
+from sidecar.load import answer_scan, usage_forms
+from sidecar.load.answer_scan import AnswerScan, Members
+from sidecar.load.usage_forms import ToldUsage, UsageMeter
 from sidecar.relay.request_body import parse_object
 
 # What ends an event. No form is a prefix of another, so chunking cannot matter.
 _EVENT_END: Final = re.compile(rb"\n\r?\n|\r\r")
+_LINE_END: Final = re.compile(rb"\n")
 _LINES: Final = re.compile(rb"\r\n|\r|\n")
 _USAGE_KEY: Final = b'"usage"'  # inside a JSON text the quotes would be escaped, so this is always a key
 _TIMINGS_KEY: Final = b'"timings"'
-_OPENING_ROLES: Final = (b'"role":"assistant","content":""', b'"role": "assistant", "content": ""')
+_CHOICES_KEY: Final = b'"choices"'
+# Members that tell what was used, or that the engine failed: an event without them is not parsed.
+_TELLING: Final = (
+    *(_USAGE_KEY, _TIMINGS_KEY, b'"meta_info"', b'"details"', b'"tokens_predicted"', b'eval_count"', b'"error"'),
+    b'"ERROR',
+)
+_TYPE: Final = re.compile(rb'\s*\{\s*"type"\s*:\s*"([^"\\]{1,64})"')  # Cohere's events name themselves first
+_FAILING_NAMES: Final = (b"error", b"response.failed")
+_FAILED_LINE: Final = b"error:"  # older llama.cpp
+# Choices without output: the role that opens a chat, and the end of one (llama.cpp, SGLang).
+_EMPTY_CHOICES: Final = (
+    *(b'"role":"assistant","content":""', b'"role": "assistant", "content": ""'),
+    *(b'"role":"assistant","content":null', b'"role": "assistant", "content": null', b'"delta":{}', b'"delta": {}'),
+)
+_NO_CHOICES: Final = re.compile(rb'"choices"\s*:\s*\[\s*\]')
 _MAX_HELD_BYTES: Final = 64 << 10  # an incomplete event is held back up to this; usage events have below 4 KiB
-_MAX_KEPT_BYTES: Final = 1 << 20  # of an event or body, kept to read its usage
-# Events whose usage does not cover the output yet: Anthropic's, and those of the responses API.
-_OPENING_EVENTS: Final = ("message_start", "response.created", "response.queued", "response.in_progress")
-_PROMPT_KEYS: Final = ("prompt_tokens", "input_tokens")
-_COMPLETION_KEYS: Final = ("completion_tokens", "output_tokens")
+_MAX_KEPT_BYTES: Final = 1 << 20  # of an event; what is longer is looked at as it passes
+JSON_LINES: Final = ("application/x-ndjson", "application/jsonl", "application/x-jsonlines")
 _decoder: Final = json.JSONDecoder()
 
 Price = Callable[[Usage], int]  # milli-MU
 
 
 class SSE:
-    """One stream of server-sent events. `hide_usage`: remove the usage-only event; `price`: a usage's `mu_milli`."""
+    """One stream of server-sent events, or of lines of JSON (`is_lines`).
 
-    def __init__(self, hide_usage: bool, price: Price | None = None) -> None:
+    `hide_usage`: remove the usage-only event; `price`: a usage's `mu_milli`; `choices`: sequences of each prompt.
+    """
+
+    def __init__(
+        self, hide_usage: bool, price: Price | None = None, *, is_lines: bool = False, choices: int = 1
+    ) -> None:
         self._hide_usage = hide_usage
         self._price = price
         self._holds = hide_usage or price is not None  # events are released only when complete
-        self._open = bytearray()  # the incomplete event; when it is longer than _MAX_KEPT_BYTES, only its end
-        self._overlong = False
+        self.is_lines = is_lines
+        self._end = _LINE_END if is_lines else _EVENT_END
+        self._open = bytearray()  # the incomplete event
+        self._long: tuple[bytes, AnswerScan] | None = None  # one that is too long to be kept: its name, and its data
         self._held = 0  # bytes at the end of it that were not released
-        self._first: bytes = b""
-        self._last: bytes = b""
-        self._name: bytes = b""  # of the event that is _last
+        self._meter = UsageMeter(choices)
+        self._last: bytes = b""  # the data of the last event with a usage and choices
+        self._running: bytes = b""  # the data of the last event with a running count, not read yet
         self._last_choice: bytes = b""  # an event that waits for the usage after it
         self.tokens = 0
         self.started = False  # generation has visibly begun
         self.done = False
+        self.failed = False  # the engine has said so
 
     def feed(self, chunk: bytes) -> bytes:
         """Read bytes, count their tokens, and return what goes out now (perhaps nothing)."""
@@ -83,18 +107,19 @@ class SSE:
         return len(self._open) == self._held
 
     @property
-    def usage(self) -> Usage | None:
-        """The usage of the last event that has one; what it lacks of the prompt comes from the first one.
+    def told(self) -> ToldUsage | None:
+        """What the engine has told by now."""
+        if self._running:
+            self._read(answer_scan.read(self._running), b"")
+            self._running = b""
+        told = self._meter.told
+        return told if told is None or not self._last or _is_final(self._last) else replace(told, final=False)
 
-        Unless it is that of the whole answer, its output is at least what was counted.
-        """
-        (_, first), (_, last) = _find_usage(self._first), _find_usage(self._last)
-        usage = _parse_usage(last)
-        if usage is None or not usage.prompt_tokens or _count_of(last, *_PROMPT_KEYS) is None:
-            usage = _parse_usage({**first, **{name: value for name, value in last.items() if value}})
-        if usage is None or usage.completion_tokens >= self.tokens or _is_final(self._name, self._last):
-            return usage
-        return structs.replace(usage, completion_tokens=self.tokens)
+    @property
+    def usage(self) -> Usage | None:
+        """The same as a usage: unless it covers the whole answer, its output is at least what was counted."""
+        told = self.told
+        return None if told is None else told.usage(counted=self.tokens)
 
     def _scan(self, chunk: bytes) -> bytes:
         out: list[bytes | memoryview] = [] if self._holds else [chunk]
@@ -102,7 +127,7 @@ class SSE:
         self._open += chunk
         self._held += len(chunk) if self._holds else 0
         start = 0
-        while match := _EVENT_END.search(self._open, max(start, fresh)):
+        while match := self._end.search(self._open, max(start, fresh)):
             event = bytes(self._open[start : match.end()])
             unsent = self._held - (len(self._open) - match.end()) if self._held else 0
             is_hidden = self._count(event)
@@ -128,90 +153,93 @@ class SSE:
         if len(self._open) > _MAX_HELD_BYTES and self._held:  # too long to be held
             out.append(self._unsent())
             self._held = 0
-        if len(self._open) > _MAX_KEPT_BYTES:  # longer than any usage: its beginning is dropped
-            self._overlong = True
-            del self._open[: len(self._open) - _MAX_KEPT_BYTES // 2]
+        if len(self._open) > _MAX_KEPT_BYTES:
+            self._look_at_long(bytes(self._open[:-2]))  # its end may have begun
+            del self._open[:-2]
         return out[0] if len(out) == 1 and isinstance(out[0], bytes) else b"".join(out)
 
     def _unsent(self) -> bytes:
         return bytes(self._open[len(self._open) - self._held :])
 
+    def _look_at_long(self, piece: bytes) -> None:
+        """A piece of an event that is too long to be kept. Its data is taken to be one line of JSON."""
+        if self._long is None:
+            name, _ = (b"", b"") if self.is_lines else _parse_event(piece)
+            self._long = name, AnswerScan()
+            piece = piece[max(0, piece.find(b"{")) :]
+        self._long[1].feed(piece)
+
     def _count(self, event: bytes) -> bool:
         """Count one event. Returns whether to remove it."""
-        if self._overlong or len(event) > _MAX_KEPT_BYTES:
-            self._overlong = False
-            self.tokens += 1
+        if self._long is not None or len(event) > _MAX_KEPT_BYTES:
+            self._look_at_long(event)
+            self._count_long()
             return False
-        name, data = _parse_event(event)
-        if not data or data == b"[DONE]":
-            self.done = self.done or bool(data)
+        name, data = (b"", event.strip()) if self.is_lines else _parse_event(event)
+        if not data or data in (b"[DONE]", b"null"):  # llama.cpp opens a stream of several prompts by null
+            self.done = self.done or data == b"[DONE]"
+            self.failed = self.failed or (not data and event.startswith(_FAILED_LINE))
             return False
-        if _USAGE_KEY in data and usage_of(data) is not None:
-            self._first = self._first or data
-            self._last, self._name = data, name
-            if _is_usage_only(data):
+        if not name and (match := _TYPE.match(data)):
+            name = match[1]
+        tells, is_delta = False, name.endswith(b"delta") and name != b"message_delta"
+        if _is_running(data):
+            self._running = data
+        elif not is_delta and (any(map(data.__contains__, _TELLING)) or name in _FAILING_NAMES):
+            tells, has_failed = self._read(answer_scan.read(data), name)
+            if has_failed:
+                return False
+        if tells:
+            self._running = b""
+            self._last = data if _CHOICES_KEY in data else b""
+            if self._last and _is_usage_only(data):
                 return self._hide_usage and len(event) <= _MAX_HELD_BYTES
-        output = _is_output(name, data)
+        output = _is_output(name, data) and not (self.is_lines and tells)
         self.started = self.started or output or not name
         self.tokens += output
         return False
 
+    def _count_long(self) -> None:
+        assert self._long is not None
+        (name, scan), self._long = self._long, None
+        tells, has_failed = self._read(scan.items(), name)
+        self._last = b"" if tells else self._last
+        if has_failed:
+            return
+        output = _is_output(name, b"")
+        self.started = self.started or output or not name
+        self.tokens += output
 
-def error_event(error: dict[str, str], route: str) -> bytes:
+    def _read(self, items: list[Members], name: bytes) -> tuple[bool, bool]:
+        """What an event tells: whether a usage, and whether a failure."""
+        kind = name.decode("latin-1")
+        tells = [self._meter.take(members, kind) for members in items]
+        has_failed = any(usage_forms.has_failed(members, kind) for members in items or [{}])
+        self.failed = self.failed or has_failed
+        return any(tells), has_failed
+
+
+def error_event(error: dict[str, str], route: str, *, is_line: bool = False) -> bytes:
     """The event that ends a stream with an error, in the form that the clients of `route` raise on.
 
     OpenAI's look for `error` in the data, Anthropic's for an event of that name, the responses API for both.
     """
+    if is_line:  # Ollama's
+        return b"%b\n" % json.dumps({"error": error["message"]}).encode()
     if route not in ("messages", "responses"):
         return b"data: %b\n\n" % json.dumps({"error": error}).encode()
     data = {"type": "error", "code": error["code"], "message": error["message"], "error": error}
     return b"event: error\ndata: %b\n\n" % json.dumps(data).encode()
 
 
-def usage_of(text: bytes) -> Usage | None:
-    """The last `usage` object in a JSON text that may lack its beginning; OpenAI's or Anthropic's names."""
-    return _parse_usage(_find_usage(text)[1])
-
-
 def add_price(text: bytes, price: Price) -> bytes:
-    """`text` with `mu_milli` as first member of its last usage object, if there is one."""
-    brace, found = _find_usage(text)
-    usage = _parse_usage(found)
-    if usage is None:
+    """A body or an event, with `mu_milli` as first member of its usage, if it has one."""
+    begin = text.find(b"{") if text.startswith(b"data:") else 0
+    told = usage_forms.read(answer_scan.read(text[begin:]))
+    brace = -1 if told is None else begin + answer_scan.start_of(text[begin:], "usage")
+    if told is None or brace < begin or text[brace : brace + 1] != b"{":
         return text
-    return b'%b"mu_milli":%d,%b' % (text[: brace + 1], price(usage), text[brace + 1 :])
-
-
-class BodyTail:
-    """The end of a body that is no event stream, kept to read its usage."""
-
-    def __init__(self) -> None:
-        self._bytes = bytearray()
-
-    def feed(self, chunk: bytes) -> None:
-        self._bytes += chunk
-        if len(self._bytes) > 2 * _MAX_KEPT_BYTES:
-            del self._bytes[:-_MAX_KEPT_BYTES]
-
-    @property
-    def usage(self) -> Usage | None:
-        return usage_of(bytes(self._bytes))
-
-
-def _find_usage(text: bytes) -> tuple[int, dict[str, Any]]:
-    """The last `usage` object in a JSON text, after the index of its brace; (-1, {}) if there is none."""
-    at = len(text)
-    for _ in range(8):  # `"usage": null`, or a string that reads so
-        if (at := text.rfind(_USAGE_KEY, 0, at)) < 0:
-            break
-        head = text[at + len(_USAGE_KEY) : at + len(_USAGE_KEY) + 16].lstrip()
-        if head.startswith(b":") and head[1:].lstrip().startswith(b"{"):
-            brace = text.index(b"{", at)
-            try:
-                return brace, _decoder.raw_decode(text[brace : brace + _MAX_HELD_BYTES].decode(errors="replace"))[0]
-            except (ValueError, RecursionError):
-                break
-    return -1, {}
+    return b'%b"mu_milli":%d,%b' % (text[: brace + 1], price(told.usage()), text[brace + 1 :])
 
 
 def _count_plain_events(chunk: bytes) -> int:
@@ -222,19 +250,19 @@ def _count_plain_events(chunk: bytes) -> int:
         and chunk.count(b"\n") == 2 * events
         and chunk.startswith(b"data:")
         and chunk.count(b"\n\ndata:") == events - 1
+        and chunk.count(_CHOICES_KEY) == events  # so none is `[DONE]`, an error, or in the form of another API
         and _USAGE_KEY not in chunk
-        and b"[DONE]" not in chunk
         and b"\r" not in chunk
-        and _OPENING_ROLES[0] not in chunk
-        and _OPENING_ROLES[1] not in chunk
-        and b"data:\n" not in chunk
-        and b"data: \n" not in chunk
+        and b'"role"' not in chunk
+        and b"{}" not in chunk
     )
     return events if plain else 0
 
 
 def _parse_event(event: bytes) -> tuple[bytes, bytes]:
     """(name, data) of an event. Several data lines are joined, as the standard requires."""
+    if event.startswith(b"data:") and event.find(b"\n") == len(event) - 2 and b"\r" not in event:
+        return b"", event[6:-2] if event.startswith(b"data: ") else event[5:-2]
     name, data = b"", []
     for line in _LINES.split(event):
         if line.startswith(b"data:"):
@@ -247,7 +275,18 @@ def _parse_event(event: bytes) -> tuple[bytes, bytes]:
 def _is_output(name: bytes, data: bytes) -> bool:
     if name:
         return name.endswith(b"delta") and name != b"message_delta"  # Anthropic's, of a usage
-    return not any(role in data for role in _OPENING_ROLES)
+    if _CHOICES_KEY in data:
+        return not any(empty in data for empty in _EMPTY_CHOICES)
+    return b'"stop":true' not in data  # the end of a completion of llama.cpp
+
+
+def _is_running(data: bytes) -> bool:
+    """Whether an event of SGLang has counts that the next one repeats: there is no need to read them all."""
+    return (
+        b'"meta_info"' in data
+        and (b'"finish_reason":null' in data or b'"finish_reason": null' in data)
+        and b'"index"' not in data  # of several prompts, each event tells of one
+    )
 
 
 def _has_last_choice(text: bytes) -> bool:
@@ -292,37 +331,13 @@ def _find_member(text: bytes, key: bytes) -> tuple[int, int]:
 
 
 def _is_usage_only(data: bytes) -> bool:
-    if len(data) > _MAX_HELD_BYTES:
+    if len(data) > _MAX_HELD_BYTES or not _NO_CHOICES.search(data):
         return False
     event = parse_object(data) or {}
     return event.get("choices") == [] and isinstance(event.get("usage"), dict)
 
 
-def _is_final(name: bytes, data: bytes) -> bool:
-    """Whether an event's usage covers the whole answer, not only what came so far."""
-    event = parse_object(data)
-    if event is None or (name.decode("latin-1") or event.get("type")) in _OPENING_EVENTS:
-        return False
-    choices = event.get("choices")
+def _is_final(data: bytes) -> bool:
+    """Whether the usage of an event with choices covers the whole answer, not only what came so far."""
+    choices = (parse_object(data) or {}).get("choices")
     return not isinstance(choices, list) or all(isinstance(c, dict) and c.get("finish_reason") for c in choices)
-
-
-def _parse_usage(usage: dict[str, Any]) -> Usage | None:
-    prompt, completion = _count_of(usage, *_PROMPT_KEYS), _count_of(usage, *_COMPLETION_KEYS)
-    if prompt is None and completion is None:
-        return None
-    details = usage.get("prompt_tokens_details") or usage.get("input_tokens_details")
-    within = _count_of(details, "cached_tokens") if isinstance(details, dict) else None
-    cached = (_count_of(usage, "cache_read_input_tokens") if within is None else within) or 0
-    # Anthropic's `input_tokens` leave out what was read from the cache or put into it; OpenAI's, with details, hold all
-    whole = isinstance(details, dict) or "prompt_tokens" in usage
-    beyond = 0 if whole else cached + (_count_of(usage, "cache_creation_input_tokens") or 0)
-    return Usage((prompt or 0) + beyond, completion or 0, cached)
-
-
-def _count_of(holder: dict[str, Any], *names: str) -> int | None:
-    for name in names:
-        value = holder.get(name)
-        if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 31:
-            return value
-    return None

@@ -29,7 +29,7 @@ function meter(part) {
 
 const GOOD = ["ok", "cached", "passed"];
 const chips = (outcomes) => node("span", {}, ...outcomes.filter(([, count]) => count).map(([outcome, count]) =>
-  node("span", { className: GOOD.includes(outcome) || outcome === "client_cancelled" ? "chip" : "chip bad", textContent: `${outcome} ${amount(count)}` })));
+  node("span", { className: GOOD.includes(outcome) || outcome === "client_cancelled" || outcome === "not_begun" ? "chip" : "chip bad", textContent: `${outcome} ${amount(count)}` })));
 
 // --- verdict changes and diagnoses ---
 

@@ -51,6 +51,19 @@ def test_users_alone_may_all_be_wrong(status: int) -> None:
     assert refusing(refusals, 100.0) is None and refusing(refusals, 100.0, can_ask=False) is None
 
 
+def test_an_error_inside_a_200_neither_serves_nor_refuses() -> None:
+    """It ends no series of refusals, as it served no one, and begins none: a request alone may be at fault."""
+    refusals = RefusedWork()
+    for n in range(50):
+        user(refusals, 200, 10.0 + n)
+    assert refusals.since is None
+    user(refusals, 500, 70.0)
+    user(refusals, 200, 80.0)
+    assert refusals.since == 70.0
+    user(refusals, 200, 90.0, tokens=3)  # it had begun: some of it was served
+    assert refusals.since is None
+
+
 def test_where_no_canary_passes_errors_to_many_users_refuse() -> None:
     """A front without its worker answers 500 to each of them."""
     refusals = RefusedWork()

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sidecar.events import Usage
-from sidecar.relay.sse import SSE, BodyTail, add_price, usage_of
+from sidecar.load import answer_scan, usage_forms
+from sidecar.relay.sse import SSE, add_price
 
 PAGES = Path(__file__).parents[1] / "engines" / "pages" / "answers"
 TOKEN = b'data: {"choices":[{"index":0,"delta":{"content":"x"}}]}\n\n'
@@ -29,6 +30,12 @@ PING = b": ping\n\n"
 
 def named(name: str, data: dict[str, Any]) -> bytes:
     return b"event: %b\ndata: %b\n\n" % (name.encode(), json.dumps(data).encode())
+
+
+def usage_of(text: bytes) -> Usage | None:
+    """The usage of a whole answer."""
+    told = usage_forms.read(answer_scan.read(text))
+    return None if told is None else told.usage()
 
 
 def run(chunks: list[bytes], hide: bool) -> tuple[bytes, SSE]:
@@ -141,15 +148,86 @@ def test_anthropic_events_count_deltas_and_merge_usage() -> None:
         ("vllm-0.32-responses", Usage(781, 6, 768)),
         ("vllm-0.32-chat-continuous", Usage(781, 6, 768)),
         ("llamacpp-b10434-messages", Usage(1561, 20, 1560)),
+        ("llamacpp-b10434-chat.sse", Usage(40, 3, 39)),
+        ("llamacpp-b10434-chat.json", Usage(40, 4, 39)),
+        ("llamacpp-b10434-responses", Usage(40, 3, 39)),
+        ("llamacpp-b10434-completion", Usage(30, 4, 29)),
+        ("llamacpp-b10434-completion-two.sse", Usage(39, 6, 37)),
+        ("llamacpp-b10434-completion-two.json", Usage(39, 8, 37)),
+        ("llamacpp-b10434-embeddings", Usage(19, 0)),
     ],
 )
 def test_what_engines_answer_is_read_as_they_mean_it(page: str, usage: Usage) -> None:
     """Recorded from real engines: the prompt is all of it, whether its count holds the cached part or not."""
-    for file in PAGES.glob(page + ".*"):
+    for file in [*PAGES.glob(page), *PAGES.glob(page + ".*")]:
         if file.suffix == ".json":
             assert usage_of(file.read_bytes()) == usage
         else:
             assert run([file.read_bytes()], hide=False)[1].usage == usage
+
+
+def test_the_events_of_a_recorded_stream_are_its_tokens() -> None:
+    """Neither the opening role, nor `null`, nor an end without text is one: what a client leaves is counted right."""
+    for page, tokens in (("chat", 3), ("completion", 4), ("completion-two", 6), ("messages", 20), ("responses", 3)):
+        assert run([(PAGES / f"llamacpp-b10434-{page}.sse").read_bytes()], hide=False)[1].tokens == tokens, page
+
+
+FAILURES = [
+    b'data: {"error": {"message": "x", "code": 500}}\n\n',
+    b'data:{"error":"Request failed during generation","error_type":"generation"}\n\n',
+    b'event: error\ndata: {"type":"error","error":{"type":"overloaded_error"}}\n\n',
+    b"event: error\ndata: x\n\n",
+    b'event: response.failed\ndata: {"response":{"status":"failed"}}\n\n',
+    b'data: {"type":"response.failed","response":{"error":{"code":"server_error"}}}\n\n',
+    b'error: {"code":500,"message":"Compute error."}\n\n',
+    b'data: {"text":"x","meta_info":{"prompt_tokens":3,"finish_reason":{"type":"abort","message":"x"}}}\n\n',
+    b'data: {"type":"message-end","delta":{"finish_reason":"ERROR"}}\n\n',
+]
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+@given(st.lists(st.integers(0, 300), max_size=4))
+def test_an_error_in_a_stream_is_no_token_and_is_known(failure: bytes, cuts: list[int]) -> None:
+    """In the form of each engine, however it is cut: the stream has failed, and has had the tokens before it."""
+    stream = TOKEN + TOKEN + failure
+    edges = sorted({0, len(stream), *(cut % len(stream) for cut in cuts)})
+    out, sse = run([stream[a:b] for a, b in itertools.pairwise(edges)], hide=False)
+    assert (out, sse.failed, sse.tokens) == (stream, True, 2)
+
+
+def test_a_line_of_json_is_an_event() -> None:
+    """Ollama's streams: each line a token, the last one tells the usage, an error is one."""
+    token = b'{"message":{"role":"assistant","content":"x"},"done":false}\n'
+    last = b'{"message":{"role":"assistant","content":""},"done":true,"prompt_eval_count":9,"eval_count":4}\n'
+    sse = SSE(False, is_lines=True)
+    assert sse.feed(token + token[:9]) + sse.feed(token[9:] + last) == token + token + last
+    assert (sse.tokens, sse.usage, sse.failed, sse.is_between_events) == (2, Usage(9, 4), False, True)
+    sse.feed(b'{"error":"x"}\n')
+    assert (sse.tokens, sse.failed) == (2, True)
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        b'data: {"choices":[{"delta":{"content":"x"}}],"error":null}\n\n',
+        b'data: {"choices":[{"delta":{"content":"\\"error\\": {}"}}]}\n\n',
+        b'data: {"choices":[{"delta":{"tool_calls":[{"function":{"name":"error"}}]}}]}\n\n',
+        b'data: {"choices":[{"delta":{"content":"x"},"logprobs":{"error":{"x":1}}}]}\n\n',
+    ],
+)
+def test_the_word_error_is_no_error(event: bytes) -> None:
+    """Null, content, a tool's name and deeper members do not make a failure of a token."""
+    assert (run([event], hide=True)[1].failed, run([event], hide=True)[1].tokens) == (False, 1)
+
+
+def test_a_usage_in_an_event_of_megabytes_is_found() -> None:
+    """The end of a response repeats its tools and all of its output; it is looked at as it passes."""
+    response = {"tools": [{"usage": {"input_tokens": 1}}], "output": ["y" * 70_000] * 40}
+    usage = {"input_tokens": 9, "output_tokens": 3, "input_tokens_details": {"cached_tokens": 4}}
+    event = named("response.completed", {"response": {**response, "usage": usage, "text": "z" * 70_000}})
+    delta = named("response.output_text.delta", {"delta": "x"})
+    out, sse = run([event[n : n + 50_000] for n in range(0, len(event), 50_000)] + [delta], hide=False)
+    assert (len(out), sse.usage, sse.tokens) == (len(event) + len(delta), Usage(9, 3, 4), 1)
 
 
 @pytest.mark.parametrize(
@@ -291,7 +369,9 @@ def test_hiding_removes_usage_events_only(stream: bytes) -> None:
     ("text", "usage"),
     [
         (b'{"usage": {"prompt_tokens": 3, "completion_tokens": 4}}', Usage(3, 4)),
-        (b'...cut off","x":1}],"usage":{"prompt_tokens":3,"total_tokens":3},"id":"usage"}', Usage(3, 0)),
+        (b'{"data":[1],"usage":{"prompt_tokens":3,"total_tokens":3},"id":"usage"}', Usage(3, 0)),
+        (b'{"usage":{"total_tokens":56}}', Usage(56, 0)),
+        (b'{"tools":[{"usage":{"prompt_tokens":1}}],"x":"\\"usage\\":{"}', None),
         (b'{"usage":{"input_tokens":5,"output_tokens":6,"cache_read_input_tokens":2}}', Usage(7, 6, 2)),
         (b'{"usage":{"input_tokens":5,"output_tokens":6,"cache_creation_input_tokens":90}}', Usage(95, 6, 0)),
         (
@@ -313,7 +393,7 @@ def test_hiding_removes_usage_events_only(stream: bytes) -> None:
         (b'{"usage":{"input_tokens":5,"output_tokens":6,"input_tokens_details":{"cached_tokens":1}}}', Usage(5, 6, 1)),
         (b'{"usage":null}', None),
         (b'{"usage":{"prompt_tokens":"3"}}', None),
-        (b'{"usage":{"prompt_tokens":-3,"completion_tokens":1e3}}', None),
+        (b'{"usage":{"prompt_tokens":-3,"completion_tokens":1.5}}', None),
         (b'{"usage":{"prompt_tok', None),
         (b'{"usage":' + b"[" * 5000, None),
         (b'"usage"', None),
@@ -325,19 +405,10 @@ def test_usage_is_read_or_absent(text: bytes, usage: Usage | None) -> None:
     assert usage_of(text) == usage
 
 
-@given(st.binary(max_size=64).map(lambda b: b'"usage":{' + b))
+@given(st.binary(max_size=64).map(lambda b: b'{"usage":{' + b))
 def test_any_bytes_after_the_key_are_survived(text: bytes) -> None:
     """Garbage from an engine is no error of ours."""
     usage_of(text)
-
-
-def test_the_usage_of_a_large_body_is_read_from_its_end() -> None:
-    """A body of embeddings is many megabytes; only its end is kept."""
-    tail = BodyTail()
-    for _ in range(100):
-        tail.feed(b"0.123," * 10_000)
-    tail.feed(b'],"usage":{"prompt_tokens":8,"total_tokens":8}}')
-    assert tail.usage == Usage(8, 0)
 
 
 CHUNKS = (

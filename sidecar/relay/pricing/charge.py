@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from sidecar.events import LoadReport, Usage
 from sidecar.images import header_geometry
 from sidecar.kernels.grid import ProcessorSpec
 from sidecar.load.cost_model import settled_work
 from sidecar.load.estimator import Estimate, Estimator
-from sidecar.load.ledger import actual_work
+from sidecar.load.event_tokens import EventTokens
+from sidecar.load.ledger import LEFT_OUTCOMES, actual_work
+from sidecar.load.prefill_queue import LeftPrompts
 from sidecar.relay.admission import Admission
 from sidecar.relay.pricing.quota import Quota
 from sidecar.relay.pricing.tenant_accounts import TenantCharge
@@ -27,6 +29,8 @@ class Pricing:
     quota: Quota | None = None
     counter: TokenCounter | None = None
     spec: ProcessorSpec | None = None
+    event_tokens: EventTokens = field(default_factory=EventTokens)
+    left_prompts: LeftPrompts = field(default_factory=LeftPrompts)
 
     def on_load_report(self, load: LoadReport) -> None:
         if self.quota is not None:
@@ -34,6 +38,7 @@ class Pricing:
 
     async def charge(self, admission: Admission, body: ParsedBody) -> None:
         """Charge the request to its tenant, before any work is done for it. Raises TenantLimited."""
+        admission.tokens_per_event = self.event_tokens.get(admission.tenant, admission.shape.model)
         if self.counter is not None and body.scan is not None:
             admission.token_count = await self.counter.count(body.scan.found)
         if self.spec is not None and body.images:
@@ -68,10 +73,16 @@ class Pricing:
         if end is None:
             return
         if self.quota is not None:
-            started = end.first_at is not None
-            work = actual_work(admission.work, end, started=started, delivered=end.delivered_tokens)
+            started, share = end.first_at is not None, 1.0
+            if not started and end.sent_at is not None and end.outcome in LEFT_OUTCOMES:
+                prefill = self.estimator.prefill_seconds(admission.work)
+                share = self.left_prompts.share(prefill, end.sent_at, end.at)
+            work = actual_work(admission.work, end, started=started, delivered=end.delivered_tokens, share=share)
             self.quota.settle(admission.charge, 0.0 if work is None else self.estimator.mu(work))
-        if end.usage is not None and end.outcome == "ok":
+        if end.usage is not None and not end.estimated and end.outcome == "ok":
+            if admission.events is not None and not admission.shape.withholds:
+                tokens = end.usage.completion_tokens
+                self.event_tokens.learn(admission.tenant, admission.shape.model, tokens, admission.tokens)
             counted = admission.token_count
             exact = counted.tokens if counted is not None and counted.exact else None
             self.estimator.learn(admission.tenant, admission.shape, end.usage, exact)

@@ -1,0 +1,336 @@
+"""Pure: what engines say that an answer took, in the form of each API.
+
+Rules:
+- The answer tells its form, not the path: SGLang and TGI share `/generate`, llama.cpp has two for completions.
+- `prompt` is all of it. Anthropic's `input_tokens` leave out what came from the cache or went into it (vLLM and SGLang
+  do the same), everyone else's counts hold the cached part.
+- What opens a stream knows nothing of its output. Until a usage covers the whole answer, the larger of what was told
+  and what was counted stands. Parts that no one told are estimates.
+- An answer may be of several sequences: of one prompt each (a list), or of several choices of one prompt.
+
+vLLM 0.32: entrypoints/openai/engine/protocol.py, entrypoints/cohere/protocol.py. SGLang 0.5: `meta_info` in
+srt/managers/tokenizer_manager.py, summed as in srt/entrypoints/openai/usage_processor.py. TGI 3: router/src/lib.rs
+(Details, StreamDetails), counts of whole answers in header fields: router/src/server.rs. llama.cpp b10434:
+tools/server/server-task.cpp; `tokens_cached` there is all that its slot holds, not what came from the cache. Ollama:
+api/types.go (Metrics). Cohere v2: `usage.tokens` is what was processed, `billed_units` less.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any, Final
+
+from sidecar.events import RequestSize, Usage
+from sidecar.load.answer_scan import Members
+from sidecar.load.cost_model import heard
+
+MAX_SEQUENCES: Final = 1 << 12  # of one stream, whose running counts are kept
+MAX_COUNT: Final = 1 << 31
+NOTHING: Final = RequestSize(uncached=0)
+
+
+@dataclass(frozen=True, slots=True)
+class UsageForm:
+    """Where one form of usage stands: `holder` is the path of its object, "" the top.
+
+    The other fields are paths below the holder; the first that is a count is taken. `beyond`: parts of the prompt that
+    its count leaves out.
+    """
+
+    name: str
+    holder: str
+    prompt: tuple[str, ...] = ()
+    output: tuple[str, ...] = ()
+    cached: tuple[str, ...] = ()
+    beyond: tuple[str, ...] = ()
+    seconds: tuple[str, ...] = ()
+    lacks: tuple[str, ...] = ()  # it is another form where one of these is there
+
+
+_DETAILS: Final = ("prompt_tokens_details", "input_tokens_details", "input_token_details")
+_CACHED: Final = tuple(f"{details}.cached_tokens" for details in _DETAILS)
+_WRITTEN: Final = "cache_creation_input_tokens"
+_READ: Final = "cache_read_input_tokens"
+
+# The first that an answer has. Where `usage` stands in an event's `response`, `message` or `delta`, it is lifted up.
+FORMS: Final = (
+    UsageForm(
+        "anthropic",
+        "usage",
+        prompt=("input_tokens",),
+        output=("output_tokens",),
+        cached=(_READ,),
+        beyond=(_READ, _WRITTEN),
+        lacks=(*_DETAILS, "prompt_tokens", "type"),
+    ),
+    UsageForm(
+        "openai",
+        "usage",
+        prompt=("prompt_tokens", "input_tokens"),
+        output=("completion_tokens", "output_tokens"),
+        cached=(*_CACHED, "prompt_cache_hit_tokens", _READ),
+        seconds=("prompt_audio_seconds",),
+    ),
+    UsageForm(
+        "cohere",
+        "usage",
+        prompt=("tokens.input_tokens", "billed_units.input_tokens"),
+        output=("tokens.output_tokens", "billed_units.output_tokens"),
+        cached=("cached_tokens", "tokens.cached_tokens"),
+    ),
+    UsageForm("duration", "usage", seconds=("seconds",)),
+    UsageForm("ranking", "usage", prompt=("total_tokens",)),
+    UsageForm(
+        "cohere ranking",
+        "meta",
+        prompt=("tokens.input_tokens", "billed_units.input_tokens"),
+        output=("tokens.output_tokens", "billed_units.output_tokens"),
+    ),
+    UsageForm(
+        "sglang",
+        "meta_info",
+        prompt=("prompt_tokens",),
+        output=("completion_tokens",),
+        cached=("cached_tokens",),
+    ),
+    UsageForm("tgi", "details", prompt=("input_length",), output=("generated_tokens",)),
+    UsageForm(
+        "llama.cpp",
+        "",
+        prompt=("tokens_evaluated",),
+        output=("tokens_predicted",),
+        cached=("timings.cache_n",),
+    ),
+    UsageForm(
+        "llama.cpp timings",
+        "timings",
+        prompt=("prompt_n",),
+        output=("predicted_n",),
+        cached=("cache_n",),
+        beyond=("cache_n",),
+    ),
+    UsageForm("ollama", "", prompt=("prompt_eval_count",), output=("eval_count",)),
+    UsageForm("verbose transcription", "", seconds=("duration",)),
+)
+# Header fields of whole answers that say it where the body does not: TGI's, Text Embeddings Inference's.
+HEADER_PROMPTS: Final = (b"x-prompt-tokens", b"x-compute-tokens")
+HEADER_OUTPUT: Final = b"x-generated-tokens"
+
+# Events whose usage does not cover the output yet: Anthropic's, and those of the responses API.
+_OPENING_EVENTS: Final = frozenset(("message_start", "response.created", "response.queued", "response.in_progress"))
+_FAILED_EVENTS: Final = frozenset(("error", "response.failed"))
+_HOLDERS: Final = ("response", "message", "delta")  # of a usage in an event
+
+
+@dataclass(frozen=True, slots=True)
+class ToldUsage:
+    """What an engine told; None: it did not. `final`: the numbers cover the whole answer."""
+
+    prompt: int | None = None
+    output: int | None = None
+    cached: int | None = None
+    seconds: float | None = None
+    final: bool = True
+
+    def usage(self, expected: RequestSize = NOTHING, counted: int = 0) -> Usage:
+        """As it is booked: parts that were not told are those `expected` and `counted`."""
+        if self.seconds and expected.audio_seconds:
+            expected = heard(expected, self.seconds)
+        prompt, output, cached = self.prompt, self.output, self.cached or 0
+        if self.cached is None and not self.final:
+            cached = expected.cached
+        if prompt is None:
+            prompt, cached = expected.uncached + expected.cached, expected.cached
+        if output is None:
+            output = counted or (expected.output if self.final else 0)
+        elif not self.final:
+            output = max(output, counted)
+        return Usage(prompt, output, min(cached, prompt), self.seconds or 0.0)
+
+    def is_whole(self, expected: RequestSize) -> bool:
+        """Whether all of that usage is the engine's word, about the whole answer."""
+        return self.final and self.prompt is not None and (self.output is not None or not expected.output)
+
+
+def read(items: Iterable[Members], choices: int = 1) -> ToldUsage | None:
+    """The usage of a whole answer. `choices`: how many items of a list answer one prompt."""
+    told = [(form, one) for members in items if (found := _read_item(members)) for form, one in (found,)]
+    return _sum(told, choices)
+
+
+def with_header(told: ToldUsage | None, field: Callable[[bytes], str]) -> ToldUsage | None:
+    """The usage of a whole answer, with what only its header tells. `field`: the value of a header field, or ""."""
+    prompt = next((count for name in HEADER_PROMPTS if (count := _header_count(field(name))) is not None), None)
+    output = _header_count(field(HEADER_OUTPUT))
+    if prompt is None and output is None:
+        return told
+    if told is None:
+        return ToldUsage(prompt, output)
+    return replace(
+        told,
+        prompt=prompt if told.prompt is None else told.prompt,
+        output=output if told.output is None else told.output,
+    )
+
+
+def has_failed(members: Members, kind: str = "") -> bool:
+    """Whether an answer or an event (`kind`: its name) says that the engine failed. `"error": null` says nothing."""
+    if members.get("error") or (kind or members.get("type")) in _FAILED_EVENTS:
+        return True
+    meta, delta = members.get("meta_info"), members.get("delta")
+    reason = meta.get("finish_reason") if isinstance(meta, dict) else None
+    if isinstance(reason, dict) and reason.get("type") == "abort":  # SGLang's
+        return True
+    ends = (members.get("finish_reason"), delta.get("finish_reason") if isinstance(delta, dict) else None)
+    return any(isinstance(end, str) and end.startswith("ERROR") for end in ends)  # Cohere's
+
+
+class UsageMeter:
+    """What the events of one answer have told so far."""
+
+    __slots__ = ("_choices", "_first", "_last", "_sequences")
+
+    def __init__(self, choices: int = 1) -> None:
+        self._choices = choices
+        self._first: Members | None = None
+        self._last: tuple[Members, bool] | None = None  # and whether it covers the whole answer
+        self._sequences: dict[int, tuple[Members, bool]] = {}  # where each event is of one of them
+
+    def take(self, members: Members, kind: str = "") -> bool:
+        """An event, whose name is `kind`. True if it tells a usage."""
+        found = _read_item(members)
+        if found is None:
+            return False
+        is_final = (kind or members.get("type")) not in _OPENING_EVENTS and _has_ended(members)
+        index = members.get("index")
+        if found[0].name in ("sglang", "llama.cpp") and isinstance(index, int):
+            if index in self._sequences or len(self._sequences) < MAX_SEQUENCES:
+                self._sequences[index] = members, is_final
+        else:
+            self._first = self._first or members
+            self._last = members, is_final
+        return True
+
+    @property
+    def told(self) -> ToldUsage | None:
+        """What is known by now. What the last usage lacks of the prompt comes from the first one."""
+        if self._sequences:
+            ordered = [self._sequences[index] for index in sorted(self._sequences)]
+            told = read((members for members, _ in ordered), self._choices)
+            return told and replace(told, final=all(ended for _, ended in ordered))
+        if self._first is None or self._last is None:
+            return None
+        last, ended = self._last
+        told = read([last])
+        if told is None or not told.prompt:
+            told = read([_merged(self._first, last)])
+        return told and replace(told, final=ended)
+
+
+def _has_ended(members: Members) -> bool:
+    """Whether the sequence of an event has come to its end, where its form says so."""
+    meta = members.get("meta_info")
+    if isinstance(meta, dict) and "prompt_tokens" in meta:
+        return meta.get("finish_reason") is not None
+    if "tokens_predicted" in members:
+        return members.get("stop") is True
+    return members.get("done") is not False
+
+
+def _merged(first: Members, last: Members) -> Members:
+    """One usage of two: what the last one says, and of the first one what is missing or 0 there."""
+    opening, closing = _lifted(first).get("usage"), _lifted(last).get("usage")
+    if not isinstance(opening, dict) or not isinstance(closing, dict):
+        return last
+    return {"usage": {**opening, **{name: value for name, value in closing.items() if value}}}
+
+
+def _lifted(members: Members) -> Members:
+    """With the usage at the top, where it stands deeper."""
+    if isinstance(members.get("usage"), dict):
+        return members
+    holders = (members.get(name) for name in _HOLDERS)
+    usages = (holder["usage"] for holder in holders if isinstance(holder, dict) and "usage" in holder)
+    return {**members, "usage": usage} if (usage := next(usages, None)) is not None else members
+
+
+def _read_item(members: Members) -> tuple[UsageForm, ToldUsage] | None:
+    lifted = _lifted(members)
+    for form in FORMS:
+        holder = _at(lifted, form.holder)
+        if not isinstance(holder, dict) or any(name in holder for name in form.lacks):
+            continue
+        told = _read_form(form, holder, lifted)
+        if (told.prompt, told.output, told.seconds) != (None, None, None):
+            return form, told
+    return None
+
+
+def _read_form(form: UsageForm, holder: Members, members: Members) -> ToldUsage:
+    prompt, cached = _first_count(holder, form.prompt), _first_count(holder, form.cached)
+    beyond = [count for name in form.beyond if (count := _first_count(holder, (name,))) is not None]
+    if prompt is not None:
+        prompt += sum(beyond)
+    if cached is None and form.name == "openai":  # llama.cpp's chat, before its usage had details
+        cached = _first_count(members, ("timings.cache_n",))
+    elif cached is None and form.name == "llama.cpp" and prompt is not None:
+        new = _first_count(members, ("timings.prompt_n",))
+        cached = None if new is None else max(0, prompt - new)
+    seconds = next((number for path in form.seconds if (number := _number(_at(holder, path))) is not None), None)
+    return ToldUsage(prompt, _first_count(holder, form.output), cached, seconds)
+
+
+def _sum(told: list[tuple[UsageForm, ToldUsage]], choices: int) -> ToldUsage | None:
+    """One usage of those of several sequences. The prompt of several choices counts once."""
+    if not told:
+        return None
+    prompts = [one for _, one in islice(told, 0, None, max(1, choices))]
+    seconds = [one.seconds for _, one in told if one.seconds is not None]
+    return ToldUsage(
+        _total(one.prompt for one in prompts),
+        _total(one.output for _, one in told),
+        _total(one.cached for one in prompts),
+        sum(seconds) if seconds else None,
+    )
+
+
+def _total(counts: Iterable[int | None]) -> int | None:
+    """The sum, None if one of them is unknown."""
+    known = list(counts)
+    return None if None in known else min(sum(count for count in known if count is not None), MAX_COUNT)
+
+
+def _first_count(holder: Members, paths: tuple[str, ...]) -> int | None:
+    for path in paths:
+        value = _at(holder, path)
+        if isinstance(value, float) and value.is_integer():  # vLLM's for Cohere
+            value = int(value)
+        if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < MAX_COUNT:
+            return value
+    return None
+
+
+def _at(holder: Members, path: str) -> Any:
+    value: Any = holder
+    for name in path.split(".") if path else ():
+        if not isinstance(value, dict):
+            return None
+        value = value.get(name)
+    return value
+
+
+def _number(value: Any) -> float | None:
+    """A count or a duration; vLLM writes the latter as a text."""
+    if isinstance(value, bool):
+        return None
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return number if 0 <= number < MAX_COUNT else None
+
+
+def _header_count(text: str) -> int | None:
+    return int(text) if text and text.isascii() and text.isdigit() and len(text) <= 9 else None
