@@ -106,7 +106,7 @@ class LengthHistogram:
 Level = tuple[float, Sequence[float], float, float]
 _EMPTY_LEVEL: Final[Level] = (0.0, PRIOR, 0.0, 0.0)
 _LEVEL_COUNT: Final = 5
-_PRIOR_TOKENS: Final = sum(map(mul, PRIOR, MIDDLES))
+_PRIOR_TOKENS: Final[float] = sum(map(mul, PRIOR, MIDDLES))
 
 
 class OutputForecast(msgspec.Struct, frozen=True):

@@ -118,7 +118,7 @@ def test_ten_agents_are_priced_as_they_settle() -> None:
     """Streams whose prompts are 95 % cached are held at what they settle at, once a few have ended."""
     estimator, held, used = Estimator(CO), 0.0, 0.0
     for turn in range(40):
-        for agent in range(10):
+        for _ in range(10):
             prompt = 12_000 + 400 * turn
             shape = RequestShape("m", stream=True, text_bytes=4 * prompt)
             usage = Usage(prompt, 200, int(0.95 * prompt))
