@@ -6,7 +6,7 @@
 Simulated: one replica of benchmarks/replay, a trace compressed in time to the given load. The predictor, ledger and
 estimator are production code; coefficients are those that calibration finds from outside, or the default on an engine
 four times slower. Each request is predicted when it is admitted, from what is known then: neither its output, nor what
-of it is cached. "Queue length" is the same fit, given the number of waiting requests instead.
+of it is cached. Load is the share of what the engine does if it is never idle. "Queue length" is the same fit, given the number of waiting requests instead.
 
 Real: streams of mixed prompts through a relay in front of any engine, Poisson arrivals; each is predicted by
 `GET /load?in=...` on the admin port just before it is sent.
@@ -26,6 +26,7 @@ from statistics import fmean
 import aiohttp
 from replay import requests as traces
 from replay.engine import Engine, Hardware, Sequence
+from replay.jobs import SATURATING_REQUESTS
 from replay.pricing import calibrated
 from replay.requests import Request
 
@@ -155,12 +156,13 @@ def simulated(folder: Path, loads: list[float], seconds: float) -> str:
         traces.load(folder) if folder.is_dir() else {"synthetic": traces.synthetic(seconds, 3)}
     ).items():
         requests = [r for r in requests if r.at < seconds]
+        busy = busy_seconds(requests)
         for load in loads:
             for slow in (1.0, SLOWER):
                 hardware = Hardware() if slow == 1.0 else Hardware().slower(slow)
                 co = calibrated(hardware)[0] if slow == 1.0 else Coefficients()
                 replica = Replica(hardware, co)
-                replica.run(traces.compressed(requests, load / share_at_own_pace(requests, hardware)))
+                replica.run(traces.compressed(requests, load * requests[-1].at / (slow * busy)))
                 taken = sorted(actual for _, actual in replica.ours.pairs)
                 ours, other = replica.ours, replica.queue_length
                 rows.append(
@@ -175,13 +177,23 @@ def simulated(folder: Path, loads: list[float], seconds: float) -> str:
     return table(COLUMNS, rows)
 
 
-def share_at_own_pace(requests: list[Request], hardware: Hardware) -> float:
-    """The load of a trace at its own pace, by the prices that calibration finds."""
-    co = calibrated(hardware)[0]
-    work = sum(
-        co.k + co.a * r.prompt + co.b * r.prompt**2 / 2 + co.d * r.output + co.f * r.output * r.prompt for r in requests
-    )
-    return work / 1000 / requests[-1].at
+def busy_seconds(requests: list[Request]) -> float:
+    """Seconds that an engine needs for all requests if some always wait."""
+    engine, now = Engine(Hardware(), random.Random(0)), 0.0
+    coming = enumerate(requests)
+
+    def start() -> None:
+        for n, request in coming:
+            engine.arrive(Sequence(str(n), request, now), now)
+            return
+
+    for _ in range(SATURATING_REQUESTS):
+        start()
+    while engine.next_at < float("inf"):
+        now = engine.next_at
+        for _ in engine.step(now)[1]:
+            start()
+    return now
 
 
 async def real(relay: str, admin: str, model: str, rate: float, count: int) -> str:

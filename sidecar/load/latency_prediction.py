@@ -32,8 +32,8 @@ from sidecar.snapshot import LatencyForecast
 OVERHEAD_S: Final = 0.005  # of a request at all, before anything was measured
 CHUNK_TOKENS: Final = 2048  # of a prefill between two decode steps (vLLM's max_num_batched_tokens), likewise
 TTFT_PARTS: Final = 6
-TTFT_FORGETTING: Final = 0.99  # about the last 100 first tokens count
-TTFT_RIDGE: Final = 0.1
+TTFT_FORGETTING: Final = 0.995  # about the last 200 first tokens count
+TTFT_RIDGE: Final = 0.02
 TPOT_FORGETTING: Final = 0.98  # about the last 50 windows
 TPOT_RIDGE: Final = 0.02
 SETTLED_AFTER: Final = 10
@@ -43,7 +43,8 @@ MAX_ERRORS: Final = 200  # recent predictions whose errors are reported
 SIZE_WEIGHT: Final = 0.05  # of one request in the typical size
 RELEASES_AGE_S: Final = 0.1  # the order in which running requests end is computed at most so often
 FOREIGN_WEIGHT: Final = 0.2  # of one reading of the engine's queue, which may be a second older than the events
-MIN_KV_USAGE: Final = 0.3  # from which the size of the KV cache can be inferred
+MIN_KV_USAGE: Final = 0.3  # from which, with so many requests, the size of the KV cache can be inferred
+MIN_KV_REQUESTS: Final = 4
 
 
 @dataclass(slots=True, eq=False)
@@ -114,6 +115,7 @@ class LatencyPredictor:
             return
         self._advance(at)
         if request.is_running:
+            self._released_at = -math.inf
             self._running -= 1
             self._streams -= request.shows_pace
             self._context -= request.context
@@ -128,7 +130,7 @@ class LatencyPredictor:
         self._tpot.solve()
         if sample.kv_capacity_tokens:
             self._kv_tokens = sample.kv_capacity_tokens * max(1, len(sample.ranks))
-        elif sample.kv_usage is not None and sample.kv_usage >= MIN_KV_USAGE:
+        elif sample.kv_usage is not None and sample.kv_usage >= MIN_KV_USAGE and self._running >= MIN_KV_REQUESTS:
             self._kv_tokens = self._context / sample.kv_usage
         foreign = max(0.0, (sample.waiting or 0.0) - len(self._waiting))
         self._foreign += FOREIGN_WEIGHT * (foreign - self._foreign)
