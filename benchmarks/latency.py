@@ -5,8 +5,9 @@
 
 Simulated: one replica of benchmarks/replay, a trace compressed in time to the given load. The predictor, ledger and
 estimator are production code; coefficients are those that calibration finds from outside, or the default on an engine
-four times slower. Each request is predicted when it is admitted, from what is known then: neither its output, nor what
-of it is cached. Load is the share of what the engine does if it is never idle. "Queue length" is the same fit, given the number of waiting requests instead.
+four times slower. Load is the share of what the engine does if it is never idle. Each request is predicted when it is
+admitted, from what is known then: neither its output, nor what of it is cached. "Queue length" is the same fit, given
+the number of waiting requests instead.
 
 Real: streams of mixed prompts through a relay in front of any engine, Poisson arrivals; each is predicted by
 `GET /load?in=...` on the admin port just before it is sent.

@@ -99,6 +99,7 @@ VALUES: dict[tuple[str, str], Iterable[str]] = {
     ("sidecar_handover", "reason"): ESCALATIONS,
     ("sidecar_kills_total", "reason"): KILL_REASONS,
     ("sidecar_doubt", "reason"): REASON_TEXTS,
+    ("sidecar_mu_utilization_part_ratio", "part"): [part for part, _ in SNAPSHOT.load.parts],
 }
 ENGINE_FLAGS = {"--host", "--port", "--enable-prompt-tokens-details"}
 

@@ -82,9 +82,10 @@ class CachedShares:
         if prompt <= 0:
             return
         share = min(1.0, max(0.0, cached / prompt))
-        key = tenant, model, size_class(prompt)
+        key, expected = (tenant, model, size_class(prompt)), self.expected(tenant, model, prompt)
+        if not cached and not expected:
+            return  # as on most engines
         own = self._classes.setdefault(key, _ClassShare())
-        expected = self.expected(tenant, model, prompt)
         is_miss = share < MISS_SHARE * expected and expected >= MIN_EXPECTED
         own.run = own.run + 1 if is_miss else 0
         if is_miss and _miss_rate(own.misses) ** own.run < IMPROBABLE:

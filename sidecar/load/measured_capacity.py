@@ -3,7 +3,7 @@
 Rules:
 - Each window of work says how long it took, over what the re-fit predicts; before the re-fit is reported, over what the
   coefficients predict. The median of the last ones counts, so that a single odd window changes nothing.
-- It is sure when enough windows agree. It then changes the capacity only if that is off by more than the hysteresis, and
+- It is sure when enough windows agree. It then changes the capacity if that is off by more than the hysteresis, and
   than STANDARD_ERRORS of the median: noise must not move a router's weights.
 - It stays within bounds, which are narrower if the coefficients were measured. An engine that reports no cached tokens
   is never taken to be faster than measured: prompts that were cached look like speed.

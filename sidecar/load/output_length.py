@@ -4,8 +4,8 @@
 
 Rules:
 - A level counts by its recent answers: p = (n * own + BLEND_ANSWERS * p of the level above) / (n + BLEND_ANSWERS).
-- The typical tenant is the one with the median length of those seen lately, of whom the prior counts as PRIOR_VOTES. So
-  what one tenant alone has shown is not expected of another, however much it sends.
+- The typical tenant is the one with the median length of those seen lately (tenant_means). So what one tenant alone has
+  shown is not expected of another, however much it sends.
 - Buckets are a quarter of an octave wide. A size class is half an octave of prompt tokens, which separates agents from
   chat (benchmarks/estimates.py).
 - An answer cut off by its client's limit is only known to be at least that long. It is spread over the longer buckets
@@ -25,7 +25,7 @@ from typing import Final, NamedTuple
 
 import msgspec
 
-from sidecar.load.tenant_means import MAX_VOTERS, PRIOR_VOTES, size_class
+from sidecar.load.tenant_means import Votes, size_class
 
 # Bucket 0 is an answer without tokens; bucket b >= 1 begins at BUCKET_STARTS[b - 1], the last one at _MAX_TOKENS.
 _MAX_TOKENS: Final = 1 << 17
@@ -164,32 +164,13 @@ class OutputForecast(msgspec.Struct, frozen=True):
         return [_remaining(d, most - d, masses, sums) if d < most else 0.0 for d in delivered]
 
 
-class TypicalTenant:
-    """The tenant with the median length of answers; "" while that is the prior, or unknown."""
-
-    __slots__ = ("_means", "tenant")
-
-    def __init__(self) -> None:
-        self._means: OrderedDict[str, float] = OrderedDict()
-        self.tenant = ""
-
-    def vote(self, tenant: str, mean: float) -> None:
-        """A tenant's answers have this mean now."""
-        self._means[tenant] = mean
-        self._means.move_to_end(tenant)
-        if len(self._means) > MAX_VOTERS:
-            self._means.popitem(last=False)
-        ranked = sorted([*((m, t) for t, m in self._means.items()), *[(_PRIOR_TOKENS, "")] * PRIOR_VOTES])
-        self.tenant = ranked[(len(ranked) - 1) // 2][1]
-
-
 class OutputLengths:
     """The lengths of recent answers."""
 
     def __init__(self, limit: int = MAX_TABLES) -> None:
         self._limit = limit
         self._tables: OrderedDict[Key, LengthHistogram] = OrderedDict()
-        self._typical: OrderedDict[Key, TypicalTenant] = OrderedDict()
+        self._typical: OrderedDict[Key, Votes] = OrderedDict()  # "" is the prior
 
     def __len__(self) -> int:
         return len(self._tables) + len(self._typical)
@@ -199,9 +180,9 @@ class OutputLengths:
         rest = 1.0
         levels: list[Level] = []
         keys = _keys(model, prompt)
-        typical = ((self._typical.get(key), key) for key in keys)
-        others = [(found.tenant, *key) for found, key in typical if found is not None and found.tenant != tenant]
-        for key in (*((tenant, *key) for key in keys), *others):
+        votes = ((self._typical.get(key), key) for key in keys)
+        typical = [(found.median[1], *key) for found, key in votes if found is not None and found.median[1] != tenant]
+        for key in (*((tenant, *key) for key in keys), *typical):
             if (table := self._tables.get(key)) is not None:
                 known = table.total / table.scale + BLEND_ANSWERS  # the effective number of answers
                 levels.append((rest / (table.scale * known), table.weights, table.total, table.tokens))
@@ -218,10 +199,14 @@ class OutputLengths:
                 return
             tail = forecast.tail(bucket)
         for key in _keys(model, prompt):
-            table = self._tables.setdefault((tenant, *key), LengthHistogram())
+            own = tenant, *key
+            if (table := self._tables.get(own)) is None:
+                table = self._tables[own] = LengthHistogram()
             table.add(bucket, tail)
-            self._tables.move_to_end((tenant, *key))
-            self._typical.setdefault(key, TypicalTenant()).vote(tenant, table.mean())
+            self._tables.move_to_end(own)
+            if (votes := self._typical.get(key)) is None:
+                votes = self._typical[key] = Votes(_PRIOR_TOKENS)
+            votes.cast(tenant, table.mean())
             self._typical.move_to_end(key)
         while len(self._tables) > self._limit:
             self._tables.popitem(last=False)

@@ -15,12 +15,12 @@ from collections import OrderedDict
 from collections.abc import Hashable
 from dataclasses import dataclass
 from math import log
-from statistics import median
 from typing import Final
 
 DECAY: Final = 0.95  # of all weights per observation: the last 20 count
 PRIOR_VOTES: Final = 2  # of `start`: one tenant alone never moves the median
 MAX_VOTERS: Final = 63  # recent tenants of one key; enough for a median, and sorted in microseconds
+VOTES_PER_COUNT: Final = 16  # between two counts of the same tenants' votes
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,37 +48,63 @@ class DecayedSum:
         return (self.value + prior * prior_weight) / (self.weight + prior_weight)
 
 
+class Votes:
+    """The values of the tenants seen lately, next to PRIOR_VOTES of a prior. `median`: that of (value, tenant)."""
+
+    __slots__ = ("_count", "_prior", "_values", "median")
+
+    def __init__(self, prior: float) -> None:
+        self._prior = prior
+        self._values: OrderedDict[str, float] = OrderedDict()
+        self._count = 0
+        self.median = prior, ""
+
+    def cast(self, tenant: str, value: float) -> None:
+        """A tenant has this value now. The median is taken again for a new tenant, and every few votes."""
+        is_new = tenant not in self._values
+        self._values[tenant] = value
+        self._values.move_to_end(tenant)
+        if len(self._values) > MAX_VOTERS:
+            self._values.popitem(last=False)
+        self._count += 1
+        if is_new or self._count % VOTES_PER_COUNT == 0:
+            cast = [(v, name) for name, v in self._values.items()]
+            self.median = sorted(cast + [(self._prior, "")] * PRIOR_VOTES)[(len(cast) + PRIOR_VOTES - 1) // 2]
+
+
 class TenantMeans:
     """Means by tenant and key (a model, and what else tells its requests apart)."""
 
     def __init__(self, prior: Prior, limit: int) -> None:
         self._prior, self._limit = prior, limit
         self._own: OrderedDict[tuple[str, Hashable], DecayedSum] = OrderedDict()
-        self._votes: OrderedDict[Hashable, OrderedDict[str, float]] = OrderedDict()
-        self._common: dict[Hashable, float] = {}
+        self._votes: OrderedDict[Hashable, Votes] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._own) + len(self._votes)
 
     def get(self, tenant: str, key: Hashable) -> float:
         """What is to be expected of a tenant's next request."""
-        common = self._common.get(key, self._prior.start)
+        votes, (low, high) = self._votes.get(key), self._prior.bounds
+        common = self._prior.start if votes is None else min(high, max(low, votes.median[0]))
         own = self._own.get((tenant, key))
         return common if own is None else own.mean(common, self._prior.weight)
 
     def add(self, tenant: str, key: Hashable, value: float, weight: float = 1.0) -> None:
         """Learn one observation."""
-        prior = self._prior
-        own = self._own.setdefault((tenant, key), DecayedSum())
+        prior, name = self._prior, (tenant, key)
+        if (own := self._own.get(name)) is None:
+            own = self._own[name] = DecayedSum()
         own.add(value, weight)
-        votes = self._votes.setdefault(key, OrderedDict())
-        votes[tenant] = own.mean(prior.start, prior.weight)
-        votes.move_to_end(tenant)
-        if len(votes) > MAX_VOTERS:
-            votes.popitem(last=False)
-        low, high = prior.bounds
-        self._common[key] = min(high, max(low, median([prior.start] * PRIOR_VOTES + list(votes.values()))))
-        self._keep(tenant, key)
+        if (votes := self._votes.get(key)) is None:
+            votes = self._votes[key] = Votes(prior.start)
+        votes.cast(tenant, own.mean(prior.start, prior.weight))
+        self._own.move_to_end(name)
+        self._votes.move_to_end(key)
+        if len(self._own) > self._limit:
+            self._own.popitem(last=False)
+        if len(self._votes) > self._limit:
+            self._votes.popitem(last=False)
 
     def forget(self, tenant: str, key: Hashable) -> None:
         """Drop what a tenant has taught; its vote stays until its next observation."""
@@ -88,16 +114,6 @@ class TenantMeans:
         """Drop everything."""
         self._own.clear()
         self._votes.clear()
-        self._common.clear()
-
-    def _keep(self, tenant: str, key: Hashable) -> None:
-        """Mark as used, and evict what was not for longest."""
-        self._own.move_to_end((tenant, key))
-        if len(self._own) > self._limit:
-            self._own.popitem(last=False)
-        self._votes.move_to_end(key)
-        if len(self._votes) > self._limit:
-            del self._common[self._votes.popitem(last=False)[0]]
 
 
 def size_class(prompt: int) -> int:

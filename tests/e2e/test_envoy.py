@@ -187,13 +187,13 @@ async def test_the_faster_of_two_replicas_that_nobody_calibrated_gets_more(
                 users.create_task(user())
             async with asyncio.timeout(10 * PATIENCE):
                 while (weights := [e["weight"] for e in await front.endpoints()]) and weights[0] < 2 * weights[1]:
-                    await asyncio.sleep(0.5)
+                    await front.ask(64)
             took = asyncio.get_running_loop().time() - began
             before = [e["rq_total"] for e in await front.endpoints()]
             async with asyncio.timeout(10 * PATIENCE):
                 while sum(counts := [e["rq_total"] for e in await front.endpoints()]) < sum(before) + REQUESTS:
-                    await asyncio.sleep(0.1)
+                    await front.ask(64)
             is_over.set()
     fast, slow = (after - at for after, at in zip(counts, before, strict=True))
-    print(f"after {took:.0f} s: {fast} : {slow}")  # noqa: T201
+    print(f"after {took:.0f} s: {fast} : {slow}")
     assert fast >= 2 * slow
