@@ -267,10 +267,11 @@ def test_the_endpoint_picker_is_configured_correctly() -> None:
     assert set(refs) <= set(plugins)
     assert plugins["sidecar-gpus"]["parameters"]["port"] == ADMIN
     (engine,) = plugins["core-metrics-extractor"]["parameters"]["engineConfigs"]
-    (custom,) = engine["customMetrics"]
-    assert custom["attributeKey"] == plugins["mu-scorer"]["parameters"]["attributeKey"]
+    custom = engine["customMetrics"]
+    scored = {plugins[name]["parameters"]["attributeKey"] for name in ("mu-scorer", "ttft-scorer")}
+    assert {metric["attributeKey"] for metric in custom} == scored
     families = {f.name: f for f in text_string_to_metric_families(MetricsPages(full().registry).text())}
-    assert len(families[custom["metricSpec"]].samples) == 1
+    assert all(len(families[metric["metricSpec"]].samples) == 1 for metric in custom)
     assert {s.labels["gpu"] for s in families["DCGM_FI_DEV_GPU_UTIL"].samples} == {"0"}
     (pool,) = documents("llm-d/inference-pool.yaml")
     assert set(pool["spec"]) == {"selector", "targetPorts", "endpointPickerRef"}

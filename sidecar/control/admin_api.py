@@ -10,7 +10,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, Final
 
 from aiohttp import web
@@ -96,14 +96,16 @@ def _own_health(loop: ControlLoop, now: float) -> Answer:
 
 
 def _load(query: Mapping[str, str], loop: ControlLoop) -> Answer:
-    """The load; with `in`, the latency of a request of that size, in the parameters of /cost."""
-    unit, size = query.get("unit", ""), None
+    """The load, with latencies predicted now; with `in`, those of a request of that size, as /cost takes it."""
+    unit, size, snapshot = query.get("unit", ""), None, loop.snapshot
+    forecast = loop.control.latency.forecast(time.monotonic())
+    snapshot = replace(snapshot, load=replace(snapshot.load, forecast=forecast))
     if "in" in query:
         try:
             size = cost_json.parse_size({name: query[name] for name in cost_json.PARAMETERS if name in query})
         except ValueError as e:
             return {"error": str(e)}, 400
-    return load_json.render(loop.snapshot, unit, size, loop.control.coefficients.co), 200
+    return load_json.render(snapshot, unit, size, loop.control.coefficients.co), 200
 
 
 def _cost(query: Mapping[str, str], control: ControlState) -> Answer:

@@ -49,9 +49,13 @@ class CoefficientMonitor:
         if not trusted:
             self._windows.spoil(now)
         for window in self._windows.close(holds, now):
-            self.capacity.add(window, self.refit, caching=self.drift.caching)
+            is_measured = cost_model.is_measured(self.co)
+            if window.is_full or not is_measured:  # where nothing was measured, a rough speed is better than none
+                self.capacity.add(window, self.refit, caching=self.drift.caching)
+            if not window.is_full:
+                continue
             self.refit.add(window)
-            if cost_model.is_measured(self.co):
+            if is_measured:
                 self.drift.add(window)
         self.stale = self._stale_reason(identity)
 

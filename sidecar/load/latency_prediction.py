@@ -33,7 +33,7 @@ OVERHEAD_S: Final = 0.005  # of a request at all, before anything was measured
 CHUNK_TOKENS: Final = 2048  # of a prefill between two decode steps (vLLM's max_num_batched_tokens), likewise
 TTFT_PARTS: Final = 6
 TTFT_FORGETTING: Final = 0.995  # about the last 200 first tokens count
-TTFT_RIDGE: Final = 0.02
+TTFT_RIDGE: Final = 0.1
 TPOT_FORGETTING: Final = 0.98  # about the last 50 windows
 TPOT_RIDGE: Final = 0.02
 SETTLED_AFTER: Final = 10
@@ -42,6 +42,7 @@ MIN_PACE_S, MAX_PACE_S = 1.0, 10.0
 MAX_ERRORS: Final = 200  # recent predictions whose errors are reported
 SIZE_WEIGHT: Final = 0.05  # of one request in the typical size
 RELEASES_AGE_S: Final = 0.1  # the order in which running requests end is computed at most so often
+MAX_PREFILL_S: Final = 60.0  # after which an answer in one piece counts as decoding, whatever was predicted
 FOREIGN_WEIGHT: Final = 0.2  # of one reading of the engine's queue, which may be a second older than the events
 MIN_KV_USAGE: Final = 0.3  # from which, with so many requests, the size of the KV cache can be inferred
 MIN_KV_REQUESTS: Final = 4
@@ -244,7 +245,7 @@ class LatencyPredictor:
         self._queue_tokens += work.uncached
         self._queue_context += request.context
         if not hold.admitted.stream:
-            heapq.heappush(self._due, (now + request.predicted, key))
+            heapq.heappush(self._due, (now + min(request.predicted, MAX_PREFILL_S), key))
 
     def _first_token(self, key: Key, request: _Open, now: float) -> None:
         self._advance(now)

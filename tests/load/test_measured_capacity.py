@@ -50,7 +50,7 @@ def test_an_uncalibrated_slow_engine_is_known_within_two_minutes(rate: float) ->
 
 
 def test_noise_does_not_move_it() -> None:
-    """At 15 % noise of each window, a day of work: the capacity is off for 5 % of it at most, and by a third at most."""
+    """At 15 % noise of each window, the capacity is off for 5 % of a day of work at most, and by a third at most."""
     found = fed(MeasuredCapacity(TRUE), windows(TRUE, 8640, 1, noise=0.15), Refit(TRUE))
     assert sum(slowness != 1.0 for slowness in found) < 0.05 * len(found)
     assert max(abs(math.log(slowness)) for slowness in found) < math.log(4 / 3)
