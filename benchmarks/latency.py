@@ -131,7 +131,8 @@ class Replica:
             event = FirstToken(s.id, now)
             predicted, row, by_queue = self._asked.pop(s.id)
             took = now - s.arrived
-            self.ours.pairs.append((predicted, took))
+            if predicted:
+                self.ours.pairs.append((predicted, took))
             self.queue_length.pairs.append((by_queue, took))
             self._by_queue.add(row, took)
             self.ledger.apply(0, event)

@@ -10,7 +10,7 @@ Rules:
 - A decode step's time is fitted to the requests that decode together and the tokens they attend to.
 - An answer in one piece has no first token: it counts as decoding from when its prefill should be over.
 - Requests that waited for their client or in the sidecar's own queue are predicted, but teach nothing.
-- Each prediction is made at admission and held against what came. State is one record per open request.
+- A prediction is made at admission and held against what came. State is one record per open request.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ TPOT_RIDGE: Final = 0.02
 SETTLED_AFTER: Final = 10
 MIN_PACE_TOKENS: Final = 16  # of a window of decoding, whose pace is one measurement
 MIN_PACE_S, MAX_PACE_S = 1.0, 10.0
+MAX_PREDICTED: Final = 50  # admissions per tick whose prediction is held against what came; more would only cost
 MAX_ERRORS: Final = 200  # recent predictions whose errors are reported
 SIZE_WEIGHT: Final = 0.05  # of one request in the typical size
 RELEASES_AGE_S: Final = 0.1  # the order in which running requests end is computed at most so often
@@ -79,6 +80,7 @@ class LatencyPredictor:
         self._tpot = RelativeFit(3, TPOT_FORGETTING, TPOT_RIDGE, SETTLED_AFTER)
         self.slowness = 1.0  # of the engine, until first tokens and decoding were measured
         self._foreign = 0.0  # requests that wait in the engine's queue and did not pass the relay
+        self._predicted = 0  # since the last tick
         self._errors: deque[float] = deque(maxlen=MAX_ERRORS)
         self._open: dict[Key, _Open] = {}
         self._waiting: dict[Key, _Open] = {}  # for their first token, oldest first
@@ -103,7 +105,7 @@ class LatencyPredictor:
                 self._admit(key, hold, event.at)
         elif (request := self._open.get(key)) is not None:
             if isinstance(event, Delivered):
-                self._deliver(request, event.tokens, event.at)
+                self._deliver(request, event.tokens)
             elif isinstance(event, FirstToken):
                 self._first_token(key, request, event.at)
             elif isinstance(event, RequestBlocked):
@@ -127,6 +129,7 @@ class LatencyPredictor:
         """Take the engine's own numbers, and what was measured since the last tick."""
         self._advance(now)
         self._end_window(now)
+        self._predicted = 0
         self._ttft.solve()
         self._tpot.solve()
         if sample.kv_capacity_tokens:
@@ -169,7 +172,7 @@ class LatencyPredictor:
         )
 
     def predicted(self, key: Key) -> float:
-        """The TTFT that was predicted for an open request."""
+        """The TTFT that was predicted for an open request; 0 beyond MAX_PREDICTED."""
         return self._open[key].predicted
 
     def _reference(self, base: float, per_second: float, per_token: float) -> float:
@@ -234,8 +237,10 @@ class LatencyPredictor:
         work = hold.admitted.expected
         ms = cost_model.terms(work, self._co).before_first_token
         request = _Open(hold, ms, work.uncached, work.uncached + work.cached)
-        request.row = self._row(ms, work.uncached, request.context, now)
-        request.predicted = self._predict(request.row)
+        if self._predicted < MAX_PREDICTED or not hold.admitted.stream:
+            self._predicted += 1
+            request.row = self._row(ms, work.uncached, request.context, now)
+            request.predicted = self._predict(request.row)
         self._typical_ms += SIZE_WEIGHT * (ms - self._typical_ms)
         self._typical_tokens += SIZE_WEIGHT * (work.uncached - self._typical_tokens)
         if not self._waiting:
@@ -252,7 +257,7 @@ class LatencyPredictor:
         if request.is_running:
             return
         took = now - request.hold.admitted.at
-        if request.is_clean and took > 0:
+        if request.row and request.is_clean and took > 0:
             self._errors.append(abs(request.predicted / took - 1))
             self._ttft.add(request.row, took)
         self._run(key, request, now)
@@ -272,8 +277,7 @@ class LatencyPredictor:
         self._queue_context -= request.context
         self._queue_ms = self._queue_ms - request.ms if self._waiting else 0.0
 
-    def _deliver(self, request: _Open, tokens: int, now: float) -> None:
-        self._advance(now)
+    def _deliver(self, request: _Open, tokens: int) -> None:
         request.context += tokens
         if request.is_running:
             self._context += tokens
