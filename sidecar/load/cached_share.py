@@ -8,7 +8,7 @@ Rules:
 - A share that collapses is dropped at once: after misses in a row that would come about less than once in
   1 / IMPROBABLE times, given how often a request of this class has missed so far. Half of what was expected is a miss.
 - The engine's own counters are a second source. If their share of cached tokens falls to a fraction of what it was, the
-  cache was emptied: everything is forgotten before the first answer says so.
+  cache was emptied: everything is forgotten before the first answer says so. A new process of the engine has none.
 - Tables are bounded; the least recently used entry is evicted.
 """
 
@@ -66,6 +66,7 @@ class CachedShares:
         self._limit = limit
         self._classes: OrderedDict[tuple[str, str, int], _ClassShare] = OrderedDict()
         self._tenants = TenantMeans(PRIOR, limit)
+        self._process = 0
         self._engine_share: float | None = None  # the usual one
 
     def __len__(self) -> int:
@@ -98,8 +99,12 @@ class CachedShares:
         if len(self._classes) > self._limit:
             self._classes.popitem(last=False)
 
-    def on_engine_share(self, share: float | None) -> None:
-        """Take the share of prompt tokens that the engine's counters show as cached lately; None if it has none."""
+    def on_engine(self, process: int, share: float | None) -> None:
+        """Take what is known of the engine: its process, as a number that grows, and the share of prompt tokens that
+        its counters show as cached lately; None if it has none."""
+        if process != self._process:
+            self._process, self._engine_share = process, None
+            self._forget()
         if share is None:
             return
         usual = self._engine_share
@@ -107,10 +112,13 @@ class CachedShares:
             self._engine_share = share
         elif usual >= MIN_EXPECTED and share < COLLAPSE_SHARE * usual:
             self._engine_share = share
-            self._classes.clear()
-            self._tenants.clear()
+            self._forget()
         else:
             self._engine_share = usual + ENGINE_WEIGHT * (share - usual)
+
+    def _forget(self) -> None:
+        self._classes.clear()
+        self._tenants.clear()
 
 
 def _miss_rate(misses: DecayedSum) -> float:

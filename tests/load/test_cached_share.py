@@ -68,9 +68,18 @@ def test_an_emptied_cache_is_known_by_the_engines_counters() -> None:
     """The engine's share of cached tokens collapses: everything is forgotten; a slow change forgets nothing."""
     learned = taught([0.95] * 40)
     for share in (0.6, 0.6, 0.5, 0.45, 0.4, None):
-        learned.on_engine_share(share)
+        learned.on_engine(0, share)
     assert learned.expected("t", "m", PROMPT) > 0.9
-    learned.on_engine_share(0.05)
+    learned.on_engine(0, 0.05)
+    assert learned.expected("t", "m", PROMPT) == 0.0
+
+
+def test_a_new_process_of_the_engine_has_nothing_cached() -> None:
+    """A restart of the engine empties its cache, whatever it counts."""
+    learned = taught([0.95] * 40)
+    learned.on_engine(0, None)
+    assert learned.expected("t", "m", PROMPT) > 0.9
+    learned.on_engine(1, None)
     assert learned.expected("t", "m", PROMPT) == 0.0
 
 

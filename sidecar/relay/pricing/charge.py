@@ -29,7 +29,7 @@ class Pricing:
     spec: ProcessorSpec | None = None
 
     def on_load_report(self, load: LoadReport) -> None:
-        self.estimator.cached.on_engine_share(load.cached_share)
+        self.estimator.cached.on_engine(load.process, load.cached_share)
         if self.quota is not None:
             self.quota.on_load_report(load)
 
