@@ -82,7 +82,7 @@ METRICS: Final = (
     Metric(
         "sidecar_predicted_ttft_error_ratio",
         "Error of the predicted time to first token as a share of the actual one, over the last 200 streams.",
-        ("quantile",),
+        ("percentile",),
     ),
     Metric("sidecar_prefill_tokens_in_flight", "Input tokens of requests without a first token."),
     Metric("sidecar_decode_tokens_in_flight", "Output tokens that are expected and not yet delivered."),
@@ -255,9 +255,9 @@ def gauges(snapshot: Snapshot) -> Iterator[MetricRow]:
     if (forecast := snapshot.load.forecast) is not None:
         yield "sidecar_predicted_ttft_seconds", (), forecast.reference_seconds
         yield "sidecar_predicted_tpot_seconds", (), forecast.tpot_seconds
-        for quantile, error in (("0.5", forecast.error_median), ("0.9", forecast.error_p90)):
+        for percentile, error in (("50", forecast.error_median), ("90", forecast.error_p90)):
             if error is not None:
-                yield "sidecar_predicted_ttft_error_ratio", (quantile,), error
+                yield "sidecar_predicted_ttft_error_ratio", (percentile,), error
     for state in STATES:
         yield "sidecar_verdict", (state,), snapshot.verdict.state == state
     is_doubted = snapshot.verdict.state in ("suspect", "stalled")
