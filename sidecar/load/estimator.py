@@ -5,7 +5,7 @@ Rules:
 - The share of them that the engine has cached is learned per tenant, model and size (cached_share).
 - Output tokens come from decayed histograms (output_length), capped by the client's limit.
 - What is learned of one tenant hardly moves another's price (tenant_means).
-- A request is admitted at its expected price; tenant limits reserve the price of its 90th percentile.
+- A request is admitted at its expected price; tenant limits reserve the price of its 90th percentile, uncached.
 - All tables are bounded; the least recently used entry is evicted.
 - Each relay process learns alone: the histograms are good after some ten answers, and sharing would cost more.
 """
@@ -142,8 +142,12 @@ class Estimator:
         return max(round(forecast.quantile(RESERVED_QUANTILE) * expected.sequences), expected.output)
 
     def reserved_mu(self, tenant: str, shape: RequestShape, expected: RequestSize) -> float:
-        """The price with the high output, which a tenant limit reserves."""
-        return self.mu(structs.replace(expected, output=self.high_output(tenant, shape, expected)))
+        """The price with the high output and nothing cached, which a tenant limit reserves.
+
+        A tenant that taught a cached share can stop having one at any time, in many requests at once.
+        """
+        whole, output = expected.uncached + expected.cached, self.high_output(tenant, shape, expected)
+        return self.mu(structs.replace(expected, uncached=whole, cached=0, output=output))
 
     def learn(self, tenant: str, shape: RequestShape, usage: Usage, counted: int | None = None) -> None:
         """Learn from the usage of a finished request. `counted`: tokens of its whole text, by a tokenizer."""

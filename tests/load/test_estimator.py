@@ -127,3 +127,13 @@ def test_ten_agents_are_priced_as_they_settle() -> None:
                 used += estimator.mu(cost_model.settled_work(RequestSize(0), usage, 0))
             estimator.learn("agents", shape, usage)
     assert abs(held / used - 1) < 0.1
+
+
+def test_a_reservation_does_not_count_on_the_cache() -> None:
+    """What is reserved of a tenant's limit is the price without a cache, whatever its earlier answers had cached."""
+    estimator, shape = Estimator(CO), RequestShape("m", text_bytes=48_000)
+    for _ in range(40):
+        estimator.learn("t", shape, Usage(12_000, 100, 11_400))
+    estimate = estimator.estimate("t", shape, [])
+    uncached = estimator.mu(RequestSize(12_000, output=estimate.work.output))
+    assert estimate.mu < 0.6 * uncached < estimator.reserved_mu("t", shape, estimate.work)
