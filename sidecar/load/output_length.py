@@ -228,9 +228,9 @@ def _capped(level: Level, limit: int, under: int) -> float:
     _, weights, total, tokens = level
     if under <= BUCKET_COUNT // 2:
         within = weights[:under]
-        return float(sum(map(mul, within, MIDDLES)) + limit * (total - sum(within)))
+        return float(sum(map(mul, within, MIDDLES), 0.0) + limit * (total - sum(within, 0.0)))
     over = weights[under:]
-    return float(tokens - sum(map(mul, over, MIDDLES[under:])) + limit * sum(over))
+    return float(tokens - sum(map(mul, over, MIDDLES[under:]), 0.0) + limit * sum(over, 0.0))
 
 
 def _remaining(delivered: float, most: float, masses: list[float], sums: list[float]) -> float:
