@@ -55,7 +55,7 @@ async def rows(folder: str, prompts: list[str]) -> list[Row]:
         took, cpu = 1e3 * (time.perf_counter() - began), 1e3 * (time.process_time() - used)
         shape, true = describe(seen, "completions", 0), len(counter._encode([prompt])[0])
         assert counted is not None
-        errors = abs(counted.tokens / true - 1), abs(estimator.text_tokens(shape) / true - 1)
+        errors = abs(counted.tokens / true - 1), abs(estimator.text_tokens("t", shape) / true - 1)
         found.append((len(prompt), took, cpu, *errors))
         estimator.learn("t", shape, Usage(true, 1))
     counter.close()

@@ -67,6 +67,8 @@ class EngineSample:
     kv_capacity_tokens: float | None = None  # of one rank
     ranks: tuple[RankSample, ...] = ()  # by rank; empty if the page does not separate ranks
     tokens_at_end: bool = False  # generation_tokens moves only when a request ends
+    cache_asked_tokens: float | None = None  # prompt tokens looked up in the prefix cache, and those found in it
+    cache_found_tokens: float | None = None
 
     @property
     def working(self) -> float | None:

@@ -114,6 +114,16 @@ class Settings:
     canary_model: str = flag("", text, "Model name in canaries; default: one that is loaded, or that users used last")
     engine_key: str = flag("", text, "API key for the sidecar's own requests to the engine", secret=True)
     slo_seconds: float = flag(10.0, number(0.1, 3600, "seconds"), "Target request time; max_in_flight follows from it")
+    slo_ttft_seconds: float = flag(
+        2.0,
+        number(0.01, 3600, "seconds"),
+        "Target time to first token; the queue's part of the utilisation, and the first token's, follow from it",
+    )
+    capacity: str = flag(
+        "measured",
+        one_of("measured", "coefficients"),
+        "What the load is a share of; measured: the coefficients' capacity at the engine's own speed, once it is sure",
+    )
     usage_days: int = flag(35, integer(1, 3660), "Days to keep usage records")
     usage_bytes: int = flag(64 << 20, size, "Maximum size of the usage records; 0: keep none")
     dollars_per_gpu_hour: float = flag(

@@ -12,8 +12,31 @@ from sidecar.readings import EngineSample, GpuSample, ProcessSample, Reading
 
 
 @dataclass(frozen=True, slots=True)
+class LatencyForecast:
+    """What the next request will have, in seconds: a request's time to first token is
+
+        base + seconds_per_prefill_second * (its prefill by the cost model) + seconds_per_token * (its new tokens)
+
+    `reference`: of a request of one MU; `typical`: of one as they come lately; `idle`: the same on an idle engine;
+    `wait`: before its own prefill begins. The errors are shares of the actual times, over the last predictions.
+    """
+
+    base_seconds: float
+    seconds_per_prefill_second: float
+    seconds_per_token: float
+    reference_seconds: float
+    tpot_seconds: float
+    wait_seconds: float
+    typical_seconds: float
+    idle_seconds: float
+    first_tokens: int = 0  # that it was learned from
+    error_median: float | None = None
+    error_p90: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Load:
-    """How loaded the engine is. `limited_by` is the term that sets `utilization`: "stock", "flow", "kv" or "queue"."""
+    """How loaded the engine is. `limited_by` is the part that sets `utilization`: stock, flow, kv, queue or ttft."""
 
     mu_in_flight: float
     mu_max_in_flight: float
@@ -33,8 +56,11 @@ class Load:
     coefficients_stale: bool
     errors_per_second: float = 0.0  # requests with the outcome engine_error, stalled or lost
     recent_mu_per_second: float = 0.0  # over the last 10 s
-    pressure: float = 0.0  # the largest of the shares of stock, KV cache and queue, now
+    pressure: float = 0.0  # the largest of the shares but flow, now
     parts: tuple[tuple[str, float | None], ...] = ()  # the shares by name; None if the engine does not report one
+    forecast: LatencyForecast | None = None
+    cached_share: float | None = None  # of prompt tokens lately, by the engine's counters; None if it has none
+    objectives: tuple[tuple[str, float], ...] = ()  # seconds, by name
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +77,8 @@ class ShadowUse:
 class PriceUse:
     """The coefficients in use. `stale` is why they no longer hold, "" while they do.
 
-    `margin` is how far off a price may be, as a share; `terms` the GPU milliseconds of one MU by cause; `line` is
-    gpu_ms projected to alpha, beta, gamma.
+    `margin` is how far off a price may be, as a share; `slowness` how many times longer work takes here; `terms` the
+    GPU milliseconds of one MU by cause; `line` is gpu_ms projected to alpha, beta, gamma.
     """
 
     source: str = "default"
@@ -62,6 +88,7 @@ class PriceUse:
     line: tuple[tuple[str, float], ...] = ()
     windows: int = 0
     shadow: ShadowUse | None = None
+    slowness: float = 1.0  # that the capacity follows
 
 
 @dataclass(frozen=True, slots=True)

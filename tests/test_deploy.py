@@ -99,6 +99,7 @@ VALUES: dict[tuple[str, str], Iterable[str]] = {
     ("sidecar_handover", "reason"): ESCALATIONS,
     ("sidecar_kills_total", "reason"): KILL_REASONS,
     ("sidecar_doubt", "reason"): REASON_TEXTS,
+    ("sidecar_mu_utilization_part_ratio", "part"): [part for part, _ in SNAPSHOT.load.parts],
 }
 ENGINE_FLAGS = {"--host", "--port", "--enable-prompt-tokens-details"}
 
@@ -266,10 +267,11 @@ def test_the_endpoint_picker_is_configured_correctly() -> None:
     assert set(refs) <= set(plugins)
     assert plugins["sidecar-gpus"]["parameters"]["port"] == ADMIN
     (engine,) = plugins["core-metrics-extractor"]["parameters"]["engineConfigs"]
-    (custom,) = engine["customMetrics"]
-    assert custom["attributeKey"] == plugins["mu-scorer"]["parameters"]["attributeKey"]
+    custom = engine["customMetrics"]
+    scored = {plugins[name]["parameters"]["attributeKey"] for name in ("mu-scorer", "ttft-scorer")}
+    assert {metric["attributeKey"] for metric in custom} == scored
     families = {f.name: f for f in text_string_to_metric_families(MetricsPages(full().registry).text())}
-    assert len(families[custom["metricSpec"]].samples) == 1
+    assert all(len(families[metric["metricSpec"]].samples) == 1 for metric in custom)
     assert {s.labels["gpu"] for s in families["DCGM_FI_DEV_GPU_UTIL"].samples} == {"0"}
     (pool,) = documents("llm-d/inference-pool.yaml")
     assert set(pool["spec"]) == {"selector", "targetPorts", "endpointPickerRef"}

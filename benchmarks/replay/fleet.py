@@ -22,15 +22,17 @@ from replay.scaling import Scaler, Scaling, Signal
 from sidecar.events import Admitted, Delivered, FirstToken, RequestSize, Settled, Usage
 from sidecar.load import cost_model
 from sidecar.load.estimator import Estimator
+from sidecar.load.latency_prediction import LatencyPredictor
 from sidecar.load.ledger import Ledger
 from sidecar.load.request_shape import RequestShape
-from sidecar.load.summary import load_of
-from sidecar.readings import Absent
+from sidecar.load.summary import Objectives, load_of
+from sidecar.readings import Absent, EngineSample
 from sidecar.relay.open_requests import EVENT_FLUSH_INTERVAL_S
 from sidecar.report import orca
 from sidecar.snapshot import Load
 
 MODEL = "model"
+OBJECTIVES = Objectives(SLO_S, 2.0)  # as --slo-ttft-seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +69,7 @@ class Replica:
         self.co = calibrated(hardware)[0]
         self.ledger = Ledger(self.co)
         self.estimator = Estimator(self.co)
+        self.latency = LatencyPredictor(self.co)
         self.report = Report()
         self._recently = orca.MovingMean()
         self.began, self.serves_at, self.gone_at = began, serves_at, math.inf
@@ -86,9 +89,8 @@ class Replica:
         estimate = self.estimator.estimate("", shape, [])
         work, s.expected_mu = estimate.work, estimate.mu
         self._shapes[s.id] = shape
-        self.ledger.apply(
-            0, Admitted(s.id, now, "", MODEL, "chat", True, work, None, s.expected_mu, tail=estimate.tail)
-        )
+        event = Admitted(s.id, now, "", MODEL, "chat", True, work, None, s.expected_mu, tail=estimate.tail)
+        self._apply(event)
         self.report.sent += 1
         self.engine.arrive(s, now)
         return work
@@ -97,7 +99,7 @@ class Replica:
         """The engine's steps end: (sequence that ended, settled MU)."""
         first, ended = self.engine.step(now)
         for s in first:
-            self.ledger.apply(0, FirstToken(s.id, now))
+            self._apply(FirstToken(s.id, now))
         return [(s, self._settle(s, now)) for s in ended]
 
     def flush(self, now: float) -> None:
@@ -105,7 +107,7 @@ class Replica:
         for s in self.engine.decoding.values():
             given = self.engine.generated(s, now)
             if given > s.reported:
-                self.ledger.apply(0, Delivered(s.id, now, given - s.reported, 0))
+                self._apply(Delivered(s.id, now, given - s.reported, 0))
                 s.reported = given
 
     def refresh_report(self, now: float, weights: bool) -> None:
@@ -122,8 +124,14 @@ class Replica:
         """The content of /load."""
         engine = self.engine
         kv = 1 - max(0, engine.room) / engine.hardware.kv_tokens
-        waiting = len(engine.waiting)
-        return load_of(self.ledger, self.co, SLO_S, kv, waiting / engine.open if waiting else 0.0, now)
+        running = len(engine.prefilling) + len(engine.decoding)
+        capacity = engine.hardware.kv_tokens
+        self.latency.tick(EngineSample(running, len(engine.waiting), kv, kv_capacity_tokens=capacity), now)
+        return load_of(self.ledger, self.co, OBJECTIVES, kv, self.latency.forecast(now), now)
+
+    def _apply(self, event: Admitted | FirstToken | Delivered) -> None:
+        self.ledger.apply(0, event)
+        self.latency.apply((0, event.id), event, self.ledger.hold((0, event.id)))
 
     def true_work(self, now: float) -> float:
         """Remaining milliseconds of work, with all lengths known."""
@@ -138,6 +146,7 @@ class Replica:
             0, Settled(s.id, now, "ok", 200, usage, s.request.output, 0, s.first_at, s.arrived, 0.0)
         )
         assert settled is not None, "each request settles once"
+        self.latency.end((0, s.id), now)
         self.estimator.learn("", self._shapes.pop(s.id), usage)
         return settled.mu
 

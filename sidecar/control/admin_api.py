@@ -10,7 +10,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, Final
 
 from aiohttp import web
@@ -36,7 +36,7 @@ def make_app(loop: ControlLoop, *middlewares: Middleware) -> web.Application:
         "/readyz": lambda _: _probe("ready", loop.control.health.probe_state()),
         "/startupz": lambda _: _probe("startup", loop.control.health.probe_state()),
         "/healthz": lambda _: _own_health(loop, time.monotonic()),
-        "/load": lambda request: (load_json.render(loop.snapshot, request.query.get("unit", "")), 200),
+        "/load": lambda request: _load(request.query, loop),
         "/cost": lambda request: _cost(request.query, loop.control),
         "/coefficients": lambda _: _file(loop.control.coefficients.co),
         "/coefficients/shadow": lambda _: _file(loop.control.coefficients.shadow()),
@@ -93,6 +93,19 @@ def _own_health(loop: ControlLoop, now: float) -> Answer:
     is_healthy = now - loop.ticked_at < TICK_LOST_S and any(relay["pid"] for relay in relays)
     details = {"pid": os.getpid(), "relays": relays, "loop_lag": loop.control.health.lag}
     return {"status": "ok" if is_healthy else "failing", **details}, 200 if is_healthy else 503
+
+
+def _load(query: Mapping[str, str], loop: ControlLoop) -> Answer:
+    """The load, with latencies predicted now; with `in`, those of a request of that size, as /cost takes it."""
+    unit, size, snapshot = query.get("unit", ""), None, loop.snapshot
+    forecast = loop.control.latency.forecast(time.monotonic())
+    snapshot = replace(snapshot, load=replace(snapshot.load, forecast=forecast))
+    if "in" in query:
+        try:
+            size = cost_json.parse_size({name: query[name] for name in cost_json.PARAMETERS if name in query})
+        except ValueError as e:
+            return {"error": str(e)}, 400
+    return load_json.render(snapshot, unit, size, loop.control.coefficients.co), 200
 
 
 def _cost(query: Mapping[str, str], control: ControlState) -> Answer:

@@ -144,11 +144,13 @@ class ControlLoop:
         now, wall = time.monotonic(), time.time()
         health = self.control.health
         hold_before, stale_before = health.kill_policy.reason, self.control.coefficients.stale
+        slowness_before = self.control.coefficients.capacity.slowness
         self.snapshot = self.control.tick(self._readings(now), now, wall)
         self.ticked_at = now
         self.engine.set_busy(health.verdict.state != "idle")
         self._fan_out.metrics.update(self.snapshot)
         self._log_coefficients(stale_before)
+        self._log_capacity(slowness_before)
         is_new_verdict, is_new_hold = health.has_changed, health.kill_policy.reason != hold_before
         if is_new_verdict:
             self._on_verdict(wall)
@@ -214,6 +216,12 @@ class ControlLoop:
         elif before and not stale:
             _log.info("coefficients match measured load again")
 
+    def _log_capacity(self, before: float) -> None:
+        """Log that the capacity follows another speed of the engine."""
+        if (slowness := self.control.coefficients.capacity.slowness) != before:
+            text = "the engine takes %.3g times as long as its coefficients say: the capacity is now %.4g MU per minute"
+            _log.info(text, slowness, self.snapshot.load.mu_max_per_minute)
+
     def _on_hold(self, *, counted: bool) -> None:
         """A kill is held back for another reason than before, or no longer. `counted`: the metrics have the verdict."""
         hold, verdict = self.control.health.kill_policy.hold, self.control.health.verdict
@@ -242,7 +250,8 @@ class ControlLoop:
         report = orca.report(load, self.snapshot.engine, self._pressure.mean(load.pressure, self.snapshot.at))
         forms = report.json(), report.text(), health.verdict.state, engine.kind_name, report.binary()
         takes = engine.identity.prepared, engine.processes
-        self.pool.publish(LoadReport(*forms, load.utilization, load.mu_max_in_flight, *takes))
+        share = load.cached_share
+        self.pool.publish(LoadReport(*forms, load.utilization, load.mu_max_in_flight, *takes, cached_share=share))
         self.feed.publish(self.snapshot)
         self._tasks.start("state", self._write_state(health.probe_state(), wall))
         self._count_gpu_time(self.snapshot.at, wall)

@@ -10,23 +10,30 @@ from dataclasses import fields, replace
 
 from sidecar import __version__
 from sidecar.control.saved_state import SavedState
-from sidecar.events import Admitted, CanaryResult, Event, FirstToken, ImagePrepared, RequestSize
+from sidecar.events import (
+    Admitted,
+    CanaryResult,
+    Delivered,
+    Event,
+    FirstToken,
+    ImagePrepared,
+    RequestBlocked,
+    RequestSize,
+)
 from sidecar.health.kill_policy import kills_by_reason
 from sidecar.health.monitor import HealthMonitor, TickReadings
 from sidecar.health.progress import PREDICTION_MARGIN
 from sidecar.labels import DEFAULT_TENANT
 from sidecar.load import coefficient_monitor, cost_model, summary
+from sidecar.load.cached_share import EngineCache
 from sidecar.load.client_labels import ClientLabels
 from sidecar.load.coefficient_monitor import CoefficientMonitor
 from sidecar.load.gpu_price import GpuCount, GpuPrice, count_gpus, mean_watts
+from sidecar.load.latency_prediction import LatencyPredictor
 from sidecar.load.ledger import Ledger, Settlement
-from sidecar.readings import EngineSample, Reading, Value
+from sidecar.readings import EngineSample, Value
 from sidecar.settings import Settings
 from sidecar.snapshot import CanaryUse, Load, Snapshot
-
-# Weight of one reading of the engine's queue: a request that waits for a step (20 ms) is no queue, one that is seen for
-# 5 s is.
-QUEUE_WEIGHT = 0.2
 
 
 class ControlState:
@@ -41,10 +48,12 @@ class ControlState:
         self.name_tenants(())
         self._models: tuple[str, ...] = ()
         self.health = HealthMonitor(settings, now, wall, pod)
-        self.coefficients = CoefficientMonitor(co, now)
+        self.coefficients = CoefficientMonitor(co, now, follows=settings.capacity == "measured")
+        self.latency = LatencyPredictor(co, max(0, settings.max_concurrent - 1))
+        self._objectives = summary.Objectives(settings.slo_seconds, settings.slo_ttft_seconds)
+        self._engine_cache = EngineCache()
         self._canaries = CanaryUse()
         self._images = summary.ImageSums()
-        self._queue, self._queue_read_at = 0.0, 0.0
 
     # --- events ---
 
@@ -52,8 +61,11 @@ class ControlState:
         """Record one event. Returns the settlement when it ended a request."""
         settlement = self.ledger.apply(relay, event)
         hold = self.ledger.hold((relay, event.id)) if isinstance(event, Admitted | FirstToken) else None
+        if isinstance(event, Admitted | FirstToken | Delivered | RequestBlocked):
+            self.latency.apply((relay, event.id), event, hold)
         self.health.on_event(relay, event, hold)
         if settlement is not None:
+            self.latency.end((relay, settlement.admitted.id), settlement.settled.at)
             self.coefficients.settled(settlement)
             pace = None if settlement.slowed else settlement.pace
             self.health.on_settlement(settlement.settled, settlement.admitted, pace)
@@ -66,6 +78,7 @@ class ControlState:
         self.health.relay_lost(relay, now)
         lost = self.ledger.lose(relay, now)
         for settlement in lost:
+            self.latency.end((relay, settlement.admitted.id), now)
             self.coefficients.settled(settlement)
             self.health.on_event(relay, settlement.settled, None)
         return lost
@@ -99,9 +112,12 @@ class ControlState:
 
     def tick(self, readings: TickReadings, now: float, wall: float) -> Snapshot:
         """Evaluate health and return the snapshot that all reports render."""
-        self._smooth_queue(readings.engine)
         self._name_models(readings.identity.models)
         self._count_gpus(readings)
+        sample = readings.sample or EngineSample()
+        self._engine_cache.read(sample.cache_asked_tokens, sample.cache_found_tokens)
+        self.latency.slowness = self.coefficients.capacity.slowness
+        self.latency.tick(sample, now)
         self.health.tick(readings, self.ledger.holds(), now, wall)
         self._check_coefficients(readings, now)
         return self._snapshot(readings, now, wall)
@@ -119,11 +135,6 @@ class ControlState:
         found = count_gpus(settings.gpus, settings.gpu, readings.identity, ranks, readings.gpus)
         self.gpu_count = found if found.source else self.gpu_count
         self._watts = mean_watts(readings.gpus)
-
-    def _smooth_queue(self, reading: Reading[EngineSample]) -> None:
-        if isinstance(reading, Value) and reading.at > self._queue_read_at:
-            self._queue += QUEUE_WEIGHT * (summary.queue_share(reading.value) - self._queue)
-            self._queue_read_at = reading.at
 
     def _check_coefficients(self, readings: TickReadings, now: float) -> None:
         """Compare the coefficients with the work that was done; while they are stale, allow longer silences."""
@@ -185,9 +196,14 @@ class ControlState:
 
     def _load(self, readings: TickReadings, now: float) -> Load:
         sample = readings.sample or EngineSample()
-        queue = self._queue if sample.waiting is not None else None
-        load = summary.load_of(self.ledger, self._co, self._settings.slo_seconds, sample.kv_usage, queue, now)
-        return replace(load, coefficients_stale=bool(self.coefficients.stale))
+        forecast, slowness = self.latency.forecast(now), self.coefficients.capacity.slowness
+        load = summary.load_of(self.ledger, self._co, self._objectives, sample.kv_usage, forecast, now, slowness)
+        return replace(
+            load,
+            coefficients_stale=bool(self.coefficients.stale),
+            cached_share=self._engine_cache.share,
+            objectives=(("seconds", self._objectives.request), ("ttft_seconds", self._objectives.ttft)),
+        )
 
 
 def add_canary(use: CanaryUse, result: CanaryResult, co: cost_model.Coefficients) -> CanaryUse:

@@ -39,6 +39,8 @@ VLLM: Final = EngineKind(
         generation_tokens="vllm:generation_tokens_total",
         finished="vllm:request_success_total",
         iterations="vllm:iteration_tokens_total_count",
+        cache_asked_tokens="vllm:prefix_cache_queries_total",
+        cache_found_tokens="vllm:prefix_cache_hits_total",
         started_wall="process_start_time_seconds",
     ),
     contact_path="/version",

@@ -1,4 +1,5 @@
-"""Pure: how far the coefficients in use can be trusted: whether they still hold, and what a re-fit yields.
+"""Pure: how far the coefficients in use can be trusted: whether they still hold, what a re-fit yields, and the capacity
+that follows from it.
 
 Coefficients that were not measured (a roofline, the default) are never stale; their margin is wide, and re-fit shown.
 """
@@ -15,6 +16,7 @@ from sidecar.load import cost_model
 from sidecar.load.cost_model import Coefficients
 from sidecar.load.drift import Drift, DriftState, find_mismatch
 from sidecar.load.ledger import AdmissionHold, Settlement
+from sidecar.load.measured_capacity import MeasuredCapacity
 from sidecar.load.refit import Refit
 from sidecar.load.work_windows import WorkWindows
 from sidecar.readings import EngineIdentity
@@ -29,9 +31,11 @@ STALE_MARGIN_FACTOR: Final = 2.0
 class CoefficientMonitor:
     """Watches the coefficients of one engine. `stale` is why they no longer hold, "" while they do."""
 
-    def __init__(self, co: Coefficients, now: float) -> None:
+    def __init__(self, co: Coefficients, now: float, *, follows: bool = True) -> None:
+        """`follows`: the capacity follows the measured speed."""
         self.co, self.stale = co, ""
         self.refit, self.drift, self._windows = Refit(co), Drift(co), WorkWindows(co, now)
+        self.capacity = MeasuredCapacity(co, follows=follows)
 
     def settled(self, settlement: Settlement) -> None:
         self.drift.caching |= settlement.settled.usage is not None and settlement.settled.usage.cached_tokens > 0
@@ -45,8 +49,13 @@ class CoefficientMonitor:
         if not trusted:
             self._windows.spoil(now)
         for window in self._windows.close(holds, now):
+            is_measured = cost_model.is_measured(self.co)
+            if window.is_full or not is_measured:  # where nothing was measured, a rough speed is better than none
+                self.capacity.add(window, self.refit, caching=self.drift.caching)
+            if not window.is_full:
+                continue
             self.refit.add(window)
-            if cost_model.is_measured(self.co):
+            if is_measured:
                 self.drift.add(window)
         self.stale = self._stale_reason(identity)
 
@@ -78,7 +87,8 @@ class CoefficientMonitor:
             values = tuple((name, getattr(found, name)) for name in cost_model.TERMS)
             shadow = ShadowUse(values, cost_model.max_mu_per_minute(found), self.refit.windows, self.refit.error)
         terms, line = cost_model.by_cause(cost_model.REFERENCE, self.co), cost_model.line(self.co)
-        return PriceUse(self.co.source, self.stale, self.margin, terms, line, self.refit.windows, shadow)
+        slowness = self.capacity.slowness
+        return PriceUse(self.co.source, self.stale, self.margin, terms, line, self.refit.windows, shadow, slowness)
 
     def _stale_reason(self, identity: EngineIdentity) -> str:
         if not cost_model.is_measured(self.co):

@@ -182,11 +182,18 @@ def settled_work(expected: RequestSize, usage: Usage | None, delivered_tokens: i
         expected = heard(expected, usage.audio_seconds)
         if not usage.prompt_tokens and not usage.completion_tokens:  # engines tell the seconds of a transcript alone
             return structs.replace(expected, output=max(expected.output, delivered_tokens))
-    cached = min(usage.cached_tokens, usage.prompt_tokens)
-    uncached = usage.prompt_tokens - cached
-    work = structs.replace(expected, uncached=uncached, cached=cached, output=usage.completion_tokens)
+    work = structs.replace(expected, uncached=usage.prompt_tokens, cached=0, output=usage.completion_tokens)
+    return with_cached(work, min(usage.cached_tokens, usage.prompt_tokens))
+
+
+def with_cached(work: RequestSize, cached: int) -> RequestSize:
+    """A request of which nothing was cached, if `cached` of its prompt's tokens are."""
+    if not cached:
+        return work
+    uncached = work.uncached - cached
+    work = structs.replace(work, uncached=uncached, cached=cached)
     encoded = work.image_tokens + work.audio_tokens + work.video_tokens
-    if not cached or encoded <= uncached:
+    if encoded <= uncached:
         return work
     # Encoder tokens are part of the prompt, so those beyond `uncached` were cached.
     names = ("image_tokens", "audio_tokens", "video_tokens", "image_squares")

@@ -1,9 +1,11 @@
 """Pure: request shape -> expected work, learned from the engine's answers to earlier requests.
 
 Rules:
-- Prompt tokens are counted by a tokenizer, else they are text bytes over a ratio learned per model and script.
+- Prompt tokens are counted by a tokenizer, else they are text bytes over a ratio learned per tenant, model and script.
+- The share of them that the engine has cached is learned per tenant, model and size (cached_share).
 - Output tokens come from decayed histograms (output_length), capped by the client's limit.
-- A request is admitted at its expected price; tenant limits reserve the price of its 90th percentile.
+- What is learned of one tenant hardly moves another's price (tenant_means).
+- A request is admitted at its expected price; tenant limits reserve the price of its 90th percentile, uncached.
 - All tables are bounded; the least recently used entry is evicted.
 - Each relay process learns alone: the histograms are good after some ten answers, and sharing would cost more.
 """
@@ -11,7 +13,6 @@ Rules:
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable
 from typing import Final
 
 import msgspec
@@ -19,35 +20,25 @@ from msgspec import structs
 
 from sidecar.events import TAIL_MULTIPLES, RequestSize, Usage
 from sidecar.load import cost_model
+from sidecar.load.cached_share import CachedShares
 from sidecar.load.output_length import OutputForecast, OutputLengths
 from sidecar.load.request_shape import RequestShape
+from sidecar.load.tenant_means import Prior, TenantMeans
 
-DEFAULT_BYTES_PER_TOKEN: Final = 4.0  # English text in a vocabulary of 100k to 150k
+# Bytes per token: 4 for English text in a vocabulary of 100k to 150k. Its weight is in tokens; what tenants have in
+# common stays within a factor of 2, as scripts and vocabularies do.
+DEFAULT_BYTES_PER_TOKEN: Final = Prior(start=4.0, weight=256.0, bounds=(2.0, 8.0))
+BYTES_PER_TOKEN_BOUNDS: Final = (0.5, 16.0)  # of one answer, as tokenizers yield them
+MAX_RATIO_WEIGHT: Final = 4096.0  # tokens that one answer counts for
+MAX_TEMPLATE_TOKENS: Final = 32  # that a chat template adds per message; what is beyond came from the request
 DEFAULT_IMAGE_TOKENS: Final = 1000  # unknown size: about 1 Mpx at 28x28 pixels per token (Qwen2-VL)
 DEFAULT_AUDIO_TOKENS: Final = 250  # not decoded here: ten seconds at 25 tokens per second (Qwen2-Audio)
 DEFAULT_FRAME_TOKENS: Final = 128  # likewise of a video: two frames per step of 256 tokens (Qwen2-VL)
 PROMPT_TOKENS_PER_WINDOW: Final = 4  # of a recording: Whisper's start, language, task and no timestamps
 _OBSERVATION_WEIGHT: Final = 0.05
 _MAX_MODELS: Final = 256
+_MAX_RATIOS: Final = 4096
 RESERVED_QUANTILE: Final = 0.9  # share of answers that a reservation covers
-
-
-class DecayedMeans:
-    """Decayed means by key, at most `limit` of them."""
-
-    def __init__(self, start: float, limit: int) -> None:
-        self._start, self._limit = start, limit
-        self._means: OrderedDict[Hashable, float] = OrderedDict()
-
-    def get(self, key: Hashable) -> float:
-        return self._means.get(key, self._start)
-
-    def add(self, key: Hashable, value: float) -> None:
-        """Move the mean of `key` toward `value`."""
-        self._means[key] = self.get(key) + _OBSERVATION_WEIGHT * (value - self.get(key))
-        self._means.move_to_end(key)
-        if len(self._means) > self._limit:
-            self._means.popitem(last=False)
 
 
 class ChatTemplateOverhead:
@@ -92,7 +83,8 @@ class Estimator:
 
     def __init__(self, coefficients: cost_model.Coefficients) -> None:
         self._coefficients, self._unit_ms = coefficients, cost_model.unit_ms(coefficients)
-        self._ratios = DecayedMeans(DEFAULT_BYTES_PER_TOKEN, _MAX_MODELS)  # by model and script
+        self._ratios = TenantMeans(DEFAULT_BYTES_PER_TOKEN, _MAX_RATIOS)  # bytes per token, by model and script
+        self.cached = CachedShares()
         self._templates: OrderedDict[str, ChatTemplateOverhead] = OrderedDict()
         self._outputs = OutputLengths()
 
@@ -104,7 +96,7 @@ class Estimator:
         each = image_tokens + [DEFAULT_IMAGE_TOKENS] * (images - len(image_tokens))
         encoder, squares = sum(each), sum(tokens * tokens for tokens in each)
         if counted is None:
-            text = self.text_tokens(shape)
+            text = self.text_tokens(tenant, shape)
         else:
             template = self._templates.get(shape.model, _CHATML)
             text = round(counted * shape.repeated)
@@ -118,18 +110,21 @@ class Estimator:
         prompts = max(shape.prompts, windows)
         sequences = prompts * shape.choices
         parts = *media, prompts, sequences, shape.skew, shape.audio_seconds, shape.video_frames
+        share = 0.0 if windows else self.cached.expected(tenant, shape.model, prompt // prompts)
+        cached = min(prompt - 1, int(prompt * share))
         if not shape.generative or shape.told_output:
             output = shape.told_output if shape.max_output is None else min(shape.told_output, shape.max_output)
-            work = RequestSize(prompt, 0, output, *parts)
+            work = cost_model.with_cached(RequestSize(prompt, 0, output, *parts), cached)
             return Estimate(work, self.mu(work))
         forecast = self.forecast(tenant, shape, prompt)
         work = RequestSize(prompt, 0, round(max(forecast.mean(), shape.min_output) * sequences), *parts)
+        work = cost_model.with_cached(work, cached)
         tail = forecast.remaining([at * work.output / sequences for at in TAIL_MULTIPLES]) if shape.stream else ()
         return Estimate(work, self.mu(work), tuple(round(tokens * sequences) for tokens in tail))
 
-    def text_tokens(self, shape: RequestShape) -> int:
-        """Tokens of a prompt's text, by the learned ratio of its model and script."""
-        return round(shape.text_bytes / self._ratios.get((shape.model, shape.script)))
+    def text_tokens(self, tenant: str, shape: RequestShape) -> int:
+        """Tokens of a prompt's text, by the learned ratio of its tenant, model and script."""
+        return round(shape.text_bytes / self._ratios.get(tenant, (shape.model, shape.script)))
 
     def forecast(self, tenant: str, shape: RequestShape, prompt: int) -> OutputForecast:
         """The forecast of one answer's tokens; `prompt`: tokens of all prompts."""
@@ -147,23 +142,33 @@ class Estimator:
         """The 90th percentile of output tokens; at least the expected ones."""
         if not shape.generative or shape.told_output:
             return expected.output
-        forecast = self.forecast(tenant, shape, expected.uncached)
+        forecast = self.forecast(tenant, shape, expected.uncached + expected.cached)
         return max(round(forecast.quantile(RESERVED_QUANTILE) * expected.sequences), expected.output)
 
     def reserved_mu(self, tenant: str, shape: RequestShape, expected: RequestSize) -> float:
-        """The price with the high output, which a tenant limit reserves."""
-        return self.mu(structs.replace(expected, output=self.high_output(tenant, shape, expected)))
+        """The price with the high output and nothing cached, which a tenant limit reserves.
+
+        A tenant that taught a cached share can stop having one at any time, in many requests at once.
+        """
+        whole, output = expected.uncached + expected.cached, self.high_output(tenant, shape, expected)
+        return self.mu(structs.replace(expected, uncached=whole, cached=0, output=output))
 
     def learn(self, tenant: str, shape: RequestShape, usage: Usage, counted: int | None = None) -> None:
         """Learn from the usage of a finished request. `counted`: tokens of its whole text, by a tokenizer."""
         text_tokens = usage.prompt_tokens - shape.token_ids
         has_media = shape.images or shape.audios or shape.videos or shape.audio_seconds
+        if not shape.audio_seconds:
+            prompts = max(1, shape.prompts)
+            self.cached.learn(tenant, shape.model, usage.prompt_tokens // prompts, usage.cached_tokens // prompts)
         if not has_media and text_tokens > 0 and shape.text_bytes > 0:
-            # The template of a short prompt outweighs its text; tokenizers yield 0.5 to 16 bytes per token.
-            self._ratios.add((shape.model, shape.script), min(16.0, max(0.5, shape.text_bytes / text_tokens)))
+            # By tokens, as the template of a short prompt outweighs its text.
+            low, high = BYTES_PER_TOKEN_BOUNDS
+            ratio, weight = min(high, max(low, shape.text_bytes / text_tokens)), min(text_tokens, MAX_RATIO_WEIGHT)
+            self._ratios.add(tenant, (shape.model, shape.script), ratio, weight)
             if counted is not None and shape.messages and shape.prompts == 1:
                 template = self._templates.setdefault(shape.model, ChatTemplateOverhead())
-                template.add(shape.messages, text_tokens - counted)
+                added = min(text_tokens - counted, MAX_TEMPLATE_TOKENS * (shape.messages + 1))
+                template.add(shape.messages, added)
                 self._templates.move_to_end(shape.model)
                 if len(self._templates) > _MAX_MODELS:
                     self._templates.popitem(last=False)

@@ -57,15 +57,16 @@ class AdmissionHold:
     accrued: float = 0.0
     blocked: bool = False
     slowed: bool = False  # its client blocked it after the first token, so its pace is no evidence about the engine
-    prefill: float = 0.0  # seconds before the first token, by the cost model
+    prefill: float = 0.0  # seconds before the first token, by the cost model, if none of its prompt is cached
+    begun_mu: float = 0.0  # of its prompt, as expected
     whole: int = 0  # maximum tokens of an answer that is not streamed; 0 for streams and SHORT_ROUTES
     remaining_mu: float = 0.0
     remaining_tokens: int = 0  # output tokens still expected
 
     @property
     def prompt_tokens(self) -> int:
-        """Prompt tokens to compute, as estimated."""
-        return self.admitted.expected.uncached
+        """Prompt tokens, as estimated; all must be computed where the cache has none of them."""
+        return self.admitted.expected.uncached + self.admitted.expected.cached
 
     @property
     def route(self) -> str:
@@ -221,7 +222,13 @@ class Ledger:
     def _hold(self, relay: int, event: Admitted) -> None:
         hold = AdmissionHold(event, event.at, last_at=event.at, remaining_mu=event.mu)
         hold.remaining_tokens = event.expected.output
-        hold.prefill = cost_model.terms(event.expected, self.co).before_first_token / 1000
+        expected = event.expected
+        begun_ms = cost_model.terms(expected, self.co).before_first_token
+        hold.begun_mu = begun_ms / self._unit_ms
+        if expected.cached:
+            whole = structs.replace(expected, uncached=expected.uncached + expected.cached, cached=0)
+            begun_ms = cost_model.terms(whole, self.co).before_first_token
+        hold.prefill = begun_ms / 1000
         if not event.stream and event.route not in events.SHORT_ROUTES:
             hold.whole = event.max_output or events.LONGEST_ANSWER_TOKENS
         if self._holds.setdefault((relay, event.id), hold) is hold:
@@ -263,8 +270,7 @@ class Ledger:
 
     def _price(self, hold: AdmissionHold, output: int) -> float:
         """MU of a hold with `output` tokens: `cost_model.mu`, without repeating the prefill part at every Delivered."""
-        decode = cost_model.decode_ms(hold.admitted.expected, output, self.co)
-        return (hold.prefill * 1000 + decode) / self._unit_ms
+        return hold.begun_mu + cost_model.decode_ms(hold.admitted.expected, output, self.co) / self._unit_ms
 
     def _add_flow(self, mu: float, at: float) -> None:
         self.flow.add(mu, at)

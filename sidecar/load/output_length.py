@@ -1,9 +1,11 @@
 """Pure: how long answers will be. Decayed histograms of output tokens, blended from the specific to the general.
 
-    prior <- model <- (model, size class) <- (tenant, model, size class)
+    prior <- the model's typical tenant <- the same in the size class <- (tenant, model) <- (tenant, model, size class)
 
 Rules:
 - A level counts by its recent answers: p = (n * own + BLEND_ANSWERS * p of the level above) / (n + BLEND_ANSWERS).
+- The typical tenant is the one with the median length of those seen lately (tenant_means). So what one tenant alone has
+  shown is not expected of another, however much it sends.
 - Buckets are a quarter of an octave wide. A size class is half an octave of prompt tokens, which separates agents from
   chat (benchmarks/estimates.py).
 - An answer cut off by its client's limit is only known to be at least that long. It is spread over the longer buckets
@@ -22,6 +24,8 @@ from operator import mul
 from typing import Final, NamedTuple
 
 import msgspec
+
+from sidecar.load.tenant_means import Votes, size_class
 
 # Bucket 0 is an answer without tokens; bucket b >= 1 begins at BUCKET_STARTS[b - 1], the last one at _MAX_TOKENS.
 _MAX_TOKENS: Final = 1 << 17
@@ -73,6 +77,11 @@ class LengthHistogram:
         self.scale = 1.0  # weight of a new answer, which grows instead of all others shrinking
         self.total = self.tokens = 0.0
 
+    def mean(self) -> float:
+        """Expected tokens, by its own answers and the prior alone."""
+        prior = self.scale * BLEND_ANSWERS
+        return (self.tokens + prior * _PRIOR_TOKENS) / (self.total + prior)
+
     def add(self, bucket: int, tail: CensoredTail | None = None) -> None:
         """Count one answer, with the tail if it was cut off."""
         self.scale /= DECAY
@@ -96,11 +105,12 @@ class LengthHistogram:
 # Factor, weights, their sum, and the sum of the weights times their middles.
 Level = tuple[float, Sequence[float], float, float]
 _EMPTY_LEVEL: Final[Level] = (0.0, PRIOR, 0.0, 0.0)
-_PRIOR_TOKENS: Final = sum(map(mul, PRIOR, MIDDLES))
+_LEVEL_COUNT: Final = 5
+_PRIOR_TOKENS: Final[float] = sum(map(mul, PRIOR, MIDDLES))
 
 
 class OutputForecast(msgspec.Struct, frozen=True):
-    """The distribution of one answer's tokens, capped at `limit`: the sum of up to four levels, factor times weights.
+    """The distribution of one answer's tokens, capped at `limit`: the sum of up to five levels, factor times weights.
 
     The levels are summed up only where needed, as every request computes a forecast.
     """
@@ -110,9 +120,10 @@ class OutputForecast(msgspec.Struct, frozen=True):
 
     def shares(self, first: int = 0) -> list[float]:
         """The sum of the levels, by bucket, from bucket `first` on."""
-        (a, ws, *_), (b, xs, *_), (c, ys, *_), (d, zs, *_) = (*self.levels, *[_EMPTY_LEVEL] * (4 - len(self.levels)))
-        columns = zip(ws[first:], xs[first:], ys[first:], zs[first:], strict=True)
-        return [a * w + b * x + c * y + d * z for w, x, y, z in columns]
+        levels = *self.levels, *[_EMPTY_LEVEL] * (_LEVEL_COUNT - len(self.levels))
+        (a, vs, *_), (b, ws, *_), (c, xs, *_), (d, ys, *_), (e, zs, *_) = levels
+        columns = zip(vs[first:], ws[first:], xs[first:], ys[first:], zs[first:], strict=True)
+        return [a * v + b * w + c * x + d * y + e * z for v, w, x, y, z in columns]
 
     def below(self, bucket: int) -> float:
         return sum(times * sum(weights[:bucket]) for times, weights, _, _ in self.levels)
@@ -159,15 +170,19 @@ class OutputLengths:
     def __init__(self, limit: int = MAX_TABLES) -> None:
         self._limit = limit
         self._tables: OrderedDict[Key, LengthHistogram] = OrderedDict()
+        self._typical: OrderedDict[Key, Votes] = OrderedDict()  # "" is the prior
 
     def __len__(self) -> int:
-        return len(self._tables)
+        return len(self._tables) + len(self._typical)
 
     def forecast(self, tenant: str, model: str, prompt: int, limit: int | None) -> OutputForecast:
         """Forecast the answer to a prompt of `prompt` tokens, of which the client allows `limit`."""
         rest = 1.0
         levels: list[Level] = []
-        for key in _keys(tenant, model, prompt):
+        keys = _keys(model, prompt)
+        votes = ((self._typical.get(key), key) for key in keys)
+        typical = [(found.median[1], *key) for found, key in votes if found is not None and found.median[1] != tenant]
+        for key in (*((tenant, *key) for key in keys), *typical):
             if (table := self._tables.get(key)) is not None:
                 known = table.total / table.scale + BLEND_ANSWERS  # the effective number of answers
                 levels.append((rest / (table.scale * known), table.weights, table.total, table.tokens))
@@ -183,23 +198,29 @@ class OutputLengths:
             if forecast.below(bucket) <= MIN_INFORMATIVE_SHARE:
                 return
             tail = forecast.tail(bucket)
-        for key in _keys(tenant, model, prompt):
-            if key not in self._tables:
-                self._tables[key] = LengthHistogram()
-            self._tables[key].add(bucket, tail)
-            self._tables.move_to_end(key)
+        for key in _keys(model, prompt):
+            own = tenant, *key
+            if (table := self._tables.get(own)) is None:
+                table = self._tables[own] = LengthHistogram()
+            table.add(bucket, tail)
+            self._tables.move_to_end(own)
+            if (votes := self._typical.get(key)) is None:
+                votes = self._typical[key] = Votes(_PRIOR_TOKENS)
+            votes.cast(tenant, table.mean())
+            self._typical.move_to_end(key)
         while len(self._tables) > self._limit:
             self._tables.popitem(last=False)
+        while len(self._typical) > self._limit:
+            self._typical.popitem(last=False)
 
 
 def bucket_of(tokens: float) -> int:
     return min(bisect_right(BUCKET_STARTS, tokens), BUCKET_COUNT - 1)
 
 
-def _keys(tenant: str, model: str, prompt: int) -> tuple[Key, Key, Key]:
-    """The levels of a request, from the specific to the general."""
-    size = int(2 * log(max(prompt, 1), 2))  # half octaves
-    return (tenant, model, size), (model, size), (model,)
+def _keys(model: str, prompt: int) -> tuple[Key, Key]:
+    """What tells a tenant's answers apart, from the specific to the general."""
+    return (model, size_class(prompt)), (model,)
 
 
 def _capped(level: Level, limit: int, under: int) -> float:
@@ -207,9 +228,9 @@ def _capped(level: Level, limit: int, under: int) -> float:
     _, weights, total, tokens = level
     if under <= BUCKET_COUNT // 2:
         within = weights[:under]
-        return float(sum(map(mul, within, MIDDLES)) + limit * (total - sum(within)))
+        return float(sum(map(mul, within, MIDDLES), 0.0) + limit * (total - sum(within, 0.0)))
     over = weights[under:]
-    return float(tokens - sum(map(mul, over, MIDDLES[under:])) + limit * sum(over))
+    return float(tokens - sum(map(mul, over, MIDDLES[under:]), 0.0) + limit * sum(over, 0.0))
 
 
 def _remaining(delivered: float, most: float, masses: list[float], sums: list[float]) -> float:

@@ -9,8 +9,9 @@ from sidecar.events import ImagePrepared
 from sidecar.labels import BoundedLabels
 from sidecar.load import cost_model
 from sidecar.load.ledger import Ledger, TenantTotals
-from sidecar.readings import EngineSample
-from sidecar.snapshot import ImageUse, Load, TenantUse
+from sidecar.snapshot import ImageUse, LatencyForecast, Load, TenantUse
+
+MIN_HEADROOM_SHARE = 0.1  # of the TTFT objective, if an idle engine hardly keeps it
 
 
 @dataclass(slots=True)
@@ -37,13 +38,38 @@ class ImageSums:
         return ImageUse(tuple(self.outcomes.items()), stages, self.bytes_in, self.bytes_out)
 
 
+@dataclass(frozen=True, slots=True)
+class Objectives:
+    """What users expect, in seconds: of a whole request, and of its first token."""
+
+    request: float
+    ttft: float
+
+
 def load_of(
-    ledger: Ledger, co: cost_model.Coefficients, slo_seconds: float, kv: float | None, queue: float | None, now: float
+    ledger: Ledger,
+    co: cost_model.Coefficients,
+    objectives: Objectives,
+    kv: float | None,
+    forecast: LatencyForecast,
+    now: float,
+    slowness: float = 1.0,
 ) -> Load:
-    """How loaded the engine is; `kv` and `queue` are shares 0..1, None if the engine does not report them."""
+    """How loaded the engine is.
+
+    `kv` is a share 0..1, None if the engine does not report it; `slowness`: how many times longer than its coefficients
+    say the engine takes, so many times smaller is its capacity.
+    """
     in_flight, per_minute = ledger.in_flight(), ledger.flow.sum(now)
-    max_in_flight, max_per_minute = cost_model.max_mu_in_flight(co, slo_seconds), cost_model.max_mu_per_minute(co)
-    parts = {"stock": in_flight.mu / max_in_flight, "flow": per_minute / max_per_minute, "kv": kv, "queue": queue}
+    max_in_flight = cost_model.max_mu_in_flight(co, objectives.request) / slowness
+    max_per_minute = cost_model.max_mu_per_minute(co) / slowness
+    parts = {
+        "stock": in_flight.mu / max_in_flight,
+        "flow": per_minute / max_per_minute,
+        "kv": kv,
+        "queue": forecast.wait_seconds / objectives.ttft,
+        "ttft": ttft_share(forecast, objectives.ttft),
+    }
     shares = {name: share for name, share in parts.items() if share is not None}
     limited_by = max(shares, key=lambda name: shares[name])
     return Load(
@@ -54,8 +80,9 @@ def load_of(
         coefficients_stale=False,
         errors_per_second=ledger.failed.per_second(now),
         recent_mu_per_second=ledger.recent_flow.per_second(now),
-        pressure=max(shares["stock"], kv or 0.0, queue or 0.0),
+        pressure=max(share for name, share in shares.items() if name != "flow"),
         parts=tuple(parts.items()),
+        forecast=forecast,
     )
 
 
@@ -74,7 +101,10 @@ def tenants_of(ledger: Ledger) -> tuple[TenantUse, ...]:
     return tuple(uses)
 
 
-def queue_share(sample: EngineSample) -> float:
-    """Share of the engine's requests that wait in its queue."""
-    waiting, running = sample.waiting or 0.0, sample.running or 0.0
-    return waiting / (waiting + running) if waiting > 0 else 0.0
+def ttft_share(forecast: LatencyForecast, objective: float) -> float:
+    """How much of the time that load may add to a typical first token it does add; 1 where the objective is missed.
+
+    What even an idle engine takes is no load: more replicas would not shorten it.
+    """
+    headroom = max(objective - forecast.idle_seconds, MIN_HEADROOM_SHARE * objective)
+    return max(0.0, forecast.typical_seconds - forecast.idle_seconds) / headroom

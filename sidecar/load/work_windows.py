@@ -23,10 +23,11 @@ from sidecar.load.cost_model import Coefficients
 from sidecar.load.ledger import FAILED_OUTCOMES, AdmissionHold, Settlement
 
 WINDOW_S: Final = 10.0  # many steps, and short compared to the minutes in which load changes
-SLOT_S: Final = 0.02  # resolution of busy time
+SLOT_S: Final = 0.005  # resolution of busy time
 LATE_EVENT_S: Final = 1.0  # events may arrive this late
 WINDOW_CLOSE_WAIT_S: Final = 60.0  # for first tokens
-MIN_BUSY_SHARE: Final = 0.2  # below it, the rounding to slots and idle gaps between steps weigh too much
+MIN_BUSY_SHARE: Final = 0.05  # below it, a window holds too little
+FULL_BUSY_SHARE: Final = 0.2  # below it, single requests and idle gaps between steps weigh too much to fit coefficients
 WINDOW_TERMS: Final = (*cost_model.TERMS[:3], "step", *cost_model.TERMS[3:])  # d is split: per step, and per token
 STEP_INDEX: Final = WINDOW_TERMS.index("step")
 
@@ -39,6 +40,11 @@ class WorkWindow:
     ms: float
     work: tuple[float, ...]
     together: float
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the engine was busy enough for coefficients to be held against the window."""
+        return self.ms >= FULL_BUSY_SHARE * WINDOW_S * 1000
 
 
 @dataclass(slots=True)

@@ -24,22 +24,7 @@ MAX_COUNT: Final = 10**9
 
 def render(asked: Mapping[str, str], co: Coefficients, price: GpuPrice) -> dict[str, Any]:
     """The price with its terms. Raises ValueError with one line for the client."""
-    numbers = {name: _count(name, value) for name, value in asked.items()}
-    cached = numbers.get("cached", 0)
-    if cached > numbers.get("in", 0):
-        raise ValueError("cached must not exceed in: cached tokens are input tokens")
-    media = {name: numbers.get(name, 0) for name in MEDIA}
-    squares = media["image_tokens"] ** 2 // max(1, media["images"])
-    seconds = float(numbers.get("audio_seconds", 0))
-    prompts = max(1, numbers.get("prompts", cost_model.audio_windows(seconds)))
-    work = RequestSize(
-        *(numbers.get("in", 0) - cached, cached, numbers.get("out", 0)),
-        **media,
-        image_squares=squares,
-        prompts=prompts,
-        sequences=max(prompts, numbers.get("sequences", 1)),
-        audio_seconds=seconds,
-    )
+    work = parse_size(asked)
     mu, engine_ms = cost_model.mu(work, co), cost_model.gpu_ms(work, co)
     dollars = price.dollars(price.gpu_seconds(engine_ms))
     return {
@@ -54,6 +39,26 @@ def render(asked: Mapping[str, str], co: Coefficients, price: GpuPrice) -> dict[
         "fingerprint": co.fingerprint,
         "source": co.source,
     }
+
+
+def parse_size(asked: Mapping[str, str]) -> RequestSize:
+    """The request that is asked about. Raises ValueError with one line for the client."""
+    numbers = {name: _count(name, value) for name, value in asked.items()}
+    cached = numbers.get("cached", 0)
+    if cached > numbers.get("in", 0):
+        raise ValueError("cached must not exceed in: cached tokens are input tokens")
+    media = {name: numbers.get(name, 0) for name in MEDIA}
+    squares = media["image_tokens"] ** 2 // max(1, media["images"])
+    seconds = float(numbers.get("audio_seconds", 0))
+    prompts = max(1, numbers.get("prompts", cost_model.audio_windows(seconds)))
+    return RequestSize(
+        *(numbers.get("in", 0) - cached, cached, numbers.get("out", 0)),
+        **media,
+        image_squares=squares,
+        prompts=prompts,
+        sequences=max(prompts, numbers.get("sequences", 1)),
+        audio_seconds=seconds,
+    )
 
 
 def _count(name: str, value: str) -> int:

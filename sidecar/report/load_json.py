@@ -7,8 +7,11 @@ from __future__ import annotations
 
 from typing import Any, Final
 
+from sidecar.events import RequestSize
+from sidecar.load import cost_model
+from sidecar.load.cost_model import Coefficients
 from sidecar.readings import Absent, GpuSample, Reading, Value
-from sidecar.snapshot import PriceUse, Snapshot
+from sidecar.snapshot import LatencyForecast, PriceUse, Snapshot
 
 MU: Final = ("in_flight", "max_in_flight", "per_minute", "max_per_minute")
 # Of a GPU: the key, and the field of GpuSample.
@@ -19,8 +22,13 @@ GPU_READINGS: Final = (
 )
 
 
-def render(snapshot: Snapshot, unit: str = "") -> dict[str, Any]:
-    """The body of `GET /load`. `unit` "milli": MU as integer thousandths, for consumers that count in integers."""
+def render(
+    snapshot: Snapshot, unit: str = "", size: RequestSize | None = None, co: Coefficients | None = None
+) -> dict[str, Any]:
+    """The body of `GET /load`. `unit` "milli": MU as integer thousandths, for consumers that count in integers.
+
+    `size`: of the request whose latency is predicted, by the coefficients `co`; default: one MU.
+    """
     load, gpus = snapshot.load, snapshot.gpus
     mu: dict[str, Any] = {name: getattr(load, f"mu_{name}") for name in MU}
     if unit == "milli":
@@ -32,8 +40,11 @@ def render(snapshot: Snapshot, unit: str = "") -> dict[str, Any]:
             "prefill_in_flight": load.prefill_tokens_in_flight,
             "decode_in_flight": load.decode_tokens_in_flight,
             "delivered_total": load.tokens_delivered_total,
+            **_entry("cached_share", _cached_share(snapshot)),
         },
         "requests": {"in_flight": load.requests_in_flight, "waiting": load.requests_waiting},
+        "objectives": dict(load.objectives),
+        **({} if load.forecast is None else {"predicted": _predicted(load.forecast, size, co)}),
         **(_entry("gpu", gpus) if not isinstance(gpus, Value) else {"gpu": [_gpu(gpu) for gpu in gpus.value]}),
         "coefficients": {
             "fingerprint": load.coefficients_fingerprint,
@@ -54,6 +65,29 @@ def _parts(snapshot: Snapshot) -> dict[str, Any]:
     return parts
 
 
+def _predicted(forecast: LatencyForecast, size: RequestSize | None, co: Coefficients | None) -> dict[str, Any]:
+    """The latencies that the next request would have."""
+    seconds, work = forecast.reference_seconds, size or cost_model.REFERENCE
+    if size is not None and co is not None:
+        prefill = cost_model.terms(size, co).before_first_token / 1000
+        own = forecast.seconds_per_prefill_second * prefill + forecast.seconds_per_token * size.uncached
+        seconds = forecast.base_seconds + own
+    error = {"median": forecast.error_median, "p90": forecast.error_p90, "first_tokens": forecast.first_tokens}
+    return {
+        "ttft_seconds": seconds,
+        "tpot_seconds": forecast.tpot_seconds,
+        "wait_seconds": forecast.wait_seconds,
+        "of": {"in": work.uncached + work.cached, "cached": work.cached},
+        "typical_ttft_seconds": forecast.typical_seconds,
+        "error": error,
+    }
+
+
+def _cached_share(snapshot: Snapshot) -> Reading[float]:
+    share = snapshot.load.cached_share
+    return Absent("the engine does not count it, or too little yet") if share is None else Value(share, snapshot.at)
+
+
 def _prices(prices: PriceUse) -> dict[str, Any]:
     """The coefficients: source, margin, the terms of one MU in ms, and the re-fit."""
     refit: dict[str, Any] = {"shadow": None, "shadow_absent": f"{prices.windows} windows of work so far"}
@@ -63,6 +97,7 @@ def _prices(prices: PriceUse) -> dict[str, Any]:
     return {
         "source": prices.source,
         "margin": prices.margin,
+        "slowness": prices.slowness,
         **({"stale_reason": prices.stale} if prices.stale else {}),
         "unit_ms": dict(prices.terms),
         "line_ms": dict(prices.line),

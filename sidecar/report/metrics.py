@@ -63,7 +63,8 @@ METRICS: Final = (
     Metric("sidecar_mu_max_in_flight", "Model units in flight at which requests still meet the time objective."),
     Metric("sidecar_mu_per_minute", "Model units done in the last minute."),
     Metric("sidecar_mu_max_per_minute", "Model units that this model and hardware can do in a minute."),
-    Metric("sidecar_mu_utilization_ratio", "Largest of stock, flow, KV cache and queue, as a share of capacity."),
+    Metric("sidecar_mu_utilization_ratio", "Largest of stock, flow, KV cache, queue and TTFT, as a share of capacity."),
+    Metric("sidecar_mu_utilization_part_ratio", "Each of these; the largest limits.", ("part",)),
     Metric("sidecar_mu_total", "Model units of settled requests.", _CLIENT),
     Metric("sidecar_gpu_seconds_total", "Seconds of all GPUs that settled requests used, by the cost model.", _CLIENT),
     Metric(
@@ -73,6 +74,16 @@ METRICS: Final = (
     ),
     Metric("sidecar_unmetered_requests_total", "Requests passed on unread, whose work is in no sum.", ("path_class",)),
     Metric("sidecar_mu_coefficients_stale", "1 if the coefficients no longer fit this model and hardware."),
+    Metric(
+        "sidecar_mu_slowness_ratio", "Time that work takes over what the coefficients say; the capacity follows it."
+    ),
+    Metric("sidecar_predicted_ttft_seconds", "Time to first token that a next request of one MU would have."),
+    Metric("sidecar_predicted_tpot_seconds", "Time per output token that a next request would have."),
+    Metric(
+        "sidecar_predicted_ttft_error_ratio",
+        "Error of the predicted time to first token as a share of the actual one, over the last 200 streams.",
+        ("percentile",),
+    ),
     Metric("sidecar_prefill_tokens_in_flight", "Input tokens of requests without a first token."),
     Metric("sidecar_decode_tokens_in_flight", "Output tokens that are expected and not yet delivered."),
     Metric("sidecar_tokens_delivered_total", "Output tokens delivered to clients."),
@@ -236,7 +247,17 @@ def gauges(snapshot: Snapshot) -> Iterator[MetricRow]:
     for name in _LOAD_FIELDS:
         yield f"sidecar_{name}", (), getattr(snapshot.load, name)
     yield "sidecar_mu_utilization_ratio", (), snapshot.load.utilization
+    for part, share in snapshot.load.parts:
+        if share is not None:
+            yield "sidecar_mu_utilization_part_ratio", (part,), share
     yield "sidecar_mu_coefficients_stale", (), snapshot.load.coefficients_stale
+    yield "sidecar_mu_slowness_ratio", (), snapshot.prices.slowness
+    if (forecast := snapshot.load.forecast) is not None:
+        yield "sidecar_predicted_ttft_seconds", (), forecast.reference_seconds
+        yield "sidecar_predicted_tpot_seconds", (), forecast.tpot_seconds
+        for percentile, error in (("50", forecast.error_median), ("90", forecast.error_p90)):
+            if error is not None:
+                yield "sidecar_predicted_ttft_error_ratio", (percentile,), error
     for state in STATES:
         yield "sidecar_verdict", (state,), snapshot.verdict.state == state
     is_doubted = snapshot.verdict.state in ("suspect", "stalled")

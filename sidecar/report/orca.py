@@ -92,6 +92,9 @@ def report(load: Load, engine: Reading[EngineSample], pressure: float) -> OrcaRe
         "kv_cache_usage_perc": sample.kv_usage,
         "num_requests_waiting": sample.waiting if sample.waiting is not None else float(load.requests_waiting),
     }
+    if load.forecast is not None:
+        named["predicted_ttft_seconds"] = round(load.forecast.reference_seconds, 6)
+        named["predicted_tpot_seconds"] = round(load.forecast.tpot_seconds, 6)
     return OrcaReport(_finite(fields), _finite(named))
 
 

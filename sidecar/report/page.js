@@ -21,7 +21,8 @@ const STATES = {
   exempt: ["◇", "Sleep, pause, update or profiling: not evaluated, not ready."],
   unknown: ["?", "The state is unknown at present. No probe fails because of it."],
 };
-const LIMITS = { stock: "MU in flight", flow: "MU per minute", kv: "the KV cache", queue: "the engine’s queue" };
+const LIMITS = { stock: "MU in flight", flow: "MU per minute", kv: "the KV cache", queue: "the wait before the first token",
+  ttft: "the time to first token" };
 const RULES = {
   floor: "the minimum", predicted: "the time predicted for this work",
   learned: "gaps during normal operation", cap: "the maximum",

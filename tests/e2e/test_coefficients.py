@@ -42,6 +42,10 @@ async def test_coefficients_of_another_model_are_stale_at_once(
     status, cost = await sidecar.get("/cost?in=3500&out=300")
     assert (status, cost["mu"]) == (200, 1.0)
     assert (await sidecar.get("/cost?in=x"))[0] == 400
+    status, load = await sidecar.get("/load?in=4000&cached=3000")
+    assert status == 200
+    assert load["predicted"]["of"] == {"in": 4000, "cached": 3000}
+    assert (await sidecar.get("/load?in=10&cached=3000"))[0] == 400
     status, kept = await sidecar.get("/coefficients")
     assert cost_model.from_json(json.dumps(kept)).model == "another"
     assert (await sidecar.get("/coefficients/shadow"))[0] == 404

@@ -1,10 +1,11 @@
-"""A real Envoy in front of two sidecars, one engine three times slower: weighted round robin by ORCA reports."""
+"""A real Envoy in front of two sidecars, one engine slower than the other: weighted round robin by ORCA reports."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -78,31 +79,52 @@ class Front:
         hosts = sorted(cluster["host_statuses"], key=lambda h: h["address"]["socket_address"]["address"])
         return [{"weight": h["weight"], **{s["name"]: int(s.get("value", 0)) for s in h["stats"]}} for h in hosts]
 
-    async def ask(self) -> str:
+    async def ask(self, tokens: int = 8) -> str:
         """One short chat; returns the ORCA header."""
-        body = {"model": "scripted", "max_tokens": 8, "messages": [{"role": "user", "content": "hello"}]}
+        body = {"model": "scripted", "max_tokens": tokens, "messages": [{"role": "user", "content": "hello"}]}
         async with self.session.post(self.url + "/v1/chat/completions", json=body) as answer:
             assert answer.status == 200, await answer.text()
             await answer.read()
             return str(answer.headers.get("endpoint-load-metrics", ""))
 
 
-@pytest.fixture
-async def pair(start: Any, tmp_path: Path) -> AsyncIterator[tuple[list[Sidecar], int]]:
-    """Two sidecars next to a fast and a slow engine, and the port of their streams."""
+@asynccontextmanager
+async def two_replicas(start: Any, slower: float, files: list[str]) -> AsyncIterator[tuple[list[Sidecar], int]]:
+    """Two sidecars next to a fast and a slow engine, and the port of their streams. `files`: of coefficients, or ""."""
     oob, sidecars = free_port(), []
     fast = EngineSettings(listen=("127.0.0.1", 0), decode_step_ms=4.0)
-    slow = replace(fast, decode_step_ms=4.0 * SLOWER, prefill_tokens_per_second=20_000 / SLOWER)
-    files = tmp_path / "fast.json", tmp_path / "slow.json"
-    files[0].write_text(to_json(Coefficients()))
-    files[1].write_text(slowed(Coefficients()))
+    slow = replace(fast, decode_step_ms=4.0 * slower, prefill_tokens_per_second=20_000 / slower)
     async with ScriptedEngine(fast) as first, ScriptedEngine(slow) as second:
         for engine, file, host in zip((first, second), files, HOSTS, strict=True):
-            sidecar = await start(engine.url, host=host, orca_grpc=f"{host}:{oob}", coefficients=str(file))
-            sidecars.append(sidecar)
+            named = {"coefficients": file} if file else {}
+            sidecars.append(await start(engine.url, host=host, orca_grpc=f"{host}:{oob}", **named))
         for sidecar in sidecars:
             await sidecar.until_verdict("idle")
         yield sidecars, oob
+
+
+@pytest.fixture
+async def pair(start: Any, tmp_path: Path) -> AsyncIterator[tuple[list[Sidecar], int]]:
+    """Two replicas with the coefficients that were measured on each."""
+    files = tmp_path / "fast.json", tmp_path / "slow.json"
+    files[0].write_text(to_json(Coefficients()))
+    files[1].write_text(slowed(Coefficients()))
+    async with two_replicas(start, SLOWER, [str(file) for file in files]) as replicas:
+        yield replicas
+
+
+@asynccontextmanager
+async def fronted(by: str, sidecars: list[Sidecar], oob: int, envoy: Path, folder: Path) -> AsyncIterator[Front]:
+    """An Envoy in front of the sidecars, which writes its log to `folder`."""
+    ports = free_port(), free_port()
+    endpoints = [(host, int(s.relay.rpartition(":")[2])) for host, s in zip(HOSTS, sidecars, strict=True)]
+    config = folder / "envoy.yaml"
+    config.write_text(bootstrap(by, ports, endpoints, oob))
+    command = str(envoy), "-c", str(config), "--disable-hot-restart", "--concurrency", "1", "-l", "debug"
+    front = Front(f"http://127.0.0.1:{ports[0]}", f"http://127.0.0.1:{ports[1]}", sidecars[0].session)
+    async with running(*command, "--log-path", str(folder / "envoy.log")):
+        await answering(front.session, front.admin + "/ready")
+        yield front
 
 
 @pytest.mark.parametrize(
@@ -118,15 +140,7 @@ async def test_envoy_takes_every_report_and_traffic_follows_capacity(
     envoy = requires("python:envoy").parent / "_bin" / "envoy"
 
     sidecars, oob = pair
-    ports = free_port(), free_port()
-    endpoints = [(host, int(s.relay.rpartition(":")[2])) for host, s in zip(HOSTS, sidecars, strict=True)]
-    config = tmp_path / "envoy.yaml"
-    config.write_text(bootstrap(by, ports, endpoints, oob))
-    command = str(envoy), "-c", str(config), "--disable-hot-restart", "--concurrency", "1", "-l", "debug"
-    session = sidecars[0].session
-    front = Front(f"http://127.0.0.1:{ports[0]}", f"http://127.0.0.1:{ports[1]}", session)
-    async with running(*command, "--log-path", str(tmp_path / "envoy.log")):
-        await answering(session, front.admin + "/ready")
+    async with fronted(by, sidecars, oob, envoy, tmp_path) as front:
         async with asyncio.timeout(PATIENCE):
             while (weights := [e["weight"] for e in await front.endpoints()]) and weights[0] < 2 * weights[1]:
                 await front.ask()
@@ -147,3 +161,39 @@ async def test_envoy_takes_every_report_and_traffic_follows_capacity(
     if by == "stream":
         assert stats["cluster.llm.lb_orca_oob.reports_received"] > 4
         assert stats.get("cluster.llm.lb_orca_oob.report_errors", 0) == 0
+
+
+@pytest.mark.slow
+async def test_the_faster_of_two_replicas_that_nobody_calibrated_gets_more(
+    start: Any, requires: Any, tmp_path: Path
+) -> None:
+    """Equal settings, no coefficients, one engine four times slower: within minutes the fast one gets twice as much.
+
+    The time until Envoy's weights say so is printed.
+    """
+    envoy = requires("python:envoy").parent / "_bin" / "envoy"
+    async with (
+        two_replicas(start, 4.0, ["", ""]) as (sidecars, oob),
+        fronted("JSON", sidecars, oob, envoy, tmp_path) as front,
+    ):
+        began, is_over = asyncio.get_running_loop().time(), asyncio.Event()
+
+        async def user() -> None:
+            while not is_over.is_set():
+                await front.ask(64)
+
+        async with asyncio.TaskGroup() as users:
+            for _ in range(8):
+                users.create_task(user())
+            async with asyncio.timeout(10 * PATIENCE):
+                while (weights := [e["weight"] for e in await front.endpoints()]) and weights[0] < 2 * weights[1]:
+                    await front.ask(64)
+            took = asyncio.get_running_loop().time() - began
+            before = [e["rq_total"] for e in await front.endpoints()]
+            async with asyncio.timeout(10 * PATIENCE):
+                while sum(counts := [e["rq_total"] for e in await front.endpoints()]) < sum(before) + REQUESTS:
+                    await front.ask(64)
+            is_over.set()
+    fast, slow = (after - at for after, at in zip(counts, before, strict=True))
+    print(f"after {took:.0f} s: {fast} : {slow}")
+    assert fast >= 2 * slow

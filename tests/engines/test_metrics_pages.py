@@ -12,29 +12,46 @@ from sidecar.readings import EngineSample, RankSample
 
 PAGES = Path(__file__).with_name("pages")
 
+NOTHING_CACHED = {"cache_asked_tokens": 0, "cache_found_tokens": 0}  # recorded with short prompts only
+
 # page, kind, what is read from it; the order is EngineSample's.
 READ = [
     (
         "vllm-0.32-idle.txt",
         "vllm",
-        EngineSample(0, 0, 0, 0, 0, 0, 0, 1795256469.0, False, 1048576, (RankSample(0, 0, 0, 0),)),
+        EngineSample(0, 0, 0, 0, 0, 0, 0, 1795256469.0, False, 1048576, (RankSample(0, 0, 0, 0),), **NOTHING_CACHED),
     ),
     (
         "vllm-0.32-busy.txt",
         "vllm",
         EngineSample(
-            3, 0, 0.0007325112928824318, 81, 866, 7, 580, 1795241930.4, False, 1048576, (RankSample(0, 3, 0, 866),)
+            3,
+            0,
+            0.0007325112928824318,
+            81,
+            866,
+            7,
+            580,
+            1795241930.4,
+            False,
+            1048576,
+            (RankSample(0, 3, 0, 866),),
+            **NOTHING_CACHED,
         ),
     ),
     (
         "vllm-0.32-paused.txt",
         "vllm",
-        EngineSample(0, 0, 0, 25, 3340, 3, 839, 1795256469.0, False, 1048576, (RankSample(0, 0, 0, 3340),)),
+        EngineSample(
+            0, 0, 0, 25, 3340, 3, 839, 1795256469.0, False, 1048576, (RankSample(0, 0, 0, 3340),), **NOTHING_CACHED
+        ),
     ),
     (
         "vllm-0.32-asleep.txt",
         "vllm",
-        EngineSample(0, 0, 0, 25, 3340, 3, 839, 1795256469.0, True, 1048576, (RankSample(0, 0, 0, 3340),)),
+        EngineSample(
+            0, 0, 0, 25, 3340, 3, 839, 1795256469.0, True, 1048576, (RankSample(0, 0, 0, 3340),), **NOTHING_CACHED
+        ),
     ),
     (
         "vllm-0.32-two-ranks-busy.txt",
@@ -51,9 +68,14 @@ READ = [
             False,
             1048576,
             (RankSample(0, 2, 0, 1142), RankSample(1, 2, 0, 1260)),
+            **NOTHING_CACHED,
         ),
     ),
-    ("sglang-0.5.23.txt", "sglang", EngineSample(5, 1, 0.28, 150, 260, 8, 34, None, None, 453150)),
+    (
+        "sglang-0.5.23.txt",
+        "sglang",
+        EngineSample(5, 1, 0.28, 150, 260, 8, 34, None, None, 453150, cache_asked_tokens=100, cache_found_tokens=40),
+    ),
     (
         "sglang-0.5.23-two-ranks.txt",
         "sglang",

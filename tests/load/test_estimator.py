@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sidecar.events import RequestSize, Usage
 from sidecar.load import cost_model
-from sidecar.load.estimator import DEFAULT_IMAGE_TOKENS, DecayedMeans, Estimate, Estimator
+from sidecar.load.estimator import DEFAULT_IMAGE_TOKENS, Estimate, Estimator
 from sidecar.load.request_shape import RequestShape
 
 CO = cost_model.Coefficients()
@@ -55,15 +55,16 @@ def test_embeddings_generate_nothing() -> None:
 
 
 def test_ratio_and_length_are_learned_where_they_belong() -> None:
-    """Bytes per token are learned per model and script, output lengths per tenant, then per model for new tenants."""
+    """Bytes per token and output lengths are learned per tenant, then of the typical tenant for new ones."""
     estimator = Estimator(CO)
     shape = RequestShape("m", text_bytes=2000)
     for _ in range(300):
         estimator.learn("a", shape, Usage(1000, 10))
-        estimator.learn("b", shape, Usage(1000, 100))
+        for tenant in ("b", "c", "d"):
+            estimator.learn(tenant, shape, Usage(1000, 100))
     assert abs(work(estimator, "a", shape).uncached - 1000) < 20
     assert work(estimator, "a", shape).output < 15 and work(estimator, "b", shape).output > 90
-    assert 40 < work(estimator, "c", shape).output < 70
+    assert 90 < work(estimator, "new", shape).output < 120
     assert work(estimator, "a", RequestShape("other", text_bytes=2000)).uncached == 500
     assert work(estimator, "a", RequestShape("m", text_bytes=2000, script=3)).uncached == 500
 
@@ -97,9 +98,42 @@ def test_a_price_is_the_units_price() -> None:
     assert estimate.mu == estimator.mu(estimate.work) < estimator.reserved_mu("t", shape, estimate.work)
 
 
-def test_the_tables_are_bounded() -> None:
-    """The least recently used mean is evicted first, and starts again from its start value."""
-    means = DecayedMeans(1.0, limit=2)
-    for key in (1, 2, 1, 3):
-        means.add(key, 100.0)
-    assert [means.get(key) > 1.0 for key in (1, 2, 3)] == [True, False, True]
+def test_a_hostile_tenant_does_not_move_another_price() -> None:
+    """100 answers at one byte a token leave an honest 4,000-token prompt as it was, of a new tenant or a known one."""
+    for known in (0, 20):
+        estimator = Estimator(CO)
+        honest, hostile = RequestShape("m", text_bytes=16_000), RequestShape("m", text_bytes=4_000)
+        for _ in range(known):
+            estimator.learn("honest", honest, Usage(4000, 100))
+        before = estimator.estimate("honest", honest, [])
+        for _ in range(100):
+            estimator.learn("hostile", hostile, Usage(4000, 8000))
+        after = estimator.estimate("honest", honest, [])
+        assert after.work.uncached == before.work.uncached == 4000
+        assert abs(after.mu / before.mu - 1) < 0.02
+        assert work(estimator, "hostile", hostile).uncached > 3500
+
+
+def test_ten_agents_are_priced_as_they_settle() -> None:
+    """Streams whose prompts are 95 % cached are held at what they settle at, once a few have ended."""
+    estimator, held, used = Estimator(CO), 0.0, 0.0
+    for turn in range(40):
+        for _ in range(10):
+            prompt = 12_000 + 400 * turn
+            shape = RequestShape("m", stream=True, text_bytes=4 * prompt)
+            usage = Usage(prompt, 200, int(0.95 * prompt))
+            if turn > 0:
+                held += estimator.estimate("agents", shape, []).mu
+                used += estimator.mu(cost_model.settled_work(RequestSize(0), usage, 0))
+            estimator.learn("agents", shape, usage)
+    assert abs(held / used - 1) < 0.1
+
+
+def test_a_reservation_does_not_count_on_the_cache() -> None:
+    """What is reserved of a tenant's limit is the price without a cache, whatever its earlier answers had cached."""
+    estimator, shape = Estimator(CO), RequestShape("m", text_bytes=48_000)
+    for _ in range(40):
+        estimator.learn("t", shape, Usage(12_000, 100, 11_400))
+    estimate = estimator.estimate("t", shape, [])
+    uncached = estimator.mu(RequestSize(12_000, output=estimate.work.output))
+    assert estimate.mu < 0.6 * uncached < estimator.reserved_mu("t", shape, estimate.work)

@@ -104,11 +104,28 @@ def test_weights_that_grow_are_scaled_back() -> None:
 
 
 def test_an_unknown_tenant_borrows_from_its_model_and_an_unknown_model_from_the_prior() -> None:
-    """Levels back off from the specific to the general."""
+    """Levels back off from the specific to the general, where more than one tenant has taught them."""
     outputs = taught([50] * 300)
+    for _ in range(300):
+        outputs.learn("second", "m", 100, 50)
+        outputs.learn("third", "m", 100, 50)
     assert outputs.forecast("new", "m", 100, None).mean() < 60
     assert 50 < outputs.forecast("new", "m", 8000, None).mean() < 60  # another size class: the model's own
     assert list(outputs.forecast("t", "else", 100, None).shares()) == pytest.approx(list(PRIOR))
+
+
+def test_one_tenant_alone_teaches_others_nothing() -> None:
+    """Endless answers of one tenant, however many, leave what a new one and an established one expect."""
+    outputs = OutputLengths()
+    for _ in range(100):
+        outputs.learn("honest", "m", 3000, 50)
+    before = [outputs.forecast("honest", "m", 3000, None).mean(), outputs.forecast("new", "m", 8000, None).mean()]
+    for _ in range(1000):
+        outputs.learn("hostile", "m", 3000, 100_000)
+        outputs.learn("hostile", "m", 8000, 100_000)
+    after = [outputs.forecast("honest", "m", 3000, None).mean(), outputs.forecast("new", "m", 8000, None).mean()]
+    assert after == pytest.approx(before, rel=0.05)
+    assert outputs.forecast("hostile", "m", 3000, None).mean() > 90_000
 
 
 def test_answers_that_were_cut_off_count_above_their_limit() -> None:
@@ -134,7 +151,7 @@ def test_the_table_is_bounded() -> None:
     outputs = OutputLengths(limit=30)
     for n in range(500):
         outputs.learn(f"tenant-{n}", "m", 100, 10)
-    assert len(outputs) == 30
+    assert len(outputs) == 32  # and two of the typical tenants
     assert (
         outputs.forecast("tenant-499", "m", 100, None).mean() < outputs.forecast("tenant-0", "m", 100, None).mean() + 1
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sidecar.events import Verdict
 from sidecar.readings import EngineSample, GpuSample, ProcessSample, Reading, Value
-from sidecar.snapshot import CanaryUse, ImageUse, Load, PriceUse, RelayUse, Snapshot
+from sidecar.snapshot import CanaryUse, ImageUse, LatencyForecast, Load, PriceUse, RelayUse, Snapshot
 
 LOAD = Load(
     mu_in_flight=3.2,
@@ -24,7 +24,10 @@ LOAD = Load(
     coefficients_source="file",
     coefficients_stale=False,
     recent_mu_per_second=0.5,
-    parts=(("stock", 0.27), ("flow", 0.41), ("kv", 0.3), ("queue", None)),
+    parts=(("stock", 0.27), ("flow", 0.41), ("kv", None), ("queue", 0.02), ("ttft", 0.1)),
+    forecast=LatencyForecast(0.25, 2.0, 1e-5, 0.6, 0.03, 0.2, 0.4, 0.1, 120, 0.06, 0.21),
+    cached_share=0.4,
+    objectives=(("seconds", 10.0), ("ttft_seconds", 2.0)),
 )
 GPU = GpuSample(
     0,

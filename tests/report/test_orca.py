@@ -72,6 +72,8 @@ def test_a_report_carries_utilisation_thrice_and_vllms_own_two(form: Form) -> No
         "named_metrics.requests_per_second": 0.7,
         "named_metrics.kv_cache_usage_perc": 0.3,
         "named_metrics.num_requests_waiting": 3.0,
+        "named_metrics.predicted_ttft_seconds": 0.6,
+        "named_metrics.predicted_tpot_seconds": 0.03,
     }
 
 

@@ -12,7 +12,8 @@ import pytest
 from prometheus_client import openmetrics, parser
 from prometheus_client.openmetrics import parser as openmetrics_parser
 
-from sidecar.events import STATES, AbortRequests, CanaryResult, ImagePrepared, Verdict
+from sidecar.events import STATES, AbortRequests, CanaryResult, ImagePrepared, RequestSize, Verdict
+from sidecar.load.cost_model import Coefficients
 from sidecar.readings import Absent, Failed, Value
 from sidecar.report import load_json, prometheus
 from sidecar.report.merged_page import merge_pages
@@ -217,13 +218,23 @@ def test_load_is_the_contracts_object() -> None:
             "parts": {
                 "stock": 0.27,
                 "flow": 0.41,
-                "kv": 0.3,
-                "queue": None,
-                "queue_absent": "not reported by the engine",
+                "kv": None,
+                "kv_absent": "not reported by the engine",
+                "queue": 0.02,
+                "ttft": 0.1,
             },
         },
-        "tokens": {"prefill_in_flight": 5120, "decode_in_flight": 900, "delivered_total": 123456},
+        "tokens": {"prefill_in_flight": 5120, "decode_in_flight": 900, "delivered_total": 123456, "cached_share": 0.4},
         "requests": {"in_flight": 7, "waiting": 2},
+        "objectives": {"seconds": 10.0, "ttft_seconds": 2.0},
+        "predicted": {
+            "ttft_seconds": 0.6,
+            "tpot_seconds": 0.03,
+            "wait_seconds": 0.2,
+            "of": {"in": 3500, "cached": 0},
+            "typical_ttft_seconds": 0.4,
+            "error": {"median": 0.06, "p90": 0.21, "first_tokens": 120},
+        },
         "gpu": [
             {
                 "index": 0,
@@ -245,6 +256,7 @@ def test_load_is_the_contracts_object() -> None:
             "stale": False,
             "source": "calibrated",
             "margin": 0.2,
+            "slowness": 1.0,
             "unit_ms": {"decode": 60.0},
             "line_ms": {"alpha": 0.1},
             "shadow": None,
@@ -252,6 +264,16 @@ def test_load_is_the_contracts_object() -> None:
         },
         "verdict": "progressing",
     }
+
+
+def test_load_predicts_a_request_of_a_given_size() -> None:
+    """The time to first token grows with the prompt that must be computed, as the forecast's line says."""
+    co = Coefficients()
+    size = RequestSize(1000, 3000)
+    predicted = load_json.render(SNAPSHOT, "", size, co)["predicted"]
+    prefill = (co.k + 1000 * co.a + 1000 * co.b * 3500) / 1000
+    assert predicted["ttft_seconds"] == pytest.approx(0.25 + 2.0 * prefill + 0.01)
+    assert predicted["of"] == {"in": 4000, "cached": 3000}
 
 
 def test_load_says_why_a_value_is_missing() -> None:

@@ -33,6 +33,7 @@ class Pricing:
     left_prompts: LeftPrompts = field(default_factory=LeftPrompts)
 
     def on_load_report(self, load: LoadReport) -> None:
+        self.estimator.cached.on_engine(load.process, load.cached_share)
         if self.quota is not None:
             self.quota.on_load_report(load)
 
