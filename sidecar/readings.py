@@ -67,11 +67,27 @@ class EngineSample:
     kv_capacity_tokens: float | None = None  # of one rank
     ranks: tuple[RankSample, ...] = ()  # by rank; empty if the page does not separate ranks
     tokens_at_end: bool = False  # generation_tokens moves only when a request ends
+    cached_tokens: float | None = None  # counter: tokens of prompts that came from the cache
+    cache_queries: float | None = None  # counter: tokens of prompts that were looked for there
 
     @property
     def working(self) -> float | None:
         """A counter that moves while it generates: tokens, or steps where tokens are counted at a request's end."""
         return self.iterations if self.tokens_at_end else self.generation_tokens
+
+    def cached_share(self, earlier: EngineSample) -> float | None:
+        """The share of prompt tokens since `earlier` that came from the cache; None if the page does not say it.
+
+        Where `cache_queries` is not on the page, `prompt_tokens` are those that were computed.
+        """
+        if self.cached_tokens is None:
+            return None
+        hits = self.cached_tokens - (earlier.cached_tokens or 0.0)
+        if self.cache_queries is not None:
+            queries = self.cache_queries - (earlier.cache_queries or 0.0)
+        else:
+            queries = hits + (self.prompt_tokens or 0.0) - (earlier.prompt_tokens or 0.0)
+        return min(1.0, hits / queries) if queries > 0 and hits >= 0 else None
 
 
 @dataclass(frozen=True, slots=True)

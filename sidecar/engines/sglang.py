@@ -43,6 +43,8 @@ SGLANG: Final = EngineKind(
             kv_usage="sglang:token_usage",
             finished="sglang:num_requests_total",
             iterations="sglang:cuda_graph_passes_total",
+            cached_tokens="sglang:cached_tokens_total",
+            cache_queries="sglang:prompt_tokens_total",
         ),
         "running": (Series("sglang:num_running_reqs", parts="priority"),),
         "waiting": (Series("sglang:num_queue_reqs", parts="priority"),),

@@ -39,6 +39,8 @@ VLLM: Final = EngineKind(
         generation_tokens="vllm:generation_tokens_total",
         finished="vllm:request_success_total",
         iterations="vllm:iteration_tokens_total_count",
+        cached_tokens="vllm:prefix_cache_hits_total",
+        cache_queries="vllm:prefix_cache_queries_total",
         started_wall="process_start_time_seconds",
     ),
     contact_path="/version",
