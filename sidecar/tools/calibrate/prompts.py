@@ -54,24 +54,27 @@ Prompt = tuple[str, dict[str, Any]]  # a request's path and body
 
 
 class Prompts:
-    """Builds new requests, which share the cached prefix."""
+    """Builds new requests. Those of one lane share a cached prefix, as the turns of a conversation do.
+
+    One prefix for all would be cheaper than it is in service: what all requests read stays in the processor's caches.
+    """
 
     def __init__(self, target: PromptTarget, seed: int = 0) -> None:
         self._target = target
         self._random = random.Random(seed)
         self._shifts = random.Random(seed)
-        self._prefix: list[int] | list[str] = []
+        self._prefixes: dict[int, list[int] | list[str]] = {}
 
-    def lead(self, shape: GridShape) -> Prompt:
-        """The request that puts the cached prefix of `shape` into the engine's cache."""
-        self._prefix = self._pieces(shape.cached)
-        return self._completion([*self._prefix, *self._pieces(1)], 1)
+    def lead(self, shape: GridShape, lane: int = 0) -> Prompt:
+        """The request that puts the cached prefix of a lane into the engine's cache."""
+        prefix = self._prefixes[lane] = self._pieces(shape.cached)
+        return self._completion([*prefix, *self._pieces(1)], 1)
 
-    def next(self, shape: GridShape) -> Prompt:
+    def next(self, shape: GridShape, lane: int = 0) -> Prompt:
         """A request of this shape, a chat if it has a side. A photo takes milliseconds: call this on a thread."""
         if shape.side:
             return self._chat(shape)
-        prefix = self._prefix if shape.cached else []
+        prefix = self._prefixes[lane] if shape.cached else []
         return self._completion([*prefix, *self._pieces(shape.uncached)], shape.output)
 
     def _completion(self, pieces: list[int | str], output: int) -> Prompt:
