@@ -108,8 +108,8 @@ ENGINES: list[tuple[str, EngineSettings, SearchEnd, tuple[int, int]]] = [
     ("one slot", quick(max_batch=1), "full", (1, 2)),
     ("few slots and a queue", quick(max_batch=4), "full", (4, 8)),
     ("many slots", quick(max_batch=32), "full", (16, 64)),
-    ("KV cache", quick(max_batch=64, kv_tokens=1024), "full", (4, 16)),
-    ("slots, and refuses to queue", quick(max_batch=4, max_waiting=8, full_status=429), "full", (4, 8)),
+    ("KV cache", quick(max_batch=64, kv_tokens=2048), "full", (8, 32)),
+    ("slots, and refuses to queue", quick(max_batch=4, max_waiting=16, full_status=429), "full", (4, 8)),
     ("refuses before it is full", quick(max_batch=64, max_waiting=4), "refused", (4, 4)),
 ]
 

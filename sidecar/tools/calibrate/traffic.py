@@ -28,6 +28,9 @@ from sidecar.tools.calibrate.shapes import GridShape
 REQUEST_TIMEOUT: Final = aiohttp.ClientTimeout(total=300.0)
 # The metrics page costs the engine milliseconds.
 LOAD_CHECK_INTERVAL_S: Final = 1.0
+# After a run: cancelled requests may go on to their end (llama.cpp, seen), but no longer than this many latencies.
+DRAIN_LATENCIES: Final = 2
+DRAIN_CHECK_INTERVAL_S: Final = 0.05
 # If the engine does not report the size of its KV cache.
 MAX_KV_TOKENS: Final = 1e9
 # Share of the engine's KV cache that prefixes may take, so that requests do not push them out.
@@ -150,7 +153,14 @@ class CalibrationTraffic:
             raise _first_refusal(group) or group from None
         if before is not None and not sample.tells_cached:
             await self._count_cached(sample, before)
+        await self._drain(DRAIN_LATENCIES * max(sample.latencies))
         return sample
+
+    async def _drain(self, seconds: float) -> None:
+        """Wait until the engine has no requests, so that they do not disturb the next run."""
+        until = time.monotonic() + seconds
+        while self.load is not None and await self.load() and time.monotonic() < until:  # noqa: ASYNC110
+            await asyncio.sleep(DRAIN_CHECK_INTERVAL_S)
 
     async def _lead(self, shape: GridShape, concurrency: int) -> int:
         """Put prefixes into the engine's cache, one for each open request if they have room. Returns how many."""
