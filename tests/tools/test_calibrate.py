@@ -371,6 +371,48 @@ def test_mu_in_flight_is_the_measured_one_at_its_slo() -> None:
     assert cost_model.max_mu_in_flight(co, 5.0) == cost_model.max_mu_in_flight(Coefficients(), 5.0)
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('{"a": 1.0, "mape": 0.1}', replace(Coefficients(), a=1.0, q=0.0, mape=0.1, source="file")),
+        ('{"version": 2, "a": 1.0, "q": 3.0}', replace(Coefficients(), a=1.0, q=3.0, source="file")),
+        (
+            '{"version": 3, "a": 1.0, "median_ape": 0.04, "no_capacity": "x", "no_cached": "y"}',
+            replace(Coefficients(), a=1.0, median_ape=0.04, no_capacity="x", no_cached="y", source="file"),
+        ),
+    ],
+)
+def test_files_of_all_versions_are_read(text: str, expected: Coefficients) -> None:
+    """What a version does not have yet keeps its default; q was not measured before version 2."""
+    assert cost_model.from_json(text) == expected
+    assert cost_model.from_json(cost_model.to_json(expected)) == expected
+    with pytest.raises(UsageError, match="unknown version 4"):
+        cost_model.from_json('{"version": 4}')
+
+
+def test_the_median_is_stated_beside_mean_and_tail() -> None:
+    """Of errors of 2, 4, 6, 8 and 100 % the mean is 24 %, the median 6 %, the 90th percentile 100 %."""
+    co = Coefficients(k=0.0, a=1.0, b=0.0, d=0.0, f=0.0)
+    rows = [Measured(RequestSize(100), 100 / (1 + error)) for error in (0.02, 0.04, 0.06, 0.08, 1.0)]
+    found = fit.accuracy(rows, co)
+    assert (found.mape, found.median, found.p90) == pytest.approx((0.24, 0.06, 1.0))
+    assert str(found).startswith("MAPE 24.0%, median 6.0%, P90 100.0%, R2 ")
+
+
+def test_a_report_without_a_capacity_does_not_name_one() -> None:
+    """The word stands only after "no", with the reason and what to do; the flow is not named."""
+    size = RequestSize(3500, output=300)
+    steps = tuple(SearchStep(n, 1.0, float(n), size) for n in (1, 2, 4))
+    plan = GridPlan(512, 4, steps, ended="time")
+    rows = [fit.FitRow(RequestSize(u, output=8), 10.0 + u, GridShape(u, 0, 8, u > 40), 0.0) for u in (8, 16, 32, 64)]
+    why = capacity_search.explain_no_capacity(plan, 60)
+    for co, capacity in ((replace(TRUE, no_capacity=why), False), (TRUE, True)):
+        text = report.text(report.CalibrationReport(rows[:3], rows[3:], co, plan, 0.0), 10)
+        assert ("no capacity: the rate still rose by 100%" in text) is not capacity
+        assert ("capacity with 4 open: " in text) is capacity and text.count("capacity") == 1
+        assert ("by Little's law" in text) is capacity
+
+
 def test_no_engine_and_no_folder_are_said(tmp_path: Path, capsys: Any) -> None:
     """Each error is one line that says what to do."""
     assert run(["calibrate"]) == 2

@@ -191,8 +191,8 @@ async def _find_length(traffic: CalibrationTraffic, span: tuple[int, int], concu
         tried = min(2 * longest, limit)
         largest = shape_of(tried, *LARGEST)
         show_progress(f"{concurrency} of {largest.name} at once")
-        # A turn keeps each shape's requests open for two rounds, of which the first does not count.
-        if 2 * GRID_COST * await traffic.burst(largest, concurrency) * MIN_TURNS > seconds:
+        # Three rounds for each shape: until all are open, those that count, and until the last has ended.
+        if 3 * GRID_COST * await traffic.burst(largest, concurrency) * MIN_TURNS > seconds:
             break
         longest = tried
     return longest
