@@ -21,6 +21,7 @@ from sidecar.tools.calibrate.traffic import MAX_KV_TOKENS, CalibrationTraffic, C
 # If the engine does not report its context length.
 DEFAULT_CONTEXT_TOKENS: Final = 4096
 WARM_UP_TOKENS: Final = 256
+TRIALS: Final = 4
 PAGE_TIMEOUT_S: Final = 10.0
 MAX_IMAGES: Final = 4
 # Of a prompt that is sent again: several blocks of any engine, a sixth of the context at most.
@@ -112,9 +113,13 @@ async def text_target(target: PromptTarget) -> PromptTarget:
 
 
 async def _warm_up(target: PromptTarget) -> PromptTarget:
-    """Find out whether the engine accepts token ids, and warm it up."""
+    """Find out whether the engine accepts token ids, and warm it up.
+
+    What random ids make a model generate may be no text, which llama.cpp answers with 500 (seen); words do not.
+    """
     try:
-        await CalibrationTraffic(target).once(GridShape(16, 0, 1))
+        for _ in range(TRIALS):
+            await CalibrationTraffic(target).burst(GridShape(16, 0, 32), 2)
     except EngineRefused:
         target = await _measure_words(replace(target, ids=False))
     await CalibrationTraffic(target, seed=1).burst(GridShape(WARM_UP_TOKENS // 2, 0, 8), 2)

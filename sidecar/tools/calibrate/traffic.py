@@ -42,6 +42,10 @@ Load = Callable[[], Awaitable[float | None]]  # running and queued requests; Non
 Counters = Callable[[], Awaitable[EngineSample | None]]  # the engine's page; None if it has none
 # Answers of an engine that takes no more requests now.
 FULL_STATUSES: Final = (429, 503)
+# Of an engine that computed an answer and could not write it, which does not count: at most so many, and this share.
+UNWRITTEN_STATUS: Final = 500
+MAX_UNWRITTEN: Final = 2
+MAX_UNWRITTEN_SHARE: Final = 0.2
 
 
 class EngineRefused(SidecarError):
@@ -59,7 +63,8 @@ class LatencySample:
     """A run at one shape and concurrency: requests that started and ended while all others were open. Seconds.
 
     `tells_cached`: the engine says how much of a prompt was cached. `others`: requests of other clients throughout the
-    run. `waited`: the share of the time in which the engine waited for a core, which no request is charged for.
+    run. `unwritten`: answers that the engine computed and could not write. `waited`: the share of the time in which the
+    engine waited for a core, which no request is charged for.
     """
 
     concurrency: int
@@ -67,7 +72,13 @@ class LatencySample:
     works: Counter[RequestSize] = field(default_factory=Counter)
     tells_cached: bool = False
     others: int = 0
+    unwritten: int = 0
     waited: float = 0.0
+
+    @property
+    def max_unwritten(self) -> float:
+        """How many answers the engine may fail to write, of so many requests."""
+        return MAX_UNWRITTEN + MAX_UNWRITTEN_SHARE * len(self.latencies)
 
     def cost(self) -> Measured:
         """The mean cost of the requests."""
@@ -130,7 +141,13 @@ class CalibrationTraffic:
             while True:
                 prompt = await self._next(shape, lane)
                 started, counts = time.monotonic(), warm <= 0
-                use = await self._ask(prompt, shape)
+                try:
+                    use = await self._ask(prompt, shape)
+                except EngineRefused as e:
+                    sample.unwritten += 1
+                    if e.status != UNWRITTEN_STATUS or sample.unwritten > sample.max_unwritten:
+                        raise
+                    continue
                 warm -= 1
                 if warm == 0:
                     self.cores.mark()
