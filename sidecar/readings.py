@@ -78,7 +78,8 @@ class EngineSample:
     def cached_share(self, earlier: EngineSample) -> float | None:
         """The share of prompt tokens since `earlier` that came from the cache; None if the page does not say it.
 
-        Where `cache_queries` is not on the page, `prompt_tokens` are those that were computed.
+        0 if none were looked for, as without a cache. Where `cache_queries` is not on the page, `prompt_tokens` are
+        those that were computed.
         """
         if self.cached_tokens is None:
             return None
@@ -87,7 +88,9 @@ class EngineSample:
             queries = self.cache_queries - (earlier.cache_queries or 0.0)
         else:
             queries = hits + (self.prompt_tokens or 0.0) - (earlier.prompt_tokens or 0.0)
-        return min(1.0, hits / queries) if queries > 0 and hits >= 0 else None
+        if hits < 0 or queries < 0:
+            return None  # counters of another process
+        return min(1.0, hits / queries) if queries else 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -147,4 +147,6 @@ def test_the_cached_share_is_that_of_the_engines_counters() -> None:
     assert share == 166 / 176  # after the first prompt: 83 of 84, 83 of 84, 0 of 8
     looked_up = EngineSample(cached_tokens=96, cache_queries=200)
     assert looked_up.cached_share(EngineSample(cached_tokens=0, cache_queries=100)) == 0.96
-    assert looked_up.cached_share(EngineSample()) == 0.48 and looked_up.cached_share(looked_up) is None
+    assert looked_up.cached_share(EngineSample()) == 0.48 and looked_up.cached_share(looked_up) == 0
+    assert EngineSample(cached_tokens=0, cache_queries=0).cached_share(looked_up) is None
+    assert EngineSample(prompt_tokens=5).cached_share(EngineSample()) is None

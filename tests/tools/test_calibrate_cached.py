@@ -19,7 +19,7 @@ from sidecar.tools.calibrate import capabilities, fit, report
 from sidecar.tools.calibrate.fit import FitRow, Measured
 from sidecar.tools.calibrate.prompts import PromptTarget, read_usage
 from sidecar.tools.calibrate.shapes import GridShape, plan_shapes
-from sidecar.tools.calibrate.traffic import CalibrationTraffic
+from sidecar.tools.calibrate.traffic import CalibrationTraffic, EngineRefused
 
 TRUE = Coefficients(k=5.0, a=0.2, b=2e-5, d=3.0, f=4e-4)
 
@@ -28,7 +28,8 @@ TRUE = Coefficients(k=5.0, a=0.2, b=2e-5, d=3.0, f=4e-4)
 class CachingEngine:
     """Answers at once. `keeps`: of a prompt that begins as an earlier one, the tokens that it still has cached.
 
-    `tells`: where it says so: in OpenAI's details, in llama.cpp's timings, in llama.cpp's counters, or nowhere.
+    `tells`: where it says so: in OpenAI's details, in llama.cpp's timings, in llama.cpp's counters, or nowhere. A word
+    has three tokens. `writes`: whether it can write what it generated from ids, as llama.cpp cannot if that is no text.
     """
 
     tells: str
@@ -36,10 +37,15 @@ class CachingEngine:
     prompts: list[tuple[Any, ...]] = field(default_factory=list)
     computed: int = 0
     cached: int = 0
+    writes: bool = True
 
     async def complete(self, request: web.Request) -> web.Response:
         body = await request.json()
-        prompt = tuple(body["prompt"])
+        text = body["prompt"]
+        if isinstance(text, list) and not self.writes and len(self.prompts) % 4 == 3:
+            self.prompts.append(tuple(text))
+            return web.json_response({"error": {"message": "The model produced output that is no text"}}, status=500)
+        prompt = tuple(word for word in text.split() for _ in range(3)) if isinstance(text, str) else tuple(text)
         common = max((_common(prompt, old) for old in self.prompts), default=0)
         cached = self.keeps(min(common, len(prompt) - 1))
         self.prompts.append(prompt)
@@ -139,6 +145,29 @@ async def test_a_sample_has_what_the_engine_had_cached(engine: CachingEngine, ca
     assert {size.cached for _, size in sizes} == cached and sum(share for share, _ in sizes) == pytest.approx(1.0)
     assert all(size.uncached + size.cached == 520 for _, size in sizes)
     assert sample.tells_cached is (engine.tells != "nowhere")
+
+
+async def test_words_are_sent_where_ids_lead_to_answers_that_cannot_be_written() -> None:
+    """One answer in four is 500 then. The prompts in words have the planned length, with the cached part."""
+    engine = CachingEngine("details", writes=False)
+    async with engine.target() as target:
+        found = await capabilities.text_target(target)
+        sample = await CalibrationTraffic(found, seed=7).run(GridShape(60, 300, 1), 2, 0.0)
+    assert (found.ids, found.tokens_per_word) == (False, 3.0)
+    assert all(size.uncached + size.cached == 360 and size.cached >= 300 for _, size in sample.cost().sizes)
+
+
+async def test_an_engine_that_fails_is_not_measured() -> None:
+    """A few answers that it could not write do not count; more are an error."""
+
+    async def fail(request: web.Request) -> web.Response:
+        return web.json_response({"error": {"message": "out of memory"}}, status=500)
+
+    engine = CachingEngine("details")
+    engine.complete = fail  # type: ignore[method-assign]
+    async with engine.target() as target:
+        with pytest.raises(EngineRefused, match="500: out of memory"):
+            await CalibrationTraffic(target).run(GridShape(60, 0, 1), 2, 0.0)
 
 
 async def test_each_open_request_has_a_prefix_of_its_own() -> None:

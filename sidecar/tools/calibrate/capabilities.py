@@ -117,10 +117,15 @@ async def _warm_up(target: PromptTarget) -> PromptTarget:
 
     What random ids make a model generate may be no text, which llama.cpp answers with 500 (seen); words do not.
     """
+    trial = CalibrationTraffic(target)
     try:
         for _ in range(TRIALS):
-            await CalibrationTraffic(target).burst(GridShape(16, 0, 32), 2)
+            await trial.burst(GridShape(WARM_UP_TOKENS // 2, 0, 32), 2)
     except EngineRefused:
+        takes_ids = False
+    else:
+        takes_ids = trial.unwritten == 0
+    if not takes_ids:
         target = await _measure_words(replace(target, ids=False))
     await CalibrationTraffic(target, seed=1).burst(GridShape(WARM_UP_TOKENS // 2, 0, 8), 2)
     return target

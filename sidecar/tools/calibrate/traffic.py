@@ -45,7 +45,7 @@ FULL_STATUSES: Final = (429, 503)
 # Of an engine that computed an answer and could not write it, which does not count: at most so many, and this share.
 UNWRITTEN_STATUS: Final = 500
 MAX_UNWRITTEN: Final = 2
-MAX_UNWRITTEN_SHARE: Final = 0.2
+MAX_UNWRITTEN_SHARE: Final = 0.5
 
 
 class EngineRefused(SidecarError):
@@ -63,8 +63,7 @@ class LatencySample:
     """A run at one shape and concurrency: requests that started and ended while all others were open. Seconds.
 
     `tells_cached`: the engine says how much of a prompt was cached. `others`: requests of other clients throughout the
-    run. `unwritten`: answers that the engine computed and could not write. `waited`: the share of the time in which the
-    engine waited for a core, which no request is charged for.
+    run. `waited`: the share of the time in which the engine waited for a core, which no request is charged for.
     """
 
     concurrency: int
@@ -72,13 +71,7 @@ class LatencySample:
     works: Counter[RequestSize] = field(default_factory=Counter)
     tells_cached: bool = False
     others: int = 0
-    unwritten: int = 0
     waited: float = 0.0
-
-    @property
-    def max_unwritten(self) -> float:
-        """How many answers the engine may fail to write, of so many requests."""
-        return MAX_UNWRITTEN + MAX_UNWRITTEN_SHARE * len(self.latencies)
 
     def cost(self) -> Measured:
         """The mean cost of the requests."""
@@ -104,6 +97,7 @@ class CalibrationTraffic:
     """Sends requests of given shapes. `load` and `cores` are watched during a run.
 
     `counters` say what the engine had cached where its responses do not. `kv_tokens`: the size of its KV cache.
+    `unwritten`: answers that the engine computed and could not write, of `asked`.
     """
 
     target: PromptTarget
@@ -112,6 +106,8 @@ class CalibrationTraffic:
     cores: Cores = field(default_factory=lambda: Cores(()))
     counters: Counters | None = None
     kv_tokens: float = MAX_KV_TOKENS
+    asked: int = 0
+    unwritten: int = 0
 
     def __post_init__(self) -> None:
         self._prompts = Prompts(self.target, self.seed)
@@ -119,8 +115,10 @@ class CalibrationTraffic:
     async def once(self, shape: GridShape) -> RequestSize:
         """Send a single request. Raises EngineRefused."""
         if shape.cached:
-            await self._ask(self._prompts.lead(shape), shape)
-        return (await self._ask(await self._next(shape), shape)).work
+            await self._try(self._prompts.lead(shape), shape)
+        while (use := await self._try(await self._next(shape), shape)) is None:
+            pass
+        return use.work
 
     async def burst(self, shape: GridShape, number: int) -> float:
         """Seconds until `number` requests sent at once are all answered. Raises EngineRefused."""
@@ -141,12 +139,7 @@ class CalibrationTraffic:
             while True:
                 prompt = await self._next(shape, lane)
                 started, counts = time.monotonic(), warm <= 0
-                try:
-                    use = await self._ask(prompt, shape)
-                except EngineRefused as e:
-                    sample.unwritten += 1
-                    if e.status != UNWRITTEN_STATUS or sample.unwritten > sample.max_unwritten:
-                        raise
+                if (use := await self._try(prompt, shape)) is None:
                     continue
                 warm -= 1
                 if warm == 0:
@@ -184,7 +177,7 @@ class CalibrationTraffic:
         if not shape.cached:
             return 1
         lanes = max(1, min(concurrency, int(PREFIX_SHARE * self.kv_tokens // shape.cached)))
-        await asyncio.gather(*(self._ask(self._prompts.lead(shape, lane), shape) for lane in range(lanes)))
+        await asyncio.gather(*(self._try(self._prompts.lead(shape, lane), shape) for lane in range(lanes)))
         return lanes
 
     async def _count_cached(self, sample: LatencySample, before: EngineSample) -> None:
@@ -209,6 +202,17 @@ class CalibrationTraffic:
         if shape.images:  # encoding a JPEG would block the loop
             return await asyncio.to_thread(self._prompts.next, shape, lane)
         return self._prompts.next(shape, lane)
+
+    async def _try(self, prompt: Prompt, shape: GridShape) -> RequestUse | None:
+        """Send one request; None if the engine could not write its answer. Raises EngineRefused."""
+        self.asked += 1
+        try:
+            return await self._ask(prompt, shape)
+        except EngineRefused as e:
+            self.unwritten += 1
+            if e.status != UNWRITTEN_STATUS or self.unwritten > MAX_UNWRITTEN + MAX_UNWRITTEN_SHARE * self.asked:
+                raise
+            return None
 
     async def _ask(self, prompt: Prompt, shape: GridShape) -> RequestUse:
         path, body = prompt
