@@ -71,6 +71,13 @@ def test_one_flat_step_is_not_enough() -> None:
     assert not is_full(plan.steps[:3])
 
 
+def test_one_flat_step_is_enough_where_there_is_no_other() -> None:
+    """At the end of the time the last step decides: 2 % more is full, 20 % more is not."""
+    for last, ended in ((1.02, "full"), (1.2, "time")):
+        rates = {1: 10.0, 2: 19.0, 4: 19.0 * last}
+        assert search(rates.__getitem__, SearchTime(0.3, 0.9, 5.0)).ended == ended
+
+
 def test_slow_growth_is_growth() -> None:
     """Steps of 8 % each are 17 % over two: not yet full."""
     steps = [SearchStep(2**i, 1.0, 1.08**i, SIZE) for i in range(3)]

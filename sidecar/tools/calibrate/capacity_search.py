@@ -1,7 +1,8 @@
 """The search before the grid: how many requests fill the engine, the capacity at the SLO, the longest shape.
 
 Open more and more requests of the reference shape: their rate grows until the engine is full, and their p95 with it.
-The search ends when two doublings in a row gained less than a tenth, or at a bound; then the capacity is unknown.
+The search ends when two doublings in a row gained less than a tenth, or at a bound; if the last one still gained more
+by then, the capacity is unknown.
 Shapes are measured on a full engine, where a request costs what it takes from others. Their length is limited by time.
 """
 
@@ -22,7 +23,8 @@ from sidecar.tools.calibrate.traffic import FULL_STATUSES, CalibrationTraffic, E
 MAX_OPEN_REQUESTS: Final = 1024
 # With fewer, the engine rests between an answer and the next request.
 MIN_OPEN_REQUESTS: Final = 4
-# A step that gains less than this share is flat; the engine is full after two flat steps, as one may be chance.
+# A step that gains less than this share is flat. The engine is full after two flat steps, as one may be chance; where
+# there can be no further step, one is enough.
 MIN_GAIN: Final = 0.1
 FLAT_STEPS: Final = 2
 # Share of the highest rate at which the engine counts as full.
@@ -107,9 +109,11 @@ def search_end(steps: Sequence[SearchStep], slo: float, elapsed: float, seconds:
     after_next = elapsed + NEXT_STEP_LATENCIES * steps[-1].p95
     if full:
         return "full" if steps[-1].p95 > slo or after_next > seconds.search or _is_last(steps) else None
-    if _is_last(steps):
-        return "limit"
-    return "time" if after_next > seconds.longest else None
+    if not _is_last(steps) and after_next <= seconds.longest:
+        return None
+    if is_full(steps, flat=1):
+        return "full"
+    return "limit" if _is_last(steps) else "time"
 
 
 def _is_last(steps: Sequence[SearchStep]) -> bool:

@@ -138,7 +138,7 @@ async def calibrate(settings: CalibrateSettings, out: Path) -> tuple[report.Cali
 async def measure_grid(
     traffic: CalibrationTraffic, engine: EngineCapabilities, plan: GridPlan, journal: Checkpoint, seconds: float
 ) -> None:
-    """Measure all shapes in at least two turns, and more while there is time."""
+    """Measure all shapes in two turns, or more while there is time, or one that takes all of it."""
     done = journal.done
     shapes = plan_shapes(plan.length, cached=engine.cached, tokens=engine.target.tokens, max_images=engine.max_images)
     each = seconds / (MAX_TURNS * len(shapes))
@@ -158,7 +158,7 @@ async def measure_grid(
                 )
         turn += 1
         spent = sum(entry.seconds for entry in done.values())
-        turns = max(MIN_TURNS, min(MAX_TURNS, int(seconds / (spent / turn))))
+        turns = 1 if spent > seconds and turn == 1 else max(MIN_TURNS, min(MAX_TURNS, int(seconds / (spent / turn))))
 
 
 async def wait_until_idle(engine: EngineCapabilities) -> None:
@@ -208,7 +208,8 @@ def build_report(
         no_cached=report.explain_no_cached(rows, engine.no_cached),
     )
     waited = statistics.median(entry.waited for entry in done.values())
-    return report.CalibrationReport(fitted, held_out, co, plan, waited, engine.notes)
+    turns = 1 + max(turn for _, turn in done)
+    return report.CalibrationReport(fitted, held_out, co, plan, waited, turns, engine.notes)
 
 
 def read_config(model: str) -> dict[str, Any]:

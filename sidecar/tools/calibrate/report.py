@@ -22,7 +22,7 @@ NOISY_SHARE: Final = 0.15
 class CalibrationReport:
     """Fitted and held-out shapes, and the result. `waited`: the median share of the time without a core.
 
-    `notes`: what was left out, and why.
+    `turns`: how often each shape was measured. `notes`: what was left out, and why.
     """
 
     fitted: Sequence[FitRow]
@@ -30,6 +30,7 @@ class CalibrationReport:
     co: Coefficients
     plan: GridPlan
     waited: float
+    turns: int = 2
     notes: Sequence[str] = ()
 
 
@@ -38,6 +39,7 @@ def text(found: CalibrationReport, slo: float) -> str:
     co, rows = found.co, [*found.fitted, *found.held_out]
     varies, spread = variation(rows, co), statistics.median(row.spread for row in rows)
     noisy = "; the machine is busy with other work: measure again when it is idle"
+    once = "; nothing was measured twice: give more --seconds"
     decode = ", ".join(f"{s.open} open {1000 / s.rate / s.work.output:.3g} ms" for s in found.plan.decode)
     steps = ", ".join(
         f"{s.open} open: {s.p95:.2f} s, {s.rate * cost_model.mu(s.work, co) * 60:.0f} MU per minute"
@@ -49,8 +51,10 @@ def text(found: CalibrationReport, slo: float) -> str:
         "",
         *held_out(found),
         f"{_capacity(found)}; rates of the shapes differ by {varies:.1%} (coefficient of variation)",
-        f"turns of one shape differ by {spread:.1%}; the engine waited for a core in {found.waited:.1%} of "
-        "the time, which is subtracted" + (noisy if max(spread, found.waited) > NOISY_SHARE else ""),
+        f"{found.turns} turns: those of one shape differ by {spread:.1%}; the engine waited for a core in "
+        f"{found.waited:.1%} of the time, which is subtracted"
+        + (noisy if max(spread, found.waited) > NOISY_SHARE else "")
+        + (once if found.turns == 1 else ""),
         f"at p95 <= {slo:g} s: {_in_flight(found, slo)} ({steps})",
         f"a generated token: {decode}",
         f"1 MU = {cost_model.unit_ms(co):.1f} ms; {terms}",
