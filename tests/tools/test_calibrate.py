@@ -212,10 +212,11 @@ def test_a_journal_goes_on_and_belongs_to_one_engine(tmp_path: Path) -> None:
             2,
             (SearchStep(1, 0.5, 2.0, RequestSize(8, output=1)),),
             (SearchStep(2, 0.5, 2.0, RequestSize(8, output=1)),),
+            "time",
         ),
     )
     entry = CheckpointEntry(RequestSize(8, output=1), 2.5, shape, 0, 1.5)
-    later = replace(entry, turn=1)
+    later = replace(entry, turn=1, mix=((0.75, RequestSize(8, output=1)), (0.25, RequestSize(4, 4, 1))))
     journal = Checkpoint(out, {"model": "a"})
     assert (journal.plan, journal.done) == (None, {})
     journal.begin(planned)
