@@ -27,7 +27,8 @@ MAX_IMAGES: Final = 4
 # Of a prompt that is sent again: several blocks of any engine, a sixth of the context at most.
 MAX_PREFIX_TOKENS: Final = 2048
 NOT_TOLD: Final = (
-    "the engine says in no way what it had cached (vLLM: --enable-prompt-tokens-details; llama.cpp: --metrics)"
+    "the engine says in no way what it had cached (vLLM: --enable-prompt-tokens-details; SGLang: "
+    "--enable-cache-report; llama.cpp: --metrics)"
 )
 NOT_CACHED: Final = (
     "the engine had nothing cached of a prompt that came again (vLLM: --enable-prefix-caching; llama.cpp: "
