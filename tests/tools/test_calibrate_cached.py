@@ -229,7 +229,7 @@ def test_a_turn_without_the_cache_is_a_row_of_its_own() -> None:
 
 @pytest.mark.parametrize(
     ("cached", "said"),
-    [((1.0, 1.0), ""), ((0.0, 1.0), ""), ((0.0, 0.0), "at 0% of them at most was"), ((), "why none were sent")],
+    [((1.0, 1.0), ""), ((0.0, 1.0), ""), ((0.0, 0.0), "0% of them at most was"), ((), "why none were sent")],
 )
 def test_the_file_says_that_cached_prompts_were_not_seen(cached: tuple[float, ...], said: str) -> None:
     """Unless at least one shape had its prefix cached."""

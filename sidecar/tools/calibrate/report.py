@@ -86,8 +86,8 @@ def explain_no_cached(rows: Sequence[FitRow], note: str) -> str:
     if any(was_cached(row.shape, row) for row in planned):
         return ""
     return (
-        f"at {max(map(_cached_share, planned)):.0%} of them at most was in the engine's cache when they came again; "
-        "is it smaller than the requests that were open, or are its blocks longer than the prompts?"
+        f"{max(map(_cached_share, planned)):.0%} of them at most was in the engine's cache when they came again; is it "
+        "smaller than the requests that were open (llama.cpp: slots), or are its blocks longer than the prompts?"
     )
 
 

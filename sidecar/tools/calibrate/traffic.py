@@ -209,7 +209,7 @@ class CalibrationTraffic:
         try:
             return await self._ask(prompt, shape)
         except EngineRefused as e:
-            self.unwritten += 1
+            self.unwritten += e.status == UNWRITTEN_STATUS
             if e.status != UNWRITTEN_STATUS or self.unwritten > MAX_UNWRITTEN + MAX_UNWRITTEN_SHARE * self.asked:
                 raise
             return None
