@@ -12,7 +12,7 @@ import math
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from sidecar.events import RequestSize
@@ -97,7 +97,8 @@ def _cached_quarters(work: RequestSize) -> int:
 
 def _mean(works: Mapping[RequestSize, int]) -> RequestSize:
     count = sum(works.values())
-    sums = {f.name: sum(getattr(work, f.name) * n for work, n in works.items()) for f in fields(RequestSize)}
+    names = RequestSize.__struct_fields__
+    sums = {name: sum(getattr(work, name) * n for work, n in works.items()) for name in names}
     return RequestSize(**{name: round(value / count) for name, value in sums.items()})
 
 

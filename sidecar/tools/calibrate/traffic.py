@@ -12,10 +12,11 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Final
 
 import aiohttp
+from msgspec import structs
 
 from sidecar.errors import SidecarError
 from sidecar.events import RequestSize
@@ -84,7 +85,7 @@ class LatencySample:
         for work, count in works.items():
             prompt = work.uncached + work.cached
             cached = round(share * prompt)
-            self.works[replace(work, uncached=prompt - cached, cached=cached)] += count
+            self.works[structs.replace(work, uncached=prompt - cached, cached=cached)] += count
 
     def p95(self) -> float:
         """The 95th percentile of latency, seconds."""
