@@ -240,3 +240,16 @@ def test_the_file_says_that_cached_prompts_were_not_seen(cached: tuple[float, ..
     ]
     why = report.explain_no_cached([*rows, FitRow(RequestSize(8), 1.0, GridShape(8, 0, 1), 0.0)], "why none were sent")
     assert why.startswith(said) and bool(why) is bool(said)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "images", "encoded"), [(233, 1, 1), (232, 2, 1), (426, 4, 2), (427, 2, 2), (815, 4, 4), (45, 1, 1)]
+)
+def test_photos_that_the_engine_encodes_together_are_counted_so(prompt: int, images: int, encoded: int) -> None:
+    """llama.cpp b10434 with a Qwen2-VL counted 233, 232 and 426 tokens for 1, 2 and 4 photos of 194 tokens each."""
+    target = PromptTarget(None, "", tokens={448: 194}, counted={448: 194, 0: 39})  # type: ignore[arg-type]
+    usage = {"usage": {"prompt_tokens": prompt, "completion_tokens": 1}}
+    work = read_usage(usage, GridShape(32, 0, 1, images=images, side=448), target).work
+    assert (work.images, work.image_tokens, work.image_squares) == (images, encoded * 194, encoded * 194**2)
+    few = replace(target, counted={448: 1, 0: 39})  # a placeholder
+    assert read_usage(usage, GridShape(32, 0, 1, images=images, side=448), few).work.image_tokens == images * 194

@@ -168,7 +168,8 @@ async def _measure_photos(target: PromptTarget, model: str) -> tuple[PromptTarge
         side: (spec.geometry(side * 3 // 4, side).tokens if spec else 0) or max(1, count - text)
         for side, count in counted.items()
     }
-    return replace(target, tokens=tokens), most, ""
+    each = {side: count - text for side, count in counted.items()}
+    return replace(target, tokens=tokens, counted={**each, 0: text}), most, ""
 
 
 def _card(pages: Mapping[str, bytes], url: str) -> dict[str, Any]:

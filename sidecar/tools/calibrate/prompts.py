@@ -32,7 +32,8 @@ class PromptTarget:
     """The engine, a session to reach it, and its prompt format.
 
     `ids`: it accepts token ids, of which the first `vocabulary` are safe; otherwise prompts are words.
-    `tokens`: encoder tokens of one photo, by its longer side; empty if it accepts none.
+    `tokens`: encoder tokens of one photo, by its longer side; empty if it accepts none. `counted`: what `usage` counts
+    for it, and at side 0 what it counts for the text of such a request.
     """
 
     session: aiohttp.ClientSession
@@ -43,12 +44,16 @@ class PromptTarget:
     vocabulary: int = 256
     tokens_per_word: float = TOKENS_PER_WORD
     tokens: Mapping[int, int] = field(default_factory=dict)
+    counted: Mapping[int, int] = field(default_factory=dict)
 
     @property
     def headers(self) -> dict[str, str]:
         """The headers of every request."""
         return {"authorization": f"Bearer {self.key}"} if self.key else {}
 
+
+# Fewer tokens are no image: the engine counts a placeholder.
+MIN_COUNTED_TOKENS: Final = 32
 
 Prompt = tuple[str, dict[str, Any]]  # a request's path and body
 
@@ -134,12 +139,23 @@ def read_usage(answer: Any, shape: GridShape, target: PromptTarget) -> RequestUs
         if told is None:
             told = (answer.get("timings") or {}).get("cache_n")
         cached = min(told or 0, usage["prompt_tokens"])
-        n, each = shape.images, target.tokens.get(shape.side, 0)
+        each, encoded = target.tokens.get(shape.side, 0), encodings(usage["prompt_tokens"], shape, target)
         new, output = usage["prompt_tokens"] - cached, usage["completion_tokens"]
-        work = RequestSize(new, cached, output, n * each, n, image_squares=n * each * each)
+        work = RequestSize(new, cached, output, encoded * each, shape.images, image_squares=encoded * each * each)
         return RequestUse(work, told is not None)
     except (KeyError, TypeError, AttributeError):
         raise ValueError("no usage") from None
+
+
+def encodings(prompt_tokens: int, shape: GridShape, target: PromptTarget) -> int:
+    """How many times the engine encoded a photo, by the prompt tokens that it counts.
+
+    llama.cpp encodes two photos of a Qwen2-VL as two frames of one video, with the tokens of one (seen).
+    """
+    each = target.counted.get(shape.side, 0)
+    if shape.images < 2 or each < MIN_COUNTED_TOKENS:
+        return shape.images
+    return max(1, min(shape.images, round((prompt_tokens - target.counted[0]) / each)))
 
 
 def shorten_error(text: str) -> str:
