@@ -15,11 +15,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final
 
+from msgspec import structs
+
 from sidecar.events import RequestSize
 from sidecar.load import cost_model
 from sidecar.load.cost_model import TERMS, Coefficients
 from sidecar.tools.calibrate.shapes import GridShape
 
+# Members of a size in which the requests of one shape may differ.
+AVERAGED: Final = ("uncached", "cached", "output", "image_tokens", "image_squares")
 # Share of a prefix above which it was cached: engines cache whole blocks.
 MIN_CACHED_SHARE: Final = 0.5
 # Weight of the prior.
@@ -97,9 +101,8 @@ def _cached_quarters(work: RequestSize) -> int:
 
 def _mean(works: Mapping[RequestSize, int]) -> RequestSize:
     count = sum(works.values())
-    names = RequestSize.__struct_fields__
-    sums = {name: sum(getattr(work, name) * n for work, n in works.items()) for name in names}
-    return RequestSize(**{name: round(value / count) for name, value in sums.items()})
+    sums = {name: sum(getattr(work, name) * n for work, n in works.items()) for name in AVERAGED}
+    return structs.replace(next(iter(works)), **{name: round(value / count) for name, value in sums.items()})
 
 
 def was_cached(shape: GridShape, measured: Measured) -> bool:
