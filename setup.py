@@ -20,8 +20,8 @@ COMPILED = {
     "sidecar/relay/http": "body client connection engine head",
     "sidecar/relay/pricing": "charge",
     "sidecar/runtime": "channel codec limited_log",
-    "sidecar/load": "api_routes body_scan cost_model estimator ledger output_length request_keys request_shape sequences "
-    "work_windows",
+    "sidecar/load": "answer_scan api_routes body_scan cost_model estimator event_tokens ledger output_length "
+    "prefill_queue request_keys request_shape sequences usage_forms work_windows",
 }
 
 

@@ -1,11 +1,12 @@
-"""`sidecar calibrate` against a real vLLM on this machine's CPU: the accuracy of its coefficients on held-out shapes.
+"""`sidecar calibrate` against a real engine on this machine's CPU: the accuracy of its coefficients on held-out shapes.
 
     python benchmarks/calibration.py [--kind text|vision] [--seconds N] [--write]    (environment: `make test-vllm`)
+    python benchmarks/calibration.py --engine URL --kind llamacpp-text --name "llama.cpp b10434, SmolLM2 135M" ...
 
-A tiny model of random weights with 8192 tokens of context, the prefix cache on and reported. The worker runs in the
-core's process, as on one GPU; the CPU's default, a separate worker, polls and occupies a core. `--write` puts the
-output of calibrate, and a plot of predicted against measured costs of the held-out shapes, into benchmarks/results/.
-Run it on an otherwise idle machine.
+The first form starts vLLM with a tiny model of random weights, 8192 tokens of context, the prefix cache on and
+reported; its worker runs in the core's process, as on one GPU; the CPU's default, a separate worker, polls and occupies
+a core. The second form measures an engine that runs. `--write` puts the output of calibrate, and a plot of predicted
+against measured costs of the held-out shapes, into benchmarks/results/. Run it on an otherwise idle machine.
 """
 
 from __future__ import annotations
@@ -47,22 +48,32 @@ SIDE, EDGE = 420, 60  # of the plot, pixels
 def main() -> None:
     """Measure, print, and write where asked."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--kind", choices=("text", "vision"), default="text")
+    parser.add_argument("--kind", default="text", help="text or vision; with --engine, what the files are called")
+    parser.add_argument("--engine", default="", help="URL of an engine that runs; none: a vLLM is started")
+    parser.add_argument("--name", default="", help="what that engine and its model are")
     parser.add_argument("--seconds", type=float, default=420.0)
     parser.add_argument("--write", action="store_true")
     chosen = parser.parse_args()
-    if not environment.complete():
+    if not chosen.engine and not environment.complete():
         print("the real vLLM is not installed: `make test-vllm` makes its environment (12 GB of disk)")
         return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        said, took = calibrated(chosen.kind, chosen.seconds, folder)
+        began, busy = time.monotonic(), [os.getloadavg()[0]]
+        if chosen.engine:
+            said = calibrate(chosen.engine, chosen.seconds, folder)
+        else:
+            said = calibrate_vllm(chosen.kind, chosen.seconds, folder)
+        took = time.monotonic() - began
+        busy.append(os.getloadavg()[0])
         rows = measured(folder / "all.jsonl")
         co = cost_model.from_json((folder / "co.json").read_text())
-    title = f"vLLM {environment.VERSION}, tiny {chosen.kind} model, {hardware.text('http://localhost', (0, ''))}"
+    name = chosen.name or f"vLLM {environment.VERSION}, tiny {chosen.kind} model"
+    title = f"{name}, {hardware.text('http://localhost', (0, ''))}"
     command = f"benchmarks/calibration.py --kind {chosen.kind} --seconds {chosen.seconds:g}"
     today = f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}"
-    text = f"# Calibration: {title}\n\n`{command}`, {today}; {took:.0f} s in all.\n\n```\n{said}```\n"
+    load = f"load average {busy[0]:.1f} before, {busy[1]:.1f} after"
+    text = f"# Calibration: {title}\n\n`{command}`, {today}; {took:.0f} s in all; {load}.\n\n```\n{said}```\n"
     print(text)
     if chosen.write:
         stem = RESULTS / f"calibration-{chosen.kind}-{today}"
@@ -70,31 +81,23 @@ def main() -> None:
         stem.with_suffix(".svg").write_text(plot(rows, co, title))
 
 
-def calibrated(kind: str, seconds: float, folder: Path) -> tuple[str, float]:
-    """Run `sidecar calibrate` against a new vLLM. Returns its output and duration; its files are in `folder`."""
+def calibrate_vllm(kind: str, seconds: float, folder: Path) -> str:
+    """Run `sidecar calibrate` against a new vLLM."""
     model = folder / "model"
     make = [str(environment.python()), str(ROOT / "tests/vllm/tiny_models.py"), kind, str(model)]
     subprocess.run(make, check=True, env=os.environ | processes.ENGINE_ENV, timeout=120)
     with processes.engine(model, folder / "engine.log", environ=ENVIRON, more=FLAGS) as engine:
-        command = [
-            sys.executable,
-            "-m",
-            "sidecar",
-            "calibrate",
-            "--engine",
-            engine.url,
-            "--model",
-            str(model),
-            "--out",
-            str(folder / "co.json"),
-            "--measurements",
-            str(folder / "all.jsonl"),
-            "--seconds",
-            str(seconds),
-        ]
-        started = time.monotonic()
-        done = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
-    return done.stdout.rpartition("written: ")[0], time.monotonic() - started
+        return calibrate(engine.url, seconds, folder, "--model", str(model))
+
+
+def calibrate(url: str, seconds: float, folder: Path, *more: str) -> str:
+    """Run `sidecar calibrate`. Returns its output; its files are in `folder`."""
+    command = [
+        *(sys.executable, "-m", "sidecar", "calibrate", "--engine", url, "--seconds", str(seconds), *more),
+        *("--out", str(folder / "co.json"), "--measurements", str(folder / "all.jsonl")),
+    ]
+    done = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
+    return done.stdout.rpartition("written: ")[0]
 
 
 def measured(path: Path) -> list[FitRow]:
@@ -129,7 +132,7 @@ def plot(rows: Sequence[FitRow], co: cost_model.Coefficients, title: str) -> str
     for m in held:
         x, y = at(m.ms), inside(_on(line, m))
         parts.append(f'<path d="M{x - 4:.1f} {y - 4:.1f}l8 8m-8 0l8 -8" stroke="#888" fill="none"/>')
-        parts.append(f'<circle cx="{x:.1f}" cy="{inside(cost_model.gpu_ms(m.work, co)):.1f}" r="4" fill="#1b6ca8"/>')
+        parts.append(f'<circle cx="{x:.1f}" cy="{inside(fit.predicted_ms(m, co)):.1f}" r="4" fill="#1b6ca8"/>')
     parts.append("</g>")
     for ms in (d * 10**n for n in range(-1, 6) for d in (1, 2, 5) if low <= d * 10**n <= high):
         parts.append(f'<text x="{EDGE + at(ms):.0f}" y="{EDGE + SIDE + 16}" text-anchor="middle">{ms:g}</text>')

@@ -67,13 +67,30 @@ class EngineSample:
     kv_capacity_tokens: float | None = None  # of one rank
     ranks: tuple[RankSample, ...] = ()  # by rank; empty if the page does not separate ranks
     tokens_at_end: bool = False  # generation_tokens moves only when a request ends
-    cache_asked_tokens: float | None = None  # prompt tokens looked up in the prefix cache, and those found in it
-    cache_found_tokens: float | None = None
+    cached_tokens: float | None = None  # counter: tokens of prompts that came from the cache
+    cache_queries: float | None = None  # counter: tokens of prompts that were looked for there
 
     @property
     def working(self) -> float | None:
         """A counter that moves while it generates: tokens, or steps where tokens are counted at a request's end."""
         return self.iterations if self.tokens_at_end else self.generation_tokens
+
+    def cached_share(self, earlier: EngineSample) -> float | None:
+        """The share of prompt tokens since `earlier` that came from the cache; None if the page does not say it.
+
+        0 if none were looked for, as without a cache. Where `cache_queries` is not on the page, `prompt_tokens` are
+        those that were computed.
+        """
+        if self.cached_tokens is None:
+            return None
+        hits = self.cached_tokens - (earlier.cached_tokens or 0.0)
+        if self.cache_queries is not None:
+            queries = self.cache_queries - (earlier.cache_queries or 0.0)
+        else:
+            queries = hits + (self.prompt_tokens or 0.0) - (earlier.prompt_tokens or 0.0)
+        if hits < 0 or queries < 0:
+            return None  # counters of another process
+        return min(1.0, hits / queries) if queries else 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,7 @@
 """llama.cpp's server: tools/server/README.md and server.cpp, 2026.
 
 - Series: with --metrics only (501 without). Its KV gauge was removed in 2025, and is read from older versions.
+  prompt_tokens_total leaves out what was cached, prompt_tokens_cached_total (of late) counts that (seen).
   tokens_predicted_total moves when a request ends, n_decode_total with each batch that was computed (seen).
   The page can be rendered by the decoding loop: then it waits for a batch and hangs with it; /health does not.
 - Sleep: with --sleep-idle-seconds the model is unloaded after that time, /props reports it, and any request wakes it.
@@ -32,6 +33,7 @@ LLAMACPP: Final = EngineKind(
             kv_usage="llamacpp:kv_cache_usage_ratio",
             prompt_tokens="llamacpp:prompt_tokens_total",
             iterations="llamacpp:n_decode_total",
+            cached_tokens="llamacpp:prompt_tokens_cached_total",
         ),
         "generation_tokens": (Series("llamacpp:tokens_predicted_total", at_end=True),),
     },

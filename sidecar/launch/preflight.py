@@ -28,7 +28,13 @@ _log = logging.getLogger("sidecar")
 def choose_coefficients(chosen: Settings) -> cost_model.Coefficients:
     """The coefficients file, else a roofline of --model on the GPU, else the documented default. Raises UsageError."""
     if chosen.coefficients:
-        return load_coefficients(chosen.coefficients)
+        coefficients = load_coefficients(chosen.coefficients)
+        if coefficients.no_capacity:
+            _log.warning(
+                "coefficients: the capacity is a lower bound, so load looks higher than it is: %s",
+                coefficients.no_capacity,
+            )
+        return coefficients
     coefficients = _roofline(chosen) if chosen.model else cost_model.Coefficients()
     _log.info("coefficients: %s; measure them with `sidecar calibrate`", coefficients.source)
     return coefficients

@@ -33,7 +33,7 @@ REFERENCE = RequestSize(uncached=3500, output=300)
 TERMS: Final = ("k", "a", "b", "d", "f", "g", "h", "q", "w")
 AUDIO_WINDOW_S: Final = 30.0
 AUDIO_FLOPS: Final = 50 * (2 * 0.635e9 + 4 * 32 * 1280 * 1500)  # of a second of audio
-FILE_VERSION: Final = 2  # version 1 is not numbered, and was measured without q
+FILE_VERSION: Final = 3  # 1 is not numbered, and was measured without q; 1 and 2 do not say what was not measured
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,10 +70,14 @@ class Coefficients:
     engine: str = ""
     flags: str = ""  # name=value, comma-separated
     mape: float = 0.0
+    median_ape: float = 0.0
     p90: float = 0.0
     r2: float = 0.0
     mu_in_flight: float = 0.0
     slo_seconds: float = 0.0
+    # Why these are not measured, and what to do about it; "" if they are.
+    no_capacity: str = ""  # MU per minute, which is then a lower bound: the engine was never full
+    no_cached: str = ""  # what a prompt costs of which the engine has a part in its cache
 
 
 @dataclass(frozen=True, slots=True)

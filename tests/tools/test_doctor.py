@@ -268,10 +268,16 @@ def test_a_taken_port_is_a_failure() -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "level"), [('{"a": 0.1, "d": 0.2, "fingerprint": "x"}', "ok"), ("{", "fail"), ('{"zz": 1}', "fail")]
+    ("content", "level"),
+    [
+        ('{"a": 0.1, "d": 0.2, "fingerprint": "x"}', "ok"),
+        ('{"version": 3, "a": 0.1, "no_capacity": "the rate still rose; give --seconds 600"}', "warn"),
+        ("{", "fail"),
+        ('{"zz": 1}', "fail"),
+    ],
 )
 def test_a_coefficients_file_is_read(tmp_path: Path, content: str, level: str) -> None:
-    """A good file is ok; a broken one fails, as it would fail the start."""
+    """A good file is ok; one without a capacity is a warning; a broken one fails, as it would fail the start."""
     file = tmp_path / "c.json"
     file.write_text(content)
     assert machine.coefficients(Settings(coefficients=str(file))).level == level

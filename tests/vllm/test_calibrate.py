@@ -8,9 +8,12 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import aiohttp
 import pytest
 
 from sidecar.load import cost_model
+from sidecar.tools.calibrate import capabilities
+from sidecar.tools.calibrate.prompts import PromptTarget
 
 from . import environment, processes
 from .processes import Engine
@@ -51,9 +54,10 @@ def test_a_real_vllm_is_calibrated(caching: Engine, tmp_path: Path, took: Callab
     done = subprocess.run(command, cwd=processes.ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "held out: MAPE" in done.stdout and "alpha-beta line: MAPE" in done.stdout and "448px" in done.stdout
-    assert "c/" in done.stdout, "shapes with a cached part"
+    assert "3 of 3 were cached, as the engine says" in done.stdout and ", median " in done.stdout
     co = cost_model.from_json(out.read_text())
     assert co.model == processes.MODEL and co.engine == environment.VERSION and co.batch == 4
+    assert not co.no_cached and co.median_ape <= co.p90 and ("no capacity" in done.stdout) is bool(co.no_capacity)
     assert co.source.startswith("calibrated") and co.d > 0 and cost_model.unit_ms(co) > 0
     identity = json.loads(kept.read_text().splitlines()[0])
     assert identity["flags"]["enable_prefix_caching"] == "True" and identity["tokens"] == {
@@ -62,3 +66,17 @@ def test_a_real_vllm_is_calibrated(caching: Engine, tmp_path: Path, took: Callab
         "896": 768,
     }
     took("calibrate", sum(json.loads(line)["seconds"] for line in kept.read_text().splitlines()[2:]))
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"), [(("--enable-prefix-caching",), ""), ((), capabilities.NOT_CACHED)], ids=["on", "off"]
+)
+async def test_what_a_real_vllm_had_cached_is_read_from_its_counters(
+    model: Callable[[str], Path], tmp_path: Path, flags: tuple[str, ...], expected: str
+) -> None:
+    """Without --enable-prompt-tokens-details its responses say nothing; its counters know of a cache and of none."""
+    with processes.engine(model("text"), tmp_path / "engine.log", more=flags) as running:
+        async with aiohttp.ClientSession() as session:
+            target = PromptTarget(session, running.url)
+            found = await capabilities.probe_capabilities(target, "vllm", "", 0)
+    assert (found.no_cached, found.kind, found.context) == (expected, "vllm", 4096)

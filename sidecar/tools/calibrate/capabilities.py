@@ -1,4 +1,4 @@
-"""What the engine reports about itself, and what it supports: token ids, cached tokens in `usage`, photos.
+"""What the engine reports about itself, and what it supports: token ids, cached prompts, photos.
 
 An unsupported feature is left out of the measurement, with a note. Only what every measurement needs is an error.
 """
@@ -12,34 +12,53 @@ from typing import Any, Final
 
 from sidecar.engines import metrics_parser, model_list, registry
 from sidecar.kernels import families
+from sidecar.readings import EngineSample
 from sidecar.signals.identify import ProbeAnswers, request_pages
 from sidecar.tools.calibrate.prompts import PromptTarget
 from sidecar.tools.calibrate.shapes import PHOTO_SIDES_PX, PHOTO_TEXT_TOKENS, GridShape
-from sidecar.tools.calibrate.traffic import CalibrationTraffic, EngineRefused, Load
+from sidecar.tools.calibrate.traffic import MAX_KV_TOKENS, CalibrationTraffic, Counters, EngineRefused, Load
 
 # If the engine does not report its context length.
 DEFAULT_CONTEXT_TOKENS: Final = 4096
 WARM_UP_TOKENS: Final = 256
+TRIALS: Final = 4
 PAGE_TIMEOUT_S: Final = 10.0
 MAX_IMAGES: Final = 4
-NO_CACHE_NOTE: Final = (
-    "cached prompts are not measured: the engine does not report cached tokens (vLLM: --enable-prompt-tokens-details)"
+# Of a prompt that is sent again: several blocks of any engine, a sixth of the context at most.
+MAX_PREFIX_TOKENS: Final = 2048
+NOT_TOLD: Final = (
+    "the engine says in no way what it had cached (vLLM: --enable-prompt-tokens-details; SGLang: "
+    "--enable-cache-report; llama.cpp: --metrics)"
+)
+NOT_CACHED: Final = (
+    "the engine had nothing cached of a prompt that came again (vLLM: --enable-prefix-caching; llama.cpp: "
+    "--cache-prompt and a slot for each conversation)"
 )
 
 
 @dataclass(frozen=True, slots=True)
 class EngineCapabilities:
-    """The engine. `load` returns its number of requests; `flags` are the settings that its metrics page shows."""
+    """The engine. `load` returns its number of requests; `flags` are the settings that its metrics page shows.
+
+    `no_cached`: why no cached prompts are measured; "" if they are. `kv_tokens`: the size of its KV cache.
+    """
 
     target: PromptTarget
     context: int
-    cached: bool
+    no_cached: str
     version: str
     kind: str
     load: Load
+    counters: Counters
+    kv_tokens: float
     max_images: int
     flags: Mapping[str, str]
     notes: tuple[str, ...]
+
+    @property
+    def cached(self) -> bool:
+        """Whether prompts of which a part is cached are measured."""
+        return not self.no_cached
 
 
 async def probe_capabilities(target: PromptTarget, kind: str, model: str, context: int) -> EngineCapabilities:
@@ -48,22 +67,44 @@ async def probe_capabilities(target: PromptTarget, kind: str, model: str, contex
     card = _card(pages, target.url)
     known = registry.KINDS[registry.recognise(pages) if kind == "auto" else kind]
 
-    async def load() -> float | None:
+    async def counters() -> EngineSample | None:
         try:
-            page = (await _pages(target, known.metrics_path)).get(known.metrics_path, b"")
-            read = metrics_parser.parse(page, known)
-        except ValueError:
+            return metrics_parser.parse((await _pages(target, known.metrics_path))[known.metrics_path], known)
+        except (KeyError, ValueError):
             return None
-        return None if read.running is None else read.running + (read.waiting or 0)
 
+    async def load() -> float | None:
+        read = await counters()
+        return None if read is None or read.running is None else read.running + (read.waiting or 0)
+
+    identity = registry.identity(pages)
+    context = context or int(card.get("max_model_len") or 0) or identity.max_context or DEFAULT_CONTEXT_TOKENS
     target = await _warm_up(replace(target, model=card["id"]))
-    prefix = GridShape(8, WARM_UP_TOKENS - 64, 1)
-    cached = (await CalibrationTraffic(target, seed=2).once(prefix)).cached > WARM_UP_TOKENS // 4
+    no_cached = await _explain_no_cached(CalibrationTraffic(target, seed=2, counters=counters), context)
     target, max_images, why = await _measure_photos(target, model)
-    context = context or int(card.get("max_model_len") or DEFAULT_CONTEXT_TOKENS)
-    version, flags = registry.identity(pages).engine or "unknown", registry.flags(pages.get("/metrics", b""))
-    notes = tuple(note for note in (why, "" if cached else NO_CACHE_NOTE) if note)
-    return EngineCapabilities(target, context, cached, version, known.name, load, max_images, flags, notes)
+    page = await counters()
+    return EngineCapabilities(
+        target,
+        context,
+        no_cached,
+        identity.engine or "unknown",
+        known.name,
+        load,
+        counters,
+        (page and page.kv_capacity_tokens) or MAX_KV_TOKENS,
+        max_images,
+        registry.flags(pages.get("/metrics", b"")),
+        (why,) if why else (),
+    )
+
+
+async def _explain_no_cached(traffic: CalibrationTraffic, context: int) -> str:
+    """Why cached prompts cannot be measured; "" if a prompt that came again was cached, and the engine said so."""
+    prefix = min(MAX_PREFIX_TOKENS, context // 6)
+    sample = await traffic.run(GridShape(8, prefix, 1), 1, 0.0)
+    if not sample.tells_cached:
+        return NOT_TOLD
+    return "" if sample.cost().cached > prefix / 4 else NOT_CACHED
 
 
 async def text_target(target: PromptTarget) -> PromptTarget:
@@ -73,14 +114,31 @@ async def text_target(target: PromptTarget) -> PromptTarget:
 
 
 async def _warm_up(target: PromptTarget) -> PromptTarget:
-    """Find out whether the engine accepts token ids, and warm it up."""
+    """Find out whether the engine accepts token ids, and warm it up.
+
+    What random ids make a model generate may be no text, which llama.cpp answers with 500 (seen); words do not.
+    """
+    trial = CalibrationTraffic(target)
     try:
-        await CalibrationTraffic(target).once(GridShape(16, 0, 1))
+        for _ in range(TRIALS):
+            await trial.burst(GridShape(WARM_UP_TOKENS // 2, 0, 32), 2)
     except EngineRefused:
-        target = replace(target, ids=False)
-        await CalibrationTraffic(target).once(GridShape(16, 0, 1))
+        takes_ids = False
+    else:
+        takes_ids = trial.unwritten == 0
+    if not takes_ids:
+        target = await _measure_words(replace(target, ids=False))
     await CalibrationTraffic(target, seed=1).burst(GridShape(WARM_UP_TOKENS // 2, 0, 8), 2)
     return target
+
+
+async def _measure_words(target: PromptTarget) -> PromptTarget:
+    """The target with the tokens that one of its words has, from the difference between two prompts."""
+    few, many = 8, 40
+    traffic = CalibrationTraffic(replace(target, tokens_per_word=1.0))
+    used = [await traffic.once(GridShape(words, 0, 1)) for words in (few, many)]
+    first, second = (work.uncached + work.cached for work in used)
+    return replace(target, tokens_per_word=max(0.25, (second - first) / (many - few)))
 
 
 async def _measure_photos(target: PromptTarget, model: str) -> tuple[PromptTarget, int, str]:
@@ -110,7 +168,8 @@ async def _measure_photos(target: PromptTarget, model: str) -> tuple[PromptTarge
         side: (spec.geometry(side * 3 // 4, side).tokens if spec else 0) or max(1, count - text)
         for side, count in counted.items()
     }
-    return replace(target, tokens=tokens), most, ""
+    each = {side: count - text for side, count in counted.items()}
+    return replace(target, tokens=tokens, counted={**each, 0: text}), most, ""
 
 
 def _card(pages: Mapping[str, bytes], url: str) -> dict[str, Any]:

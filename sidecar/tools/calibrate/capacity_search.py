@@ -1,7 +1,9 @@
-"""The search before the grid: how many requests to keep open, the capacity at the SLO, the longest shape.
+"""The search before the grid: how many requests fill the engine, the capacity at the SLO, the longest shape.
 
-Open more and more requests of the reference shape: their p95 grows, and their rate until the engine is full. Shapes are
-measured on a full engine, where a request costs what it takes from others. The length is limited by the time.
+Open more and more requests of the reference shape: their rate grows until the engine is full, and their p95 with it.
+The search ends when two doublings in a row gained less than a tenth, or at a bound; if the last one still gained more
+by then, the capacity is unknown.
+Shapes are measured on a full engine, where a request costs what it takes from others. Their length is limited by time.
 """
 
 from __future__ import annotations
@@ -9,42 +11,67 @@ from __future__ import annotations
 import itertools
 import math
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Final
 
-from sidecar.tools.calibrate.checkpoint import GridPlan, SearchStep
+from sidecar.tools.calibrate.checkpoint import GridPlan, SearchEnd, SearchStep
 from sidecar.tools.calibrate.report import show_progress
 from sidecar.tools.calibrate.shapes import GENERATING, LARGEST, MAX_LENGTH_TOKENS, GridShape, reference_shape, shape_of
-from sidecar.tools.calibrate.traffic import CalibrationTraffic, EngineRefused
+from sidecar.tools.calibrate.traffic import FULL_STATUSES, CalibrationTraffic, EngineRefused
 
 MAX_OPEN_REQUESTS: Final = 1024
+# With fewer, the engine rests between an answer and the next request.
+MIN_OPEN_REQUESTS: Final = 4
+# A step that gains less than this share is flat. The engine is full after two flat steps, as one may be chance; where
+# there can be no further step, one is enough.
+MIN_GAIN: Final = 0.1
+FLAT_STEPS: Final = 2
 # Share of the highest rate at which the engine counts as full.
 FULL_RATE_SHARE: Final = 0.9
 # Latencies that the next step may take: two rounds, of requests that take up to twice as long.
 NEXT_STEP_LATENCIES: Final = 4
-# Approximate length of the whole search, in latencies of a single request.
-SEARCH_LATENCIES: Final = 20
+# Approximate length of a search up to 32 requests, in latencies of a single one.
+SEARCH_LATENCIES: Final = 40
 # Share of the reference shape, if time is short.
 MIN_SCALE: Final = 1 / 16
 # The whole grid in costs of its largest shape, measured on an engine with steep attention.
 GRID_COST: Final = 6.0
 # Turns of the grid that must fit into the time.
 MIN_TURNS: Final = 4
+# Share of the grid's time for the steps of generating requests.
+DECODE_SHARE: Final = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class SearchTime:
+    """Seconds for the search, the most that it may take until the engine is full, and those for the grid."""
+
+    search: float
+    longest: float
+    grid: float
 
 
 async def make_plan(
-    traffic: CalibrationTraffic, span: tuple[int, int], slo: float, seconds: tuple[float, float], concurrency: int
+    traffic: CalibrationTraffic, span: tuple[int, int], slo: float, seconds: SearchTime, concurrency: int
 ) -> GridPlan:
-    """Search, then find the length. `span`: shortest and longest allowed length; `seconds`: for search and for grid.
+    """Search, then find the length. `span`: shortest and longest allowed length.
 
     `concurrency` 0: as many requests as fill the engine. Raises EngineRefused.
     """
-    until = time.monotonic() + seconds[0]
-    shape = await _fit_reference(traffic, span[1], seconds[0])
-    steps = await _open_more(traffic, shape, MAX_OPEN_REQUESTS, seconds[0] / 12, slo, until)
-    at_once = concurrency or find_full_concurrency(steps)
-    length = await _find_length(traffic, span, at_once, seconds[1])
-    decode = await _open_more(traffic, shape_of(length, *GENERATING), at_once, 0.0, math.inf, math.inf)
-    return GridPlan(length, at_once, steps, decode)
+    began = time.monotonic()
+    shape = await _fit_reference(traffic, span[1], seconds.search)
+    steps, ended = await _fill(traffic, shape, slo, seconds, began)
+    at_once = concurrency or _open_at_all_times(steps, ended)
+    length = await _find_length(traffic, span, at_once, seconds.grid)
+    decode = await _steps_up_to(traffic, shape_of(length, *GENERATING), at_once, DECODE_SHARE * seconds.grid)
+    return GridPlan(length, at_once, steps, decode, ended)
+
+
+def _open_at_all_times(steps: tuple[SearchStep, ...], ended: SearchEnd) -> int:
+    """Open requests for the shapes: as many as fill the engine, a few in any case, and none that it refuses."""
+    fill = max(MIN_OPEN_REQUESTS, find_full_concurrency(steps))
+    return min(fill, steps[-1].open) if ended == "refused" else fill
 
 
 async def _fit_reference(traffic: CalibrationTraffic, context: int, seconds: float) -> GridShape:
@@ -56,33 +83,101 @@ async def _fit_reference(traffic: CalibrationTraffic, context: int, seconds: flo
     return shape
 
 
-async def _open_more(
-    traffic: CalibrationTraffic, shape: GridShape, limit: int, each: float, slo: float, until: float
-) -> tuple[SearchStep, ...]:
-    """Steps of 1, 2, 4, ... open requests up to `limit`, of `each` seconds or more.
-
-    The last one is the first whose p95 exceeds the SLO, or after which there is no time for another.
-    """
+async def _fill(
+    traffic: CalibrationTraffic, shape: GridShape, slo: float, seconds: SearchTime, began: float
+) -> tuple[tuple[SearchStep, ...], SearchEnd]:
+    """Steps of 1, 2, 4, ... open requests, and why there is no further one."""
     steps: list[SearchStep] = []
-    count = 1
-    while count <= limit:
-        show_progress(f"{count} of {shape.name} open at all times")
-        sample = await traffic.run(shape, count, each)
-        if sample.others:
-            clients = f"{sample.others} requests of other clients"
-            raise EngineRefused(f"the engine also served {clients}; take it out of traffic and start again")
-        cost = sample.cost()
-        steps.append(SearchStep(count, round(sample.p95(), 4), round(1000 / cost.ms, 4), cost.work))
-        if sample.p95() > slo or time.monotonic() + NEXT_STEP_LATENCIES * sample.p95() > until:
-            break
-        count *= 2
+    while (ended := search_end(steps, slo, time.monotonic() - began, seconds)) is None:
+        try:
+            steps.append(await _step(traffic, shape, 2 ** len(steps), seconds.search / 12))
+        except EngineRefused as e:
+            if not steps or e.status not in FULL_STATUSES:
+                raise
+            return tuple(steps), "full" if is_full(steps, flat=1) else "refused"
+    return tuple(steps), ended
+
+
+def search_end(steps: Sequence[SearchStep], slo: float, elapsed: float, seconds: SearchTime) -> SearchEnd | None:
+    """Why the search ends after these steps; None if there is another one.
+
+    Until the engine is full, for `seconds.longest`; then up to the SLO, for `seconds.search`.
+    """
+    if not steps:
+        return None
+    full = is_full(steps)
+    after_next = elapsed + NEXT_STEP_LATENCIES * steps[-1].p95
+    if full:
+        return "full" if steps[-1].p95 > slo or after_next > seconds.search or _is_last(steps) else None
+    if not _is_last(steps) and after_next <= seconds.longest:
+        return None
+    if is_full(steps, flat=1):
+        return "full"
+    return "limit" if _is_last(steps) else "time"
+
+
+def _is_last(steps: Sequence[SearchStep]) -> bool:
+    return 2 * steps[-1].open > MAX_OPEN_REQUESTS
+
+
+async def _steps_up_to(
+    traffic: CalibrationTraffic, shape: GridShape, limit: int, seconds: float
+) -> tuple[SearchStep, ...]:
+    """Steps of 1, 2, 4, ... open requests up to `limit`, as far as they fit into `seconds`."""
+    steps: list[SearchStep] = []
+    until = time.monotonic() + seconds
+    while 2 ** len(steps) <= limit and (not steps or time.monotonic() + NEXT_STEP_LATENCIES * steps[-1].p95 <= until):
+        steps.append(await _step(traffic, shape, 2 ** len(steps), 0.0))
     return tuple(steps)
+
+
+async def _step(traffic: CalibrationTraffic, shape: GridShape, count: int, seconds: float) -> SearchStep:
+    """`count` open requests for `seconds` or more. Raises EngineRefused."""
+    show_progress(f"{count} of {shape.name} open at all times")
+    sample = await traffic.run(shape, count, seconds)
+    if sample.others:
+        clients = f"{sample.others} requests of other clients"
+        raise EngineRefused(f"the engine also served {clients}; take it out of traffic and start again")
+    cost = sample.cost()
+    return SearchStep(count, round(sample.p95(), 4), round(1000 / cost.ms, 4), cost.work)
+
+
+def is_full(steps: Sequence[SearchStep], flat: int = FLAT_STEPS) -> bool:
+    """Whether the last `flat` steps gained so little over those before that more open requests yield no more."""
+    before, last = steps[:-flat], steps[-flat:]
+    if not before:
+        return False
+    return max(step.rate for step in last) <= (1 + MIN_GAIN) * max(step.rate for step in before)
 
 
 def find_full_concurrency(steps: tuple[SearchStep, ...]) -> int:
     """The smallest number of open requests that nearly fills the engine."""
     highest = max(one.rate for one in steps)
     return min(one.open for one in steps if one.rate >= FULL_RATE_SHARE * highest)
+
+
+def explain_no_capacity(plan: GridPlan, seconds: float) -> str:
+    """Why the capacity is not known and what to do about it; "" if shapes were measured on a full engine."""
+    last = plan.steps[-1]
+    if plan.ended == "full":
+        if plan.concurrency >= (full := find_full_concurrency(plan.steps)):
+            return ""
+        few = f"only {plan.concurrency} requests were open (--concurrency) and {full} fill the engine"
+        return f"{few}; leave --concurrency away"
+    before = max((step.rate for step in plan.steps[:-1]), default=last.rate)
+    if len(plan.steps) > 1 and last.rate > before:
+        gained = f"the rate still rose by {last.rate / before - 1:.0%} with the last step, to {last.open} open requests"
+    else:
+        gained = f"{last.open} open requests are too few to see where the rate ends to rise"
+    return f"{gained}; {_REMEDIES[plan.ended].format(seconds=math.ceil(4 * seconds / 60) * 60)}"
+
+
+_REMEDIES: Final[dict[SearchEnd, str]] = {
+    "full": "",
+    "time": "the time for the search was up: give --seconds {seconds} or more",
+    "limit": "no more are opened; the engine, or the way to it, is not what bounds the rate",
+    "refused": "the engine refuses more: raise its limit of requests, and calibrate again",
+}
 
 
 def find_concurrency_at_slo(steps: tuple[SearchStep, ...], slo: float) -> float:
@@ -100,8 +195,8 @@ async def _find_length(traffic: CalibrationTraffic, span: tuple[int, int], concu
         tried = min(2 * longest, limit)
         largest = shape_of(tried, *LARGEST)
         show_progress(f"{concurrency} of {largest.name} at once")
-        # A turn keeps each shape's requests open for two rounds, of which the first does not count.
-        if 2 * GRID_COST * await traffic.burst(largest, concurrency) * MIN_TURNS > seconds:
+        # Three rounds for each shape: until all are open, those that count, and until the last has ended.
+        if 3 * GRID_COST * await traffic.burst(largest, concurrency) * MIN_TURNS > seconds:
             break
         longest = tried
     return longest

@@ -28,6 +28,10 @@ class SearchStep:
     work: RequestSize
 
 
+# Why the search ended: the engine was full, or the time was up, no more are opened, or the engine refuses more.
+SearchEnd = Literal["full", "time", "limit", "refused"]
+
+
 @dataclass(frozen=True, slots=True)
 class GridPlan:
     """The plan before the grid: tokens of the longest shapes, open requests, the steps of the search.
@@ -39,6 +43,7 @@ class GridPlan:
     concurrency: int
     steps: tuple[SearchStep, ...]
     decode: tuple[SearchStep, ...] = ()
+    ended: SearchEnd = "full"
 
 
 @dataclass(frozen=True, slots=True)

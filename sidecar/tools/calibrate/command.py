@@ -41,14 +41,19 @@ from sidecar.settings import require_writable
 from sidecar.signals.engine_address import EngineAddress
 from sidecar.tools.calibrate import contention, fit, hardware, report
 from sidecar.tools.calibrate.capabilities import EngineCapabilities, probe_capabilities
-from sidecar.tools.calibrate.capacity_search import find_concurrency_at_slo, make_plan
+from sidecar.tools.calibrate.capacity_search import (
+    SearchTime,
+    explain_no_capacity,
+    find_concurrency_at_slo,
+    make_plan,
+)
 from sidecar.tools.calibrate.checkpoint import Checkpoint, CheckpointEntry, Done, GridPlan
 from sidecar.tools.calibrate.prompts import PromptTarget
 from sidecar.tools.calibrate.report import show_progress
 from sidecar.tools.calibrate.shapes import min_length, plan_shapes, shuffle_turn
 from sidecar.tools.calibrate.traffic import CalibrationTraffic, EngineRefused
 
-# Shares of the time: for the search at the SLO, and at least for the grid, however long the search took.
+# Shares of the time: for the search, and at least for the grid, however long the search took.
 SEARCH_SHARE: Final = 0.2
 MIN_GRID_SHARE: Final = 0.5
 MIN_TURNS: Final = 2
@@ -107,17 +112,21 @@ async def calibrate(settings: CalibrateSettings, out: Path) -> tuple[report.Cali
         target = PromptTarget(session, address.base, key=settings.engine_key)
         engine = await probe_capabilities(target, settings.engine_kind, settings.model, settings.context)
         show_progress(f"{engine.target.model} on {engine.kind} {engine.version}, {engine.context} tokens of context")
-        for note in engine.notes:
+        for note in (*engine.notes, *([engine.no_cached] if engine.no_cached else [])):
             show_progress(note, lasting=True)
         await wait_until_idle(engine)
         cores = contention.Cores(await asyncio.to_thread(contention.pids_of, settings.engine))
         # New prompts each time: the engine may have those of an interrupted calibration in its cache.
-        traffic = CalibrationTraffic(engine.target, time.time_ns(), engine.load, cores)
+        traffic = CalibrationTraffic(
+            engine.target, time.time_ns(), engine.load, cores, engine.counters, engine.kv_tokens
+        )
         journal = Checkpoint(out, identity(settings, engine))
         plan = journal.plan
-        for_search, for_grid = settings.seconds * SEARCH_SHARE, settings.seconds * (1 - SEARCH_SHARE)
+        for_grid = settings.seconds * (1 - SEARCH_SHARE)
         if plan is None:
-            span, seconds = (min_length(engine.context, engine.target.tokens), engine.context), (for_search, for_grid)
+            span = min_length(engine.context, engine.target.tokens), engine.context
+            most = settings.seconds * (1 - MIN_GRID_SHARE)
+            seconds = SearchTime(settings.seconds * SEARCH_SHARE, most, for_grid)
             plan = await make_plan(traffic, span, settings.slo_seconds, seconds, settings.concurrency)
             journal.begin(plan)
             for_grid = max(MIN_GRID_SHARE * settings.seconds, settings.seconds - (time.monotonic() - started))
@@ -129,7 +138,7 @@ async def calibrate(settings: CalibrateSettings, out: Path) -> tuple[report.Cali
 async def measure_grid(
     traffic: CalibrationTraffic, engine: EngineCapabilities, plan: GridPlan, journal: Checkpoint, seconds: float
 ) -> None:
-    """Measure all shapes in at least two turns, and more while there is time."""
+    """Measure all shapes in two turns, or more while there is time, or one that takes all of it."""
     done = journal.done
     shapes = plan_shapes(plan.length, cached=engine.cached, tokens=engine.target.tokens, max_images=engine.max_images)
     each = seconds / (MAX_TURNS * len(shapes))
@@ -144,10 +153,12 @@ async def measure_grid(
                     await wait_until_idle(engine)
                     started = time.monotonic()
                 cost, took = sample.cost(), round(time.monotonic() - started, 3)
-                journal.add(CheckpointEntry(cost.work, cost.ms, shape, turn, took, round(sample.waited, 4)))
+                journal.add(
+                    CheckpointEntry(cost.work, cost.ms, shape, turn, took, round(sample.waited, 4), mix=cost.mix)
+                )
         turn += 1
         spent = sum(entry.seconds for entry in done.values())
-        turns = max(MIN_TURNS, min(MAX_TURNS, int(seconds / (spent / turn))))
+        turns = 1 if spent > seconds and turn == 1 else max(MIN_TURNS, min(MAX_TURNS, int(seconds / (spent / turn))))
 
 
 async def wait_until_idle(engine: EngineCapabilities) -> None:
@@ -175,7 +186,8 @@ def build_report(
     worth = fit.accuracy(held_out, co)
     concurrency = find_concurrency_at_slo(plan.steps, settings.slo_seconds)
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
-    source = f"calibrated {today}" + (f" on {machine}" if machine else "")
+    no_capacity = explain_no_capacity(plan, settings.seconds)
+    source = f"calibrated {today}" + (f" on {machine}" if machine else "") + (", not full" if no_capacity else "")
     named = json.dumps([identity(settings, engine), source, *(getattr(co, name) for name in cost_model.TERMS)])
     co = replace(
         co,
@@ -187,13 +199,17 @@ def build_report(
         flags=",".join(f"{name}={value}" for name, value in sorted(engine.flags.items())),
         batch=float(plan.concurrency),
         mape=round(worth.mape, 4),
+        median_ape=round(worth.median, 4),
         p90=round(worth.p90, 4),
         r2=round(worth.r2, 4),
         mu_in_flight=round(concurrency * cost_model.mu(plan.steps[0].work, co), 4),
         slo_seconds=settings.slo_seconds,
+        no_capacity=no_capacity,
+        no_cached=report.explain_no_cached(rows, engine.no_cached),
     )
     waited = statistics.median(entry.waited for entry in done.values())
-    return report.CalibrationReport(fitted, held_out, co, plan, waited)
+    turns = 1 + max(turn for _, turn in done)
+    return report.CalibrationReport(fitted, held_out, co, plan, waited, turns, engine.notes)
 
 
 def read_config(model: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Final
 from sidecar.load import cost_model
 from sidecar.load.cost_model import Coefficients
 from sidecar.tools.calibrate.checkpoint import GridPlan
-from sidecar.tools.calibrate.fit import FitRow, accuracy, fit_line, line_accuracy, variation
+from sidecar.tools.calibrate.fit import FitRow, accuracy, fit_line, line_accuracy, predicted_ms, variation, was_cached
 
 BAR_CHARACTERS: Final = 24
 # Spread of the turns above which the machine is reported as busy with other work.
@@ -20,13 +20,18 @@ NOISY_SHARE: Final = 0.15
 
 @dataclass(frozen=True, slots=True)
 class CalibrationReport:
-    """Fitted and held-out shapes, and the result. `waited`: the median share of the time without a core."""
+    """Fitted and held-out shapes, and the result. `waited`: the median share of the time without a core.
+
+    `turns`: how often each shape was measured. `notes`: what was left out, and why.
+    """
 
     fitted: Sequence[FitRow]
     held_out: Sequence[FitRow]
     co: Coefficients
     plan: GridPlan
     waited: float
+    turns: int = 2
+    notes: Sequence[str] = ()
 
 
 def text(found: CalibrationReport, slo: float) -> str:
@@ -34,6 +39,7 @@ def text(found: CalibrationReport, slo: float) -> str:
     co, rows = found.co, [*found.fitted, *found.held_out]
     varies, spread = variation(rows, co), statistics.median(row.spread for row in rows)
     noisy = "; the machine is busy with other work: measure again when it is idle"
+    once = "; nothing was measured twice: give more --seconds"
     decode = ", ".join(f"{s.open} open {1000 / s.rate / s.work.output:.3g} ms" for s in found.plan.decode)
     steps = ", ".join(
         f"{s.open} open: {s.p95:.2f} s, {s.rate * cost_model.mu(s.work, co) * 60:.0f} MU per minute"
@@ -44,15 +50,50 @@ def text(found: CalibrationReport, slo: float) -> str:
         *table(found),
         "",
         *held_out(found),
-        f"capacity with {found.plan.concurrency} open: {cost_model.max_mu_per_minute(co):.1f} MU per minute, "
-        f"coefficient of variation over the shapes {varies:.1%}",
-        f"turns of one shape differ by {spread:.1%}; the engine waited for a core in {found.waited:.1%} of "
-        "the time, which is subtracted" + (noisy if max(spread, found.waited) > NOISY_SHARE else ""),
+        f"{_capacity(found)}; rates of the shapes differ by {varies:.1%} (coefficient of variation)",
+        f"{found.turns} turns: those of one shape differ by {spread:.1%}; the engine waited for a core in "
+        f"{found.waited:.1%} of the time, which is subtracted"
+        + (noisy if max(spread, found.waited) > NOISY_SHARE else "")
+        + (once if found.turns == 1 else ""),
         f"at p95 <= {slo:g} s: {_in_flight(found, slo)} ({steps})",
         f"a generated token: {decode}",
         f"1 MU = {cost_model.unit_ms(co):.1f} ms; {terms}",
+        *([f"not measured: cached prompts: {co.no_cached}"] if co.no_cached else [cached_prompts(found)]),
+        *found.notes,
     ]
     return "\n".join(lines)
+
+
+def _capacity(found: CalibrationReport) -> str:
+    if found.co.no_capacity:
+        return f"no capacity: {found.co.no_capacity}"
+    return f"capacity with {found.plan.concurrency} open: {cost_model.max_mu_per_minute(found.co):.1f} MU per minute"
+
+
+def cached_prompts(found: CalibrationReport) -> str:
+    """What was cached of the prefixes that should have been."""
+    planned = [row for row in (*found.fitted, *found.held_out) if row.shape.cached]
+    missed = [f"{row.shape.name} {_cached_share(row):.0%}" for row in planned if not was_cached(row.shape, row)]
+    seen = f"cached prompts: {len(planned) - len(missed)} of {len(planned)} were cached, as the engine says"
+    return f"{seen}; fitted as not cached, or in part: {', '.join(missed)}" if missed else seen
+
+
+def explain_no_cached(rows: Sequence[FitRow], note: str) -> str:
+    """Why the cost of cached prompts was not seen in these rows; `note` if none were sent. "" if it was seen."""
+    planned = [row for row in rows if row.shape.cached]
+    if not planned:
+        return note
+    if any(was_cached(row.shape, row) for row in planned):
+        return ""
+    return (
+        f"{max(map(_cached_share, planned)):.0%} of them at most was in the engine's cache when they came again; is it "
+        "smaller than the requests that were open (llama.cpp: slots), or are its blocks longer than the prompts?"
+    )
+
+
+def _cached_share(row: FitRow) -> float:
+    """What was cached, as a share of what should have been."""
+    return min(1.0, row.cached / row.shape.cached)
 
 
 def held_out(found: CalibrationReport) -> list[str]:
@@ -68,12 +109,13 @@ def held_out(found: CalibrationReport) -> list[str]:
 
 def table(found: CalibrationReport) -> list[str]:
     """One line for each shape, cheapest first."""
-    rows = [("shape", "measured ms", "model ms", "error", "turns", "")]
+    rows = [("shape", "measured ms", "model ms", "error", "turns", "", "")]
     for kept, group in (("", found.fitted), ("held out", found.held_out)):
         for row in sorted(group, key=lambda row: row.ms):
-            predicted = cost_model.gpu_ms(row.work, found.co)
+            predicted = predicted_ms(row, found.co)
             error, spread = f"{predicted / row.ms - 1:+.0%}", f"±{row.spread / 2:.0%}"
-            rows.append((row.shape.name, f"{row.ms:.1f}", f"{predicted:.1f}", error, spread, kept))
+            cached = f"{_cached_share(row):.0%} cached" if row.shape.cached else ""
+            rows.append((row.shape.name, f"{row.ms:.1f}", f"{predicted:.1f}", error, spread, cached, kept))
     return align(rows)
 
 
@@ -89,6 +131,8 @@ def _in_flight(found: CalibrationReport, slo: float) -> str:
         return f"{found.co.mu_in_flight:.2f} MU in flight"
     if found.plan.steps[0].p95 > slo:
         return "none; even a single request of this size exceeds it"
+    if found.co.no_capacity:
+        return "not reached in the time"
     return f"not reached in the time; by Little's law {cost_model.max_mu_in_flight(found.co, slo):.2f} MU in flight"
 
 

@@ -55,7 +55,10 @@ def coefficients(chosen: Settings) -> DoctorFinding:
     if not chosen.coefficients:
         remedy = "measure them with `sidecar calibrate`, and give --coefficients FILE"
         return DoctorFinding("warn", f"{co.source}; not measured", remedy)
-    return DoctorFinding("ok", f"{co.fingerprint} ({co.source})")
+    said = f"{co.fingerprint} ({co.source})"
+    if co.no_capacity:
+        return DoctorFinding("warn", f"{said}; its capacity is a lower bound", co.no_capacity)
+    return DoctorFinding("ok", said)
 
 
 def state_dir(chosen: Settings) -> DoctorFinding:
