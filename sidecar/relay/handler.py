@@ -165,10 +165,12 @@ class Relay:
             if self.is_draining:
                 raise Draining("this server is shutting down; send the request again")
             await self._dispatch(request, id)
-        except (outcomes.ClientStalled, outcomes.ClientGone, outcomes.EngineBroke) as e:
-            client_io.hang_up(request, at_once=isinstance(e, outcomes.ClientStalled))
-        except RequestError as e:
-            client_io.refuse(request, e, id)
+        except outcomes.ClientStalled:
+            client_io.hang_up(request, at_once=True)
+        except (outcomes.ClientGone, outcomes.EngineBroke):
+            client_io.hang_up(request)
+        except RequestError as error:
+            client_io.refuse(request, error, id)
         except Exception as e:  # noqa: BLE001  # the border: a defect costs one request, and its place is logged
             _log.error("request failed: %s at %s", type(e).__name__, place_of(e))
             client_io.refuse(request, Internal("internal error of the sidecar"), id)

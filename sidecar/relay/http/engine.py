@@ -141,8 +141,8 @@ class EngineConnection(Connection):
             self._head_bytes += len(data)
         try:
             self._parser.feed_data(data)
-        except httptools.HttpParserUpgrade as e:
-            self._rest = data[e.args[0] :]
+        except httptools.HttpParserUpgrade as upgrade:
+            self._rest = data[upgrade.args[0] :]
         except httptools.HttpParserError as e:
             if not self._is_complete:
                 self._break(EngineError(f"not HTTP: {type(e).__name__}"))
@@ -334,8 +334,8 @@ class Pool:
                     _, connection = await loop.create_connection(
                         lambda: EngineConnection(self), place.host, place.port, ssl=place.tls
                     )
-        except ssl.SSLError as e:
-            raise NoTls(str(e)) from e
+        except ssl.SSLError as error:
+            raise NoTls(str(error)) from error
         except (OSError, TimeoutError) as e:
             raise NotConnected(type(e).__name__) from e
         self._all.add(connection)
