@@ -2,13 +2,13 @@
 #   --build-arg EXTRAS=diagnose      without torch: no image preparation, a much smaller image; EXTRAS= also omits py-spy
 #   --build-arg PILLOW=pillow-simd   see docs/images.md, "Pillow-SIMD"
 #   --build-arg PYTHON=3.13
-#   --build-arg COMPILE=             interpreted by Python: built in a third of the time, each request costs half as much again
+#   --build-arg COMPILE=1            the path of each request compiled: a third less CPU per request (docs/decisions/0040)
 ARG PYTHON=3.11
 
 FROM python:${PYTHON}-slim-bookworm AS build
 ARG EXTRAS=images,diagnose,orca,tokenizer
 ARG PILLOW=pillow
-ARG COMPILE=1
+ARG COMPILE=
 # The compiler builds the kernel and, if selected, Pillow-SIMD; it stays in this stage.
 # hadolint ignore=DL3008
 RUN apt-get update \

@@ -222,7 +222,7 @@ def _sidecar(port: int, engine: int, folder: Path) -> Launch:
 
 
 DIRECT = Rival("direct", lambda: "direct", None)
-COMPILED = Rival("compiled", lambda: f"sidecar {version('inference-sidecar')}, compiled as in the image", _compiled)
+COMPILED = Rival("compiled", lambda: f"sidecar {version('inference-sidecar')}, compiled", _compiled)
 INTERPRETED = Rival("sidecar", lambda: f"sidecar {version('inference-sidecar')}, interpreted", _sidecar)
 SIDECARS = (COMPILED, INTERPRETED)
 RIVALS = (
