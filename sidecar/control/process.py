@@ -10,8 +10,9 @@ import asyncio
 import logging
 import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack, suppress
+from typing import Final
 
 import aiohttp
 from aiohttp import web
@@ -25,6 +26,8 @@ from sidecar.runtime import open_files
 from sidecar.settings import Settings
 from sidecar.signals.engine_address import EngineAddress
 from sidecar.signals.engine_monitor import open_session
+
+CANCEL_AGAIN_S: Final = 0.5
 
 _log = logging.getLogger("sidecar")
 
@@ -53,8 +56,20 @@ async def run(
             work = loop.pool.run(joining), loop.port.run(), loop.run(), loop.engine.run(loop.port.opened)
             tasks = [group.create_task(part) for part in work]
             await ended.wait()
-            for task in tasks:
-                task.cancel()
+            await _end(tasks)
+
+
+async def _end(tasks: Sequence[asyncio.Task[None]]) -> None:
+    """Cancel tasks until they have ended.
+
+    One cancellation may be lost: before Python 3.12, asyncio.wait_for swallows it where what it waits for is done in
+    the same moment (python/cpython#86296).
+    """
+    pending: set[asyncio.Task[None]] = set(tasks)
+    while pending:
+        for task in pending:
+            task.cancel()
+        _, pending = await asyncio.wait(pending, timeout=CANCEL_AGAIN_S)
 
 
 def handle_signals(draining: Callable[[], None], ended: Callable[[], None]) -> None:

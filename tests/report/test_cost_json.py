@@ -92,8 +92,9 @@ def test_a_file_says_its_version() -> None:
     assert cost_model.from_json(cost_model.to_json(CO)) == CO
     assert cost_model.from_json('{"g": 0.5}') == replace(CO, g=0.5, q=0.0, source="file")
     assert cost_model.from_json('{"version": 2, "g": 0.5}').q == CO.q
-    with pytest.raises(UsageError, match=r"unknown version 3 \(latest: 2\)"):
-        cost_model.from_json('{"version": 3}', "co.json")
+    assert cost_model.from_json('{"version": 3, "g": 0.5}').q == CO.q
+    with pytest.raises(UsageError, match=r"unknown version 4 \(latest: 3\)"):
+        cost_model.from_json('{"version": 4}', "co.json")
 
 
 def test_the_line_is_exact_for_one_unit_and_for_nothing() -> None:

@@ -121,7 +121,7 @@ async def _warm_up(target: PromptTarget) -> PromptTarget:
     trial = CalibrationTraffic(target)
     try:
         for _ in range(TRIALS):
-            await trial.burst(GridShape(WARM_UP_TOKENS // 2, 0, 32), 2)
+            await trial.once(GridShape(WARM_UP_TOKENS // 2, 0, 32))  # one by one: a full queue refuses, too
     except EngineRefused:
         takes_ids = False
     else:
