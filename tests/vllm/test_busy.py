@@ -23,9 +23,7 @@ pytestmark = [
 ]
 
 SMALL = 4096  # bytes of a slow reader's window
-WATCHED = (
-    12.0  # seconds in which slow readers are watched: twice the silence that is allowed before anything was learned
-)
+WATCHED = 20.0  # seconds in which slow readers are watched: longer than the silence that this test allows
 WORD = "progress "
 LETTER = 20  # a token of the tiny model's vocabulary, as the hundreds after it
 
@@ -81,16 +79,17 @@ async def test_a_storm_of_slow_clients_fails_no_probe(
 ) -> None:
     """With 60 streams, half of them read slowly and half not at all, the engine is ready and serves others.
 
-    Sixty prefills at once on two cores take longer than the quick floor of these tests.
+    Sixty prefills at once on two cores take longer than the quick floor of these tests, the first ones of an engine
+    above all.
     """
-    sidecar = start_sidecar(engine.url, workers=workers, silence_floor="8", silence_kill="20")
+    sidecar = start_sidecar(engine.url, workers=workers, silence_floor="15", silence_kill="40")
     await idle(http, sidecar)
     opened = asyncio.Semaphore(0)
 
     async def slow(reads: bool) -> None:
         body = client.completion(WORD, max_tokens=3500, stream=True, logprobs=5)
         async with crowd.post(f"{sidecar.url}/v1/completions", json=body) as answer:
-            assert answer.status == 200
+            assert answer.status == 200, await answer.text()
             await answer.content.readany()
             opened.release()
             while reads:
