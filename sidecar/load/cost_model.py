@@ -24,6 +24,7 @@ import math
 from dataclasses import asdict, dataclass, fields
 from typing import Final
 
+import msgspec
 from msgspec import structs
 
 from sidecar.errors import UsageError
@@ -80,8 +81,7 @@ class Coefficients:
     no_cached: str = ""  # what a prompt costs of which the engine has a part in its cache
 
 
-@dataclass(frozen=True, slots=True)
-class CostTerms:
+class CostTerms(msgspec.Struct, frozen=True, gc=False):
     """GPU milliseconds of one request, by cause."""
 
     overhead: float
@@ -153,7 +153,7 @@ def mu(work: RequestSize, co: Coefficients) -> float:
 
 def by_cause(work: RequestSize, co: Coefficients) -> tuple[tuple[str, float], ...]:
     """GPU milliseconds of one request, by the names of CostTerms."""
-    return tuple(asdict(terms(work, co)).items())
+    return tuple(structs.asdict(terms(work, co)).items())
 
 
 def line(co: Coefficients) -> tuple[tuple[str, float], ...]:

@@ -13,6 +13,7 @@ Rules:
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from typing import Final
 
 import msgspec
@@ -89,12 +90,14 @@ class Estimator:
         self._outputs = OutputLengths()
 
     def estimate(
-        self, tenant: str, shape: RequestShape, image_tokens: list[int], counted: int | None = None
+        self, tenant: str, shape: RequestShape, image_tokens: Sequence[int], counted: int | None = None
     ) -> Estimate:
         """Estimate a request. `image_tokens`: of images of known size; `counted`: of the text, by a tokenizer."""
         images = max(shape.images, len(image_tokens))
-        each = image_tokens + [DEFAULT_IMAGE_TOKENS] * (images - len(image_tokens))
-        encoder, squares = sum(each), sum(tokens * tokens for tokens in each)
+        encoder = squares = 0
+        if images:
+            each = [*image_tokens, *[DEFAULT_IMAGE_TOKENS] * (images - len(image_tokens))]
+            encoder, squares = sum(each), sum(tokens * tokens for tokens in each)
         if counted is None:
             text = self.text_tokens(tenant, shape)
         else:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Final
 
+import msgspec
 from msgspec import structs
 
 from sidecar import events
@@ -96,8 +97,7 @@ class AdmissionHold:
         return (self.last_at - self.first_at) / (self.delivered - 1)
 
 
-@dataclass(frozen=True, slots=True)
-class Settlement:
+class Settlement(msgspec.Struct, frozen=True, gc=False):
     """One settled request; `mu` is its actual cost. `tenant` and `model` are labels.
 
     `told`: by the engine, and all of it; otherwise its tokens are estimated, or counted as they passed. `relabelled`:

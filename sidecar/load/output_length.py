@@ -180,10 +180,11 @@ class OutputLengths:
         rest = 1.0
         levels: list[Level] = []
         keys = _keys(model, prompt)
-        votes = ((self._typical.get(key), key) for key in keys)
-        typical = [(found.median[1], *key) for found, key in votes if found is not None and found.median[1] != tenant]
-        for key in (*((tenant, *key) for key in keys), *typical):
-            if (table := self._tables.get(key)) is not None:
+        names = [(tenant, *key) for key in keys]
+        found = [(self._typical.get(key), key) for key in keys]
+        names += [(votes.median[1], *key) for votes, key in found if votes is not None and votes.median[1] != tenant]
+        for name in names:
+            if (table := self._tables.get(name)) is not None:
                 known = table.total / table.scale + BLEND_ANSWERS  # the effective number of answers
                 levels.append((rest / (table.scale * known), table.weights, table.total, table.tokens))
                 rest *= BLEND_ANSWERS / known

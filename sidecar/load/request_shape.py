@@ -74,7 +74,8 @@ def describe(scan: BodyScan | None, api: Api, body_bytes: int) -> RequestShape:
         return RequestShape(generative=api.generates, text_bytes=body_bytes, reorders=True, withholds=True)  # unknown
     found, options = scan.found, scan.options
     model, stream = options.get("model"), _is_true(options.get("stream", api.streams))
-    choices, limit, sequences = _choices(options), _max_output(options), sequences_of(found.items, api)
+    holders, sequences = _holders(options), sequences_of(found.items, api)
+    choices, limit = max(_counts(holders, CHOICE_KEYS), default=0) or 1, next(iter(_counts(holders, OUTPUT_KEYS)), None)
     videos = found.videos + _items(found.items, "video_data", "videos")
     return RequestShape(
         # JSON may hold lone surrogates, which no report can carry
@@ -82,7 +83,7 @@ def describe(scan: BodyScan | None, api: Api, body_bytes: int) -> RequestShape:
         stream=stream,
         generative=api.generates,
         max_output=None if limit is None else limit * choices * sequences.prompts,
-        min_output=_min_output(options, limit),
+        min_output=_min_output(holders, limit),
         choices=choices,
         text_bytes=found.text_bytes + sequences.repeated,
         prompts=sequences.prompts,
@@ -95,10 +96,10 @@ def describe(scan: BodyScan | None, api: Api, body_bytes: int) -> RequestShape:
         images=found.images + _items(found.items, "images", "image_data"),
         audios=found.audios + _items(found.items, "audio_data", "audio"),
         videos=videos,
-        video_frames=videos * _frames(options),
+        video_frames=videos * _frames(options) if videos else 0,
         ask_usage=stream and api.route in _STREAM_OPTIONS_ROUTES and _lacks_usage(options.get("stream_options")),
         priority=_priority(options.get("priority")),
-        reorders=found.fetches or _reorders(options) or _has_tool_grammar(scan),
+        reorders=found.fetches or _reorders(options, holders) or _has_tool_grammar(scan),
         withholds=_withholds(scan),
     )
 
@@ -108,10 +109,10 @@ def _items(items: Mapping[str, Items], *names: str) -> int:
     return sum(items[name].number or 1 for name in names if name in items)
 
 
-def _choices(options: Options) -> int:
-    """Answers that are sampled for each prompt."""
-    counts = (_count(holder.get(key)) for holder in _holders(options) for key in CHOICE_KEYS)
-    return max([1, *(count for count in counts if count is not None)])
+def _counts(holders: list[Options], keys: tuple[str, ...]) -> list[int]:
+    """The counts that options of these names state, by precedence."""
+    found = [holder[key] for holder in holders for key in keys if key in holder]
+    return [count for value in found if (count := _count(value)) is not None]
 
 
 def _frames(options: Options) -> int:
@@ -139,19 +140,24 @@ def _priority(value: Any) -> int:
         return 0
 
 
-def _reorders(options: Options) -> bool:
+def _reorders(options: Options, holders: list[Options]) -> bool:
     """Whether an engine that serves first come, first served may serve later requests before this one."""
-    if any(_is_set(value) for holder in _holders(options) for name, value in holder.items() if name in _WAITED_FOR):
-        return True
-    formats = (options[key].get("format") for key in FORMAT_HOLDERS if isinstance(options.get(key), dict))
-    return any(map(_is_set, formats)) or (_count(options.get("id_slot")) is not None)  # llama.cpp's slot
+    for holder in holders:
+        if not _WAITED_FOR.isdisjoint(holder) and any(_is_set(holder[name]) for name in _WAITED_FOR & holder.keys()):
+            return True
+    for key in FORMAT_HOLDERS:
+        if isinstance(held := options.get(key), dict) and _is_set(held.get("format")):
+            return True
+    return _count(options.get("id_slot")) is not None  # llama.cpp's slot
 
 
 def _holders(options: Options) -> list[Options]:
     """The objects that hold options: the body, and those of TGI and SGLang in it, which may be one per prompt."""
-    held = [options.get(key) for key in OUTPUT_HOLDERS]
-    listed = [item for value in held for item in (value if isinstance(value, list) else (value,))]
-    return [options, *(item for item in listed if isinstance(item, dict))]
+    holders = [options]
+    for key in OUTPUT_HOLDERS:
+        if (held := options.get(key)) is not None:
+            holders += [item for item in (held if isinstance(held, list) else [held]) if isinstance(item, dict)]
+    return holders
 
 
 def _is_set(value: Any) -> bool:
@@ -187,18 +193,11 @@ def _choice(options: Options) -> str:
     return "function" if choice is TOO_LONG else choice if isinstance(choice, str) else ""
 
 
-def _min_output(options: Options, limit: int | None) -> int:
+def _min_output(holders: list[Options], limit: int | None) -> int:
     """Tokens that an answer has at least: all that it may have, where its end is ignored."""
-    holders = _holders(options)
     if limit is not None and any(_is_true(holder.get("ignore_eos")) for holder in holders):
         return limit
-    counts = (_count(holder.get(key)) for holder in holders for key in LEAST_OUTPUT_KEYS)
-    return max((count for count in counts if count is not None), default=0)
-
-
-def _max_output(options: Options) -> int | None:
-    limits = (_count(holder.get(key)) for holder in _holders(options) for key in OUTPUT_KEYS)
-    return next((limit for limit in limits if limit is not None), None)
+    return max(_counts(holders, LEAST_OUTPUT_KEYS), default=0)
 
 
 def _is_true(value: Any) -> bool:

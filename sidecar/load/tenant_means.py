@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Hashable
 from dataclasses import dataclass
-from math import log
+from math import log2
 from typing import Final
 
 DECAY: Final = 0.95  # of all weights per observation: the last 20 count
@@ -118,4 +118,4 @@ class TenantMeans:
 
 def size_class(prompt: int) -> int:
     """The half octave of a prompt's tokens: it tells agents from chat (benchmarks/estimates.py)."""
-    return int(2 * log(max(prompt, 1), 2))
+    return int(2 * log2(max(prompt, 1)))

@@ -18,9 +18,12 @@ api/types.go (Metrics). Cohere v2: `usage.tokens` is what was processed, `billed
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Final
+
+import msgspec
+from msgspec.structs import replace
 
 from sidecar.events import RequestSize, Usage
 from sidecar.load.answer_scan import Members
@@ -31,9 +34,17 @@ MAX_COUNT: Final = 1 << 31
 NOTHING: Final = RequestSize(uncached=0)
 
 
+Path = tuple[str, ...]  # names from the holder down
+
+
+def _paths(*texts: str) -> tuple[Path, ...]:
+    """Paths as the table writes them: "tokens.input_tokens"."""
+    return tuple(tuple(text.split(".")) if text else () for text in texts)
+
+
 @dataclass(frozen=True, slots=True)
 class UsageForm:
-    """Where one form of usage stands: `holder` is the path of its object, "" the top.
+    """Where one form of usage stands: `holder` is the member that has it, "" the top.
 
     The other fields are paths below the holder; the first that is a count is taken. `beyond`: parts of the prompt that
     its count leaves out.
@@ -41,12 +52,12 @@ class UsageForm:
 
     name: str
     holder: str
-    prompt: tuple[str, ...] = ()
-    output: tuple[str, ...] = ()
-    cached: tuple[str, ...] = ()
-    beyond: tuple[str, ...] = ()
-    seconds: tuple[str, ...] = ()
-    lacks: tuple[str, ...] = ()  # it is another form where one of these is there
+    prompt: tuple[Path, ...] = ()
+    output: tuple[Path, ...] = ()
+    cached: tuple[Path, ...] = ()
+    beyond: tuple[Path, ...] = ()
+    seconds: tuple[Path, ...] = ()
+    lacks: frozenset[str] = frozenset()  # it is another form where one of these is there
 
 
 _DETAILS: Final = ("prompt_tokens_details", "input_tokens_details", "input_token_details")
@@ -59,60 +70,60 @@ FORMS: Final = (
     UsageForm(
         "anthropic",
         "usage",
-        prompt=("input_tokens",),
-        output=("output_tokens",),
-        cached=(_READ,),
-        beyond=(_READ, _WRITTEN),
-        lacks=(*_DETAILS, "prompt_tokens", "type"),
+        prompt=_paths("input_tokens"),
+        output=_paths("output_tokens"),
+        cached=_paths(_READ),
+        beyond=_paths(_READ, _WRITTEN),
+        lacks=frozenset((*_DETAILS, "prompt_tokens", "type")),
     ),
     UsageForm(
         "openai",
         "usage",
-        prompt=("prompt_tokens", "input_tokens"),
-        output=("completion_tokens", "output_tokens"),
-        cached=(*_CACHED, "prompt_cache_hit_tokens", _READ),
-        seconds=("prompt_audio_seconds",),
+        prompt=_paths("prompt_tokens", "input_tokens"),
+        output=_paths("completion_tokens", "output_tokens"),
+        cached=_paths(*_CACHED, "prompt_cache_hit_tokens", _READ),
+        seconds=_paths("prompt_audio_seconds"),
     ),
     UsageForm(
         "cohere",
         "usage",
-        prompt=("tokens.input_tokens", "billed_units.input_tokens"),
-        output=("tokens.output_tokens", "billed_units.output_tokens"),
-        cached=("cached_tokens", "tokens.cached_tokens"),
+        prompt=_paths("tokens.input_tokens", "billed_units.input_tokens"),
+        output=_paths("tokens.output_tokens", "billed_units.output_tokens"),
+        cached=_paths("cached_tokens", "tokens.cached_tokens"),
     ),
-    UsageForm("duration", "usage", seconds=("seconds",)),
-    UsageForm("ranking", "usage", prompt=("total_tokens",)),
+    UsageForm("duration", "usage", seconds=_paths("seconds")),
+    UsageForm("ranking", "usage", prompt=_paths("total_tokens")),
     UsageForm(
         "cohere ranking",
         "meta",
-        prompt=("tokens.input_tokens", "billed_units.input_tokens"),
-        output=("tokens.output_tokens", "billed_units.output_tokens"),
+        prompt=_paths("tokens.input_tokens", "billed_units.input_tokens"),
+        output=_paths("tokens.output_tokens", "billed_units.output_tokens"),
     ),
     UsageForm(
         "sglang",
         "meta_info",
-        prompt=("prompt_tokens",),
-        output=("completion_tokens",),
-        cached=("cached_tokens",),
+        prompt=_paths("prompt_tokens"),
+        output=_paths("completion_tokens"),
+        cached=_paths("cached_tokens"),
     ),
-    UsageForm("tgi", "details", prompt=("input_length",), output=("generated_tokens",)),
+    UsageForm("tgi", "details", prompt=_paths("input_length"), output=_paths("generated_tokens")),
     UsageForm(
         "llama.cpp",
         "",
-        prompt=("tokens_evaluated",),
-        output=("tokens_predicted",),
-        cached=("timings.cache_n",),
+        prompt=_paths("tokens_evaluated"),
+        output=_paths("tokens_predicted"),
+        cached=_paths("timings.cache_n"),
     ),
     UsageForm(
         "llama.cpp timings",
         "timings",
-        prompt=("prompt_n",),
-        output=("predicted_n",),
-        cached=("cache_n",),
-        beyond=("cache_n",),
+        prompt=_paths("prompt_n"),
+        output=_paths("predicted_n"),
+        cached=_paths("cache_n"),
+        beyond=_paths("cache_n"),
     ),
-    UsageForm("ollama", "", prompt=("prompt_eval_count",), output=("eval_count",)),
-    UsageForm("verbose transcription", "", seconds=("duration",)),
+    UsageForm("ollama", "", prompt=_paths("prompt_eval_count"), output=_paths("eval_count")),
+    UsageForm("verbose transcription", "", seconds=_paths("duration")),
 )
 # Header fields of whole answers that say it where the body does not: TGI's, Text Embeddings Inference's.
 HEADER_PROMPTS: Final = (b"x-prompt-tokens", b"x-compute-tokens")
@@ -121,11 +132,11 @@ HEADER_OUTPUT: Final = b"x-generated-tokens"
 # Events whose usage does not cover the output yet: Anthropic's, and those of the responses API.
 _OPENING_EVENTS: Final = frozenset(("message_start", "response.created", "response.queued", "response.in_progress"))
 _FAILED_EVENTS: Final = frozenset(("error", "response.failed"))
+_TIMED_CACHE, _TIMED_PROMPT = _paths("timings.cache_n"), _paths("timings.prompt_n")
 _HOLDERS: Final = ("response", "message", "delta")  # of a usage in an event
 
 
-@dataclass(frozen=True, slots=True)
-class ToldUsage:
+class ToldUsage(msgspec.Struct, frozen=True, gc=False):
     """What an engine told; None: it did not. `final`: the numbers cover the whole answer."""
 
     prompt: int | None = None
@@ -259,8 +270,8 @@ def _lifted(members: Members) -> Members:
 def _read_item(members: Members) -> tuple[UsageForm, ToldUsage] | None:
     lifted = _lifted(members)
     for form in FORMS:
-        holder = _at(lifted, form.holder)
-        if not isinstance(holder, dict) or any(name in holder for name in form.lacks):
+        holder = lifted.get(form.holder) if form.holder else lifted
+        if not isinstance(holder, dict) or not form.lacks.isdisjoint(holder):
             continue
         told = _read_form(form, holder, lifted)
         if (told.prompt, told.output, told.seconds) != (None, None, None):
@@ -270,22 +281,23 @@ def _read_item(members: Members) -> tuple[UsageForm, ToldUsage] | None:
 
 def _read_form(form: UsageForm, holder: Members, members: Members) -> ToldUsage:
     prompt, cached = _first_count(holder, form.prompt), _first_count(holder, form.cached)
-    beyond = [count for name in form.beyond if (count := _first_count(holder, (name,))) is not None]
-    if prompt is not None:
-        prompt += sum(beyond)
+    if prompt is not None and form.beyond:
+        prompt += sum(_first_count(holder, (path,)) or 0 for path in form.beyond)
     if cached is None and form.name == "openai":  # llama.cpp's chat, before its usage had details
-        cached = _first_count(members, ("timings.cache_n",))
+        cached = _first_count(members, _TIMED_CACHE)
     elif cached is None and form.name == "llama.cpp" and prompt is not None:
-        new = _first_count(members, ("timings.prompt_n",))
+        new = _first_count(members, _TIMED_PROMPT)
         cached = None if new is None else max(0, prompt - new)
-    seconds = next((number for path in form.seconds if (number := _number(_at(holder, path))) is not None), None)
+    seconds = None
+    for path in form.seconds:
+        seconds = _number(_at(holder, path)) if seconds is None else seconds
     return ToldUsage(prompt, _first_count(holder, form.output), cached, seconds)
 
 
 def _sum(told: list[tuple[UsageForm, ToldUsage]], choices: int) -> ToldUsage | None:
     """One usage of those of several sequences. The prompt of several choices counts once."""
-    if not told:
-        return None
+    if len(told) <= 1:
+        return told[0][1] if told else None
     prompts = [one for _, one in islice(told, 0, None, max(1, choices))]
     seconds = [one.seconds for _, one in told if one.seconds is not None]
     return ToldUsage(
@@ -302,9 +314,9 @@ def _total(counts: Iterable[int | None]) -> int | None:
     return None if None in known else min(sum(count for count in known if count is not None), MAX_COUNT)
 
 
-def _first_count(holder: Members, paths: tuple[str, ...]) -> int | None:
+def _first_count(holder: Members, paths: tuple[Path, ...]) -> int | None:
     for path in paths:
-        value = _at(holder, path)
+        value = holder.get(path[0]) if len(path) == 1 else _at(holder, path)
         if isinstance(value, float) and value.is_integer():  # vLLM's for Cohere
             value = int(value)
         if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < MAX_COUNT:
@@ -312,9 +324,9 @@ def _first_count(holder: Members, paths: tuple[str, ...]) -> int | None:
     return None
 
 
-def _at(holder: Members, path: str) -> Any:
+def _at(holder: Members, path: Path) -> Any:
     value: Any = holder
-    for name in path.split(".") if path else ():
+    for name in path:
         if not isinstance(value, dict):
             return None
         value = value.get(name)

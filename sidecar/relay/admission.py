@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Final
 
 from sidecar.errors import SidecarError
@@ -24,6 +25,7 @@ from sidecar.relay.sse import SSE, Price
 
 # A write that waits longer than this for its client makes the request's silence the client's.
 BLOCKED_WRITE_S: Final = 1.0
+NO_SHAPE: Final = RequestShape()
 NO_ESTIMATE: Final = Estimate(RequestSize(uncached=0), 0.0)
 
 
@@ -35,14 +37,14 @@ class Admission:
     route: str
     tenant: str
     trace: Trace | None
-    shape: RequestShape = field(default_factory=RequestShape)
+    shape: RequestShape = NO_SHAPE
     admitted: bool = False
     read_at: float | None = None  # the client's last byte arrived
     sent_at: float | None = None  # the engine has the whole request
     first_at: float | None = None
     image_seconds: float = 0.0
     queued_seconds: float = 0.0
-    image_tokens: list[int] = field(default_factory=list)  # of images whose files state their size
+    image_tokens: Sequence[int] = ()  # of images whose files state their size
     token_count: TokenCount | None = None  # of its text, by the model's tokenizer
     charge: TenantCharge | None = None  # what its tenant's limits were charged
     mu: float = 0.0

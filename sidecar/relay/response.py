@@ -12,8 +12,10 @@ import asyncio
 import time
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Final, Protocol
+
+from msgspec import structs
 
 from sidecar.errors import RequestError
 from sidecar.load import answer_scan, usage_forms
@@ -145,7 +147,7 @@ class ResponseSender:
             admission = self._admission
             told = usage_forms.read(items, admission.shape.choices)
             told = usage_forms.with_header(told, self._answer.fields.get)
-            admission.told = told if told is None or is_whole else replace(told, final=False)
+            admission.told = told if told is None or is_whole else structs.replace(told, final=False)
             admission.failed = any(map(usage_forms.has_failed, items))
 
     def _begin(self, sse: SSE | None, body: bytes | None = None) -> None:

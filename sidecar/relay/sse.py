@@ -16,8 +16,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Final
+
+from msgspec import structs
 
 from sidecar.events import Usage
 from sidecar.load import answer_scan, usage_forms
@@ -113,7 +114,7 @@ class SSE:
             self._read(answer_scan.read(self._running), b"")
             self._running = b""
         told = self._meter.told
-        return told if told is None or not self._last or _is_final(self._last) else replace(told, final=False)
+        return told if told is None or not self._last or _is_final(self._last) else structs.replace(told, final=False)
 
     @property
     def usage(self) -> Usage | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -49,7 +49,7 @@ class Pricing:
             reserved = self.estimator.reserved_mu(admission.tenant, admission.shape, estimate.work)
             admission.charge = self.quota.take(admission.tenant, estimate.mu, reserved)
 
-    def estimate(self, admission: Admission, image_tokens: list[int]) -> Estimate:
+    def estimate(self, admission: Admission, image_tokens: Sequence[int]) -> Estimate:
         """What the request is expected to take. `image_tokens`: those of prepared images, which are exact."""
         counted = None if admission.token_count is None else admission.token_count.tokens
         known = image_tokens or admission.image_tokens
