@@ -46,7 +46,8 @@ async def _call(script: str, url: str) -> dict[str, Any]:
     """What a client's script prints."""
     interpreter = environment.python() if script.endswith(".py") else environment.node()
     if interpreter is None:
-        pytest.skip("node is not installed")
+        missing = "node and npm are not installed"
+        pytest.fail(missing) if os.environ.get("TEST_REQUIRE") == "1" else pytest.skip(missing)
     env = os.environ | {"CLIENTS": str(environment.home()), "NO_PROXY": "*"}
     process = await asyncio.create_subprocess_exec(
         *(str(interpreter), str(CALLS / script), url), stdout=asyncio.subprocess.PIPE, env=env
