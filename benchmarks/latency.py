@@ -59,7 +59,7 @@ REAL_COLUMNS = (
     *("requests", "TTFT p50, s", "p99, s", "at admission: median error", "P90"),
     *("asked before: median error", "P90", "queue length", "its P90"),
 )
-VOCABULARY, MAX_PROMPT = 1000, 4000  # token ids of real prompts, which any tokenizer has
+VOCABULARY, MAX_PROMPT = 250, 4000  # token ids that any tokenizer has, byte-level ones included
 
 
 @dataclass
@@ -222,6 +222,8 @@ async def real(relay: str, admin: str, model: str, rate: float, count: int) -> s
                 answer.raise_for_status()
                 async for line in answer.content:
                     if line.startswith(b"data:"):
+                        if b'"error"' in line:
+                            raise SystemExit(f"the engine failed: {line[5:400].decode(errors='replace').strip()}")
                         break
                 took = time.monotonic() - began
                 await answer.read()
