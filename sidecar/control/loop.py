@@ -104,18 +104,19 @@ class ControlLoop:
         self.snapshot = control.tick(self._readings(now), now, wall)
 
     async def run(self) -> None:
-        """Tick until cancelled; then await what is under way."""
+        """Tick until cancelled."""
         loop = asyncio.get_running_loop()
         due = loop.time()
-        try:
-            while True:
-                self._tick()
-                due = max(due + TICK_S, loop.time())
-                await asyncio.sleep(due - loop.time())
-        finally:
-            await self._tasks.close()
-            self._count_gpu_time(time.monotonic(), time.time())
-            await self._write_usage(time.time())
+        while True:
+            self._tick()
+            due = max(due + TICK_S, loop.time())
+            await asyncio.sleep(due - loop.time())
+
+    async def close(self) -> None:
+        """Await what is under way, and write the last usage. Not a part of `run`, which may be cancelled twice."""
+        await self._tasks.close()
+        self._count_gpu_time(time.monotonic(), time.time())
+        await self._write_usage(time.time())
 
     # --- events ---
 
