@@ -5,6 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sidecar import labels as texts
 from sidecar.labels import OTHER
 from sidecar.load.client_labels import (
     HALF_LIFE_S,
@@ -105,3 +106,11 @@ def test_memory_is_bounded() -> None:
         labels.accept(f"invented-{n}", f"made-up-{n}", 1.0, 0.0)
     held = [labels._tenants._waiting, labels._models._waiting, labels._pairs._waiting]
     assert all(len(names) <= MAX_WAITING for names in held)
+
+
+def test_long_texts_are_not_remembered() -> None:
+    """Thousands of paths of 100 KiB would be hundreds of megabytes."""
+    text = "/" + "x" * texts.MAX_REMEMBERED_CHARS
+    before = texts._remembered.cache_info().currsize
+    assert texts.printable(text) == text[:64]
+    assert texts._remembered.cache_info().currsize == before
