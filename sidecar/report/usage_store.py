@@ -214,7 +214,7 @@ def tidy(db: sqlite3.Connection, wall: float, days: int, max_bytes: int) -> list
             oldest = f"SELECT at FROM usage WHERE {where} ORDER BY at LIMIT 1 OFFSET {count // 10}"
             evicted += _drop(db, "size", f"{where} AND at <= ({oldest})")
     db.execute("DELETE FROM rate WHERE id NOT IN (SELECT rate FROM usage)")
-    db.execute("PRAGMA incremental_vacuum")
+    db.executescript("PRAGMA incremental_vacuum")  # `execute` would stop after the first page
     return merge_evictions(evicted)
 
 

@@ -132,6 +132,19 @@ def test_the_file_is_bounded_and_says_what_it_lost(tmp_path: Path) -> None:
     assert sum(gone.mu for gone in evicted) + total(tmp_path).mu == pytest.approx(10_000)
 
 
+def test_the_file_gets_smaller_with_its_rows(tmp_path: Path) -> None:
+    """The disk gets back what rows took that are too old."""
+    kept = fresh(tmp_path)
+    for i in range(2000):
+        put(kept, NOW, f"tenant-{i}")
+    kept.write(kept.take(), NOW)
+    with contextlib.closing(sqlite3.connect(tmp_path / USAGE_FILE)) as db:
+        full = db.execute("PRAGMA page_count").fetchone()[0]
+        kept.write(PendingUsage(), NOW + 36 * DAY_S)
+        pages, free = (db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("page_count", "freelist_count"))
+    assert free == 0 and pages < full / 3
+
+
 def test_rejected_requests_push_out_no_bill(tmp_path: Path) -> None:
     """A month of bills stays, summed up, while rejected requests of many clients fill the file for hours."""
     kept, evicted = fresh(tmp_path, most=400_000), []
