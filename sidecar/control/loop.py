@@ -329,12 +329,13 @@ class ControlLoop:
             self._log.error("usage", text, usage.path, e)
 
     def _report_evictions(self, evictions: list[Eviction]) -> None:
-        """Billable usage is never dropped silently."""
+        """Billable usage is never dropped silently: counters have all of it, and a line comes at most once a minute."""
         self._fan_out.on_evictions(evictions)
         for eviction in evictions:
-            if eviction.is_billable:
-                level = logging.INFO if eviction.why == "age" else logging.WARNING  # --usage-days is the operator's
-                _log.log(level, "%s", describe(eviction))
+            if eviction.is_billable and eviction.why == "age":  # as --usage-days says
+                _log.info("%s", describe(eviction))
+            elif eviction.is_billable:
+                self._log.warning(f"dropped: {eviction.why}", "%s", describe(eviction))
 
     async def _save(self, content: dict[str, Any]) -> None:
         try:
