@@ -193,3 +193,14 @@ def test_what_cannot_be_merged_is_named(capsys: Any, tmp_path: Path) -> None:
     assert run(["usage", "merge", *into]) == 2
     assert run(["usage", "--state-dir", "x", "merge", *into, str(path)]) == 2
     assert "after its name" in capsys.readouterr().err
+
+
+def test_a_merge_replaces_a_former_result_only(capsys: Any, tmp_path: Path) -> None:
+    """Not the records of a sidecar whose state directory is named for the result by mistake."""
+    pods, into = [fill(tmp_path / name) for name in ("a", "b")], ("--into", str(tmp_path / "all"))
+    for _ in range(2):
+        assert run(["usage", "merge", *into, *map(str, pods)]) == 0
+    before = total(pods[1])
+    assert run(["usage", "merge", "--into", str(tmp_path / "b"), str(pods[0])]) == 2
+    assert "name another directory" in capsys.readouterr().err
+    assert total(pods[1]) == before
