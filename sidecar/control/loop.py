@@ -262,7 +262,8 @@ class ControlLoop:
     def _count_gpu_time(self, now: float, wall: float) -> None:
         """The GPU time that passes is part of the bill, whoever uses it."""
         if self._usage is not None:
-            self._usage.elapse(now, wall, self.control.gpu_price, self._fan_out.fingerprint)
+            evicted = self._usage.elapse(now, wall, self.control.gpu_price, self._fan_out.fingerprint)
+            self._report_evictions(evicted)
 
     # --- background tasks ---
 
