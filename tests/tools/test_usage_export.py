@@ -8,6 +8,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -184,6 +185,11 @@ def test_what_cannot_be_merged_is_named(capsys: Any, tmp_path: Path) -> None:
     path = fill(tmp_path / "pod")
     (tmp_path / "text").write_text("{}\n")
     into = ("--into", str(tmp_path / "all"))
+    assert run(["usage", "merge", *into, str(tmp_path / "text")]) == 2
+    assert "line 1" in capsys.readouterr().err
+    row = {**asdict(UsageSums()), "id": "1", "origin": "o", "start": "2026-11-01T00:00:00Z", "requests": None}
+    names = dict.fromkeys(("tenant", "model", "outcome", "source", "fingerprint", "gpus", "dollars_per_gpu_hour"), "1")
+    (tmp_path / "text").write_text(json.dumps(row | names) + "\n")
     assert run(["usage", "merge", *into, str(tmp_path / "text")]) == 2
     assert "line 1" in capsys.readouterr().err
     other = fill(tmp_path / "other")
