@@ -26,8 +26,7 @@ from statistics import fmean
 
 import aiohttp
 from replay import requests as traces
-from replay.engine import Engine, Hardware, Sequence
-from replay.jobs import SATURATING_REQUESTS
+from replay.engine import Engine, Hardware, Sequence, busy_seconds
 from replay.pricing import calibrated
 from replay.requests import Request
 
@@ -163,7 +162,7 @@ def simulated(folder: Path, loads: list[float], seconds: float) -> str:
         traces.load(folder) if folder.is_dir() else {"synthetic": traces.synthetic(seconds, 3)}
     ).items():
         requests = [r for r in requests if r.at < seconds]
-        busy = busy_seconds(requests)
+        busy = busy_seconds(requests, Hardware())
         for load in loads:
             for slow in (1.0, SLOWER):
                 hardware = Hardware() if slow == 1.0 else Hardware().slower(slow)
@@ -182,25 +181,6 @@ def simulated(folder: Path, loads: list[float], seconds: float) -> str:
                 )
                 print("|", " | ".join(rows[-1]), "|", flush=True)
     return table(COLUMNS, rows)
-
-
-def busy_seconds(requests: list[Request]) -> float:
-    """Seconds that an engine needs for all requests if some always wait."""
-    engine, now = Engine(Hardware(), random.Random(0)), 0.0
-    coming = enumerate(requests)
-
-    def start() -> None:
-        for n, request in coming:
-            engine.arrive(Sequence(str(n), request, now), now)
-            return
-
-    for _ in range(SATURATING_REQUESTS):
-        start()
-    while engine.next_at < float("inf"):
-        now = engine.next_at
-        for _ in engine.step(now)[1]:
-            start()
-    return now
 
 
 async def real(relay: str, admin: str, model: str, rate: float, count: int) -> str:

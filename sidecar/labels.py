@@ -13,13 +13,20 @@ from typing import Final
 OTHER: Final = "other"
 NONE: Final = "none"  # an empty label would read as a missing one
 DEFAULT_TENANT: Final = "default"  # of requests that name none
+MAX_REMEMBERED_CHARS: Final = 256  # of a text whose label is remembered: clients choose their length, too
 
 
-@lru_cache(maxsize=4096)  # few names come again and again
 def printable(text: str, max_length: int = 64) -> str:
     """`text` cut to `max_length` characters, with `?` for unprintable ones; `none` if it is empty."""
+    return (_remembered if len(text) <= MAX_REMEMBERED_CHARS else _printable)(text, max_length)
+
+
+def _printable(text: str, max_length: int) -> str:
     cut = text.strip()[:max_length].rstrip()  # so that a label is the label of itself
     return "".join(c if c.isprintable() else "?" for c in cut) or NONE
+
+
+_remembered: Final = lru_cache(maxsize=4096)(_printable)  # few names come again and again
 
 
 class BoundedLabels:

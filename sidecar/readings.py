@@ -75,22 +75,27 @@ class EngineSample:
         """A counter that moves while it generates: tokens, or steps where tokens are counted at a request's end."""
         return self.iterations if self.tokens_at_end else self.generation_tokens
 
+    @property
+    def cache_lookups(self) -> float | None:
+        """A counter: tokens of prompts that were looked up in the cache. Where no series of the page counts them,
+        `prompt_tokens` are those that were computed, as llama.cpp's are.
+        """
+        if self.cache_queries is not None or self.cached_tokens is None or self.prompt_tokens is None:
+            return self.cache_queries
+        return self.prompt_tokens + self.cached_tokens
+
     def cached_share(self, earlier: EngineSample) -> float | None:
         """The share of prompt tokens since `earlier` that came from the cache; None if the page does not say it.
 
-        0 if none were looked for, as without a cache. Where `cache_queries` is not on the page, `prompt_tokens` are
-        those that were computed.
+        0 if none were looked up, as without a cache.
         """
-        if self.cached_tokens is None:
+        if self.cached_tokens is None or self.cache_lookups is None:
             return None
         hits = self.cached_tokens - (earlier.cached_tokens or 0.0)
-        if self.cache_queries is not None:
-            queries = self.cache_queries - (earlier.cache_queries or 0.0)
-        else:
-            queries = hits + (self.prompt_tokens or 0.0) - (earlier.prompt_tokens or 0.0)
-        if hits < 0 or queries < 0:
+        lookups = self.cache_lookups - (earlier.cache_lookups or 0.0)
+        if hits < 0 or lookups < 0:
             return None  # counters of another process
-        return min(1.0, hits / queries) if queries else 0.0
+        return min(1.0, hits / lookups) if lookups else 0.0
 
 
 @dataclass(frozen=True, slots=True)

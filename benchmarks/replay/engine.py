@@ -17,12 +17,14 @@ import heapq
 import math
 import random
 from collections import OrderedDict, deque
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from replay.requests import BLOCK, Request
 
 STEP_TOKENS = 2048
 MAX_RUNNING = 256
+SATURATING_REQUESTS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,3 +255,22 @@ class Engine:
             self._cache.move_to_end(block)
         while len(self._cache) > self.hardware.kv_tokens // BLOCK:
             self._cache.popitem(last=False)
+
+
+def busy_seconds(requests: Iterable[Request], hardware: Hardware) -> float:
+    """Seconds that an engine needs for all requests if some always wait."""
+    engine, now = Engine(hardware, random.Random(0)), 0.0
+    coming = enumerate(requests)
+
+    def start() -> None:
+        for n, request in coming:
+            engine.arrive(Sequence(str(n), request, now), now)
+            return
+
+    for _ in range(SATURATING_REQUESTS):
+        start()
+    while engine.next_at < math.inf:
+        now = engine.next_at
+        for _ in engine.step(now)[1]:
+            start()
+    return now

@@ -9,14 +9,13 @@ several times (as from more users), so that one to a few dozen replicas are need
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 from replay import requests
-from replay.engine import Engine, Hardware, Sequence
+from replay.engine import Hardware, busy_seconds
 from replay.fleet import Fleet, Outcome
 from replay.requests import Request
 from replay.routing import OURS, POLICIES
@@ -27,7 +26,6 @@ SLOW = FAST.slower(2.0)
 MAX_PER_TOKEN_S = 0.1
 # Share of the requests within the SLO.
 MIN_KEPT_SHARE = 0.99
-SATURATING_REQUESTS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,21 +139,7 @@ def loaded(folder: Path) -> dict[str, list[Request]]:
 @lru_cache
 def saturated(folder: Path, name: str) -> float:
     """Seconds that one fast engine needs for a whole trace when requests always wait."""
-    engine, now = Engine(FAST, random.Random(0)), 0.0
-    coming = enumerate(loaded(folder)[name])
-
-    def start() -> None:
-        for n, request in coming:
-            engine.arrive(Sequence(str(n), request, now), now)
-            return
-
-    for _ in range(SATURATING_REQUESTS):
-        start()
-    while engine.next_at < math.inf:
-        now = engine.next_at
-        for _ in engine.step(now)[1]:
-            start()
-    return now
+    return busy_seconds(loaded(folder)[name], FAST)
 
 
 def _route(job: Job, trace: list[Request], work: float) -> Routed:

@@ -25,7 +25,13 @@ struct Buffer {
     }
 };
 
-inline void forget_wanted(PyObject* capsule) { delete static_cast<json::Wanted*>(PyCapsule_GetPointer(capsule, WANTED)); }
+// A capsule that owns what it holds; null with an error set.
+template <const char* name, class T>
+PyObject* owning(std::unique_ptr<T> made) {
+    PyObject* capsule = PyCapsule_New(made.get(), name, [](PyObject* held) { delete static_cast<T*>(PyCapsule_GetPointer(held, name)); });
+    if (capsule) made.release();
+    return capsule;
+}
 
 template <class Work>
 bool maybe_without_gil(Py_ssize_t size, Work work) {
@@ -58,9 +64,7 @@ inline PyObject* wanted_(PyObject*, PyObject* args) {
     try {
         auto made = std::make_unique<json::Wanted>();
         if (!add_names(*made, prompts, true) || !add_names(*made, options, false)) return nullptr;
-        PyObject* capsule = PyCapsule_New(made.get(), WANTED, forget_wanted);
-        if (capsule) made.release();
-        return capsule;
+        return owning<WANTED>(std::move(made));
     } catch (const std::bad_alloc&) {
         return PyErr_NoMemory();
     }

@@ -18,11 +18,6 @@ struct HeldScan {  // the paths live as long as the scan
     explicit HeldScan(std::shared_ptr<const json::MemberPaths> held) : paths(std::move(held)), scan(*paths) {}
 };
 
-inline void forget_paths(PyObject* capsule) {
-    delete static_cast<std::shared_ptr<const json::MemberPaths>*>(PyCapsule_GetPointer(capsule, MEMBER_PATHS));
-}
-inline void forget_scan(PyObject* capsule) { delete static_cast<HeldScan*>(PyCapsule_GetPointer(capsule, MEMBER_SCAN)); }
-
 inline PyObject* member_paths(PyObject*, PyObject* names) {
     const Py_ssize_t count = PyTuple_Size(names);
     if (count < 0) return nullptr;
@@ -37,10 +32,7 @@ inline PyObject* member_paths(PyObject*, PyObject* names) {
                 return nullptr;
             }
         }
-        auto held = std::make_unique<std::shared_ptr<const json::MemberPaths>>(std::move(made));
-        PyObject* capsule = PyCapsule_New(held.get(), MEMBER_PATHS, forget_paths);
-        if (capsule) held.release();
-        return capsule;
+        return owning<MEMBER_PATHS>(std::make_unique<std::shared_ptr<const json::MemberPaths>>(std::move(made)));
     } catch (const std::bad_alloc&) {
         return PyErr_NoMemory();
     }
@@ -50,10 +42,7 @@ inline PyObject* member_scan(PyObject*, PyObject* paths) {
     const auto* held = static_cast<std::shared_ptr<const json::MemberPaths>*>(PyCapsule_GetPointer(paths, MEMBER_PATHS));
     if (!held) return nullptr;
     try {
-        auto made = std::make_unique<HeldScan>(*held);
-        PyObject* capsule = PyCapsule_New(made.get(), MEMBER_SCAN, forget_scan);
-        if (capsule) made.release();
-        return capsule;
+        return owning<MEMBER_SCAN>(std::make_unique<HeldScan>(*held));
     } catch (const std::bad_alloc&) {
         return PyErr_NoMemory();
     }

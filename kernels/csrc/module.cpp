@@ -19,8 +19,6 @@ using namespace sidecar;
 constexpr char PLAN[] = "sidecar.kernels._fused.Plan";
 constexpr int LONGEST = 1 << 20;  // pixels a side: products of sizes stay far from overflow
 
-void forget(PyObject* capsule) { delete static_cast<Plan*>(PyCapsule_GetPointer(capsule, PLAN)); }
-
 PyObject* plan(PyObject*, PyObject* args) {
     int h, w, new_h, new_w, resample;
     if (!PyArg_ParseTuple(args, "iiiii", &h, &w, &new_h, &new_w, &resample)) return nullptr;
@@ -29,10 +27,7 @@ PyObject* plan(PyObject*, PyObject* args) {
         return nullptr;
     }
     try {
-        auto made = std::make_unique<Plan>(h, w, new_h, new_w, resample);
-        PyObject* capsule = PyCapsule_New(made.get(), PLAN, forget);
-        if (capsule) made.release();
-        return capsule;
+        return owning<PLAN>(std::make_unique<Plan>(h, w, new_h, new_w, resample));
     } catch (const std::bad_alloc&) {
         return PyErr_NoMemory();
     }

@@ -104,18 +104,19 @@ class ControlLoop:
         self.snapshot = control.tick(self._readings(now), now, wall)
 
     async def run(self) -> None:
-        """Tick until cancelled; then await what is under way."""
+        """Tick until cancelled."""
         loop = asyncio.get_running_loop()
         due = loop.time()
-        try:
-            while True:
-                self._tick()
-                due = max(due + TICK_S, loop.time())
-                await asyncio.sleep(due - loop.time())
-        finally:
-            await self._tasks.close()
-            self._count_gpu_time(time.monotonic(), time.time())
-            await self._write_usage(time.time())
+        while True:
+            self._tick()
+            due = max(due + TICK_S, loop.time())
+            await asyncio.sleep(due - loop.time())
+
+    async def close(self) -> None:
+        """Await what is under way, and write the last usage. Not a part of `run`, which may be cancelled twice."""
+        await self._tasks.close()
+        self._count_gpu_time(time.monotonic(), time.time())
+        await self._write_usage(time.time())
 
     # --- events ---
 
@@ -261,7 +262,8 @@ class ControlLoop:
     def _count_gpu_time(self, now: float, wall: float) -> None:
         """The GPU time that passes is part of the bill, whoever uses it."""
         if self._usage is not None:
-            self._usage.elapse(now, wall, self.control.gpu_price, self._fan_out.fingerprint)
+            evicted = self._usage.elapse(now, wall, self.control.gpu_price, self._fan_out.fingerprint)
+            self._report_evictions(evicted)
 
     # --- background tasks ---
 
@@ -328,12 +330,13 @@ class ControlLoop:
             self._log.error("usage", text, usage.path, e)
 
     def _report_evictions(self, evictions: list[Eviction]) -> None:
-        """Billable usage is never dropped silently."""
+        """Billable usage is never dropped silently: counters have all of it, and a line comes at most once a minute."""
         self._fan_out.on_evictions(evictions)
         for eviction in evictions:
-            if eviction.is_billable:
-                level = logging.INFO if eviction.why == "age" else logging.WARNING  # --usage-days is the operator's
-                _log.log(level, "%s", describe(eviction))
+            if eviction.is_billable and eviction.why == "age":  # as --usage-days says
+                _log.info("%s", describe(eviction))
+            elif eviction.is_billable:
+                self._log.warning(f"dropped: {eviction.why}", "%s", describe(eviction))
 
     async def _save(self, content: dict[str, Any]) -> None:
         try:

@@ -52,11 +52,14 @@ async def run(
         await serve_admin(loop, admin, stack)
         serving()
         _log.info("relay on %s:%d, admin on %s:%d, engine %s", *settings.listen, *settings.admin, settings.engine)
-        async with asyncio.TaskGroup() as group:
-            work = loop.pool.run(joining), loop.port.run(), loop.run(), loop.engine.run(loop.port.opened)
-            tasks = [group.create_task(part) for part in work]
-            await ended.wait()
-            await _end(tasks)
+        try:
+            async with asyncio.TaskGroup() as group:
+                work = loop.pool.run(joining), loop.port.run(), loop.run(), loop.engine.run(loop.port.opened)
+                tasks = [group.create_task(part) for part in work]
+                await ended.wait()
+                await _end(tasks)
+        finally:
+            await loop.close()
 
 
 async def _end(tasks: Sequence[asyncio.Task[None]]) -> None:

@@ -115,7 +115,7 @@ class ControlState:
         self._name_models(readings.identity.models)
         self._count_gpus(readings)
         sample = readings.sample or EngineSample()
-        self._engine_cache.read(sample.cache_queries, sample.cached_tokens)
+        self._engine_cache.read(sample.cache_lookups, sample.cached_tokens)
         self.latency.slowness = self.coefficients.capacity.slowness
         self.latency.tick(sample, now)
         self.health.tick(readings, self.ledger.holds(), now, wall)

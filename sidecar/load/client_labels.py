@@ -4,7 +4,8 @@
 
 Rules:
 - A name gets a label only by requests that the engine accepted. Until then it is `other`.
-- Names that an operator or the engine gave (tenant limits, the list of models) always have one, beyond `limit`.
+- Names that an operator or the engine gave (tenant limits, the list of models) always have one, beyond `limit`. Those
+  that are no longer given are names like any other: at the next `accept`, the lightest ones beyond `limit` lose theirs.
 - The weight of a name is its MU, halved every HALF_LIFE_S. A name without a label takes that of the lightest one once
   it weighs twice as much. So names that an attack pushed out come back.
 - A pair of tenant and model beyond the bound of pairs is (tenant, `other`).
@@ -69,6 +70,16 @@ class HeaviestNames(Generic[N]):
     def drop(self, is_over: Callable[[N], bool]) -> None:
         """Take the place of every name for which this is true."""
         self._weights = {name: weight for name, weight in self._weights.items() if not is_over(name)}
+        self._lightest = 0.0
+
+    def trim(self) -> list[N]:
+        """Take the places of the lightest names beyond the limit, as fewer are given. Returns these names."""
+        others = sorted((name for name in self._weights if name not in self.given), key=self._weights.__getitem__)
+        lost = others[: max(0, len(others) - self._limit)]
+        for name in lost:
+            self._wait(name, self._weights.pop(name))
+        self._lightest = 0.0
+        return lost
 
     def scale(self, by: float) -> None:
         self._lightest *= by
@@ -90,12 +101,14 @@ class ClientLabels:
         self._pairs: HeaviestNames[tuple[str, str]] = HeaviestNames(MAX_PAIRS_PER_TENANT * limit)
         self._max_given_pairs = MAX_GIVEN_PAIRS_PER_TENANT * limit
         self._since: float | None = None
+        self._is_trimmed = True  # since names were last given
 
     def give(self, *, tenants: Iterable[str] | None = None, models: Iterable[str] | None = None) -> None:
         """Replace the names that always have a label."""
         for names, given in ((self._tenants, tenants), (self._models, models)):
             if given is not None:
                 names.given = frozenset(map(printable, given))
+                self._is_trimmed = False
 
     def of(self, tenant: str, model: str) -> tuple[str, str]:
         """The labels of a client's names, or what became of labels that it returned earlier."""
@@ -111,15 +124,28 @@ class ClientLabels:
         """Count a request that the engine accepted. True if a name or pair lost its label."""
         tenant, model = printable(tenant), printable(model)
         weight = max(mu, MIN_WEIGHT) * self._growth(now)
+        has_lost = not self._is_trimmed and self._trim()
         lost = self._tenants.add(tenant, weight), self._models.add(model, weight)
         if lost != (None, None):
             self._pairs.drop(lambda pair: pair[0] == lost[0] or pair[1] == lost[1])
+            has_lost = True
         if tenant not in self._tenants or model not in self._models:
-            return lost != (None, None)
-        pair, given = (tenant, model), self._pairs.given
-        if tenant in self._tenants.given and model in self._models.given and len(given) < self._max_given_pairs:
-            self._pairs.given = given | {pair}
-        return self._pairs.add(pair, weight) is not None or lost != (None, None)
+            return has_lost
+        pair = tenant, model
+        if self._is_given(pair) and len(self._pairs.given) < self._max_given_pairs:
+            self._pairs.given |= {pair}
+        return self._pairs.add(pair, weight) is not None or has_lost
+
+    def _trim(self) -> bool:
+        """Hold the limits for names that are no longer given. True if a name or pair lost its label."""
+        self._is_trimmed = True
+        tenants, models = set(self._tenants.trim()), set(self._models.trim())
+        self._pairs.drop(lambda pair: pair[0] in tenants or pair[1] in models)
+        self._pairs.given = frozenset(filter(self._is_given, self._pairs.given))
+        return bool(self._pairs.trim() or tenants or models)
+
+    def _is_given(self, pair: tuple[str, str]) -> bool:
+        return pair[0] in self._tenants.given and pair[1] in self._models.given
 
     def _growth(self, now: float) -> float:
         """What a weight of 1 adds now: instead of halving old weights, new ones weigh more."""

@@ -59,7 +59,9 @@ def parse(raw: Any) -> tuple[str, str, UsageKey, UsageSums]:
     tenant, model, outcome, source = (str(raw[name]) for name in ("tenant", "model", "outcome", "source"))
     rate = Rate(str(raw["fingerprint"]), int(raw["gpus"]), float(raw["dollars_per_gpu_hour"]))
     defaults = asdict(UsageSums(joules=0.0)).items()
-    numbers: dict[str, Any] = {k: None if raw[k] is None else type(default)(raw[k]) for k, default in defaults}
+    numbers: dict[str, Any] = {
+        k: type(default)(raw[k]) for k, default in defaults if k != "joules" or raw[k] is not None
+    }
     key = UsageKey(int(start.timestamp()), HOUR_S, tenant, model, outcome, source, rate)
     return str(raw["id"]), str(raw["origin"]), key, UsageSums(**numbers)
 

@@ -57,6 +57,7 @@ SCHEMA_VERSION: Final = 2
 TIDY_INTERVAL_S: Final = HOUR_S
 SEEN_IDS_S: Final = 120  # relays replay settlements that are about a second old
 MAX_PENDING_ROWS: Final = 20_000  # about 6 MB
+MAX_PENDING_IDS: Final = 100_000  # about 12 MB; or as many as end in SEEN_IDS_S
 LATE_S: Final = HOUR_S
 MAX_GAP_S: Final = HOUR_S  # between two processes of the sidecar, in which the GPUs were this pod's
 MINUTES_KEPT_S: Final = 8 * DAY_S  # a week and a day: `--since 7d` is exact to the minute
@@ -113,8 +114,11 @@ class UsageStore:
         if id not in self._seen:
             self._pending.count(id, key, sums)
 
-    def elapse(self, now: float, wall: float, price: GpuPrice, fingerprint: str) -> None:
-        """Count the GPU time until now (monotonic seconds, and seconds since 1970)."""
+    def elapse(self, now: float, wall: float, price: GpuPrice, fingerprint: str) -> list[Eviction]:
+        """Count the GPU time until now (monotonic seconds, and seconds since 1970). Call it about once a second.
+
+        Returns what no longer has room in memory, as a write may hang for hours.
+        """
         if self._elapsed_at is None:  # the process before has counted until then
             gap = wall - self._until
             seconds = gap if gap <= MAX_GAP_S else 0.0
@@ -122,6 +126,7 @@ class UsageStore:
             seconds = now - self._elapsed_at
         self._elapsed_at = now
         self._pending.add(idle_time(wall, max(0.0, seconds), price, fingerprint))
+        return self._bound(MAX_PENDING_IDS)
 
     @property
     def is_due(self) -> bool:
@@ -136,10 +141,16 @@ class UsageStore:
     def restore(self, taken: PendingUsage) -> list[Eviction]:
         """Make a batch pending again after a failed write, bounded, as a disk may stay full."""
         taken.add(self._pending)
-        newest = max(taken.ids.values(), default=0)
-        ids = {id: at for id, at in taken.ids.items() if at >= newest - SEEN_IDS_S}
-        sums, evicted = bound(taken.sums, MAX_PENDING_ROWS)
-        self._pending = PendingUsage(sums, ids, taken.until)
+        self._pending = taken
+        return self._bound()
+
+    def _bound(self, most_ids: int = 0) -> list[Eviction]:
+        """Bound what is pending; old ids are forgotten where there are more than `most_ids`."""
+        pending = self._pending
+        if len(pending.ids) > most_ids:
+            newest = max(pending.ids.values())
+            pending.ids = {id: at for id, at in pending.ids.items() if at >= newest - SEEN_IDS_S}
+        pending.sums, evicted = bound(pending.sums, MAX_PENDING_ROWS)
         return evicted
 
     def write(self, taken: PendingUsage, wall: float) -> list[Eviction]:
@@ -214,7 +225,7 @@ def tidy(db: sqlite3.Connection, wall: float, days: int, max_bytes: int) -> list
             oldest = f"SELECT at FROM usage WHERE {where} ORDER BY at LIMIT 1 OFFSET {count // 10}"
             evicted += _drop(db, "size", f"{where} AND at <= ({oldest})")
     db.execute("DELETE FROM rate WHERE id NOT IN (SELECT rate FROM usage)")
-    db.execute("PRAGMA incremental_vacuum")
+    db.executescript("PRAGMA incremental_vacuum")  # `execute` would stop after the first page
     return merge_evictions(evicted)
 
 

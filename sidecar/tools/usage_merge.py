@@ -5,7 +5,7 @@
 
 Rules: a file is a sidecar's `usage.db`, or JSON lines of `sidecar usage export`. Nothing is counted twice: of several
 copies of one sidecar's file the newest counts, a row of exports counts once, and not at all beside the file that it is
-of. The result is written anew each time.
+of. The result is written anew each time, in place of a former one, but never of records that it does not hold.
 """
 
 from __future__ import annotations
@@ -69,6 +69,7 @@ def main(settings: MergeSettings) -> int:
                     _copy(exported.rows(path), store)
             store.write(PendingUsage(), 0.0)  # also where there is no row
             set_origins(store.path, known | exported.origins)
+            require_replaceable(folder / USAGE_FILE, known | exported.origins)
             for suffix in SQLITE_SUFFIXES:  # what belongs to a former result
                 (folder / (USAGE_FILE + suffix)).unlink(missing_ok=True)
             shutil.move(store.path, folder / USAGE_FILE)
@@ -90,6 +91,12 @@ def newest(found: dict[Path, Provenance]) -> dict[Path, Provenance]:
             del chosen[same[0]]
             chosen[path] = of
     return chosen
+
+
+def require_replaceable(path: Path, merged: frozenset[str]) -> None:
+    """Raises UsageError where a file holds records of a sidecar that was not merged: it may be that one's own."""
+    if path.exists() and not provenance(path).origins <= merged:
+        raise UsageError(f"--into: {path} holds records that are in none of the files; name another directory")
 
 
 class _Exports:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sqlite3
 import time
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, closing
 from pathlib import Path
 
 import aiohttp
@@ -17,7 +18,10 @@ from sidecar.control.background_tasks import MAX_LOGGED_ERRORS, BackgroundTasks
 from sidecar.control.loop import ControlLoop
 from sidecar.control.state_dir import StateDir
 from sidecar.engines.openai import OPENAI
+from sidecar.events import Admitted, RequestSize, Settled, Usage
 from sidecar.load import cost_model
+from sidecar.report.usage_query import read
+from sidecar.report.usage_store import USAGE_FILE
 from sidecar.settings import Settings, load
 from sidecar.signals.canary import CanarySignal
 
@@ -104,3 +108,32 @@ async def test_a_canary_that_breaks_does_not_wedge_the_judge(ticker: ControlLoop
     assert time.monotonic() - ticker.ticked_at < 30
     ticks.cancel()
     await asyncio.gather(ticks, return_exceptions=True)
+    await ticker.close()
+
+
+async def test_usage_of_the_end_is_written_after_a_write_that_the_end_interrupts(
+    ticker: ControlLoop, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A write waits for the disk while ticks are cancelled again and again: its request and the next one are kept."""
+    monkeypatch.setattr(process, "CANCEL_AGAIN_S", 0.01)
+
+    def request(id: str) -> None:
+        at = time.monotonic()
+        ticker.on_event(0, Admitted(id, at, "t", "m", "chat", True, RequestSize(9), None, 1.0))
+        ticker.on_event(0, Settled(id, at, "ok", 200, Usage(9, 1), 1, 1, at, at, 0.0))
+
+    path = tmp_path / USAGE_FILE
+    with closing(sqlite3.connect(path, isolation_level=None)) as disk:
+        disk.execute("BEGIN EXCLUSIVE")
+        request("1")
+        ticks = asyncio.create_task(ticker.run())
+        async with asyncio.timeout(PATIENCE):
+            names = set[str]()
+            while "records" not in names:
+                await asyncio.sleep(0.05)
+                names = {task.get_name() for task in asyncio.all_tasks()}
+            request("2")
+            asyncio.get_running_loop().call_later(20 * process.CANCEL_AGAIN_S, disk.rollback)
+            await process._end([ticks])
+            await ticker.close()
+    assert sum(sums.requests for _, sums in read(path, 0, time.time() + 60, ())) == 2

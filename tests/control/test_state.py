@@ -324,3 +324,13 @@ def test_where_no_canary_passes_users_silence_decides_later() -> None:
     pod.decoding()
     assert 20 < pod.until("suspect") < 30
     assert 180 < pod.until("stalled", 300) < 230
+
+
+def test_the_cached_share_of_a_page_without_lookups_is_known() -> None:
+    """llama.cpp counts prompt tokens that it computed, and those that it had cached: 60,000 of 80,000 here."""
+    control, shares = ControlState(Settings(), Coefficients(), 0.0, WALL), []
+    for at, computed, cached in ((1.0, 1000, 500), (2.0, 21_000, 60_500)):
+        page = Value(EngineSample(0, 0, prompt_tokens=computed, cached_tokens=cached), at)
+        readings = TickReadings(page, NOTHING, NOTHING, (), None, "llamacpp")
+        shares.append(control.tick(readings, at, WALL + at).load.cached_share)
+    assert shares == [None, 0.75]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sidecar import labels as texts
 from sidecar.labels import OTHER
 from sidecar.load.client_labels import (
     HALF_LIFE_S,
@@ -105,3 +106,26 @@ def test_memory_is_bounded() -> None:
         labels.accept(f"invented-{n}", f"made-up-{n}", 1.0, 0.0)
     held = [labels._tenants._waiting, labels._models._waiting, labels._pairs._waiting]
     assert all(len(names) <= MAX_WAITING for names in held)
+
+
+def test_names_that_are_no_longer_given_are_bounded() -> None:
+    """An engine that loads one adapter after the other for years leaves no more names and pairs than others do."""
+    labels, shown = ClientLabels(LIMIT), set[tuple[str, str]]()
+    labels.give(tenants=["acme"])
+    for n in range(100):
+        labels.give(models=[f"adapter-{n}"])
+        for tenant in ("acme", "guest"):
+            if labels.accept(tenant, f"adapter-{n}", 1.0, float(n)):
+                shown = {labels.of(*pair) for pair in shown}
+            shown |= {labels.of(*pair) for pair in [*shown, (tenant, f"adapter-{n}")]}
+            assert labels.of("acme", f"adapter-{n}") == ("acme", f"adapter-{n}")
+        assert len(shown) <= 3 * (LIMIT + 2)
+    assert all(labels.of(*pair) == pair for pair in shown)
+
+
+def test_long_texts_are_not_remembered() -> None:
+    """Thousands of paths of 100 KiB would be hundreds of megabytes."""
+    text = "/" + "x" * texts.MAX_REMEMBERED_CHARS
+    before = texts._remembered.cache_info().currsize
+    assert texts.printable(text) == text[:64]
+    assert texts._remembered.cache_info().currsize == before

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sidecar.load.gpu_price import GpuPrice
 from sidecar.report import usage_store
 from sidecar.report.usage_query import GROUPS, read
 from sidecar.report.usage_rows import DAY_S, HOUR_S, PendingUsage, Rate, UsageKey, UsageSums
@@ -132,6 +133,19 @@ def test_the_file_is_bounded_and_says_what_it_lost(tmp_path: Path) -> None:
     assert sum(gone.mu for gone in evicted) + total(tmp_path).mu == pytest.approx(10_000)
 
 
+def test_the_file_gets_smaller_with_its_rows(tmp_path: Path) -> None:
+    """The disk gets back what rows took that are too old."""
+    kept = fresh(tmp_path)
+    for i in range(2000):
+        put(kept, NOW, f"tenant-{i}")
+    kept.write(kept.take(), NOW)
+    with contextlib.closing(sqlite3.connect(tmp_path / USAGE_FILE)) as db:
+        full = db.execute("PRAGMA page_count").fetchone()[0]
+        kept.write(PendingUsage(), NOW + 36 * DAY_S)
+        pages, free = (db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("page_count", "freelist_count"))
+    assert free == 0 and pages < full / 3
+
+
 def test_rejected_requests_push_out_no_bill(tmp_path: Path) -> None:
     """A month of bills stays, summed up, while rejected requests of many clients fill the file for hours."""
     kept, evicted = fresh(tmp_path, most=400_000), []
@@ -228,6 +242,22 @@ def test_what_waits_for_a_full_disk_is_bounded(tmp_path: Path, monkeypatch: pyte
         put(kept, NOW + HOUR_S * hour)
         kept.restore(kept.take())
     assert min(at for at, *_ in kept.take().sums) >= NOW + 50 * HOUR_S
+
+
+def test_what_waits_for_a_write_that_hangs_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While one batch is with a disk that never answers, a bound of the next is kept; what was lost is told."""
+    monkeypatch.setattr(usage_store, "MAX_PENDING_ROWS", 100)
+    monkeypatch.setattr(usage_store, "MAX_PENDING_IDS", 200)
+    kept, gone = fresh(tmp_path), []
+    kept.take()
+    for minute in range(DAY_S // 60):
+        for tenant in "abcdefgh":
+            put(kept, NOW + 60 * minute, tenant)
+        gone += kept.elapse(60.0 * minute, NOW + 60 * minute, GpuPrice(), "")
+    waiting = kept.take()
+    assert len(waiting.sums) <= 100 and len(waiting.ids) <= 200
+    lost = sum(eviction.requests for eviction in gone)
+    assert lost and lost + sum(sums.requests for sums in waiting.sums.values()) == 8 * DAY_S // 60
 
 
 def test_what_waits_for_a_full_disk_keeps_bills(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

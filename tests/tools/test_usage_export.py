@@ -8,6 +8,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -186,6 +187,11 @@ def test_what_cannot_be_merged_is_named(capsys: Any, tmp_path: Path) -> None:
     into = ("--into", str(tmp_path / "all"))
     assert run(["usage", "merge", *into, str(tmp_path / "text")]) == 2
     assert "line 1" in capsys.readouterr().err
+    row = {**asdict(UsageSums()), "id": "1", "origin": "o", "start": "2026-11-01T00:00:00Z", "requests": None}
+    names = dict.fromkeys(("tenant", "model", "outcome", "source", "fingerprint", "gpus", "dollars_per_gpu_hour"), "1")
+    (tmp_path / "text").write_text(json.dumps(row | names) + "\n")
+    assert run(["usage", "merge", *into, str(tmp_path / "text")]) == 2
+    assert "line 1" in capsys.readouterr().err
     other = fill(tmp_path / "other")
     assert run(["usage", "merge", *into, str(path), str(other)]) == 0
     assert run(["usage", "merge", "--into", str(tmp_path / "x"), str(path), str(tmp_path / "all" / USAGE_FILE)]) == 2
@@ -193,3 +199,14 @@ def test_what_cannot_be_merged_is_named(capsys: Any, tmp_path: Path) -> None:
     assert run(["usage", "merge", *into]) == 2
     assert run(["usage", "--state-dir", "x", "merge", *into, str(path)]) == 2
     assert "after its name" in capsys.readouterr().err
+
+
+def test_a_merge_replaces_a_former_result_only(capsys: Any, tmp_path: Path) -> None:
+    """Not the records of a sidecar whose state directory is named for the result by mistake."""
+    pods, into = [fill(tmp_path / name) for name in ("a", "b")], ("--into", str(tmp_path / "all"))
+    for _ in range(2):
+        assert run(["usage", "merge", *into, *map(str, pods)]) == 0
+    before = total(pods[1])
+    assert run(["usage", "merge", "--into", str(tmp_path / "b"), str(pods[0])]) == 2
+    assert "name another directory" in capsys.readouterr().err
+    assert total(pods[1]) == before
