@@ -15,7 +15,7 @@ NONE: Final = "none"  # an empty label would read as a missing one
 DEFAULT_TENANT: Final = "default"  # of requests that name none
 
 
-@lru_cache(maxsize=4096)  # few names come again and again
+@lru_cache(maxsize=4096)  # a few names recur
 def printable(text: str, max_length: int = 64) -> str:
     """`text` cut to `max_length` characters, with `?` for unprintable ones; `none` if it is empty."""
     cut = text.strip()[:max_length].rstrip()  # so that a label is the label of itself

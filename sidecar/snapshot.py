@@ -13,7 +13,7 @@ from sidecar.readings import EngineSample, GpuSample, ProcessSample, Reading
 
 @dataclass(frozen=True, slots=True)
 class LatencyForecast:
-    """What the next request will have, in seconds: a request's time to first token is
+    """Predicted latencies of the next request, in seconds: a request's time to first token is
 
         base + seconds_per_prefill_second * (its prefill by the cost model) + seconds_per_token * (its new tokens)
 
@@ -77,7 +77,7 @@ class ShadowUse:
 class PriceUse:
     """The coefficients in use. `stale` is why they no longer hold, "" while they do.
 
-    `margin` is how far off a price may be, as a share; `slowness` how many times longer work takes here; `terms` the
+    `margin` is how far off a price may be, as a share; `slowness` actual over predicted time of work; `terms` the
     GPU milliseconds of one MU by cause; `line` is gpu_ms projected to alpha, beta, gamma.
     """
 

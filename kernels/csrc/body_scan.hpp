@@ -454,7 +454,7 @@ private:
         add_value(frame.sums, value);
     }
 
-    // Engines take 7.0 and true for token ids, too.
+    // Engines also accept 7.0 and true as token ids.
     static bool is_id(const Value& value) { return !value.text && !value.sums && !value.null; }
 
     static uint64_t weight_of(const Value& value) {

@@ -220,7 +220,7 @@ def bucket_of(tokens: float) -> int:
 
 
 def _keys(model: str, prompt: int) -> tuple[Key, Key]:
-    """What tells a tenant's answers apart, from the specific to the general."""
+    """Keys that distinguish a tenant's answers, from specific to general."""
     return (model, size_class(prompt)), (model,)
 
 

@@ -9,7 +9,7 @@ Rules:
   piece was computed when a later one gets its first token.
 - The speed is measured at each first token: seconds of prefill by the cost model, over the seconds of waiting since the
   one before. It starts at that of the cost model, and follows the last MEMORY_S seconds of waiting. Silence teaches
-  nothing, as a long prompt takes long.
+  nothing, as a long prompt needs a long time.
 - What is charged of prompts that never got a first token is never more than the engine can have done in that time.
 """
 
@@ -33,7 +33,7 @@ class _Waiting:
 
 
 class PrefillQueue:
-    """Requests that the engine has, before their first token, in the order in which they came."""
+    """Requests that the engine has, before their first token, in order of arrival."""
 
     def __init__(self) -> None:
         self._waiting: OrderedDict[Hashable, _Waiting] = OrderedDict()
@@ -93,7 +93,7 @@ class PrefillQueue:
         return can / waiting.prefill
 
     def forget(self, key: Hashable, now: float) -> None:
-        """It ended without work of the engine's."""
+        """It ended without any engine work."""
         self._advance(now)
         self._leave(key)
 
@@ -109,7 +109,7 @@ class PrefillQueue:
 
 
 class LeftPrompts:
-    """The same bound for who sees requests only when they end: of all that left, no more than fits in the time.
+    """The same bound where requests are seen only at their end: all that left share the elapsed time.
 
     It cannot know what the engine did for others, so it charges more than a PrefillQueue.
     """

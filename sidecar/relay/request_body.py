@@ -72,7 +72,7 @@ def parse(body: bytes, *, links: bool = False) -> ParsedBody:
 
 
 def scan_coded(body: bytes, coding: str, limit: int) -> tuple[BodyScan | None, int]:
-    """The scan of a compressed body, which goes out as it came, and the bytes of its text; `limit` are read."""
+    """The scan of a compressed body, which is forwarded unchanged, and its text's bytes; reads up to `limit`."""
     bits = _WINDOW_BITS.get(coding.strip().lower())
     try:
         if bits is None:

@@ -4,7 +4,7 @@
     sidecar usage --from 2026-11-01 --until 2026-12-01 --tz Europe/Berlin --by tenant,day
 
 The records are read from a sidecar's state directory, while it may be running. Requests that were not `ok` count as
-wasted: the GPU worked on them, and no one got the response. Idle is the GPU time that no request used: all rows
+wasted: the GPU worked on them, and no client got the response. Idle is the GPU time that no request used: all rows
 together are the hours of the GPUs. A range of time includes its start and excludes its end, so
 days, months and any other ranges that follow each other add up.
 """
@@ -80,9 +80,9 @@ class UsageSettings:
     """Settings of `sidecar usage`."""
 
     state_dir: str = flag("/run/sidecar", directory, "State directory of the sidecar")
-    since: str = flag("", span, "How far to look back from --until, or from now; without --from: 24h")
-    from_: str = flag("", moment, "Start of the time to show, in --tz where it names no offset")
-    until: str = flag("", moment, "Its end, which is not shown itself; none: now")
+    since: str = flag("", span, "Length of the range before --until, or before now; without --from: 24h")
+    from_: str = flag("", moment, "Start of the range, in --tz unless it has an offset")
+    until: str = flag("", moment, "End of the range, exclusive; none: now")
     tz: str = flag("UTC", time_zone, "Time zone of --from, --until, and of days and hours")
     by: str = flag("tenant,model", groups, "What to sum by")
     format: str = flag("table", one_of("table", "csv", "json"), "Form of the answer")
@@ -123,7 +123,7 @@ def main(settings: UsageSettings) -> int:
 def time_range(settings: UsageSettings, now: float) -> tuple[int, int]:
     """The range to show in seconds since 1970. Without --until it includes the minute of `now`. Raises UsageError."""
     if settings.from_ and settings.since:
-        raise UsageError("--since and --from: give one of them")
+        raise UsageError("--since and --from: use only one of them")
     zone, minute = zone_of(settings.tz), int(now) // MINUTE_S * MINUTE_S
     until = seconds_of(settings.until, zone) if settings.until else minute + MINUTE_S
     if settings.from_:

@@ -20,7 +20,7 @@ def taught(shares: list[float], prompt: int = PROMPT) -> CachedShares:
 
 
 def test_nothing_is_expected_of_what_was_never_seen() -> None:
-    """Without history nothing is cached, and one tenant's cache says nothing about another's."""
+    """Without history nothing is cached, and one tenant's cache is no evidence for another's."""
     learned = taught([0.95] * 50)
     assert CachedShares().expected("t", "m", PROMPT) == 0.0
     assert learned.expected("new", "m", PROMPT) == 0.0

@@ -26,7 +26,7 @@ def left(id: str, at: float, sent: float, outcome: Outcome = "client_cancelled",
 
 
 class FirstComeFirstServed:
-    """An engine that computes one prompt after the other, `slowness` times slower than the cost model says."""
+    """An engine that computes one prompt after the other, `slowness` times slower than the cost model predicts."""
 
     def __init__(self, slowness: float = 1.0) -> None:
         self.ledger, self.each, self.free_at = Ledger(CO), PREFILL_S * slowness, 0.0
@@ -116,7 +116,7 @@ def test_an_answer_in_one_piece_that_was_left_had_tokens() -> None:
 @pytest.mark.parametrize(("outcome", "status"), [("engine_error", 500), ("engine_error", 501), ("rejected", 429)])
 @pytest.mark.parametrize("size", [0, 120])
 def test_a_refusal_is_no_prefill(outcome: Outcome, status: int, size: int) -> None:
-    """4xx and 5xx cost nothing, with a body or without, however long they took."""
+    """4xx and 5xx cost nothing, with a body or without, whatever their duration."""
     ledger = Ledger(CO)
     ledger.apply(0, admitted("a", 0.0, stream=False))
     done = ledger.apply(0, Settled("a", 30.0, outcome, status, None, 0, size, None, 0.0, 0.0))
@@ -191,7 +191,7 @@ KINDS = ("admit", "first", "deliver", "block", "settle", "lose")
     )
 )
 def test_counters_never_fall(steps: list[tuple[str, int, int, Outcome, Usage | None, bool]]) -> None:
-    """Over any interleaving of events, ends and leaves, told too much or too little: totals only grow."""
+    """For any interleaving of events, ends and leaves, with usage over- or under-reported: totals only grow."""
     ledger, now = Ledger(CO), 0.0
     shown: dict[object, float] = {}
     for kind, number, tokens, outcome, usage, flag in steps:

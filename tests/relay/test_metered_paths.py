@@ -77,7 +77,7 @@ async def test_no_path_leads_round_a_limit(rig: Any, serve: Any, spent: Pricing,
 
 
 async def test_a_compressed_body_is_read(rig: Any, serve: Any) -> None:
-    """What an engine may unpack is priced as what it unpacks, and goes out as it came."""
+    """Bodies that an engine may decompress are priced by their decompressed text, and forwarded unchanged."""
     got: list[bytes] = []
 
     async def engine(request: web.BaseRequest) -> web.StreamResponse:

@@ -93,7 +93,7 @@ def test_a_day_adds_up_to_the_invoice(tmp_path: Path) -> None:
     assert all(total == pytest.approx(8 * HOUR_S, rel=0.02) for total in by_hour[1:-1]), "each hour does, too"
 
 
-def test_a_request_takes_its_time_from_idle_time(tmp_path: Path) -> None:
+def test_a_request_subtracts_its_time_from_idle_time(tmp_path: Path) -> None:
     """What is idle is what is left; its row has no tenant, and is no request."""
     pod = Pod(tmp_path)
     pod.now += 60.0
@@ -127,7 +127,7 @@ def test_joules_are_those_of_all_gpus(tmp_path: Path) -> None:
 
 
 def test_time_between_two_processes_is_the_pods(tmp_path: Path) -> None:
-    """A restart that takes minutes is counted; a file that was left for longer than an hour is not of this pod."""
+    """A restart of some minutes is counted; a file unused for more than an hour is not from this pod."""
     pod = Pod(tmp_path)
     pod.end()
     for gap, counted in ((300.0, 300.0), (MAX_GAP_S + 60.0, 0.0)):

@@ -399,7 +399,7 @@ def test_files_of_all_versions_are_read(text: str, expected: Coefficients) -> No
         cost_model.from_json('{"version": 4}')
 
 
-def test_the_median_is_stated_beside_mean_and_tail() -> None:
+def test_the_median_is_stated_with_mean_and_tail() -> None:
     """Of errors of 2, 4, 6, 8 and 100 % the mean is 24 %, the median 6 %, the 90th percentile 100 %."""
     co = Coefficients(k=0.0, a=1.0, b=0.0, d=0.0, f=0.0)
     rows = [Measured(RequestSize(100), 100 / (1 + error)) for error in (0.02, 0.04, 0.06, 0.08, 1.0)]

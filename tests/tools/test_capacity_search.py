@@ -56,7 +56,7 @@ def test_it_goes_on_until_the_engine_is_full(slots: int, overlap: float, noise: 
 
 
 def test_a_search_that_ran_out_of_time_gives_no_capacity() -> None:
-    """The field's example: the rate still doubles with each step. It says by how much, and what to do."""
+    """The field's example: the rate still doubles with each step. The reason states by how much, and what to do."""
     plan = search(lambda n: n / 0.5, SearchTime(2.0, 5.0, 5.0))
     assert (plan.ended, plan.steps[-1].open) == ("time", 8)
     why = explain_no_capacity(plan, 10)
