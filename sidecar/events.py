@@ -241,7 +241,7 @@ class LoadReport(Record, tag=True, frozen=True):
     mu_max_in_flight: float = 0.0
     prepared: bool = True  # whether the engine takes prepared images, as far as it says what it is
     process: int = 0  # grows with each process of the engine that was met
-    cached_share: float | None = None  # of prompt tokens lately, by the engine's counters; None where it has none
+    cached_share: float | None = None  # recent share of prompt tokens, from the engine's counters; None without them
 
 
 class MetricsPage(Record, tag=True, frozen=True):

@@ -17,7 +17,7 @@ class LatencyForecast:
 
         base + seconds_per_prefill_second * (its prefill by the cost model) + seconds_per_token * (its new tokens)
 
-    `reference`: of a request of one MU; `typical`: of one as they come lately; `idle`: the same on an idle engine;
+    `reference`: of a request of one MU; `typical`: of a typical recent one; `idle`: the same on an idle engine;
     `wait`: before its own prefill begins. The errors are shares of the actual times, over the last predictions.
     """
 
@@ -59,7 +59,7 @@ class Load:
     pressure: float = 0.0  # the largest of the shares but flow, now
     parts: tuple[tuple[str, float | None], ...] = ()  # the shares by name; None if the engine does not report one
     forecast: LatencyForecast | None = None
-    cached_share: float | None = None  # of prompt tokens lately, by the engine's counters; None if it has none
+    cached_share: float | None = None  # recent share of prompt tokens, from the engine's counters; None without them
     objectives: tuple[tuple[str, float], ...] = ()  # seconds, by name
 
 

@@ -64,7 +64,7 @@ PORT_INTERVAL_S, RESTART_PORT_INTERVAL_S = 1.0, 0.1
 # Ticks between what goes to relays, page and files: once a second.
 MAX_ANNOUNCED: Final = 256
 PUBLISH_INTERVAL_TICKS: Final = 2
-GPU_COUNT_TICKS: Final = 120  # by then the engine and NVML have reported the number of GPUs: a minute
+GPU_COUNT_TICKS: Final = 120  # a minute, after which the engine and NVML have reported the number of GPUs
 LIMITS_INTERVAL_TICKS: Final = 4  # between checks of the tenant limits file
 
 _log = logging.getLogger(__name__)

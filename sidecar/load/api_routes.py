@@ -6,7 +6,7 @@ Rules:
   line feed. A prefix (`--root-path`) is anything. No engine merges slashes or ignores case, but a proxy in front of one
   may: a path matched too generously here gets 404 from the engine, and a rejected request costs nothing.
 - A known path is work with any method that changes something (SGLang serves `PUT /generate`), and with a body.
-- What else has a body may be work, too: it passes unread, and is counted by its class.
+- Any other request with a body may be work, too: it is forwarded unread and counted by class.
 
 vLLM 0.32: vllm/entrypoints/*/api_router.py. SGLang 0.5: srt/entrypoints/http_server.py. TGI 3: router/src/server.rs.
 llama.cpp: tools/server/server.cpp. Text Embeddings Inference: router/src/http/server.rs. Ollama: server/routes.go.

@@ -41,7 +41,7 @@ class _ClassShare:
 
 
 class EngineCache:
-    """The share of prompt tokens found in the engine's cache lately, from its counters."""
+    """The share of prompt tokens recently found in the engine's cache, from its counters."""
 
     def __init__(self) -> None:
         self._asked = self._found = 0.0
@@ -101,7 +101,7 @@ class CachedShares:
 
     def on_engine(self, process: int, share: float | None) -> None:
         """Update the engine's state: its process, as a number that grows, and the share of prompt tokens that
-        its counters show as cached lately; None if it has none."""
+        its counters show as recently cached; None without them."""
         if process != self._process:
             self._process, self._engine_share = process, None
             self._forget()

@@ -183,7 +183,7 @@ def settled_work(expected: RequestSize, usage: Usage | None, delivered_tokens: i
     if usage is None:
         return structs.replace(expected, output=delivered_tokens)
     if usage.audio_seconds > 0 and expected.audio_seconds > 0:
-        expected = heard(expected, usage.audio_seconds)
+        expected = with_audio_seconds(expected, usage.audio_seconds)
         if not usage.prompt_tokens and not usage.completion_tokens:  # for transcripts, engines report seconds only
             return structs.replace(expected, output=max(expected.output, delivered_tokens))
     work = structs.replace(expected, uncached=usage.prompt_tokens, cached=0, output=usage.completion_tokens)
@@ -213,7 +213,7 @@ def part_of(work: RequestSize, share: float) -> RequestSize | None:
     return part if part.uncached else None
 
 
-def heard(work: RequestSize, seconds: float) -> RequestSize:
+def with_audio_seconds(work: RequestSize, seconds: float) -> RequestSize:
     """The work of a recording, corrected to its actual length."""
     times, windows = seconds / work.audio_seconds, audio_windows(seconds)
     return structs.replace(

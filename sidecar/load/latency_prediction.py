@@ -4,13 +4,13 @@
 
 Rules:
 - Each part follows from the cost model and the open requests; this engine's factor for it is fitted to the first
-  tokens as they come (least_squares.py). So an engine that is slower than its coefficients is predicted as it is.
+  tokens as they arrive (least_squares.py). So predictions match an engine that is slower than its coefficients.
 - The prefill before a request is that of all that still await their first token, less what the first of them has had.
 - Where the KV cache or the places for sequences are full, a request waits until enough of those that run have ended.
 - A decode step's time is fitted to the requests that decode together and the tokens they attend to.
 - An answer in one piece has no first token: it counts as decoding from when its prefill should be over.
 - Requests that waited for their client or in the sidecar's own queue are predicted, but teach nothing.
-- A prediction is made at admission and held against what came. State is one record per open request.
+- A prediction is made at admission and compared with the outcome. State is one record per open request.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
     left before it: what there is of the capacity goes to those that came earlier, then to this one
 
 Rules:
-- Engines serve first come, first served. Whoever is overtaken waits for something else, and whoever answers in one
+- Engines serve first come, first served. A request that is overtaken waits for something else, and an answer in one
   piece was computed when a later one gets its first token.
 - The speed is measured at each first token: seconds of prefill by the cost model, over the seconds of waiting since the
   one before. It starts at that of the cost model, and follows the last MEMORY_S seconds of waiting. Silence teaches
@@ -78,7 +78,7 @@ class PrefillQueue:
         self._done, self._busy = self._done * kept + waiting.prefill, self._busy * kept + waited
 
     def drop(self, key: Hashable, now: float) -> float:
-        """It ended before. Returns the share of its prompt that can have been computed, from 0 to 1."""
+        """It ended before its first token. Returns the share of its prompt that can have been computed, from 0 to 1."""
         self._advance(now)
         ahead = 0.0
         for other, earlier in self._waiting.items():

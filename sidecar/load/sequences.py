@@ -17,7 +17,7 @@ from sidecar.load.found import Items
 
 @dataclass(frozen=True, slots=True)
 class Sequences:
-    """`skew` is that of RequestSize. `repeated`: bytes of text that stand once in the body and are computed again."""
+    """`skew` is that of RequestSize. `repeated`: bytes of text that occur once in the body but are computed again."""
 
     prompts: int = 1
     skew: float = 1.0

@@ -49,7 +49,7 @@ class DecayedSum:
 
 
 class Votes:
-    """The values of the tenants seen lately, next to PRIOR_VOTES of a prior. `median`: that of (value, tenant)."""
+    """The values of the tenants seen recently, next to PRIOR_VOTES of a prior. `median`: that of (value, tenant)."""
 
     __slots__ = ("_count", "_prior", "_values", "median")
 

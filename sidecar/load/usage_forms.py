@@ -27,7 +27,7 @@ from msgspec.structs import replace
 
 from sidecar.events import RequestSize, Usage
 from sidecar.load.answer_scan import Members
-from sidecar.load.cost_model import heard
+from sidecar.load.cost_model import with_audio_seconds
 
 MAX_SEQUENCES: Final = 1 << 12  # of one stream, whose running counts are kept
 MAX_COUNT: Final = 1 << 31
@@ -44,7 +44,7 @@ def _paths(*texts: str) -> tuple[Path, ...]:
 
 @dataclass(frozen=True, slots=True)
 class UsageForm:
-    """Where one form of usage stands: `holder` is the member that has it, "" the top.
+    """Where one form of usage is found: `holder` is the member that has it, "" the top.
 
     The other fields are paths below the holder; the first valid count is used. `beyond`: parts of the prompt that
     its count leaves out.
@@ -148,7 +148,7 @@ class ToldUsage(msgspec.Struct, frozen=True, gc=False):
     def usage(self, expected: RequestSize = NOTHING, counted: int = 0) -> Usage:
         """The usage to record: parts that were not reported come from `expected` and `counted`."""
         if self.seconds and expected.audio_seconds:
-            expected = heard(expected, self.seconds)
+            expected = with_audio_seconds(expected, self.seconds)
         prompt, output, cached = self.prompt, self.output, self.cached or 0
         if self.cached is None and not self.final:
             cached = expected.cached
@@ -259,7 +259,7 @@ def _merged(first: Members, last: Members) -> Members:
 
 
 def _lifted(members: Members) -> Members:
-    """With the usage at the top, where it stands deeper."""
+    """Lift a nested usage to the top."""
     if isinstance(members.get("usage"), dict):
         return members
     holders = (members.get(name) for name in _HOLDERS)

@@ -1,4 +1,4 @@
-"""Pure: request bodies: where their images stand, and changes as splices.
+"""Pure: request bodies: positions of their images, and changes as splices.
 
 Rules: no body is serialised again. What is replaced or added is spliced in at its position, and every other byte goes
 out as it came: repeated keys, forms of numbers, spaces. A body that is no JSON object, and one in UTF-16 or UTF-32, is

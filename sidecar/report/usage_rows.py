@@ -14,7 +14,7 @@ from sidecar.load.ledger import Settlement
 MINUTE_S, QUARTER_S, HOUR_S, DAY_S = 60, 900, 3600, 86_400
 TOLD, ESTIMATED, UNKNOWN = "told", "estimated", "unknown"
 IDLE: Final = "idle"  # the outcome of GPU time that no request used
-NOBODY: Final = ""  # its tenant and model: client labels are never empty
+NO_CLIENT: Final = ""  # its tenant and model: client labels are never empty
 
 
 # Older than --usage-days, over --usage-bytes, not written for too long.
@@ -45,7 +45,7 @@ class UsageKey(NamedTuple):
 class UsageSums:
     """Sums of usage. `gpu_seconds` is by the cost model; `seconds` is the time from admission to settlement.
 
-    `input_tokens` includes those that were cached and those of media. `joules` is None where no GPU's power is known.
+    `input_tokens` includes cached tokens and those of media. `joules` is None if no GPU's power is known.
     """
 
     requests: int = 0
@@ -203,7 +203,7 @@ def rate_of(price: GpuPrice, fingerprint: str) -> Rate:
 
 def idle_key(minute: int, rate: Rate) -> UsageKey:
     """The row of the GPU time of a minute that no request used."""
-    return UsageKey(minute, MINUTE_S, NOBODY, NOBODY, IDLE, ESTIMATED, rate)
+    return UsageKey(minute, MINUTE_S, NO_CLIENT, NO_CLIENT, IDLE, ESTIMATED, rate)
 
 
 def idle_time(until: float, seconds: float, price: GpuPrice, fingerprint: str) -> PendingUsage:

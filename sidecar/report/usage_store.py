@@ -12,7 +12,7 @@ Rules:
 - Every row that is dropped is reported (Eviction).
 - GPU time is counted as idle as it passes, also while the sidecar is restarted, and each request subtracts what it used
   from the idle time of its minute. So all rows together are the GPU time that passed. Idle time is negative where
-  requests end that were longer than their minute, and in sum only if the coefficients are too dear.
+  requests end that were longer than their minute, and in sum only if the coefficients are too high.
 - What happened more than LATE_S ago is final: what could not be written until then counts when it is written.
 - A file has an origin, a random number, by which copies of it are recognised (tools/usage_merge.py).
 - No content, and no names except labels.

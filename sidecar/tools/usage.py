@@ -27,7 +27,7 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 from sidecar.errors import SidecarError, UsageError
 from sidecar.flags import directory, flag, number, one_of, parser
 from sidecar.report.usage_query import GROUPS, Row, read
-from sidecar.report.usage_rows import HOUR_S, IDLE, MINUTE_S, NOBODY, UsageSums
+from sidecar.report.usage_rows import HOUR_S, IDLE, MINUTE_S, NO_CLIENT, UsageSums
 from sidecar.report.usage_store import USAGE_FILE
 
 SECONDS_PER_UNIT: Final = {"m": 60, "h": 3600, "d": 86_400}
@@ -60,7 +60,7 @@ def time_zone(value: str) -> str:
 
 
 def zone_of(name: str) -> tzinfo:
-    """A time zone by its IANA name. Raises ValueError, also where this machine knows no time zones but UTC."""
+    """A time zone by its IANA name. Raises ValueError, also if this machine has no time zone data except UTC."""
     try:
         return UTC if name == "UTC" else ZoneInfo(name)
     except (ZoneInfoNotFoundError, OSError):
@@ -192,7 +192,7 @@ FORMATS: Final = {"table": as_table, "csv": as_csv, "json": as_json}
 
 
 def _short(value: Any) -> str:
-    if value == NOBODY:
+    if value == NO_CLIENT:
         return "(idle)"
     if value is None:
         return ""

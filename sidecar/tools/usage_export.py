@@ -3,7 +3,7 @@
     sidecar usage export --format focus --from 2026-11-01 --until 2026-12-01 --out november.csv
     sidecar usage export --format jsonl --mark /var/lib/billing/pod-0.mark --out pod-0-$(date +%s).jsonl
 
-Rules: only hours that are final are written: those that ended more than an hour ago. So whatever is exported twice is
+Rules: only hours that are final are written: those that ended more than an hour ago. So an hour exported twice is
 the same twice, and each row has an id. With --mark, only hours since the last export are written; the
 mark moves after the rows are written, so that an export that failed is repeated.
 """
@@ -87,7 +87,7 @@ def main(settings: ExportSettings) -> int:
 
 
 def export_range(settings: ExportSettings, mark: int, now: float) -> tuple[int, int]:
-    """The full hours to export, in seconds since 1970; those that are not final yet are left out. Raises UsageError."""
+    """The full hours to export, in seconds since 1970; without those that are not final yet. Raises UsageError."""
     zone = zone_of(settings.tz)
     since = seconds_of(settings.from_, zone) if settings.from_ else mark
     until = min(seconds_of(settings.until, zone) if settings.until else final_until(now), final_until(now))

@@ -88,7 +88,7 @@ def test_only_a_usage_at_its_place_is_one(spoof: dict[str, Any], after: bool) ->
 @pytest.mark.parametrize("megabytes_before", [0, 3])
 @pytest.mark.parametrize("megabytes_behind", [0, 3])
 def test_nothing_hides_a_usage(megabytes_before: int, megabytes_behind: int) -> None:
-    """Log probabilities of a long prompt stand behind it, long texts before it; neither is kept."""
+    """Log probabilities of a long prompt follow it, long texts precede it; neither is kept."""
     logprobs = [{"17": {"logprob": -1.25, "rank": 1, "decoded_token": "a}"}}] * 18_000  # about a megabyte
     before = [{"message": {"content": 'x"\\' * 256 * 1024}}] * megabytes_before
     text = json.dumps({"choices": before, "usage": USAGE, "prompt_logprobs": logprobs * megabytes_behind}).encode()

@@ -22,7 +22,7 @@ DECODED = {
     "vorbis.ogg": 2.52,
     "opus.ogg": 2.5,
     "opus.webm": 2.5,
-    "early.m4a": 2.56,  # its movie header stands before its samples
+    "early.m4a": 2.56,  # its movie header precedes its samples
     "late.m4a": 2.517,
     "counted.mp3": 2.5,
     "cbr.mp3": 2.592,

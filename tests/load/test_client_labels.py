@@ -81,7 +81,7 @@ NAMES = st.text("abc\u202e ", max_size=3)
 def test_labels_are_bounded_stable_and_labels_of_themselves(
     requests: list[tuple[str, str, float, float, bool]],
 ) -> None:
-    """For any sequence of requests; labels change only when `accept` returns so."""
+    """For any sequence of requests; labels change only when `accept` returns True."""
     limit, now = 2, 0.0
     labels = ClientLabels(limit)
     labels.give(tenants=["given"], models=["m"])

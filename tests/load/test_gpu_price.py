@@ -1,4 +1,4 @@
-"""GPU seconds and dollars are those of all GPUs of the engine, whoever knows how many there are."""
+"""GPU seconds and dollars are those of all GPUs of the engine, whatever the source of their number."""
 
 from __future__ import annotations
 

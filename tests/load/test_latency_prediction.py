@@ -115,7 +115,7 @@ def test_an_answer_in_one_piece_waits_no_longer_than_its_prefill() -> None:
 
 
 def test_waits_that_are_not_the_engines_teach_nothing() -> None:
-    """A request that waited in the sidecar's own queue is neither learned from nor held against the prediction."""
+    """A request that waited in the sidecar's own queue is neither learned from nor counted as an error."""
     blocked = [
         (0.0, admitted("r", 0.0)),
         (0.0, RequestBlocked("r", 0.0, True)),

@@ -67,7 +67,7 @@ def test_those_that_left_the_queue_cost_what_was_begun(slowness: float) -> None:
 
 
 def test_without_a_first_token_the_cost_model_bounds_it() -> None:
-    """None of 300 got a token in the time of 104 prompts, as the model knows it: these may be done, and no more."""
+    """None of 300 got a token in the modelled time of 104 prompts: at most these can be done."""
     ledger = Ledger(CO)
     for n in range(300):
         ledger.apply(0, admitted(str(n), 0.0))
@@ -142,7 +142,7 @@ def test_an_answer_in_one_piece_was_computed_before_later_ones() -> None:
     )
 )
 def test_no_more_is_charged_than_time_passed(steps: list[tuple[str, int, float, float]]) -> None:
-    """Whatever comes, begins and leaves in whatever order: what those that left are charged fits in the time."""
+    """For any order of arrivals, starts and leaves, the charge of those that left fits in the time."""
     queue, now, charged, fastest, prefill = PrefillQueue(), 0.0, 0.0, 1.0, {}
     for kind, key, passed, size in steps:
         now += passed
@@ -164,7 +164,7 @@ def test_no_more_is_charged_than_time_passed(steps: list[tuple[str, int, float, 
 
 @given(st.lists(st.tuples(st.floats(0, 20), st.floats(0, 20), st.floats(0, 5)), max_size=40))
 def test_what_left_fits_in_the_time_of_a_relay(requests: list[tuple[float, float, float]]) -> None:
-    """However they overlap and in whatever order they end: together no more than the engine had, and each its own."""
+    """For any overlap and order of ends: together no more than the engine's time, and each no more than its own."""
     left_prompts, charged = LeftPrompts(), 0.0
     for sent_at, lasted, prefill in sorted(requests, key=lambda request: request[0] + request[1]):
         share = left_prompts.share(prefill, sent_at, sent_at + lasted)

@@ -65,7 +65,7 @@ class KnowingEngine:
 
 
 async def settlements(rig: Any, serve: Any, api: MeteredApi) -> dict[str, Settlement]:
-    """What is booked for each manner that the API has."""
+    """The settlement for each manner that the API has."""
     engine = KnowingEngine(api)
     r = await rig(await serve(engine))
     ledger, found, done = Ledger(Coefficients()), {}, 0
@@ -151,7 +151,7 @@ async def test_what_is_booked_is_what_the_engine_did(rig: Any, serve: Any, api: 
 
 
 def assert_documented(rows: list[str]) -> None:
-    """The rows of one API stand in the document."""
+    """The document has the rows of one API."""
     text = PAGE.read_text()
     if os.environ.get("UPDATE_DOCS"):
         head, rest = text.split(BEGIN)

@@ -1,4 +1,4 @@
-"""What is booked for many sequences, against an engine that knows the length of each."""
+"""Settlements of many sequences, compared with an engine that knows the length of each."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ async def test_a_silent_session_is_not_the_engines_silence(rig: Any, serve: Any)
 
 
 async def test_a_refused_session_is_a_rejected_request(rig: Any, serve: Any) -> None:
-    """The engine's answer is the client's, and nothing is booked."""
+    """The engine's answer is the client's, and nothing is charged."""
 
     async def engine(request: web.BaseRequest) -> web.StreamResponse:
         return web.Response(status=403, text="no")

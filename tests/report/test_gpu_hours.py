@@ -16,7 +16,7 @@ from sidecar.report.fan_out import FanOut
 from sidecar.report.metrics import Metrics
 from sidecar.report.tracing import Tracing
 from sidecar.report.usage_query import read
-from sidecar.report.usage_rows import DAY_S, HOUR_S, IDLE, NOBODY, UsageSums
+from sidecar.report.usage_rows import DAY_S, HOUR_S, IDLE, NO_CLIENT, UsageSums
 from sidecar.report.usage_store import LATE_S, MAX_GAP_S, USAGE_FILE, UsageStore
 
 CO, PRICE = Coefficients(), GpuPrice(8, 2.5)
@@ -102,8 +102,8 @@ def test_a_request_subtracts_its_time_from_idle_time(tmp_path: Path) -> None:
     sums = pod.sums(("tenant", "outcome"))
     used = 8 * unit_ms(CO) / 1000
     assert sums["a", "ok"].gpu_seconds == pytest.approx(used)
-    assert sums[NOBODY, IDLE].gpu_seconds == pytest.approx(60 * 8 - used)
-    assert sums[NOBODY, IDLE].requests == 0 and sums[NOBODY, IDLE].mu == 0
+    assert sums[NO_CLIENT, IDLE].gpu_seconds == pytest.approx(60 * 8 - used)
+    assert sums[NO_CLIENT, IDLE].requests == 0 and sums[NO_CLIENT, IDLE].mu == 0
 
 
 def test_joules_are_those_of_all_gpus(tmp_path: Path) -> None:

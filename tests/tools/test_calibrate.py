@@ -409,7 +409,7 @@ def test_the_median_is_stated_with_mean_and_tail() -> None:
 
 
 def test_a_report_without_a_capacity_does_not_name_one() -> None:
-    """The word stands only after "no", with the reason and what to do; the flow is not named."""
+    """The word appears only after "no", with the reason and what to do; the flow is not named."""
     size = RequestSize(3500, output=300)
     steps = tuple(SearchStep(n, 1.0, float(n), size) for n in (1, 2, 4))
     plan = GridPlan(512, 4, steps, ended="time")

@@ -1,4 +1,4 @@
-"""The capacity search: it goes on until the engine is full, or there is no capacity, with the reason."""
+"""The capacity search: it continues until the engine is full, or there is no capacity, with the reason."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ AMPLE = SearchTime(1e6, 1e6, 1e6)
 
 
 def search(rate: Callable[[int], float], seconds: SearchTime, slo: float = 0.0) -> GridPlan:
-    """A search at an engine that answers `rate(n)` requests a second while n are open; each step takes two rounds."""
+    """A search at an engine that answers `rate(n)` requests a second while n are open; each step is two rounds."""
     steps: list[SearchStep] = []
     elapsed, ended = 0.0, None
     while (ended := search_end(steps, slo, elapsed, seconds)) is None:

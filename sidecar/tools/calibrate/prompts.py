@@ -22,7 +22,7 @@ from sidecar.tools.calibrate.shapes import GridShape
 from sidecar.tools.synthetic_photos import pixels
 
 WORDS: Final = ["red", "blue", "tree", "house", "seven", "river", "stone", "light", "paper", "north", "glass", "winter"]
-# Until it is measured: about the maximum, for a tokenizer that knows none of these words.
+# Until it is measured: about the maximum, for a tokenizer without any of these words.
 TOKENS_PER_WORD: Final = 3.0
 _picture = cache(pixels)
 

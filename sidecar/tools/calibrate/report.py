@@ -22,7 +22,7 @@ NOISY_SHARE: Final = 0.15
 class CalibrationReport:
     """Fitted and held-out shapes, and the result. `waited`: the median share of the time without a core.
 
-    `turns`: how often each shape was measured. `notes`: what was left out, and why.
+    `turns`: how often each shape was measured. `notes`: what was skipped, and why.
     """
 
     fitted: Sequence[FitRow]
