@@ -1,4 +1,4 @@
-"""What pyproject.toml cannot say: with COMPILE=1, mypyc compiles the path of each request (decision 0040).
+"""What pyproject.toml cannot express: with COMPILE=1, mypyc compiles the path of each request (decision 0040).
 
 The same sources serve both ways. Without it, or in an editable installation, Python interprets them.
 """

@@ -4,7 +4,7 @@
 
 Engine and client are compiled (routes/load.cpp) and share one core; each rival has the other one, with all its
 processes, and all of them are counted: user and system time by the clock of each process. The sidecar runs as
-`sidecar run` with its defaults, so that everything is admitted, priced and booked; interpreted, and compiled
+`sidecar run` with its defaults, so that everything is admitted, priced and recorded; interpreted, and compiled
 (`make compiled`). "Added" is the time of a request less that of the same round's direct one. A paced stream has a
 chunk each 50 ms; its delay is from the engine's write to the client's read. The forwarder moves bytes between two
 sockets and is the least that any relay can cost here. Figures are medians over the rounds. Answers are compared with

@@ -91,7 +91,7 @@ def _lazy_command(
         texts = {flag: ",".join(value) or None if isinstance(value, tuple) else value for flag, value in flags.items()}
         if (subcommand := click.get_current_context().invoked_subcommand) is not None:
             if config or any(texts.values()):
-                raise UsageError(f"give the flags of `sidecar {name} {subcommand}` after its name")
+                raise UsageError(f"put the flags of `sidecar {name} {subcommand}` after its name")
             return 0
         return int(code.main(settings.load(cls, texts, os.environ, config, also=(Settings,))))
 

@@ -21,7 +21,7 @@ STATES: Final[tuple[State, ...]] = get_args(State)
 
 
 class Record(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """A record that is made for every request, and goes over the wire as an array: its fields in their order."""
+    """A record created for every request and sent as an array of its fields, in order."""
 
 
 class RequestSize(Record, frozen=True):
@@ -29,7 +29,7 @@ class RequestSize(Record, frozen=True):
 
     Tokens are sums over all sequences. `prompts` are computed each for itself, and each gives as many answers:
     `sequences` in all. `skew` is 1 where all prompts are equally long: the mean of their squares over the square of
-    their mean. `audio_seconds` are those of an upload that an encoder hears (a transcription).
+    their mean. `audio_seconds`: length of an upload that an audio encoder processes (transcription).
     """
 
     uncached: int
@@ -107,7 +107,7 @@ class Delivered(Record, tag=True, frozen=True):
 
 
 class Usage(Record, frozen=True):
-    """What the engine said that it used. `audio_seconds`: the length of what it heard; 0: it does not say."""
+    """Usage reported by the engine. `audio_seconds`: length of the processed audio; 0 if not reported."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -133,7 +133,7 @@ class Settled(Record, tag=True, frozen=True):
     sent_at: float | None  # when it had been written to the engine, None if it never was
     overhead: float
     error: str = ""  # reason code, never free text of a client
-    estimated: bool = False  # parts of `usage` are not the engine's word, or not about the whole answer
+    estimated: bool = False  # parts of `usage` were not reported by the engine, or do not cover the whole answer
 
 
 class ImagePrepared(Record, tag=True, frozen=True):
@@ -241,7 +241,7 @@ class LoadReport(Record, tag=True, frozen=True):
     mu_max_in_flight: float = 0.0
     prepared: bool = True  # whether the engine takes prepared images, as far as it says what it is
     process: int = 0  # grows with each process of the engine that was met
-    cached_share: float | None = None  # of prompt tokens lately, by the engine's counters; None where it has none
+    cached_share: float | None = None  # recent share of prompt tokens, from the engine's counters; None without them
 
 
 class MetricsPage(Record, tag=True, frozen=True):

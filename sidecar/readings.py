@@ -67,8 +67,8 @@ class EngineSample:
     kv_capacity_tokens: float | None = None  # of one rank
     ranks: tuple[RankSample, ...] = ()  # by rank; empty if the page does not separate ranks
     tokens_at_end: bool = False  # generation_tokens moves only when a request ends
-    cached_tokens: float | None = None  # counter: tokens of prompts that came from the cache
-    cache_queries: float | None = None  # counter: tokens of prompts that were looked for there
+    cached_tokens: float | None = None  # counter: prompt tokens found in the cache
+    cache_queries: float | None = None  # counter: prompt tokens looked up in the cache
 
     @property
     def working(self) -> float | None:
@@ -85,9 +85,9 @@ class EngineSample:
         return self.prompt_tokens + self.cached_tokens
 
     def cached_share(self, earlier: EngineSample) -> float | None:
-        """The share of prompt tokens since `earlier` that came from the cache; None if the page does not say it.
+        """The share of prompt tokens since `earlier` that came from the cache; None if the page does not report it.
 
-        0 if none were looked up, as without a cache.
+        0 if there were no lookups, as without a cache.
         """
         if self.cached_tokens is None or self.cache_lookups is None:
             return None
@@ -105,7 +105,7 @@ class EngineIdentity:
     `slowdowns` are the reasons why any of the GPUs runs below its clocks.
     `prepared` is False if the engine says that it does not take prepared images.
     `max_context` is the longest sequence in tokens, `slots` how many sequences it computes at once, `gpu_count` how
-    many GPUs it says that it uses; 0 if unknown.
+    many GPUs it reports to use; 0 if unknown.
     """
 
     models: tuple[str, ...] = ()

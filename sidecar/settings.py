@@ -56,7 +56,9 @@ class Settings:
     coefficients: str = flag("", existing_file, "Coefficients file; default: a roofline of --model on its GPU")
     gpu: str = flag("", flags.gpu, "GPUs of that roofline, e.g. H100 or 2xL40S; default: as NVML reports, else an H100")
     gpus: int = flag(
-        0, integer(0, 1024), "Number of the engine's GPUs, for GPU seconds and dollars; 0: as --gpu, engine or NVML say"
+        0,
+        integer(0, 1024),
+        "Number of the engine's GPUs, for GPU seconds and dollars; 0: from --gpu, the engine or NVML",
     )
     state_dir: str = flag("/run/sidecar", flags.directory, "Directory shared with the engine's container")
     tenant_header: str = flag("x-tenant-id", flags.header_name, "Request header that names the tenant")
@@ -117,12 +119,12 @@ class Settings:
     slo_ttft_seconds: float = flag(
         2.0,
         number(0.01, 3600, "seconds"),
-        "Target time to first token; the queue's part of the utilisation, and the first token's, follow from it",
+        "Target time to first token; sets the queue and TTFT parts of the utilisation",
     )
     capacity: str = flag(
         "measured",
         one_of("measured", "coefficients"),
-        "What the load is a share of; measured: the coefficients' capacity at the engine's own speed, once it is sure",
+        "Capacity to relate load to; measured: the coefficients' capacity at the engine's own speed, once known",
     )
     usage_days: int = flag(35, integer(1, 3660), "Days to keep usage records")
     usage_bytes: int = flag(64 << 20, size, "Maximum size of the usage records; 0: keep none")
@@ -177,7 +179,7 @@ def load(
     for source, values in (("file", _read_file(config)), ("environment", _read_env(env)), ("flag", flags)):
         for key, value in values.items():
             name = key.replace("-", "_")
-            name = f"{name}_" if f"{name}_" in known else name  # of a field that would be a word of Python: from_
+            name = f"{name}_" if f"{name}_" in known else name  # of a field that would be a Python keyword: from_
             if value is None or (name not in known and name in others):
                 continue
             if name not in known:

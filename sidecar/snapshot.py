@@ -13,11 +13,11 @@ from sidecar.readings import EngineSample, GpuSample, ProcessSample, Reading
 
 @dataclass(frozen=True, slots=True)
 class LatencyForecast:
-    """What the next request will have, in seconds: a request's time to first token is
+    """Predicted latencies of the next request, in seconds: a request's time to first token is
 
         base + seconds_per_prefill_second * (its prefill by the cost model) + seconds_per_token * (its new tokens)
 
-    `reference`: of a request of one MU; `typical`: of one as they come lately; `idle`: the same on an idle engine;
+    `reference`: of a request of one MU; `typical`: of a typical recent one; `idle`: the same on an idle engine;
     `wait`: before its own prefill begins. The errors are shares of the actual times, over the last predictions.
     """
 
@@ -59,7 +59,7 @@ class Load:
     pressure: float = 0.0  # the largest of the shares but flow, now
     parts: tuple[tuple[str, float | None], ...] = ()  # the shares by name; None if the engine does not report one
     forecast: LatencyForecast | None = None
-    cached_share: float | None = None  # of prompt tokens lately, by the engine's counters; None if it has none
+    cached_share: float | None = None  # recent share of prompt tokens, from the engine's counters; None without them
     objectives: tuple[tuple[str, float], ...] = ()  # seconds, by name
 
 
@@ -77,7 +77,7 @@ class ShadowUse:
 class PriceUse:
     """The coefficients in use. `stale` is why they no longer hold, "" while they do.
 
-    `margin` is how far off a price may be, as a share; `slowness` how many times longer work takes here; `terms` the
+    `margin` is how far off a price may be, as a share; `slowness` actual over predicted time of work; `terms` the
     GPU milliseconds of one MU by cause; `line` is gpu_ms projected to alpha, beta, gamma.
     """
 

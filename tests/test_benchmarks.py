@@ -15,7 +15,7 @@ FILES = sorted(path.relative_to(BENCHMARKS) for path in BENCHMARKS.rglob("*.py")
 
 @pytest.mark.parametrize("file", FILES, ids=str)
 def test_what_a_benchmark_imports_exists(file: Path) -> None:
-    """Each name that it takes from the package is there."""
+    """Each name that it imports from the package exists."""
     taken = [
         (node.module, alias.name)
         for node in ast.walk(ast.parse((BENCHMARKS / file).read_text()))

@@ -13,7 +13,7 @@ OURS, THEIRS = "#1b6ca8", "#a9a9a9"
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """One route's figure; `text` stands beside it."""
+    """One route's figure; `text` is next to it."""
 
     label: str
     value: float

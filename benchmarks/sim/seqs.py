@@ -38,7 +38,7 @@ class Site:
     prefill_slowness: float = 1.0  # of prefills, on top of `slowness`
     counts_prefill: bool = False  # the batches of a prefill move its counter of steps
     takes_canary: bool = True  # False: it refuses every form of a canary
-    context: int = 0  # tokens that a sequence may have, as the engine says; 0: it says nothing
+    context: int = 0  # context length in tokens, as reported by the engine; 0: not reported
     page_seconds: float = 0.0  # that its metrics page takes
     backends: int = 1  # processes behind its port, each with counters of its own
 

@@ -73,7 +73,7 @@ struct Sums {
     bool any = false;  // it differs from Sums{}
 };
 
-// What stands in a member of the body, by its items: their weights are bytes of text.
+// Content of a member of the body, by items; weights are bytes of text.
 struct Items {
     uint64_t count = 0, lists = 0, weight = 0, squares = 0;
     bool ids = false;  // one sequence
@@ -189,7 +189,7 @@ struct Wanted {
 struct Findings {
     Sums sums;                  // of the whole prompt
     std::vector<Span> members;  // of the names that are asked for, by the last of each; {0, 0} if absent
-    std::vector<Items> items;   // likewise
+    std::vector<Items> items;   // for the same names
     std::vector<TextNode> texts;
     std::vector<PartNode> parts;
     bool all_texts = true;     // none was left out of `texts`
@@ -454,7 +454,7 @@ private:
         add_value(frame.sums, value);
     }
 
-    // Engines take 7.0 and true for token ids, too.
+    // Engines also accept 7.0 and true as token ids.
     static bool is_id(const Value& value) { return !value.text && !value.sums && !value.null; }
 
     static uint64_t weight_of(const Value& value) {

@@ -28,7 +28,7 @@ inline PyObject* member_paths(PyObject*, PyObject* names) {
             const char* name = PyUnicode_AsUTF8AndSize(PyTuple_GetItem(names, i), &size);
             if (!name) return nullptr;
             if (!made->add(std::string(name, size), static_cast<int32_t>(i))) {
-                PyErr_SetString(PyExc_ValueError, "a path is names with dots between them, not too many");
+                PyErr_SetString(PyExc_ValueError, "a path is a limited number of names separated by dots");
                 return nullptr;
             }
         }
@@ -54,7 +54,7 @@ inline PyObject* scan_members(PyObject*, PyObject* args) {
     if (!PyArg_ParseTuple(args, "OO", &capsule, &piece)) return nullptr;
     auto* held = static_cast<HeldScan*>(PyCapsule_GetPointer(capsule, MEMBER_SCAN));
     if (!held || !from.get(piece, false)) return nullptr;
-    try {  // with the GIL: one scan is not for two threads, and a piece takes a tenth of a millisecond
+    try {  // with the GIL: a scan is not thread-safe, and a piece needs a tenth of a millisecond
         const char* begin = static_cast<const char*>(from.view.buf);
         held->scan.feed(begin, begin + from.view.len);
         Py_RETURN_NONE;

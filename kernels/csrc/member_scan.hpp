@@ -1,8 +1,8 @@
-// Members of a JSON text that comes in pieces, found by their path.
+// Members of a JSON text that arrives in pieces, found by their path.
 //
-// Rules: only what stands where a path says is found, never what a string or a deeper object holds. Each byte is looked
-// at once, and nothing is copied but the values that are wanted, short ones. The text is not checked: it belongs to its
-// reader, and a value of nonsense is refused by whoever parses it. A list at the top is looked into: each of its objects
+// Rules: only members at the exact path are found, never the content of a string or a deeper object. Each byte is read
+// once, and only wanted values, if short, are copied. The text is not checked: it belongs to its
+// reader, and an invalid value is rejected by its parser. A list at the top is entered: each of its objects
 // is an item of its own. Of members of one path and item the last counts, as in every parser.
 #pragma once
 
@@ -81,7 +81,7 @@ private:
     const MemberPaths& paths;
     Mode mode = TOP;
     bool in_list = false, in_string = false, escaped = false;
-    uint32_t levels[MAX_LEVELS + 1] = {};  // the nodes of the objects that are looked into
+    uint32_t levels[MAX_LEVELS + 1] = {};  // the nodes of the objects that are entered
     size_t level = 0;                      // how many of them are open
     uint64_t depth = 0;                    // of the value that is skipped
     uint64_t item = 0, fed = 0;

@@ -96,7 +96,7 @@ def _own_health(loop: ControlLoop, now: float) -> Answer:
 
 
 def _load(query: Mapping[str, str], loop: ControlLoop) -> Answer:
-    """The load, with latencies predicted now; with `in`, those of a request of that size, as /cost takes it."""
+    """The load, with current latency predictions; with `in`, for a request of that size (parameters as for /cost)."""
     unit, size, snapshot = query.get("unit", ""), None, loop.snapshot
     forecast = loop.control.latency.forecast(time.monotonic())
     snapshot = replace(snapshot, load=replace(snapshot.load, forecast=forecast))

@@ -64,8 +64,8 @@ PORT_INTERVAL_S, RESTART_PORT_INTERVAL_S = 1.0, 0.1
 # Ticks between what goes to relays, page and files: once a second.
 MAX_ANNOUNCED: Final = 256
 PUBLISH_INTERVAL_TICKS: Final = 2
-GPU_COUNT_TICKS: Final = 120  # after which the engine and NVML have said how many GPUs there are: a minute
-LIMITS_INTERVAL_TICKS: Final = 4  # between looks at the file of tenants' limits
+GPU_COUNT_TICKS: Final = 120  # a minute, after which the engine and NVML have reported the number of GPUs
+LIMITS_INTERVAL_TICKS: Final = 4  # between checks of the tenant limits file
 
 _log = logging.getLogger(__name__)
 
@@ -168,7 +168,7 @@ class ControlLoop:
         if is_new_verdict or self._ticks % PUBLISH_INTERVAL_TICKS == 0:
             self._publish(wall)
         if self._ticks == GPU_COUNT_TICKS and self.control.is_gpu_count_assumed:
-            _log.warning("nobody says how many GPUs the engine has: one is billed; set --gpus")
+            _log.warning("number of the engine's GPUs is unknown: billing one; set --gpus")
         if self._limits is not None and self._ticks % LIMITS_INTERVAL_TICKS == 0:
             self._tasks.start("limits", self._name_tenants(self._limits))
         if health.lag < TICK_S:
@@ -218,9 +218,9 @@ class ControlLoop:
             _log.info("coefficients match measured load again")
 
     def _log_capacity(self, before: float) -> None:
-        """Log that the capacity follows another speed of the engine."""
+        """Log that the capacity follows a changed engine speed."""
         if (slowness := self.control.coefficients.capacity.slowness) != before:
-            text = "the engine takes %.3g times as long as its coefficients say: the capacity is now %.4g MU per minute"
+            text = "the engine needs %.3g times the predicted time: capacity is now %.4g MU per minute"
             _log.info(text, slowness, self.snapshot.load.mu_max_per_minute)
 
     def _on_hold(self, *, counted: bool) -> None:
@@ -260,7 +260,7 @@ class ControlLoop:
             self._tasks.start("records", self._write_usage(wall))
 
     def _count_gpu_time(self, now: float, wall: float) -> None:
-        """The GPU time that passes is part of the bill, whoever uses it."""
+        """Account for the GPU time that has passed, used or idle."""
         if self._usage is not None:
             evicted = self._usage.elapse(now, wall, self.control.gpu_price, self._fan_out.fingerprint)
             self._report_evictions(evicted)
@@ -306,7 +306,7 @@ class ControlLoop:
             self._log.error("state", "cannot write to the state directory (%s); exec probes fail open", e.strerror)
 
     async def _name_tenants(self, file: LimitsFile) -> None:
-        """Tenants with limits always have a label. The relays log what is wrong with the file."""
+        """Tenants with limits always have a label. The relays log errors in the file."""
         with suppress(UsageError):
             limits = await asyncio.to_thread(file.read_changed)
             if limits is not None:
@@ -347,7 +347,7 @@ class ControlLoop:
 
 
 def describe(eviction: Eviction) -> str:
-    """A line about usage records that were dropped."""
+    """Log text for dropped usage records."""
     why = {"age": "older than --usage-days", "size": "over --usage-bytes", "memory": "not written for too long"}
     first, last = (time.strftime("%Y-%m-%dT%H:%MZ", time.gmtime(at)) for at in (eviction.first, eviction.last))
     sums = f"{eviction.rows} rows of {eviction.requests} requests, {eviction.mu:.1f} MU, from {first} to {last}"

@@ -65,7 +65,7 @@ async def run(
 async def _end(tasks: Sequence[asyncio.Task[None]]) -> None:
     """Cancel tasks until they have ended.
 
-    One cancellation may be lost: before Python 3.12, asyncio.wait_for swallows it where what it waits for is done in
+    One cancellation may be lost: before Python 3.12, asyncio.wait_for swallows it if the awaited task completes in
     the same moment (python/cpython#86296).
     """
     pending: set[asyncio.Task[None]] = set(tasks)

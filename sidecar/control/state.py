@@ -96,16 +96,16 @@ class ControlState:
 
     @property
     def gpu_price(self) -> GpuPrice:
-        """What the engine's time costs, as far as it is known now."""
+        """The current price of the engine's time, as far as it is known."""
         return GpuPrice(self.gpu_count.gpus, self._settings.dollars_per_gpu_hour, self._watts)
 
     @property
     def is_gpu_count_assumed(self) -> bool:
-        """Whether there is a price for each GPU, and their number is a guess."""
+        """Whether a GPU price is set but the number of GPUs is a guess."""
         return self._settings.dollars_per_gpu_hour > 0 and not self.gpu_count.source
 
     def name_tenants(self, names: Iterable[str]) -> None:
-        """The tenants that an operator named: they always have a label."""
+        """The tenants configured by an operator; they always have a label."""
         self.ledger.labels.give(tenants=(*names, DEFAULT_TENANT))
 
     # --- ticks ---
@@ -123,13 +123,13 @@ class ControlState:
         return self._snapshot(readings, now, wall)
 
     def _name_models(self, models: tuple[str, ...]) -> None:
-        """The models that the engine lists always have a label, also while its next process lists none yet."""
+        """Models listed by the engine always have a label, even while a restarted engine lists none yet."""
         if models and models != self._models:
             self._models = models
             self.ledger.labels.give(models=models)
 
     def _count_gpus(self, readings: TickReadings) -> None:
-        """The engine's GPUs; what was counted holds while nothing can be read."""
+        """The engine's GPUs; the last count stays valid while no new reading is available."""
         ranks = len(readings.sample.ranks) if readings.sample else 0
         settings = self._settings
         found = count_gpus(settings.gpus, settings.gpu, readings.identity, ranks, readings.gpus)

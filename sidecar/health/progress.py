@@ -313,9 +313,9 @@ class Progress:
         self._sessions.discard(key)
 
     def completed(self, key: Key, now: float) -> None:
-        """The engine ended a request by itself: an answer without tokens shows what its prompt took.
+        """The engine ended a request by itself: an answer without tokens shows the time of its prompt.
 
-        Clients end sessions, which shows nothing.
+        Sessions are ended by clients, which is no evidence.
         """
         if key in self._sessions:
             return

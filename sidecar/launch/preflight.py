@@ -31,7 +31,7 @@ def choose_coefficients(chosen: Settings) -> cost_model.Coefficients:
         coefficients = load_coefficients(chosen.coefficients)
         if coefficients.no_capacity:
             _log.warning(
-                "coefficients: the capacity is a lower bound, so load looks higher than it is: %s",
+                "coefficients: the capacity is a lower bound, so the reported load is too high: %s",
                 coefficients.no_capacity,
             )
         return coefficients

@@ -1,9 +1,9 @@
-"""Pure: the members of an answer that say what was used, found by their path while the answer passes.
+"""Pure: finds the members of an answer that report usage, by their path, while the answer streams through.
 
 Rules: a path begins at the top of a JSON text, so neither a text that reads like a usage nor a schema with such a
-property is taken for one, and nothing that stands before or behind it can hide it. The bytes are gone over once, by the
+property is mistaken for one, and nothing before or after it can hide it. The bytes are scanned once, by the
 compiled scanner (kernels/csrc/member_scan.hpp), and are not kept. Where the module was not built, texts up to
-MAX_PYTHON_BYTES are kept and parsed; a longer one says nothing.
+MAX_PYTHON_BYTES are kept and parsed; a longer one yields no usage.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ except ImportError:
 Members = dict[str, Any]  # nested by path: {"meta_info": {"prompt_tokens": 3}}
 Buffer = bytes | memoryview | bytearray
 
-# Where engines say what they used, and what became of it (usage_forms.py).
+# Where engines report usage, and how a request ended (usage_forms.py).
 PATHS: Final = (
     *("usage", "response.usage", "message.usage", "delta.usage", "meta.tokens", "meta.billed_units"),
     *("meta_info.prompt_tokens", "meta_info.completion_tokens", "meta_info.cached_tokens", "meta_info.finish_reason"),
@@ -32,7 +32,7 @@ PATHS: Final = (
     *("error", "type", "index", "stop", "done", "finish_reason", "delta.finish_reason"),
 )
 _SPLIT: Final = tuple(tuple(path.split(".")) for path in PATHS)
-MAX_PYTHON_BYTES: Final = 256 << 10  # json.loads takes a few milliseconds for them
+MAX_PYTHON_BYTES: Final = 256 << 10  # parsed by json.loads within a few milliseconds
 MAX_ITEMS: Final = 1 << 12  # of a list of answers
 
 _compiled: Final = _fused is not None and hasattr(_fused, "member_scan")
@@ -40,13 +40,13 @@ _PATHS: Final = _fused.member_paths(PATHS) if _compiled else None
 
 
 class AnswerScan:
-    """One JSON text that comes in pieces."""
+    """One JSON text that arrives in pieces."""
 
     __slots__ = ("_kept", "_scan")
 
     def __init__(self) -> None:
         self._scan = _fused.member_scan(_PATHS) if _compiled else None
-        self._kept = bytearray()  # only without the module
+        self._kept = bytearray()  # only without the compiled module
 
     def feed(self, piece: Buffer) -> None:
         if self._scan is not None:
@@ -83,7 +83,7 @@ def start_of(text: bytes, path: str) -> int:
 
 
 def items_in_python(text: bytes) -> list[Members]:
-    """The same without the compiled scanner."""
+    """Pure Python equivalent of the compiled scanner."""
     if len(text) > MAX_PYTHON_BYTES:
         return []
     try:
@@ -114,7 +114,7 @@ def _at(item: dict[str, Any], names: tuple[str, ...]) -> Iterator[Any]:
 
 
 def _put(members: Members, names: tuple[str, ...], value: bytes) -> None:
-    """Parse a value; one that is no JSON is not there."""
+    """Parse a value; invalid JSON counts as absent."""
     with contextlib.suppress(ValueError, RecursionError):
         _set(members, names, msgspec.json.decode(value))
 

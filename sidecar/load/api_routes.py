@@ -4,9 +4,9 @@ Rules:
 - A path is what the engine makes of it. Starlette (vLLM, SGLang) and cpp-httplib (llama.cpp) decode `%63`, the latter
   also `%u0063`; httptools and cpp-httplib cut off a fragment; the end of a Starlette route also matches before a last
   line feed. A prefix (`--root-path`) is anything. No engine merges slashes or ignores case, but a proxy in front of one
-  may: what is read too generously here is answered 404 there, and a refusal costs nothing.
+  may: a path matched too generously here gets 404 from the engine, and a rejected request costs nothing.
 - A known path is work with any method that changes something (SGLang serves `PUT /generate`), and with a body.
-- What else has a body may be work, too: it passes unread, and is counted by its class.
+- Any other request with a body may be work, too: it is forwarded unread and counted by class.
 
 vLLM 0.32: vllm/entrypoints/*/api_router.py. SGLang 0.5: srt/entrypoints/http_server.py. TGI 3: router/src/server.rs.
 llama.cpp: tools/server/server.cpp. Text Embeddings Inference: router/src/http/server.rs. Ollama: server/routes.go.
@@ -40,7 +40,7 @@ class Api:
     items: tuple[str, ...] = ()
     shared: tuple[str, ...] = ()
     generates: bool = True
-    streams: bool = False  # unless the body says otherwise
+    streams: bool = False  # default if the body does not specify it
     output_of: Literal["", "second", "byte", "picture"] = ""
     output_per: float = 0.0
 
@@ -105,7 +105,7 @@ APIS: Final = (
     Api("cohere_chat", "v1/chat v2/chat"),
     Api("decisions", "systemone decisions", ("questions",), ("state", "instructions", "input"), generates=False),
 )
-# SageMaker's path takes the bodies of all others: the first member that it has says which it is.
+# SageMaker's path accepts the bodies of all other APIs; the first matching member selects the API.
 INVOCATIONS: Final = Api("generate", "invocations", _GENERATE.items)
 _FORMS: Final = (
     ("messages", CHAT),
@@ -114,14 +114,14 @@ _FORMS: Final = (
     ("prompt", COMPLETIONS),
     ("input", _EMBEDDINGS),
 )
-# TGI's and TEI's path for whatever their model does.
+# TGI's and TEI's path for any task of their model.
 _ROOT: Final = Api("generate", "/", _GENERATE.items)
 # Any WebSocket.
 REALTIME: Final = Api("realtime", "realtime", output_of="second", output_per=_TOKENS_PER_SPOKEN_SECOND)
 
 _BY_END: Final = {end: api for api in (*APIS, INVOCATIONS) for end in api.ends.split()}
 _LONGEST_END: Final = max(end.count("/") for end in _BY_END) + 1
-# The last segment of paths that are no work of the GPU: what the CPU of an API process does, and what operators order.
+# The last segment of paths without GPU work: calls served by the API process's CPU, and operator commands.
 _ENDS_BY_CLASS: Final[dict[PathClass, str]] = {
     "tokenizer": "tokenize detokenize tokenizer_info apply-template chat_tokenize decode count_tokens input_tokens "
     "render derender parse_function_call",
@@ -133,7 +133,7 @@ _UNICODE_ESCAPE: Final = re.compile(r"%u([0-9A-Fa-f]{4})")
 
 
 def api_of(method: str, path: str, *, has_body: bool) -> Api | None:
-    """The API of a request to `path`, as it was sent but for the query; None if it is no work that is known."""
+    """The API of a request to `path` (raw, without the query); None if it is not a known API."""
     if not has_body and method not in WORKING_METHODS:
         return None
     head, _, last = path.rpartition("/")
@@ -147,14 +147,14 @@ def api_of(method: str, path: str, *, has_body: bool) -> Api | None:
 
 
 def of_form(api: Api, members: Container[str]) -> Api:
-    """The API of a body with these `members`, where its path takes several."""
+    """The API of a body with these `members`, if its path serves several."""
     if api is not INVOCATIONS:
         return api
     return next((form for name, form in _FORMS if name in members), api)
 
 
 def path_class(path: str) -> PathClass:
-    """What a path that is no known work is for, as a label."""
+    """The class of a path without a known API, as a label."""
     segments = _segments(path)
     return _CLASSES.get(segments[-1], "other") if segments else "other"
 

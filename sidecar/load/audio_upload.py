@@ -18,7 +18,7 @@ from sidecar.load.request_shape import MAX_MODEL_NAME_CHARS, RequestShape
 Bytes = memoryview
 
 USUAL_BYTES_PER_S: Final = 8000.0  # 64 kbit/s: speech as MP3, AAC or Opus has 24 to 128
-# Eight channels of 192,000 samples of 32 bits, and a day: a header that says less or more is wrong.
+# Eight channels of 192,000 samples of 32 bits, and a day: headers outside these bounds are wrong.
 MAX_BYTES_PER_S: Final = 8 * 192_000 * 4
 MAX_SECONDS: Final = 86_400.0
 MAX_PARTS: Final = 64  # of a form
@@ -47,7 +47,7 @@ def describe_upload(body: bytes, content_type: str, api: Api) -> RequestShape:
                 found = value
             elif not is_file:
                 fields[name] = bytes(value[:_MAX_VALUE_BYTES])
-        sound = found or sound  # a form of another kind is no way round
+        sound = found or sound  # other form encodings must not bypass pricing
     seconds = seconds_of(sound) if api.output_of == "second" else 0.0
     limit, choices = _number(fields.get(b"max_completion_tokens", b"")), _number(fields.get(b"n", b"")) or 1
     return RequestShape(
@@ -94,7 +94,7 @@ def _parts(body: bytes, boundary: bytes) -> Iterator[tuple[bytes, Bytes, bool]]:
         at = end + 2 if end >= 0 else -1
 
 
-# --- formats: seconds, or None where the header does not say ---
+# --- formats: seconds, or None if the header does not state them ---
 
 
 def _wav(sound: Bytes) -> float | None:
@@ -106,7 +106,7 @@ def _wav(sound: Bytes) -> float | None:
         if name == b"fmt " and at + 24 <= len(sound):
             kind, channels, hertz, bytes_per_s, _, bits = struct.unpack_from("<HHIIHH", sound, at + 8)
             rate = channels * hertz * bits / 8 if kind in (1, 3, 0xFFFE) else bytes_per_s
-        elif name == b"data":  # a writer that streams leaves its size open
+        elif name == b"data":  # a streaming writer leaves its size open
             return min(size, len(sound) - at - 8) / rate if rate else None
         at += 8 + size + size % 2
     return None

@@ -152,7 +152,7 @@ def _read_options(body: Buffer, members: Mapping[str, Span], *, nested: bool = F
 
 
 def _parse(text: bytes) -> dict[str, Any]:
-    """An object that was checked by the scanner; `json` takes what only it knows, as NaN and lone surrogates."""
+    """An object that was checked by the scanner; `json` also accepts NaN and lone surrogates."""
     try:
         return _decode(text)
     except (msgspec.MsgspecError, UnicodeDecodeError):

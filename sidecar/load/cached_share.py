@@ -8,7 +8,7 @@ Rules:
 - A share that collapses is dropped at once: after misses in a row that would come about less than once in
   1 / IMPROBABLE times, given how often a request of this class has missed so far. Half of what was expected is a miss.
 - The engine's own counters are a second source. If their share of cached tokens falls to a fraction of what it was, the
-  cache was emptied: everything is forgotten before the first answer says so. A new process of the engine has none.
+  cache was emptied: all learned shares are dropped before an answer shows it. A restarted engine has an empty cache.
 - Tables are bounded; the least recently used entry is evicted.
 """
 
@@ -41,7 +41,7 @@ class _ClassShare:
 
 
 class EngineCache:
-    """The share of prompt tokens found in the engine's cache lately, from its counters."""
+    """The share of prompt tokens recently found in the engine's cache, from its counters."""
 
     def __init__(self) -> None:
         self._asked = self._found = 0.0
@@ -49,7 +49,7 @@ class EngineCache:
         self.share: float | None = None
 
     def read(self, asked: float | None, found: float | None) -> None:
-        """Take a reading: prompt tokens looked up since the engine's start, and those found; None if it counts none."""
+        """Add a reading: prompt tokens looked up since the engine's start, and those found; None if not counted."""
         if asked is None or found is None:
             self._has_mark, self.share = False, None
         elif not self._has_mark or asked < self._asked or found < self._found:  # the engine restarted
@@ -100,8 +100,8 @@ class CachedShares:
             self._classes.popitem(last=False)
 
     def on_engine(self, process: int, share: float | None) -> None:
-        """Take what is known of the engine: its process, as a number that grows, and the share of prompt tokens that
-        its counters show as cached lately; None if it has none."""
+        """Update the engine's state: its process, as a number that grows, and the share of prompt tokens that
+        its counters show as recently cached; None without them."""
         if process != self._process:
             self._process, self._engine_share = process, None
             self._forget()
@@ -122,7 +122,7 @@ class CachedShares:
 
 
 def _miss_rate(misses: DecayedSum) -> float:
-    """How often a request missed; before any, once in two, which DECAY's memory of 20 takes below IMPROBABLE."""
+    """Miss rate, starting at one half; with DECAY's memory of 20 requests it can fall below IMPROBABLE."""
     return misses.mean(0.5, 1.0)
 
 

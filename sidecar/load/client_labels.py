@@ -6,10 +6,10 @@ Rules:
 - A name gets a label only by requests that the engine accepted. Until then it is `other`.
 - Names that an operator or the engine gave (tenant limits, the list of models) always have one, beyond `limit`. Those
   that are no longer given are names like any other: at the next `accept`, the lightest ones beyond `limit` lose theirs.
-- The weight of a name is its MU, halved every HALF_LIFE_S. A name without a label takes that of the lightest one once
-  it weighs twice as much. So names that an attack pushed out come back.
+- The weight of a name is its MU, halved every HALF_LIFE_S. A name without a label replaces the lightest one once
+  it weighs twice as much. So names displaced by an attack return.
 - A pair of tenant and model beyond the bound of pairs is (tenant, `other`).
-- `accept` says when a name lost its label. Whoever keeps sums by label then adds them to those of `of`: a sum over all
+- `accept` returns whether a name lost its label. Sums kept by label must then be added to those of `of`: a sum over all
   labels never falls.
 """
 
@@ -23,7 +23,7 @@ from sidecar.labels import OTHER, printable
 HALF_LIFE_S: Final = 6 * 3600.0
 REPLACE_RATIO: Final = 2.0  # of weights: two names of about the same weight must not replace each other in turns
 MIN_WEIGHT: Final = 1e-3  # of a request that cost nothing
-# (tenant, model) pairs per tenant: at most 600 series per metric, which take 12 ms to render.
+# (tenant, model) pairs per tenant: at most 600 series per metric, rendered in 12 ms.
 MAX_PAIRS_PER_TENANT: Final = 2
 MAX_GIVEN_PAIRS_PER_TENANT: Final = 20  # of a given tenant and a given model
 MAX_WAITING: Final = 1000  # names without a label whose weight is known
@@ -68,7 +68,7 @@ class HeaviestNames(Generic[N]):
         return None
 
     def drop(self, is_over: Callable[[N], bool]) -> None:
-        """Take the place of every name for which this is true."""
+        """Remove every name for which this is true."""
         self._weights = {name: weight for name, weight in self._weights.items() if not is_over(name)}
         self._lightest = 0.0
 
@@ -111,7 +111,7 @@ class ClientLabels:
                 self._is_trimmed = False
 
     def of(self, tenant: str, model: str) -> tuple[str, str]:
-        """The labels of a client's names, or what became of labels that it returned earlier."""
+        """The labels of a client's names; earlier labels are mapped to their current ones."""
         tenant, model = printable(tenant), printable(model)
         pair = tenant if tenant in self._tenants else OTHER, model if model in self._models else OTHER
         return pair if OTHER in pair or pair in self._pairs else (pair[0], OTHER)

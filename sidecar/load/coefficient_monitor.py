@@ -50,7 +50,7 @@ class CoefficientMonitor:
             self._windows.spoil(now)
         for window in self._windows.close(holds, now):
             is_measured = cost_model.is_measured(self.co)
-            if window.is_full or not is_measured:  # where nothing was measured, a rough speed is better than none
+            if window.is_full or not is_measured:  # without measured coefficients, a rough speed is better than none
                 self.capacity.add(window, self.refit, caching=self.drift.caching)
             if not window.is_full:
                 continue

@@ -12,9 +12,9 @@ p, m     prompts, and the sequences that they give: more with `n` answers to eac
 t        seconds of audio that is transcribed
 
 Tokens are sums over all sequences, but each attends to its own sequence only. u*(c + u/2) and o*(n + o/2) sum up the
-tokens before each new one, in sequences of equal length; the first is taken times RequestSize.skew. In a share
+tokens before each new one, in sequences of equal length; the first is multiplied by RequestSize.skew. In a share
 `windowed` of the layers, a token attends to the last `window` tokens only. Coefficients belong to one model on one kind
-of hardware; `Coefficients.source` says whether they are the default, a roofline, or measured.
+of hardware; `Coefficients.source`: whether they are the default, a roofline, or measured.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ REFERENCE = RequestSize(uncached=3500, output=300)
 TERMS: Final = ("k", "a", "b", "d", "f", "g", "h", "q", "w")
 AUDIO_WINDOW_S: Final = 30.0
 AUDIO_FLOPS: Final = 50 * (2 * 0.635e9 + 4 * 32 * 1280 * 1500)  # of a second of audio
-FILE_VERSION: Final = 3  # 1 is not numbered, and was measured without q; 1 and 2 do not say what was not measured
+FILE_VERSION: Final = 3  # 1 has no number and no q; 1 and 2 do not list what was not measured
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +78,7 @@ class Coefficients:
     slo_seconds: float = 0.0
     # Why these are not measured, and what to do about it; "" if they are.
     no_capacity: str = ""  # MU per minute, which is then a lower bound: the engine was never full
-    no_cached: str = ""  # what a prompt costs of which the engine has a part in its cache
+    no_cached: str = ""  # cost of a partially cached prompt
 
 
 class CostTerms(msgspec.Struct, frozen=True, gc=False):
@@ -183,15 +183,15 @@ def settled_work(expected: RequestSize, usage: Usage | None, delivered_tokens: i
     if usage is None:
         return structs.replace(expected, output=delivered_tokens)
     if usage.audio_seconds > 0 and expected.audio_seconds > 0:
-        expected = heard(expected, usage.audio_seconds)
-        if not usage.prompt_tokens and not usage.completion_tokens:  # engines tell the seconds of a transcript alone
+        expected = with_audio_seconds(expected, usage.audio_seconds)
+        if not usage.prompt_tokens and not usage.completion_tokens:  # for transcripts, engines report seconds only
             return structs.replace(expected, output=max(expected.output, delivered_tokens))
     work = structs.replace(expected, uncached=usage.prompt_tokens, cached=0, output=usage.completion_tokens)
     return with_cached(work, min(usage.cached_tokens, usage.prompt_tokens))
 
 
 def with_cached(work: RequestSize, cached: int) -> RequestSize:
-    """A request of which nothing was cached, if `cached` of its prompt's tokens are."""
+    """The size of an uncached request, with `cached` of its prompt tokens cached."""
     if not cached:
         return work
     uncached = work.uncached - cached
@@ -213,8 +213,8 @@ def part_of(work: RequestSize, share: float) -> RequestSize | None:
     return part if part.uncached else None
 
 
-def heard(work: RequestSize, seconds: float) -> RequestSize:
-    """The work of a recording as long as it turned out to be."""
+def with_audio_seconds(work: RequestSize, seconds: float) -> RequestSize:
+    """The work of a recording, corrected to its actual length."""
     times, windows = seconds / work.audio_seconds, audio_windows(seconds)
     return structs.replace(
         work,
@@ -227,7 +227,7 @@ def heard(work: RequestSize, seconds: float) -> RequestSize:
 
 
 def audio_windows(seconds: float) -> int:
-    """The sequences of a recording: engines cut it into windows of 30 seconds, as Whisper takes no longer one."""
+    """The sequences of a recording: engines split it into windows of 30 seconds, Whisper's maximum."""
     return max(1, math.ceil(seconds / AUDIO_WINDOW_S))
 
 

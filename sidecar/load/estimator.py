@@ -31,7 +31,7 @@ from sidecar.load.tenant_means import Prior, TenantMeans
 DEFAULT_BYTES_PER_TOKEN: Final = Prior(start=4.0, weight=256.0, bounds=(2.0, 8.0))
 BYTES_PER_TOKEN_BOUNDS: Final = (0.5, 16.0)  # of one answer, as tokenizers yield them
 MAX_RATIO_WEIGHT: Final = 4096.0  # tokens that one answer counts for
-MAX_TEMPLATE_TOKENS: Final = 32  # that a chat template adds per message; what is beyond came from the request
+MAX_TEMPLATE_TOKENS: Final = 32  # that a chat template adds per message; any excess came from the request
 DEFAULT_IMAGE_TOKENS: Final = 1000  # unknown size: about 1 Mpx at 28x28 pixels per token (Qwen2-VL)
 DEFAULT_AUDIO_TOKENS: Final = 250  # not decoded here: ten seconds at 25 tokens per second (Qwen2-Audio)
 DEFAULT_FRAME_TOKENS: Final = 128  # likewise of a video: two frames per step of 256 tokens (Qwen2-VL)
@@ -151,7 +151,7 @@ class Estimator:
     def reserved_mu(self, tenant: str, shape: RequestShape, expected: RequestSize) -> float:
         """The price with the high output and nothing cached, which a tenant limit reserves.
 
-        A tenant that taught a cached share can stop having one at any time, in many requests at once.
+        A tenant with a learned cached share can lose its cache hits at any time, in many requests at once.
         """
         whole, output = expected.uncached + expected.cached, self.high_output(tenant, shape, expected)
         return self.mu(structs.replace(expected, uncached=whole, cached=0, output=output))

@@ -1,6 +1,6 @@
 """Pure: how many tokens an event of a stream holds, learned from streams that ended with a usage.
 
-It is one for most engines, and more with speculative decoding or where events are sent at intervals. A stream that its
+One for most engines, and more with speculative decoding or where events are sent at intervals. A stream that its
 client leaves has no usage: its events are counted, and are worth what those of its tenant and model were, or else of
 its model.
 """
@@ -12,7 +12,7 @@ from typing import Final
 
 MAX_KEYS: Final = 1024  # of tenants and models
 MIN_EVENTS: Final = 8  # before the ratio is believed
-MAX_WEIGHT: Final = 512  # events of one stream, so that none rules
+MAX_WEIGHT: Final = 512  # events of one stream, so that no stream dominates
 MAX_RATIO: Final = 64.0
 _KEPT: Final = 0.95  # at each stream
 _ANYONE: Final = ""

@@ -33,7 +33,7 @@ class FoundPart:
 
 
 class Items(NamedTuple):
-    """What stands in a member of the body. Weights are bytes of text; a token id weighs BYTES_PER_ID of them.
+    """Content of a member of the body. Weights are bytes of text; a token id weighs BYTES_PER_ID of them.
 
     `number`: of the items of a list, or of an object with questions; 0: it is something else. `ids`: some of them are
     token ids; `lists`: of those that are lists themselves; `squares`: the sum of the squares of the items' weights.

@@ -17,7 +17,7 @@ MS_PER_SECOND, SECONDS_PER_HOUR = 1000, 3600
 class GpuPrice:
     """The GPUs of one engine, the price of an hour of each (0: unknown), and the power that each draws now.
 
-    A MIG slice counts as a GPU; NVML knows no power of it.
+    A MIG slice counts as a GPU; NVML does not report its power.
     """
 
     gpus: int = 1
@@ -37,7 +37,7 @@ class GpuPrice:
 
 @dataclass(frozen=True, slots=True)
 class GpuCount:
-    """The number of GPUs, and who says so; "" where nobody does, and one is assumed."""
+    """The number of GPUs and its source; "" if unknown, in which case one is assumed."""
 
     gpus: int = 1
     source: str = ""
@@ -52,10 +52,10 @@ def mean_watts(seen: Reading[tuple[GpuSample, ...]]) -> float | None:
 def count_gpus(
     chosen: int, named: str, identity: EngineIdentity, ranks: int, seen: Reading[tuple[GpuSample, ...]]
 ) -> GpuCount:
-    """The GPUs of an engine: as an operator says, else the engine, else as many as can be seen.
+    """The GPUs of an engine: as configured, else as reported by the engine, else as many as are visible.
 
     `chosen`: --gpus; `named`: --gpu, which counts with a number; `ranks`: the engine's data-parallel ranks, each of
-    which has a GPU at least. One rank says nothing of its GPUs.
+    which has at least one GPU. A single rank does not show its number of GPUs.
     """
     stated = parse_gpu(named)[0] if named[:1].isdigit() else 0
     visible = len(seen.value) if isinstance(seen, Value) else 0

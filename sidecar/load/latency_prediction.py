@@ -3,14 +3,14 @@
     TTFT = overhead + own prefill + prefill before it + a decode step + decode steps in between + wait for capacity
 
 Rules:
-- Each part is what the cost model and the open requests say; how much of it this engine takes is fitted to the first
-  tokens as they come (least_squares.py). So an engine that is slower than its coefficients is predicted as it is.
+- Each part follows from the cost model and the open requests; this engine's factor for it is fitted to the first
+  tokens as they arrive (least_squares.py). So predictions match an engine that is slower than its coefficients.
 - The prefill before a request is that of all that still await their first token, less what the first of them has had.
 - Where the KV cache or the places for sequences are full, a request waits until enough of those that run have ended.
 - A decode step's time is fitted to the requests that decode together and the tokens they attend to.
 - An answer in one piece has no first token: it counts as decoding from when its prefill should be over.
 - Requests that waited for their client or in the sidecar's own queue are predicted, but teach nothing.
-- A prediction is made at admission and held against what came. State is one record per open request.
+- A prediction is made at admission and compared with the outcome. State is one record per open request.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ TPOT_RIDGE: Final = 0.02
 SETTLED_AFTER: Final = 10
 MIN_PACE_TOKENS: Final = 16  # of a window of decoding, whose pace is one measurement
 MIN_PACE_S, MAX_PACE_S = 1.0, 10.0
-MAX_PREDICTED: Final = 50  # admissions per tick whose prediction is held against what came; more would only cost
+MAX_PREDICTED: Final = 50  # admissions per tick whose prediction is compared with the outcome; more would only cost CPU
 MAX_ERRORS: Final = 200  # recent predictions whose errors are reported
 SIZE_WEIGHT: Final = 0.05  # of one request in the typical size
 RELEASES_AGE_S: Final = 0.1  # the order in which running requests end is computed at most so often
@@ -99,7 +99,7 @@ class LatencyPredictor:
     # --- events ---
 
     def apply(self, key: Key, event: Event, hold: AdmissionHold | None) -> None:
-        """Take an event of a request that the ledger holds."""
+        """Process an event of a request in the ledger."""
         if isinstance(event, Admitted):
             if hold is not None and key not in self._open:
                 self._admit(key, hold, event.at)
@@ -126,7 +126,7 @@ class LatencyPredictor:
             self._leave_queue(key, request, at)
 
     def tick(self, sample: EngineSample, now: float) -> None:
-        """Take the engine's own numbers, and what was measured since the last tick."""
+        """Update from the engine's metrics and the measurements since the last tick."""
         self._advance(now)
         self._end_window(now)
         self._predicted = 0
@@ -147,7 +147,7 @@ class LatencyPredictor:
     # --- predictions ---
 
     def forecast(self, now: float) -> LatencyForecast:
-        """What the next request will have."""
+        """The latencies of the next request."""
         self._advance(now)
         typical_ms, tokens = self._typical_ms, round(self._typical_tokens)
         row = self._row(0.0, 0, tokens, now)
@@ -184,7 +184,7 @@ class LatencyPredictor:
         return sum(t * x for t, x in zip(self._times(), row, strict=True))
 
     def _times(self) -> list[float]:
-        """How much of each part this engine takes."""
+        """This engine's factor for each part."""
         fit = self._ttft
         return fit.times if fit.seen else [self.slowness, self.slowness, self.slowness, 1.0, 1.0, 1.0]
 

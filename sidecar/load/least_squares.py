@@ -1,6 +1,6 @@
 """Pure: recursive, non-negative least squares on relative errors, with forgetting.
 
-    measured = sum of times[i] * expected[i]        expected: what the prior says of each part
+    measured = sum of times[i] * expected[i]        expected: the prior of each part
 
 Rules:
 - A ridge pulls `times` toward a common scale, which is fitted first: a part that is hardly seen keeps its share.
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-MAX_LOG_ERROR: Final = 0.5  # larger errors pull no harder than this
+MAX_LOG_ERROR: Final = 0.5  # larger errors are clipped to this
 MAX_FACTOR: Final = 1e4  # of a part over its prior
 MAX_REPORTED_ERROR: Final = 5.0
 MIN_PIVOT_RATIO: Final = 1e-14  # of the largest pivot
@@ -50,11 +50,11 @@ class RelativeFit:
         return self.seen >= self.settled_after
 
     def predict(self, expected: Sequence[float]) -> float:
-        """The measurement to expect; what the prior says, before anything was learned."""
+        """The expected measurement; that of the prior before anything was learned."""
         return sum(x * t for x, t in zip(expected, self.times, strict=True)) if self.seen else sum(expected)
 
     def add(self, expected: Sequence[float], measured: float) -> None:
-        """Learn one measurement; `solve` takes it into `times`. What cannot be is ignored."""
+        """Learn one measurement; `solve` updates `times`. Impossible values are ignored."""
         whole = sum(expected)
         if not (measured > 0 and 1e-9 < whole / measured < 1e9):
             return

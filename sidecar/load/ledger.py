@@ -4,7 +4,7 @@
 
 Rules:
 - The load in flight is always the sum over the open holds.
-- Settlement corrects what a request has accrued to its actual cost: what the engine told, else what it can have done.
+- Settlement corrects a request's cost to the actual one: what the engine reported, else the most it can have done.
 - A second Settled, or one of an unknown request, changes nothing.
 """
 
@@ -26,13 +26,13 @@ from sidecar.load.client_labels import ClientLabels, fold
 from sidecar.load.prefill_queue import PrefillQueue
 
 FLOW_WINDOW_S = 60.0
-MAX_NAMES = 50  # tenants and models that are named, unless a setting says otherwise
+MAX_NAMES = 50  # default for tenants and models with labels of their own
 RECENT_WINDOW_S = 10.0  # of the flow that routers weigh engines by
 TOKEN_WINDOW_S = 5.0
 # The engine or the sidecar is at fault.
 FAILED_OUTCOMES: Final[frozenset[Outcome]] = frozenset(("engine_error", "stalled", "lost"))
 
-# It ended without a word of the engine's.
+# It ended without an answer from the engine.
 LEFT_OUTCOMES: Final[frozenset[Outcome]] = frozenset(("client_cancelled", "lost"))
 PACE_WEIGHT: Final = 0.1  # of one answer
 
@@ -100,7 +100,7 @@ class AdmissionHold:
 class Settlement(msgspec.Struct, frozen=True, gc=False):
     """One settled request; `mu` is its actual cost. `tenant` and `model` are labels.
 
-    `told`: by the engine, and all of it; otherwise its tokens are estimated, or counted as they passed. `relabelled`:
+    `told`: all was reported by the engine; otherwise its tokens are estimated or counted in transit. `relabelled`:
     another name lost its label to one of them, and is part of `other` from now on.
     """
 
@@ -334,7 +334,7 @@ class Ledger:
         return True
 
     def _learn_pace(self, hold: AdmissionHold, event: Settled, output: int) -> None:
-        """Learn from a whole answer how long a token takes."""
+        """Learn the time per token from a whole answer."""
         each = output // hold.admitted.expected.sequences
         if each < 2 or event.sent_at is None or hold.slowed:
             return
@@ -351,7 +351,7 @@ class Ledger:
         return max(0, min(expected.output, int(seconds / pace) * expected.sequences))
 
     def _leave_queue(self, key: Key, event: Settled, *, started: bool) -> float:
-        """Take an ended request out of the engine's queue. Returns the share of its prompt that may be computed."""
+        """Remove an ended request from the engine's queue. Returns the share of its prompt that may be computed."""
         if started or event.sent_at is None or event.status >= 400:
             self._queue.forget(key, event.at)
         elif event.outcome in LEFT_OUTCOMES:
@@ -362,9 +362,9 @@ class Ledger:
 
 
 def is_accepted(hold: AdmissionHold, event: Settled) -> bool:
-    """Whether the engine took a request as one that it serves: only then do its tenant and model get labels.
+    """Whether the engine accepted a request: only then do its tenant and model get labels.
 
-    An error in an answer of 200 is no answer, and neither is a status of 0, unless a first token had come.
+    An error in an answer of 200 does not count as accepted, nor does a status of 0 without a first token.
     """
     if event.status == 0 or event.outcome == "engine_error":
         return hold.first_at is not None
@@ -385,7 +385,7 @@ def actual_work(
     if not started and event.outcome in ("engine_error", "stalled"):
         return None
     work = cost_model.settled_work(expected, None, max(event.delivered_tokens, delivered))
-    if event.outcome == "ok":  # an answer in one piece that tells nothing
+    if event.outcome == "ok":  # a non-streamed answer without a usage
         return work if work.output else structs.replace(work, output=expected.output)
     return work if started else cost_model.part_of(work, share)
 

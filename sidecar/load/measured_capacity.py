@@ -1,12 +1,12 @@
 """Pure: how many times slower than its coefficients an engine works, once that is sure. Its capacity follows it.
 
 Rules:
-- Each window of work says how long it took, over what the re-fit predicts; before the re-fit is reported, over what the
+- Each window of work yields its duration over the re-fit's prediction; before the re-fit is reported, over what the
   coefficients predict. The median of the last ones counts, so that a single odd window changes nothing.
 - It is sure when enough windows agree. It then changes the capacity if that is off by more than the hysteresis, and
   than STANDARD_ERRORS of the median: noise must not move a router's weights.
 - It stays within bounds, which are narrower if the coefficients were measured. An engine that reports no cached tokens
-  is never taken to be faster than measured: prompts that were cached look like speed.
+  is never assumed to be faster than measured: cached prompts look like speed.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ UNMEASURED_BOUNDS: Final = (
 
 
 class MeasuredCapacity:
-    """`slowness`: the time that work takes as a multiple of what the coefficients predict; 1 until it is known."""
+    """`slowness`: actual time of work over the time predicted by the coefficients; 1 until known."""
 
     def __init__(self, co: Coefficients, *, follows: bool = True) -> None:
         self._co, self._follows = co, follows
@@ -45,7 +45,7 @@ class MeasuredCapacity:
         self._by_refit = False
 
     def add(self, window: WorkWindow, refit: Refit, *, caching: bool) -> None:
-        """Take a window, before the re-fit learns it. `caching`: the engine reports cached prompt tokens."""
+        """Add a window, before the re-fit learns it. `caching`: the engine reports cached prompt tokens."""
         if not self._follows:
             return
         expected = refit.expected(window)

@@ -4,7 +4,7 @@
 
 Rules:
 - A level counts by its recent answers: p = (n * own + BLEND_ANSWERS * p of the level above) / (n + BLEND_ANSWERS).
-- The typical tenant is the one with the median length of those seen lately (tenant_means). So what one tenant alone has
+- The typical tenant is the one with the median length of recent ones (tenant_means). So what one tenant alone has
   shown is not expected of another, however much it sends.
 - Buckets are a quarter of an octave wide. A size class is half an octave of prompt tokens, which separates agents from
   chat (benchmarks/estimates.py).
@@ -220,7 +220,7 @@ def bucket_of(tokens: float) -> int:
 
 
 def _keys(model: str, prompt: int) -> tuple[Key, Key]:
-    """What tells a tenant's answers apart, from the specific to the general."""
+    """Keys that distinguish a tenant's answers, from specific to general."""
     return (model, size_class(prompt)), (model,)
 
 

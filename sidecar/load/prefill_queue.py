@@ -5,11 +5,11 @@
     left before it: what there is of the capacity goes to those that came earlier, then to this one
 
 Rules:
-- Engines serve first come, first served. Whoever is overtaken waits for something else, and whoever answers in one
+- Engines serve first come, first served. A request that is overtaken waits for something else, and an answer in one
   piece was computed when a later one gets its first token.
 - The speed is measured at each first token: seconds of prefill by the cost model, over the seconds of waiting since the
   one before. It starts at that of the cost model, and follows the last MEMORY_S seconds of waiting. Silence teaches
-  nothing, as a long prompt takes long.
+  nothing, as a long prompt needs a long time.
 - What is charged of prompts that never got a first token is never more than the engine can have done in that time.
 """
 
@@ -33,7 +33,7 @@ class _Waiting:
 
 
 class PrefillQueue:
-    """Requests that the engine has, before their first token, in the order in which they came."""
+    """Requests that the engine has, before their first token, in order of arrival."""
 
     def __init__(self) -> None:
         self._waiting: OrderedDict[Hashable, _Waiting] = OrderedDict()
@@ -78,7 +78,7 @@ class PrefillQueue:
         self._done, self._busy = self._done * kept + waiting.prefill, self._busy * kept + waited
 
     def drop(self, key: Hashable, now: float) -> float:
-        """It ended before. Returns the share of its prompt that can have been computed, from 0 to 1."""
+        """It ended before its first token. Returns the share of its prompt that can have been computed, from 0 to 1."""
         self._advance(now)
         ahead = 0.0
         for other, earlier in self._waiting.items():
@@ -93,7 +93,7 @@ class PrefillQueue:
         return can / waiting.prefill
 
     def forget(self, key: Hashable, now: float) -> None:
-        """It ended without work of the engine's."""
+        """It ended without any engine work."""
         self._advance(now)
         self._leave(key)
 
@@ -109,7 +109,7 @@ class PrefillQueue:
 
 
 class LeftPrompts:
-    """The same bound for who sees requests only when they end: of all that left, no more than fits in the time.
+    """The same bound where requests are seen only at their end: all that left share the elapsed time.
 
     It cannot know what the engine did for others, so it charges more than a PrefillQueue.
     """

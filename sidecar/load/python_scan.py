@@ -164,7 +164,7 @@ def leaves(stack: list[Any], binary: frozenset[str] = BINARY_KEYS) -> Iterator[L
         if isinstance(value, str):
             yield value
         elif isinstance(value, list):
-            yield [item for item in value if isinstance(item, (int, float))]  # engines take 7.0 and true for token ids
+            yield [item for item in value if isinstance(item, (int, float))]  # engines accept 7.0 and true as token ids
             stack.extend(item for item in value if not isinstance(item, (int, float)))
         elif isinstance(value, dict):
             kind = value.get("type")

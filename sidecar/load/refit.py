@@ -1,4 +1,4 @@
-"""Pure: coefficients fitted online to the engine's own work. They price nothing; capacity follows them.
+"""Pure: coefficients fitted online to the engine's own work. Never used for prices; the capacity follows them.
 
 Least squares over windows of work (least_squares.py). Decoding is fitted in two parts, per step and per token, because
 a small batch pays as much for reading the weights. The reported d is for the batch size of the coefficients in use.

@@ -59,7 +59,7 @@ OPTION_KEYS: Final = (
     *("stream_reasoning", *PROCESSING_OPTIONS, *GRAMMARS, *TRANSFERS, *FORMAT_HOLDERS),
     *("format", "effort", "include_usage"),  # of holders
 )
-# Members of which only what they hold is wanted: media next to the prompt (Ollama's, Cohere's, SGLang's).
+# Members of which only the content matters: media next to the prompt (Ollama's, Cohere's, SGLang's).
 HELD_KEYS: Final = ("functions", "images", "image_data", "audio_data", "video_data", "audio", "videos")
 
 IMAGE_TYPES: Final = ("image_url", "input_image", "image", "image_pil", "image_embeds")

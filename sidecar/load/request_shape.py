@@ -37,7 +37,7 @@ class RequestShape(msgspec.Struct, frozen=True, gc=False):
 
     `prompts`, `skew` and `audio_seconds` are those of RequestSize; each prompt gives `choices` answers. The engine
     computes the text of the body `repeated` times. `min_output`: tokens that each answer has at least. `told_output`:
-    tokens that the input tells to expect, where answers are no text; 0: they are learned.
+    output tokens implied by the input, for answers that are not text; 0: they are learned.
 
     `script` is the rounded number of bytes per character: 1 for Latin, 2 for Greek, Cyrillic or Arabic, 3 for Chinese,
     Japanese or Korean. `priority`, `reorders` and `withholds` are those of events.Admitted.
@@ -116,7 +116,7 @@ def _counts(holders: list[Options], keys: tuple[str, ...]) -> list[int]:
 
 
 def _frames(options: Options) -> int:
-    """Frames that an engine takes of each video."""
+    """Frames that an engine samples from each video."""
     kwargs = options.get("media_io_kwargs")
     video = kwargs.get("video") if isinstance(kwargs, dict) else None
     return (_count(video.get("num_frames")) if isinstance(video, dict) else None) or DEFAULT_VIDEO_FRAMES
@@ -201,12 +201,12 @@ def _min_output(holders: list[Options], limit: int | None) -> int:
 
 
 def _is_true(value: Any) -> bool:
-    """Whether engines take a value for true: pydantic has these texts, too."""
+    """Whether engines parse a value as true: pydantic also accepts these texts."""
     return value is True or (value is not False and value == 1) or (isinstance(value, str) and value.lower() in _TRUE)
 
 
 def _count(value: Any) -> int | None:
-    """A plausible count, or None; 2^31 bounds the effect of one request on the sums. Engines take 7.0 and "7" for 7."""
+    """A plausible count, or None; 2^31 bounds the effect of one request on the sums. Engines parse 7.0 and "7" as 7."""
     if (isinstance(value, float) and value.is_integer()) or (
         isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < _MAX_DIGITS
     ):

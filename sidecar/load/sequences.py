@@ -1,6 +1,6 @@
 """Pure: how many sequences the prompts of a body are, and how unequal in length.
 
-Rules: each item of a list that an API takes is a prompt of its own, unless some items are token ids: those are one. A
+Rules: each item of a list in the prompt is a prompt of its own, unless some items are token ids: those are one. A
 message is none; a conversation in a list of several is. Pairs (a query and each document) repeat what they share.
 """
 
@@ -17,7 +17,7 @@ from sidecar.load.found import Items
 
 @dataclass(frozen=True, slots=True)
 class Sequences:
-    """`skew` is that of RequestSize. `repeated`: bytes of text that stand once in the body and are computed again."""
+    """`skew` is that of RequestSize. `repeated`: bytes of text that occur once in the body but are computed again."""
 
     prompts: int = 1
     skew: float = 1.0
@@ -49,7 +49,7 @@ def _list(name: str, items: Items) -> Texts:
 
 
 def _pairs(one: Texts, other: Texts) -> Texts:
-    """Each text of one next to one of the other: all pairs where one of them is a single text."""
+    """The texts of both lists in pairs; all pairs if one list is a single text."""
     (m, left, left_squares), (n, right, right_squares) = one, other
     count = max(m, n)
     squares = left_squares / m + right_squares / n + 2 * (left / m) * (right / n)

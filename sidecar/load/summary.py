@@ -58,7 +58,7 @@ def load_of(
     """How loaded the engine is.
 
     `kv` is a share 0..1, None if the engine does not report it; `slowness`: how many times longer than its coefficients
-    say the engine takes, so many times smaller is its capacity.
+    predict the engine takes; its capacity is smaller by this factor.
     """
     in_flight, per_minute = ledger.in_flight(), ledger.flow.sum(now)
     max_in_flight = cost_model.max_mu_in_flight(co, objectives.request) / slowness
@@ -104,7 +104,7 @@ def tenants_of(ledger: Ledger) -> tuple[TenantUse, ...]:
 def ttft_share(forecast: LatencyForecast, objective: float) -> float:
     """How much of the time that load may add to a typical first token it does add; 1 where the objective is missed.
 
-    What even an idle engine takes is no load: more replicas would not shorten it.
+    The time on an idle engine is not load: more replicas would not shorten it.
     """
     headroom = max(objective - forecast.idle_seconds, MIN_HEADROOM_SHARE * objective)
     return max(0.0, forecast.typical_seconds - forecast.idle_seconds) / headroom

@@ -49,7 +49,7 @@ class DecayedSum:
 
 
 class Votes:
-    """The values of the tenants seen lately, next to PRIOR_VOTES of a prior. `median`: that of (value, tenant)."""
+    """The values of the tenants seen recently, next to PRIOR_VOTES of a prior. `median`: that of (value, tenant)."""
 
     __slots__ = ("_count", "_prior", "_values", "median")
 
@@ -60,7 +60,7 @@ class Votes:
         self.median = prior, ""
 
     def cast(self, tenant: str, value: float) -> None:
-        """A tenant has this value now. The median is taken again for a new tenant, and every few votes."""
+        """Set a tenant's value. The median is recomputed for a new tenant, and every few votes."""
         is_new = tenant not in self._values
         self._values[tenant] = value
         self._values.move_to_end(tenant)
@@ -73,7 +73,7 @@ class Votes:
 
 
 class TenantMeans:
-    """Means by tenant and key (a model, and what else tells its requests apart)."""
+    """Means by tenant and key (a model, and whatever else distinguishes its requests)."""
 
     def __init__(self, prior: Prior, limit: int) -> None:
         self._prior, self._limit = prior, limit
@@ -84,7 +84,7 @@ class TenantMeans:
         return len(self._own) + len(self._votes)
 
     def get(self, tenant: str, key: Hashable) -> float:
-        """What is to be expected of a tenant's next request."""
+        """The expected value for a tenant's next request."""
         votes, (low, high) = self._votes.get(key), self._prior.bounds
         common = self._prior.start if votes is None else min(high, max(low, votes.median[0]))
         own = self._own.get((tenant, key))
@@ -107,7 +107,7 @@ class TenantMeans:
             self._votes.popitem(last=False)
 
     def forget(self, tenant: str, key: Hashable) -> None:
-        """Drop what a tenant has taught; its vote stays until its next observation."""
+        """Drop what was learned from a tenant; its vote stays until its next observation."""
         self._own.pop((tenant, key), None)
 
     def clear(self) -> None:
@@ -117,5 +117,5 @@ class TenantMeans:
 
 
 def size_class(prompt: int) -> int:
-    """The half octave of a prompt's tokens: it tells agents from chat (benchmarks/estimates.py)."""
+    """The half octave of a prompt's tokens: it separates agents from chat (benchmarks/estimates.py)."""
     return int(2 * log2(max(prompt, 1)))

@@ -1,11 +1,11 @@
-"""Pure: what engines say that an answer took, in the form of each API.
+"""Pure: the usage that engines report in answers, in the form of each API.
 
 Rules:
-- The answer tells its form, not the path: SGLang and TGI share `/generate`, llama.cpp has two for completions.
+- The form follows from the answer, not the path: SGLang and TGI share `/generate`, llama.cpp has two for completions.
 - `prompt` is all of it. Anthropic's `input_tokens` leave out what came from the cache or went into it (vLLM and SGLang
   do the same), everyone else's counts hold the cached part.
-- What opens a stream knows nothing of its output. Until a usage covers the whole answer, the larger of what was told
-  and what was counted stands. Parts that no one told are estimates.
+- The first event of a stream does not cover its output. Until a usage covers the whole answer, the larger of reported
+  and counted tokens applies. Parts that were not reported are estimated.
 - An answer may be of several sequences: of one prompt each (a list), or of several choices of one prompt.
 
 vLLM 0.32: entrypoints/openai/engine/protocol.py, entrypoints/cohere/protocol.py. SGLang 0.5: `meta_info` in
@@ -27,7 +27,7 @@ from msgspec.structs import replace
 
 from sidecar.events import RequestSize, Usage
 from sidecar.load.answer_scan import Members
-from sidecar.load.cost_model import heard
+from sidecar.load.cost_model import with_audio_seconds
 
 MAX_SEQUENCES: Final = 1 << 12  # of one stream, whose running counts are kept
 MAX_COUNT: Final = 1 << 31
@@ -44,9 +44,9 @@ def _paths(*texts: str) -> tuple[Path, ...]:
 
 @dataclass(frozen=True, slots=True)
 class UsageForm:
-    """Where one form of usage stands: `holder` is the member that has it, "" the top.
+    """Where one form of usage is found: `holder` is the member that has it, "" the top.
 
-    The other fields are paths below the holder; the first that is a count is taken. `beyond`: parts of the prompt that
+    The other fields are paths below the holder; the first valid count is used. `beyond`: parts of the prompt that
     its count leaves out.
     """
 
@@ -65,7 +65,7 @@ _CACHED: Final = tuple(f"{details}.cached_tokens" for details in _DETAILS)
 _WRITTEN: Final = "cache_creation_input_tokens"
 _READ: Final = "cache_read_input_tokens"
 
-# The first that an answer has. Where `usage` stands in an event's `response`, `message` or `delta`, it is lifted up.
+# The first matching form is used. A `usage` in an event's `response`, `message` or `delta` is lifted to the top.
 FORMS: Final = (
     UsageForm(
         "anthropic",
@@ -125,7 +125,7 @@ FORMS: Final = (
     UsageForm("ollama", "", prompt=_paths("prompt_eval_count"), output=_paths("eval_count")),
     UsageForm("verbose transcription", "", seconds=_paths("duration")),
 )
-# Header fields of whole answers that say it where the body does not: TGI's, Text Embeddings Inference's.
+# Header fields of whole answers that report it if the body does not: TGI's, Text Embeddings Inference's.
 HEADER_PROMPTS: Final = (b"x-prompt-tokens", b"x-compute-tokens")
 HEADER_OUTPUT: Final = b"x-generated-tokens"
 
@@ -137,7 +137,7 @@ _HOLDERS: Final = ("response", "message", "delta")  # of a usage in an event
 
 
 class ToldUsage(msgspec.Struct, frozen=True, gc=False):
-    """What an engine told; None: it did not. `final`: the numbers cover the whole answer."""
+    """The usage an engine reported; None: not reported. `final`: the numbers cover the whole answer."""
 
     prompt: int | None = None
     output: int | None = None
@@ -146,9 +146,9 @@ class ToldUsage(msgspec.Struct, frozen=True, gc=False):
     final: bool = True
 
     def usage(self, expected: RequestSize = NOTHING, counted: int = 0) -> Usage:
-        """As it is booked: parts that were not told are those `expected` and `counted`."""
+        """The usage to record: parts that were not reported come from `expected` and `counted`."""
         if self.seconds and expected.audio_seconds:
-            expected = heard(expected, self.seconds)
+            expected = with_audio_seconds(expected, self.seconds)
         prompt, output, cached = self.prompt, self.output, self.cached or 0
         if self.cached is None and not self.final:
             cached = expected.cached
@@ -161,7 +161,7 @@ class ToldUsage(msgspec.Struct, frozen=True, gc=False):
         return Usage(prompt, output, min(cached, prompt), self.seconds or 0.0)
 
     def is_whole(self, expected: RequestSize) -> bool:
-        """Whether all of that usage is the engine's word, about the whole answer."""
+        """Whether the engine reported all of that usage, for the whole answer."""
         return self.final and self.prompt is not None and (self.output is not None or not expected.output)
 
 
@@ -172,7 +172,7 @@ def read(items: Iterable[Members], choices: int = 1) -> ToldUsage | None:
 
 
 def with_header(told: ToldUsage | None, field: Callable[[bytes], str]) -> ToldUsage | None:
-    """The usage of a whole answer, with what only its header tells. `field`: the value of a header field, or ""."""
+    """The usage of a whole answer, completed from its header. `field`: the value of a header field, or ""."""
     prompt = next((count for name in HEADER_PROMPTS if (count := _header_count(field(name))) is not None), None)
     output = _header_count(field(HEADER_OUTPUT))
     if prompt is None and output is None:
@@ -187,7 +187,7 @@ def with_header(told: ToldUsage | None, field: Callable[[bytes], str]) -> ToldUs
 
 
 def has_failed(members: Members, kind: str = "") -> bool:
-    """Whether an answer or an event (`kind`: its name) says that the engine failed. `"error": null` says nothing."""
+    """Whether an answer or an event (`kind`: its name) reports an engine failure. `"error": null` does not."""
     if members.get("error") or (kind or members.get("type")) in _FAILED_EVENTS:
         return True
     meta, delta = members.get("meta_info"), members.get("delta")
@@ -199,7 +199,7 @@ def has_failed(members: Members, kind: str = "") -> bool:
 
 
 class UsageMeter:
-    """What the events of one answer have told so far."""
+    """The usage reported so far by the events of one answer."""
 
     __slots__ = ("_choices", "_first", "_last", "_sequences")
 
@@ -210,7 +210,7 @@ class UsageMeter:
         self._sequences: dict[int, tuple[Members, bool]] = {}  # where each event is of one of them
 
     def take(self, members: Members, kind: str = "") -> bool:
-        """An event, whose name is `kind`. True if it tells a usage."""
+        """Add an event named `kind`. True if it holds a usage."""
         found = _read_item(members)
         if found is None:
             return False
@@ -226,7 +226,7 @@ class UsageMeter:
 
     @property
     def told(self) -> ToldUsage | None:
-        """What is known by now. What the last usage lacks of the prompt comes from the first one."""
+        """The usage known by now. Prompt counts missing in the last usage come from the first one."""
         if self._sequences:
             ordered = [self._sequences[index] for index in sorted(self._sequences)]
             told = read((members for members, _ in ordered), self._choices)
@@ -241,7 +241,7 @@ class UsageMeter:
 
 
 def _has_ended(members: Members) -> bool:
-    """Whether the sequence of an event has come to its end, where its form says so."""
+    """Whether the sequence of an event has ended, as far as its form shows it."""
     meta = members.get("meta_info")
     if isinstance(meta, dict) and "prompt_tokens" in meta:
         return meta.get("finish_reason") is not None
@@ -251,7 +251,7 @@ def _has_ended(members: Members) -> bool:
 
 
 def _merged(first: Members, last: Members) -> Members:
-    """One usage of two: what the last one says, and of the first one what is missing or 0 there."""
+    """Merge two usages: the last one, with values that are missing or 0 filled in from the first."""
     opening, closing = _lifted(first).get("usage"), _lifted(last).get("usage")
     if not isinstance(opening, dict) or not isinstance(closing, dict):
         return last
@@ -259,7 +259,7 @@ def _merged(first: Members, last: Members) -> Members:
 
 
 def _lifted(members: Members) -> Members:
-    """With the usage at the top, where it stands deeper."""
+    """Lift a nested usage to the top."""
     if isinstance(members.get("usage"), dict):
         return members
     holders = (members.get(name) for name in _HOLDERS)
@@ -295,7 +295,7 @@ def _read_form(form: UsageForm, holder: Members, members: Members) -> ToldUsage:
 
 
 def _sum(told: list[tuple[UsageForm, ToldUsage]], choices: int) -> ToldUsage | None:
-    """One usage of those of several sequences. The prompt of several choices counts once."""
+    """The total usage of several sequences. The prompt of several choices counts once."""
     if len(told) <= 1:
         return told[0][1] if told else None
     prompts = [one for _, one in islice(told, 0, None, max(1, choices))]

@@ -43,7 +43,7 @@ class WorkWindow:
 
     @property
     def is_full(self) -> bool:
-        """Whether the engine was busy enough for coefficients to be held against the window."""
+        """Whether the engine was busy enough for coefficients to be compared with the window."""
         return self.ms >= FULL_BUSY_SHARE * WINDOW_S * 1000
 
 

@@ -60,8 +60,8 @@ class Admission:
     unreported_bytes: int = 0
     writing_since: float | None = None
     blocked: bool = False
-    told: ToldUsage | None = None  # by the engine
-    failed: bool = False  # its answer says so, whatever its status
+    told: ToldUsage | None = None  # reported by the engine
+    failed: bool = False  # according to its answer, whatever its status
     tokens_per_event: float = 1.0  # of its model's streams
     settled: Settled | None = None
 
@@ -165,6 +165,6 @@ class Abortable:
         admission.task = None
         if admission.abort_error is None:
             return
-        # as asyncio.timeout tells its own cancellation from the client's
+        # like asyncio.timeout, distinguish our own cancellation from the client's
         if self._task.uncancel() <= self._cancelling and isinstance(error, asyncio.CancelledError):
             raise admission.abort_error from None

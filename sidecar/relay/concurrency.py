@@ -28,7 +28,7 @@ class ConcurrencyLimit:
         self._waiting = 0
 
     async def acquire(self, admission: Admission) -> None:
-        """Take a slot, and wait for one. Raises QueueFull if the queue is full."""
+        """Acquire a slot, waiting for one if needed. Raises QueueFull if the queue is full."""
         if (free := self._free) is None:
             return
         if not free.locked():
@@ -44,7 +44,7 @@ class ConcurrencyLimit:
                 self._waiting -= 1
 
     def release(self) -> None:
-        """Give the slot back."""
+        """Release the slot."""
         if self._free is not None:
             self._free.release()
 

@@ -170,7 +170,7 @@ class EngineClient:
         return path if path == b"*" else self._place.prefix + path
 
     async def _ask(self, ask: _Ask, is_repeatable: bool) -> Answer:
-        """Ask over a kept connection if that may be repeated; over a fresh one if not, or if the kept one was stale."""
+        """Use a pooled connection if the request may be repeated; a new one if not, or if the pooled one was stale."""
         if is_repeatable and (kept := self.pool.kept()) is not None:
             reused_at = time.monotonic()
             try:
@@ -185,7 +185,7 @@ class EngineClient:
 
 
 def path_of(target: bytes) -> str:
-    """The path of a request target, as it came. Raises BadTarget without one."""
+    """The path of a request target, unchanged. Raises BadTarget if it has none."""
     return origin_form(target).partition(b"?")[0].decode("latin-1")
 
 

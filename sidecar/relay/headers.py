@@ -20,7 +20,7 @@ from sidecar.trace_context import format_traceparent
 
 _CONNECTION_FIELDS: Final = (b"connection", b"keep-alive", b"proxy-connection", b"te", b"transfer-encoding")
 _HOP_BY_HOP: Final = frozenset({*_CONNECTION_FIELDS, b"upgrade", b"proxy-authenticate", b"proxy-authorization"})
-# `host` becomes the engine's; `expect` is answered here, because the body is read here; the others are written anew
+# `host` becomes the engine's; `expect` is answered here, because the body is read here; the others are rewritten
 _NOT_TO_ENGINE: Final = _HOP_BY_HOP | {b"host", b"expect", b"x-request-id", b"x-forwarded-for"}
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}", re.ASCII)
 

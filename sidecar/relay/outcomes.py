@@ -47,7 +47,7 @@ _OUTCOMES: Final[tuple[tuple[tuple[type[BaseException], ...], Outcome], ...]] = 
 def outcome_of(error: BaseException | None, status: int, verdict: State, *, failed: bool = False) -> Outcome:
     """The outcome of a request that ended with `error`, or else by the engine's `status`.
 
-    `failed`: the answer itself said that the engine failed. A client that leaves then, leaves because of it.
+    `failed`: the answer itself reported an engine failure. If the client then leaves, the failure is the cause.
     """
     if error is None:
         outcome: Outcome = "engine_error" if status >= 500 else "rejected" if status >= 400 else "ok"

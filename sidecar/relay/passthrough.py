@@ -87,7 +87,7 @@ def _class_of(method: str, path: str, log: LimitedLog) -> str:
     kind = "control" if admin_paths.is_control(method, path) else api_routes.path_class(path)
     if kind == "other":
         named = labels.printable(path, _MAX_LOGGED_CHARS)
-        log.warning("unmetered", "%s %s is no API that is known: its work is not metered", method, named)
+        log.warning("unmetered", "%s %s is not a known API: its work is not metered", method, named)
     return kind
 
 

@@ -1,4 +1,4 @@
-"""Pure: request bodies: where their images stand, and changes as splices.
+"""Pure: request bodies: positions of their images, and changes as splices.
 
 Rules: no body is serialised again. What is replaced or added is spliced in at its position, and every other byte goes
 out as it came: repeated keys, forms of numbers, spaces. A body that is no JSON object, and one in UTF-16 or UTF-32, is
@@ -72,7 +72,7 @@ def parse(body: bytes, *, links: bool = False) -> ParsedBody:
 
 
 def scan_coded(body: bytes, coding: str, limit: int) -> tuple[BodyScan | None, int]:
-    """The scan of a compressed body, which goes out as it came, and the bytes of its text; `limit` are read."""
+    """The scan of a compressed body, which is forwarded unchanged, and its text's bytes; reads up to `limit`."""
     bits = _WINDOW_BITS.get(coding.strip().lower())
     try:
         if bits is None:

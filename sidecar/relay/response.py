@@ -142,7 +142,7 @@ class ResponseSender:
             self._admission.bytes += len(body)  # settled at once: nothing of it is left to report
 
     def _read(self, items: list[Members], *, is_whole: bool) -> None:
-        """Keep what an answer in one piece tells; an error's status has told it all."""
+        """Record the usage of a non-streamed answer; for errors the status suffices."""
         if self._answer.ok:
             admission = self._admission
             told = usage_forms.read(items, admission.shape.choices)

@@ -1,9 +1,9 @@
-"""A WebSocket session as work: admitted when it opens, charged as it goes on, settled by what passed when it ends.
+"""A WebSocket session as work: admitted when it opens, charged while it runs, settled by its traffic when it ends.
 
-Rules: nothing of a session is read but the first byte of each piece, which tells pings and closes from messages. Its
-audio is estimated from the bytes that its client sends: base64 of 16-bit samples, 16,000 a second, as vLLM takes them.
-While the engine owes nothing, since it had the last word or the client has not yet spoken, its silence is the client's.
-A session whose tenant has no units left is ended. It takes no slot of --max-concurrent, as it may be idle for hours.
+Rules: only the first byte of each piece is read, to distinguish pings and closes from messages. Its
+audio is estimated from the bytes that its client sends: base64 of 16-bit samples, 16,000 a second, as vLLM expects.
+While the engine owes no answer (it sent last, or the client has sent nothing yet), its silence is the client's.
+A session whose tenant has no units left is ended. It needs no slot of --max-concurrent, as it may be idle for hours.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _MAX_CONTROL_BYTES: Final = 125 + 6
 
 @dataclass(slots=True)
 class SessionMeter:
-    """What passed of one session. `owed`: the client has sent something since the engine last did.
+    """Traffic of one session. `owed`: the client has sent something since the engine last did.
 
     `paid`: seconds of audio that its tenant was charged for.
     """
@@ -46,7 +46,7 @@ class SessionMeter:
 
     @property
     def seconds(self) -> float:
-        """Of audio, that its client can have sent."""
+        """Seconds of audio that the client can have sent."""
         return self.client_bytes / BYTES_PER_S
 
     def sent(self, data: bytes) -> bool:
@@ -66,7 +66,7 @@ class SessionMeter:
         return owed
 
     def usage(self) -> ToldUsage:
-        """An estimate of it."""
+        """The estimated usage."""
         return ToldUsage(0, 0, seconds=max(1e-3, self.seconds), final=False)
 
 
@@ -96,7 +96,7 @@ async def serve(
     pricing: Pricing,
     report: LoadReport | None,
 ) -> None:
-    """One session; or the engine's answer, where it wants none. `report`: the load report for the answer's header."""
+    """One session; or the engine's answer, if it refuses one. `report`: the load report for the answer's header."""
     admission.read_at = time.monotonic()
     admission.shape = shape_of(request.target)
     await pricing.charge(admission, ParsedBody(b""))
@@ -123,7 +123,7 @@ async def serve(
 def _ears(
     meter: SessionMeter, admission: Admission, open_requests: OpenRequests, pricing: Pricing
 ) -> tuple[websocket.Hear, websocket.Hear]:
-    """What is called with each piece from the engine, and with each from the client."""
+    """The callbacks for each piece from the engine, and for each from the client."""
 
     def received(data: bytes) -> None:
         before = meter.engine_bytes

@@ -3,7 +3,7 @@
 Rules: bytes go out unchanged, and no later than their event is complete. Two exceptions: the usage that only the
 sidecar asked for is removed, and a usage gets its price if the client asked for it. llama.cpp puts its timings into the
 usage event if there is one: they go back into the last choice, which waits for the event after it. Events are found by
-their blank line, or their line feed (Ollama's lines of JSON); only events that tell something are parsed. Memory is
+their blank line, or their line feed (Ollama's lines of JSON); only events with usage or errors are parsed. Memory is
 bounded.
 
 An event counts as a token if it carries data and is neither `[DONE]`, nor usage only, nor the role that opens a chat.
@@ -33,12 +33,12 @@ _LINES: Final = re.compile(rb"\r\n|\r|\n")
 _USAGE_KEY: Final = b'"usage"'  # inside a JSON text the quotes would be escaped, so this is always a key
 _TIMINGS_KEY: Final = b'"timings"'
 _CHOICES_KEY: Final = b'"choices"'
-# Members that tell what was used, or that the engine failed: an event without them is not parsed.
+# Members that report usage or an engine failure: an event without them is not parsed.
 _TELLING: Final = (
     *(_USAGE_KEY, _TIMINGS_KEY, b'"meta_info"', b'"details"', b'"tokens_predicted"', b'eval_count"', b'"error"'),
     b'"ERROR',
 )
-_TYPE: Final = re.compile(rb'\s*\{\s*"type"\s*:\s*"([^"\\]{1,64})"')  # Cohere's events name themselves first
+_TYPE: Final = re.compile(rb'\s*\{\s*"type"\s*:\s*"([^"\\]{1,64})"')  # Cohere's events begin with their name
 _FAILING_NAMES: Final = (b"error", b"response.failed")
 _FAILED_LINE: Final = b"error:"  # older llama.cpp
 # Choices without output: the role that opens a chat, and the end of one (llama.cpp, SGLang).
@@ -48,7 +48,7 @@ _EMPTY_CHOICES: Final = (
 )
 _NO_CHOICES: Final = re.compile(rb'"choices"\s*:\s*\[\s*\]')
 _MAX_HELD_BYTES: Final = 64 << 10  # an incomplete event is held back up to this; usage events have below 4 KiB
-_MAX_KEPT_BYTES: Final = 1 << 20  # of an event; what is longer is looked at as it passes
+_MAX_KEPT_BYTES: Final = 1 << 20  # of an event; a longer one is scanned in pieces
 JSON_LINES: Final = ("application/x-ndjson", "application/jsonl", "application/x-jsonlines")
 _decoder: Final = json.JSONDecoder()
 
@@ -79,7 +79,7 @@ class SSE:
         self.tokens = 0
         self.started = False  # generation has visibly begun
         self.done = False
-        self.failed = False  # the engine has said so
+        self.failed = False  # as reported by the engine
 
     def feed(self, chunk: bytes) -> bytes:
         """Read bytes, count their tokens, and return what goes out now (perhaps nothing)."""
@@ -109,7 +109,7 @@ class SSE:
 
     @property
     def told(self) -> ToldUsage | None:
-        """What the engine has told by now."""
+        """The usage reported by the engine so far."""
         if self._running:
             self._read(answer_scan.read(self._running), b"")
             self._running = b""
@@ -163,7 +163,7 @@ class SSE:
         return bytes(self._open[len(self._open) - self._held :])
 
     def _look_at_long(self, piece: bytes) -> None:
-        """A piece of an event that is too long to be kept. Its data is taken to be one line of JSON."""
+        """A piece of an event that is too long to be kept. Its data is assumed to be one line of JSON."""
         if self._long is None:
             name, _ = (b"", b"") if self.is_lines else _parse_event(piece)
             self._long = name, AnswerScan()
@@ -212,7 +212,7 @@ class SSE:
         self.tokens += output
 
     def _read(self, items: list[Members], name: bytes) -> tuple[bool, bool]:
-        """What an event tells: whether a usage, and whether a failure."""
+        """Whether an event reports a usage, and whether it reports a failure."""
         kind = name.decode("latin-1")
         tells = [self._meter.take(members, kind) for members in items]
         has_failed = any(usage_forms.has_failed(members, kind) for members in items or [{}])
@@ -282,11 +282,11 @@ def _is_output(name: bytes, data: bytes) -> bool:
 
 
 def _is_running(data: bytes) -> bool:
-    """Whether an event of SGLang has counts that the next one repeats: there is no need to read them all."""
+    """Whether an event of SGLang has counts that the next one repeats: so not all need to be parsed."""
     return (
         b'"meta_info"' in data
         and (b'"finish_reason":null' in data or b'"finish_reason": null' in data)
-        and b'"index"' not in data  # of several prompts, each event tells of one
+        and b'"index"' not in data  # with several prompts, each event belongs to one
     )
 
 

@@ -21,7 +21,7 @@ class UnreadCall:
     """The state of one call. Times are monotonic seconds."""
 
     id: str
-    path_class: str = ""  # "": it is no work
+    path_class: str = ""  # "": no engine work
     status: int = 0  # the engine's
     answered_at: float | None = None  # the first byte of the answer's body came
     reading_since: float | None = None  # it waits for its client's upload

@@ -1,6 +1,6 @@
 """WebSockets (`/v1/realtime`): the handshake passes as any request does, and after the engine's 101 all bytes do.
 
-Rules: nothing is changed in them, so extensions, close codes and refusals are the engine's. Whoever does not read lets
+Rules: the bytes are not changed, so extensions, close codes and refusals are the engine's. Whoever does not read lets
 the other side wait. Each side's end is passed on; the tunnel is over when both have ended.
 """
 

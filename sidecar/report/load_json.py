@@ -85,7 +85,9 @@ def _predicted(forecast: LatencyForecast, size: RequestSize | None, co: Coeffici
 
 def _cached_share(snapshot: Snapshot) -> Reading[float]:
     share = snapshot.load.cached_share
-    return Absent("the engine does not count it, or too little yet") if share is None else Value(share, snapshot.at)
+    return (
+        Absent("the engine does not report it, or too few tokens yet") if share is None else Value(share, snapshot.at)
+    )
 
 
 def _prices(prices: PriceUse) -> dict[str, Any]:

@@ -64,7 +64,7 @@ METRICS: Final = (
     Metric("sidecar_mu_per_minute", "Model units done in the last minute."),
     Metric("sidecar_mu_max_per_minute", "Model units that this model and hardware can do in a minute."),
     Metric("sidecar_mu_utilization_ratio", "Largest of stock, flow, KV cache, queue and TTFT, as a share of capacity."),
-    Metric("sidecar_mu_utilization_part_ratio", "Each of these; the largest limits.", ("part",)),
+    Metric("sidecar_mu_utilization_part_ratio", "Each part of the utilization; the largest one limits.", ("part",)),
     Metric("sidecar_mu_total", "Model units of settled requests.", _CLIENT),
     Metric("sidecar_gpu_seconds_total", "Seconds of all GPUs that settled requests used, by the cost model.", _CLIENT),
     Metric(
@@ -72,13 +72,16 @@ METRICS: Final = (
         "Tokens of settled requests, each of one kind.",
         _KIND,
     ),
-    Metric("sidecar_unmetered_requests_total", "Requests passed on unread, whose work is in no sum.", ("path_class",)),
+    Metric(
+        "sidecar_unmetered_requests_total", "Requests forwarded unread, whose work is not metered.", ("path_class",)
+    ),
     Metric("sidecar_mu_coefficients_stale", "1 if the coefficients no longer fit this model and hardware."),
     Metric(
-        "sidecar_mu_slowness_ratio", "Time that work takes over what the coefficients say; the capacity follows it."
+        "sidecar_mu_slowness_ratio",
+        "Actual time of work over the time predicted by the coefficients; capacity follows it.",
     ),
-    Metric("sidecar_predicted_ttft_seconds", "Time to first token that a next request of one MU would have."),
-    Metric("sidecar_predicted_tpot_seconds", "Time per output token that a next request would have."),
+    Metric("sidecar_predicted_ttft_seconds", "Predicted time to first token of the next request, of one MU."),
+    Metric("sidecar_predicted_tpot_seconds", "Predicted time per output token of the next request."),
     Metric(
         "sidecar_predicted_ttft_error_ratio",
         "Error of the predicted time to first token as a share of the actual one, over the last 200 streams.",
@@ -123,9 +126,9 @@ METRICS: Final = (
     Metric("sidecar_open_files", "File descriptors that a process has open.", ("process",)),
     Metric("sidecar_max_open_files", "File descriptors that a process may have open (ulimit -n).", ("process",)),
     Metric("sidecar_cost_dollars_total", "Dollars of settled requests; needs --dollars-per-gpu-hour.", _CLIENT[:2]),
-    Metric("sidecar_engine_gpus", "GPUs of the engine, as they are billed."),
-    Metric("sidecar_usage_evicted_rows_total", "Rows of usage records that were dropped.", ("why", "billable")),
-    Metric("sidecar_usage_evicted_mu_total", "Model units in rows of usage records that were dropped.", ("why",)),
+    Metric("sidecar_engine_gpus", "Number of the engine's GPUs, as billed."),
+    Metric("sidecar_usage_evicted_rows_total", "Dropped rows of usage records.", ("why", "billable")),
+    Metric("sidecar_usage_evicted_mu_total", "Model units in dropped rows of usage records.", ("why",)),
     Metric("sidecar_build_info", "Always 1; the labels name version and engine.", ("version", "engine_kind")),
     # The name and unit of DCGM's exporter, for its consumers.
     Metric("DCGM_FI_DEV_GPU_UTIL", "GPU utilization (in %).", ("gpu", "UUID")),
@@ -152,11 +155,11 @@ class Metrics(Collector):
         self._histograms: dict[str, dict[Labels, _Histogram]] = {
             m.name: {} if m.labels else {(): _Histogram(m)} for m in METRICS if m.buckets
         }
-        for why in EVICTION_REASONS:  # from 0 on: a rate misses the rise of a series that begins at 1
+        for why in EVICTION_REASONS:  # from 0 on: rate() misses the increase of a series that begins at 1
             self._count("sidecar_usage_evicted_mu_total", (why,), 0.0)
             for billable in ("yes", "no"):
                 self._count("sidecar_usage_evicted_rows_total", (why, billable), 0.0)
-        for name in PATH_CLASSES:  # each from 0 on: a rate misses the rise of a series that begins at 1
+        for name in PATH_CLASSES:  # each from 0 on: rate() misses the increase of a series that begins at 1
             self._count("sidecar_unmetered_requests_total", (name,), 0)
         self._snapshot: Snapshot | None = None
         self.registry = CollectorRegistry(auto_describe=False)

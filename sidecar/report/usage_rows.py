@@ -14,7 +14,7 @@ from sidecar.load.ledger import Settlement
 MINUTE_S, QUARTER_S, HOUR_S, DAY_S = 60, 900, 3600, 86_400
 TOLD, ESTIMATED, UNKNOWN = "told", "estimated", "unknown"
 IDLE: Final = "idle"  # the outcome of GPU time that no request used
-NOBODY: Final = ""  # the tenant and model of it: no label of a client is empty
+NO_CLIENT: Final = ""  # its tenant and model: client labels are never empty
 
 
 # Older than --usage-days, over --usage-bytes, not written for too long.
@@ -30,7 +30,7 @@ class Rate(NamedTuple):
 
 
 class UsageKey(NamedTuple):
-    """`at` is the start of `span` seconds, since 1970. `source`: whether the engine told the tokens."""
+    """`at` is the start of `span` seconds, since 1970. `source`: whether the engine reported the tokens."""
 
     at: int
     span: int
@@ -45,7 +45,7 @@ class UsageKey(NamedTuple):
 class UsageSums:
     """Sums of usage. `gpu_seconds` is by the cost model; `seconds` is the time from admission to settlement.
 
-    `input_tokens` includes those that were cached and those of media. `joules` is None where no GPU's power is known.
+    `input_tokens` includes cached tokens and those of media. `joules` is None if no GPU's power is known.
     """
 
     requests: int = 0
@@ -96,9 +96,9 @@ class PendingUsage:
         return bool(self.sums or self.ids)
 
     def count(self, id: str, key: UsageKey, sums: UsageSums) -> None:
-        """Add a request to its row, and take what it used from the idle time of its minute.
+        """Add a request to its row, and subtract what it used from the idle time of its minute.
 
-        So both rows together stay the time that passed.
+        So both rows add up to the time that passed.
         """
         self._row(key).add(sums)
         self.ids[id] = key.at
@@ -166,7 +166,7 @@ def tokens_by_kind(sums: UsageSums) -> dict[str, int]:
 
 
 def sums_of(settlement: Settlement, price: GpuPrice, unit_ms: float) -> UsageSums:
-    """What one settled request adds to its row. `unit_ms`: milliseconds of the engine of one MU."""
+    """The sums that one settled request adds to its row. `unit_ms`: milliseconds of the engine of one MU."""
     work, mu = settlement.work, settlement.mu
     gpu_seconds = price.gpu_seconds(mu * unit_ms)
     left, media = work.uncached, []
@@ -203,7 +203,7 @@ def rate_of(price: GpuPrice, fingerprint: str) -> Rate:
 
 def idle_key(minute: int, rate: Rate) -> UsageKey:
     """The row of the GPU time of a minute that no request used."""
-    return UsageKey(minute, MINUTE_S, NOBODY, NOBODY, IDLE, ESTIMATED, rate)
+    return UsageKey(minute, MINUTE_S, NO_CLIENT, NO_CLIENT, IDLE, ESTIMATED, rate)
 
 
 def idle_time(until: float, seconds: float, price: GpuPrice, fingerprint: str) -> PendingUsage:
@@ -233,7 +233,7 @@ def bound(sums: dict[UsageKey, UsageSums], most: int) -> tuple[dict[UsageKey, Us
 
 
 def evictions_of(why: str, rows: list[tuple[UsageKey, UsageSums]]) -> list[Eviction]:
-    """What dropping these rows loses, billable or not."""
+    """What is lost by dropping these rows, billable or not."""
     found = []
     for billable in (False, True):
         part = [(key, sums) for key, sums in rows if sums.is_billable is billable]

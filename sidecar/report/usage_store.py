@@ -7,12 +7,12 @@ Rules:
 - Nothing is counted twice. Recent request ids are written in the same transaction, because relays replay settlements
   that the previous control process may not have recorded.
 - Minutes are summed up to quarters of an hour, of which the days of every time zone consist, after MINUTES_KEPT_S; rows
-  that cost nothing, to hours after one. A file that is too large is summed up sooner. What is too large still loses
+  that cost nothing, to hours after one. A file that is too large is summed up sooner. If still too large, it loses
   rows: those that cost nothing first, then the oldest. Pending rows are bounded likewise.
 - Every row that is dropped is reported (Eviction).
-- GPU time is counted as idle as it passes, also while the sidecar is restarted, and each request takes what it used
+- GPU time is counted as idle as it passes, also while the sidecar is restarted, and each request subtracts what it used
   from the idle time of its minute. So all rows together are the GPU time that passed. Idle time is negative where
-  requests end that were longer than their minute, and in sum only if the coefficients are too dear.
+  requests end that were longer than their minute, and in sum only if the coefficients are too high.
 - What happened more than LATE_S ago is final: what could not be written until then counts when it is written.
 - A file has an origin, a random number, by which copies of it are recognised (tools/usage_merge.py).
 - No content, and no names except labels.
@@ -119,7 +119,7 @@ class UsageStore:
 
         Returns what no longer has room in memory, as a write may hang for hours.
         """
-        if self._elapsed_at is None:  # the process before has counted until then
+        if self._elapsed_at is None:  # the previous process counted until then
             gap = wall - self._until
             seconds = gap if gap <= MAX_GAP_S else 0.0
         else:
@@ -201,7 +201,7 @@ def final_key(key: UsageKey, wall: float) -> UsageKey:
 
 
 def set_origins(path: Path, origins: Iterable[str]) -> None:
-    """Say whose rows a file holds. Raises sqlite3.Error."""
+    """Record whose rows a file holds. Raises sqlite3.Error."""
     with _opened(path) as db, db:
         db.execute("BEGIN IMMEDIATE")
         db.execute("DELETE FROM origin")
@@ -306,7 +306,7 @@ def _create(db: sqlite3.Connection) -> None:
 
 
 def _upgrade(db: sqlite3.Connection) -> None:
-    """Make a file of version 1 one of today, in one transaction. Its rows know no rate."""
+    """Make a file of version 1 one of today, in one transaction. Its rows have no rate."""
     with db:
         db.execute("BEGIN IMMEDIATE")
         db.execute(f"CREATE TEMP TABLE former AS {V1_ROWS}")
@@ -317,7 +317,7 @@ def _upgrade(db: sqlite3.Connection) -> None:
         db.execute(f"INSERT INTO usage ({_KEY}, {_COLUMNS}) SELECT {names} FROM former")
         db.execute("DROP TABLE former")
         db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-    _log.info("usage records of an earlier version were upgraded")
+    _log.info("upgraded usage records of an earlier version")
 
 
 def _used_bytes(db: sqlite3.Connection) -> int:

@@ -32,7 +32,7 @@ def encode(record: Event | Command) -> bytes:
 
 
 def encode_all(records: Sequence[Event | Command]) -> bytes:
-    """Records as lines; one that cannot be written is left out."""
+    """Records as lines; one that cannot be encoded is skipped."""
     try:
         return _encoder.encode_lines(records)
     except UnicodeEncodeError:
@@ -53,7 +53,7 @@ def decode(line: bytes) -> Event | Command:
 
 
 def decode_all(lines: bytes) -> list[Event | Command]:
-    """The records of whole lines; a line that is none is left out."""
+    """The records of whole lines; an invalid line is skipped."""
     try:
         return _decoder.decode_lines(lines)
     except _ERRORS:

@@ -4,7 +4,7 @@
     sidecar usage --from 2026-11-01 --until 2026-12-01 --tz Europe/Berlin --by tenant,day
 
 The records are read from a sidecar's state directory, while it may be running. Requests that were not `ok` count as
-wasted: the GPU worked on them, and no one got the response. Idle is the GPU time that no request used: all rows
+wasted: the GPU worked on them, and no client got the response. Idle is the GPU time that no request used: all rows
 together are the hours of the GPUs. A range of time includes its start and excludes its end, so
 days, months and any other ranges that follow each other add up.
 """
@@ -27,7 +27,7 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 from sidecar.errors import SidecarError, UsageError
 from sidecar.flags import directory, flag, number, one_of, parser
 from sidecar.report.usage_query import GROUPS, Row, read
-from sidecar.report.usage_rows import HOUR_S, IDLE, MINUTE_S, NOBODY, UsageSums
+from sidecar.report.usage_rows import HOUR_S, IDLE, MINUTE_S, NO_CLIENT, UsageSums
 from sidecar.report.usage_store import USAGE_FILE
 
 SECONDS_PER_UNIT: Final = {"m": 60, "h": 3600, "d": 86_400}
@@ -60,7 +60,7 @@ def time_zone(value: str) -> str:
 
 
 def zone_of(name: str) -> tzinfo:
-    """A time zone by its IANA name. Raises ValueError, also where this machine knows no time zones but UTC."""
+    """A time zone by its IANA name. Raises ValueError, also if this machine has no time zone data except UTC."""
     try:
         return UTC if name == "UTC" else ZoneInfo(name)
     except (ZoneInfoNotFoundError, OSError):
@@ -80,9 +80,9 @@ class UsageSettings:
     """Settings of `sidecar usage`."""
 
     state_dir: str = flag("/run/sidecar", directory, "State directory of the sidecar")
-    since: str = flag("", span, "How far to look back from --until, or from now; without --from: 24h")
-    from_: str = flag("", moment, "Start of the time to show, in --tz where it names no offset")
-    until: str = flag("", moment, "Its end, which is not shown itself; none: now")
+    since: str = flag("", span, "Length of the range before --until, or before now; without --from: 24h")
+    from_: str = flag("", moment, "Start of the range, in --tz unless it has an offset")
+    until: str = flag("", moment, "End of the range, exclusive; none: now")
     tz: str = flag("UTC", time_zone, "Time zone of --from, --until, and of days and hours")
     by: str = flag("tenant,model", groups, "What to sum by")
     format: str = flag("table", one_of("table", "csv", "json"), "Form of the answer")
@@ -123,7 +123,7 @@ def main(settings: UsageSettings) -> int:
 def time_range(settings: UsageSettings, now: float) -> tuple[int, int]:
     """The range to show in seconds since 1970. Without --until it includes the minute of `now`. Raises UsageError."""
     if settings.from_ and settings.since:
-        raise UsageError("--since and --from: give one of them")
+        raise UsageError("--since and --from: use only one of them")
     zone, minute = zone_of(settings.tz), int(now) // MINUTE_S * MINUTE_S
     until = seconds_of(settings.until, zone) if settings.until else minute + MINUTE_S
     if settings.from_:
@@ -192,7 +192,7 @@ FORMATS: Final = {"table": as_table, "csv": as_csv, "json": as_json}
 
 
 def _short(value: Any) -> str:
-    if value == NOBODY:
+    if value == NO_CLIENT:
         return "(idle)"
     if value is None:
         return ""

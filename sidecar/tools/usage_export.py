@@ -3,8 +3,8 @@
     sidecar usage export --format focus --from 2026-11-01 --until 2026-12-01 --out november.csv
     sidecar usage export --format jsonl --mark /var/lib/billing/pod-0.mark --out pod-0-$(date +%s).jsonl
 
-Rules: only hours that are final are written: those that ended more than an hour ago. So whatever is exported twice is
-the same twice, and each row has an id to tell it by. With --mark, only hours since the last export are written; the
+Rules: only hours that are final are written: those that ended more than an hour ago. So an hour exported twice is
+the same twice, and each row has an id. With --mark, only hours since the last export are written; the
 mark moves after the rows are written, so that an export that failed is repeated.
 """
 
@@ -42,9 +42,9 @@ class ExportSettings:
         "jsonl", one_of("jsonl", "csv", "focus"), "Form of the rows; focus: CSV with FOCUS 1.4's columns"
     )
     out: str = flag("", file_path, "File to write; none: standard output")
-    mark: str = flag("", file_path, "File that keeps until when was exported, to go on from there")
-    from_: str = flag("", moment, "Start, a full hour; none: as --mark says, else the oldest record")
-    until: str = flag("", moment, "End, a full hour; none, or later than what is final: the last final hour")
+    mark: str = flag("", file_path, "File that stores the end of the last export, to continue from there")
+    from_: str = flag("", moment, "Start, a full hour; none: from --mark, else the oldest record")
+    until: str = flag("", moment, "End, a full hour; at most, and by default, the last final hour")
     tz: str = flag("UTC", time_zone, "Time zone of --from and --until")
     pod: str = flag("", text, "Name of the pod in the rows; none: POD_NAME, or the host's")
     account: str = flag("self-hosted", text, "Billing account in FOCUS")
@@ -55,7 +55,7 @@ class ExportSettings:
 def main(settings: ExportSettings) -> int:
     """Write the rows. Returns 0. Raises NoUsageRecords and UsageError."""
     if settings.mark and settings.from_:
-        raise UsageError("--mark and --from: give one of them")
+        raise UsageError("--mark and --from: use only one of them")
     for name, file in (("out", settings.out), ("mark", settings.mark)):
         if file:
             require_writable(name, file)
@@ -87,7 +87,7 @@ def main(settings: ExportSettings) -> int:
 
 
 def export_range(settings: ExportSettings, mark: int, now: float) -> tuple[int, int]:
-    """The full hours to export, in seconds since 1970; those that are not final yet are left out. Raises UsageError."""
+    """The full hours to export, in seconds since 1970; without those that are not final yet. Raises UsageError."""
     zone = zone_of(settings.tz)
     since = seconds_of(settings.from_, zone) if settings.from_ else mark
     until = min(seconds_of(settings.until, zone) if settings.until else final_until(now), final_until(now))
@@ -101,7 +101,7 @@ def as_json_lines(rows: Sequence[ExportRow], head: Sequence[str], file: TextIO) 
 
 
 def as_csv(rows: Sequence[ExportRow], head: Sequence[str], file: TextIO) -> None:
-    """CSV, with a head also where there are no rows. A name that starts like a spreadsheet formula is quoted."""
+    """CSV, with a header even if there are no rows. A name that starts like a spreadsheet formula is quoted."""
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(head)
     writer.writerows([as_text(value) for value in row.values()] for row in rows)

@@ -4,8 +4,8 @@
     sidecar usage --state-dir all --from 2026-11-01 --until 2026-12-01 --by tenant
 
 Rules: a file is a sidecar's `usage.db`, or JSON lines of `sidecar usage export`. Nothing is counted twice: of several
-copies of one sidecar's file the newest counts, a row of exports counts once, and not at all beside the file that it is
-of. The result is written anew each time, in place of a former one, but never of records that it does not hold.
+copies of one sidecar's file the newest counts, a row of exports counts once, and not at all next to the file that it is
+from. The result is rewritten each time, but never replaces records that it does not hold.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ class MergeSettings:
     """Settings of `sidecar usage merge`."""
 
     files: str = argument(files, "usage.db of sidecars, and JSON lines of their exports")
-    into: str = flag("", directory, "Directory in which to write usage.db, for --state-dir of other commands")
+    into: str = flag("", directory, "Directory to write usage.db to, for --state-dir of other commands")
 
 
 def main(settings: MergeSettings) -> int:
     """Write the merged file. Returns 0. Raises NoUsageRecords and UsageError."""
     if not settings.files or not settings.into:
-        raise UsageError("name the files to merge, and with --into a directory for the result")
+        raise UsageError("give the files to merge, and a directory for the result with --into")
     paths = [Path(name) for name in settings.files.split(",")]
     databases = [path for path in paths if _is_database(path)]
     try:
@@ -70,7 +70,7 @@ def main(settings: MergeSettings) -> int:
             store.write(PendingUsage(), 0.0)  # also where there is no row
             set_origins(store.path, known | exported.origins)
             require_replaceable(folder / USAGE_FILE, known | exported.origins)
-            for suffix in SQLITE_SUFFIXES:  # what belongs to a former result
+            for suffix in SQLITE_SUFFIXES:  # files of an earlier result
                 (folder / (USAGE_FILE + suffix)).unlink(missing_ok=True)
             shutil.move(store.path, folder / USAGE_FILE)
     except (OSError, sqlite3.Error) as e:
@@ -84,7 +84,9 @@ def newest(found: dict[Path, Provenance]) -> dict[Path, Provenance]:
     for path, of in found.items():
         same = [other for other, its in chosen.items() if of.origins & its.origins]
         if any(chosen[other].origins != of.origins for other in same):
-            raise UsageError(f"{path} and {same[0]} hold records of the same sidecar and of others: give one of them")
+            raise UsageError(
+                f"{path} and {same[0]} overlap: both hold records of the same sidecar; use only one of them"
+            )
         if not same:
             chosen[path] = of
         elif of.until > chosen[same[0]].until:
@@ -122,7 +124,7 @@ class _Exports:
 
 
 def _copy(rows: Iterator[tuple[UsageKey, UsageSums]], store: UsageStore) -> None:
-    """Write rows, some at a time, as a file may not fit into memory."""
+    """Write rows in batches, as a file may not fit into memory."""
     batch = PendingUsage()
     for key, sums in rows:
         batch.add(PendingUsage({key: sums}))

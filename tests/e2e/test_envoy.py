@@ -164,12 +164,10 @@ async def test_envoy_takes_every_report_and_traffic_follows_capacity(
 
 
 @pytest.mark.slow
-async def test_the_faster_of_two_replicas_that_nobody_calibrated_gets_more(
-    start: Any, requires: Any, tmp_path: Path
-) -> None:
+async def test_the_faster_of_two_uncalibrated_replicas_gets_more(start: Any, requires: Any, tmp_path: Path) -> None:
     """Equal settings, no coefficients, one engine four times slower: within minutes the fast one gets twice as much.
 
-    The time until Envoy's weights say so is printed.
+    Prints the time until Envoy's weights reflect it.
     """
     envoy = requires("python:envoy").parent / "_bin" / "envoy"
     async with (

@@ -141,7 +141,7 @@ def test_no_kind_reads_another_kinds_page(kind: object) -> None:
 
 
 def test_the_cached_share_is_that_of_the_engines_counters() -> None:
-    """llama.cpp's prompt counter leaves the cached part out, other engines count what they looked up."""
+    """llama.cpp's prompt counter leaves the cached part out, other engines count all prompt tokens looked up."""
     page = (PAGES / "llamacpp-b10434.txt").read_bytes()
     share = parse(page, KINDS["llamacpp"]).cached_share(EngineSample(prompt_tokens=84, cached_tokens=0))
     assert share == 166 / 176  # after the first prompt: 83 of 84, 83 of 84, 0 of 8

@@ -247,7 +247,7 @@ def test_each_route_without_tokens_learns_its_own_time() -> None:
 
 
 def test_sequences_are_computed_at_once() -> None:
-    """As far as the engine was seen to: sixteen answers take sixteen times one, or as long as the slots need."""
+    """As far as observed: sixteen answers take sixteen times as long as one, or as long as the slots need."""
     p = learned()
     one, many = item(100.0, whole=20), item(100.0, whole=16 * 20)
     many.sequences = 16
@@ -259,7 +259,7 @@ def test_sequences_are_computed_at_once() -> None:
 
 
 def test_a_session_teaches_nothing_by_its_end() -> None:
-    """Its client ends it, after any silence: that is no progress, and no time that an answer takes."""
+    """The client ends it after any silence: that is neither progress nor the duration of an answer."""
     p = learned()
     before = p.last()
     work = item(9000.0)

@@ -52,7 +52,7 @@ def test_users_alone_may_all_be_wrong(status: int) -> None:
 
 
 def test_an_error_inside_a_200_neither_serves_nor_refuses() -> None:
-    """It ends no series of refusals, as it served no one, and begins none: a request alone may be at fault."""
+    """It ends no series of refusals, as it served no request, and begins none: a request alone may be at fault."""
     refusals = RefusedWork()
     for n in range(50):
         user(refusals, 200, 10.0 + n)

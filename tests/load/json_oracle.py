@@ -126,7 +126,7 @@ def _choices(payload: dict[str, Any]) -> int:
 
 
 def _weight(value: Any) -> int:
-    """Bytes of text, at four bytes for a token id that stands in a list."""
+    """Bytes of text, at four bytes for a token id in a list."""
     found = list(leaves([value]))
     texts = sum(len(leaf.encode(errors="replace")) for leaf in found if isinstance(leaf, str))
     return texts + 4 * sum(len(leaf) for leaf in found if isinstance(leaf, list))

@@ -1,4 +1,4 @@
-"""Members of answers: found where their path says, however the text comes, and nowhere else."""
+"""Members of answers: found at their path only, however the text is split."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_pieces_change_nothing(answer: Any, loose: bool, cuts: list[int]) -> Non
 
 @given(st.binary(max_size=64) | st.text('{}[]":,\\ ausge1', max_size=64).map(str.encode))
 def test_nonsense_is_survived(text: bytes) -> None:
-    """What is no JSON tells nothing, or something, and is never an error."""
+    """Invalid JSON may or may not yield members, and is never an error."""
     scanned([text, b'{"usage":', text])
 
 
@@ -88,7 +88,7 @@ def test_only_a_usage_at_its_place_is_one(spoof: dict[str, Any], after: bool) ->
 @pytest.mark.parametrize("megabytes_before", [0, 3])
 @pytest.mark.parametrize("megabytes_behind", [0, 3])
 def test_nothing_hides_a_usage(megabytes_before: int, megabytes_behind: int) -> None:
-    """Log probabilities of a long prompt stand behind it, long texts before it; neither is kept."""
+    """Log probabilities of a long prompt follow it, long texts precede it; neither is kept."""
     logprobs = [{"17": {"logprob": -1.25, "rank": 1, "decoded_token": "a}"}}] * 18_000  # about a megabyte
     before = [{"message": {"content": 'x"\\' * 256 * 1024}}] * megabytes_before
     text = json.dumps({"choices": before, "usage": USAGE, "prompt_logprobs": logprobs * megabytes_behind}).encode()
@@ -111,7 +111,7 @@ def test_many_long_values_are_not_all_kept() -> None:
     assert len(scan.items()) == (1 << 20) // (60_000 + len(b'{"x": ""}'))
 
 
-def test_a_list_is_looked_into_up_to_a_bound() -> None:
+def test_a_list_is_scanned_up_to_a_bound() -> None:
     """Of a list of answers each item counts, at most some thousands."""
     text = json.dumps([{"meta_info": {"prompt_tokens": n}} for n in range(answer_scan.MAX_ITEMS + 9)]).encode()
     found = scanned([text])

@@ -65,7 +65,7 @@ NO_WORK = [
 
 @pytest.mark.parametrize(("path", "route"), SERVED)
 @pytest.mark.parametrize("method", [*WORKING_METHODS, "DELETE", "GET"])
-def test_work_is_told_by_the_end_of_the_path(path: str, route: str, method: str) -> None:
+def test_work_is_recognized_by_the_end_of_the_path(path: str, route: str, method: str) -> None:
     """Every path of an engine is its API, under any prefix, with any method and a body."""
     for prefix in ("", "/prefix") if len(path) > 1 else ("",):
         api = api_of(method, prefix + path, has_body=True)
@@ -103,8 +103,8 @@ def test_the_events_know_what_generates() -> None:
     assert {api.route for api in APIS if not api.generates} == {*SHORT_ROUTES}
 
 
-def test_a_body_says_which_api_a_path_stands_for() -> None:
-    """SageMaker's path takes the bodies of all."""
+def test_a_body_selects_the_api_of_a_shared_path() -> None:
+    """SageMaker's path accepts the bodies of all APIs."""
     api = api_of("POST", "/invocations", has_body=True)
     assert api is not None
     forms = [("messages", "chat"), ("prompt", "completions"), ("input", "embeddings"), ("query", "rerank")]

@@ -22,7 +22,7 @@ DECODED = {
     "vorbis.ogg": 2.52,
     "opus.ogg": 2.5,
     "opus.webm": 2.5,
-    "early.m4a": 2.56,  # its movie header stands before its samples
+    "early.m4a": 2.56,  # its movie header precedes its samples
     "late.m4a": 2.517,
     "counted.mp3": 2.5,
     "cbr.mp3": 2.592,
@@ -61,7 +61,7 @@ def described(body: bytes, content_type: str) -> RequestShape:
 
 @pytest.mark.parametrize("name", DECODED)
 def test_a_file_is_as_long_as_its_decoder_finds_it(name: str) -> None:
-    """Within the padding of its coding; a constant bit rate is taken from the first frame."""
+    """Within the padding of its coding; a constant bit rate is read from the first frame."""
     sound = (SOUNDS / name).read_bytes()
     assert seconds_of(memoryview(sound)) == pytest.approx(DECODED[name], rel=0.04)
 
@@ -101,7 +101,7 @@ def test_an_impossible_header_is_not_believed() -> None:
     assert seconds_of(memoryview(long)) == pytest.approx(3600, rel=1e-3)
 
 
-def test_a_form_tells_what_is_asked() -> None:
+def test_the_shape_follows_from_the_form() -> None:
     """The file, the model, the prompt, a stream: in any order; a mark inside a file is none without its line."""
     sound = wav(3.0) + b"--xyz"
     options = [(field("model"), b"whisper"), (field("prompt"), b"Hello"), (field("stream"), b"True")]
@@ -114,7 +114,7 @@ def test_a_form_tells_what_is_asked() -> None:
 
 
 def test_a_form_that_is_none_counts_by_its_size() -> None:
-    """The bytes are what an engine may hear."""
+    """An engine may still decode the bytes as audio."""
     assert described(b"x" * 8000, "multipart/form-data").audio_seconds == pytest.approx(1.0)
     assert described(b"x" * 8000, "audio/aac").audio_seconds == pytest.approx(1.0)
     assert described(wav(2.0), "audio/wav").audio_seconds == pytest.approx(2.0)

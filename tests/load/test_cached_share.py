@@ -20,7 +20,7 @@ def taught(shares: list[float], prompt: int = PROMPT) -> CachedShares:
 
 
 def test_nothing_is_expected_of_what_was_never_seen() -> None:
-    """Without history nothing is cached, and one tenant's cache says nothing about another's."""
+    """Without history nothing is cached, and one tenant's cache is no evidence for another's."""
     learned = taught([0.95] * 50)
     assert CachedShares().expected("t", "m", PROMPT) == 0.0
     assert learned.expected("new", "m", PROMPT) == 0.0
@@ -55,7 +55,7 @@ def test_a_collapse_is_dropped_at_once() -> None:
 
 
 def test_misses_that_are_usual_are_no_collapse() -> None:
-    """Where every fourth request begins a conversation, the mean is expected, whatever came last."""
+    """Where every fourth request begins a conversation, the mean is expected, whatever the last request."""
     rng, learned, off = random.Random(1), CachedShares(), []
     for n in range(2000):
         learned.learn("t", "m", PROMPT, 0 if rng.random() < 0.25 else int(0.95 * PROMPT))
@@ -65,7 +65,7 @@ def test_misses_that_are_usual_are_no_collapse() -> None:
 
 
 def test_an_emptied_cache_is_known_by_the_engines_counters() -> None:
-    """The engine's share of cached tokens collapses: everything is forgotten; a slow change forgets nothing."""
+    """The engine's share of cached tokens collapses: everything is dropped; a slow change drops nothing."""
     learned = taught([0.95] * 40)
     for share in (0.6, 0.6, 0.5, 0.45, 0.4, None):
         learned.on_engine(0, share)

@@ -1,4 +1,4 @@
-"""Names of tenants and models: bounded, taken by accepted requests only, and back after an attack."""
+"""Names of tenants and models: bounded, assigned by accepted requests only, and restored after an attack."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_names_come_back_after_an_attack_with_accepted_requests() -> None:
 
 
 def test_a_steady_tenant_keeps_its_label_under_an_attack() -> None:
-    """Thousands of new names, each accepted once, take no label from one with more use than each of them."""
+    """Thousands of new names, each accepted once, displace no label that has more use than each of them."""
     labels = ClientLabels(LIMIT)
     for _ in range(3):
         labels.accept("acme", "llama", 1.0, 0.0)
@@ -55,7 +55,7 @@ def test_a_steady_tenant_keeps_its_label_under_an_attack() -> None:
     assert labels.of("acme", "llama") == ("acme", "llama")
 
 
-def test_a_busy_name_takes_the_label_of_one_that_is_long_gone() -> None:
+def test_a_busy_name_replaces_the_label_of_one_long_unused() -> None:
     """Weight halves with time, over years of uptime too."""
     labels, now = ClientLabels(1), 0.0
     for year in range(3):
@@ -82,7 +82,7 @@ NAMES = st.text("abc\u202e ", max_size=3)
 def test_labels_are_bounded_stable_and_labels_of_themselves(
     requests: list[tuple[str, str, float, float, bool]],
 ) -> None:
-    """Whatever is asked for; and labels change only when `accept` says so."""
+    """For any sequence of requests; labels change only when `accept` returns True."""
     limit, now = 2, 0.0
     labels = ClientLabels(limit)
     labels.give(tenants=["given"], models=["m"])
@@ -92,7 +92,7 @@ def test_labels_are_bounded_stable_and_labels_of_themselves(
         if accepted and labels.accept(tenant, model, mu, now):
             shown = {labels.of(*pair) for pair in shown}
         shown |= {labels.of(t, m) for t, m, *_ in requests}
-        assert all(labels.of(*pair) == pair for pair in shown), "only accept takes a label away, and says so"
+        assert all(labels.of(*pair) == pair for pair in shown), "only accept removes a label, and reports it"
         tenants, models = ({pair[i] for pair in shown} - {OTHER} for i in (0, 1))
         assert len(tenants) <= limit + 1 and len(models) <= limit + 1
         named = [pair for pair in shown if OTHER not in pair]

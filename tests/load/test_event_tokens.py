@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from sidecar.load.event_tokens import MAX_KEYS, MAX_RATIO, EventTokens
 
 
-def test_it_is_one_until_streams_say_otherwise() -> None:
+def test_it_is_one_until_streams_show_otherwise() -> None:
     """A short stream alone proves nothing; longer ones do, each model for itself."""
     events = EventTokens()
     events.learn("t", "m", 12, 3)

@@ -1,4 +1,4 @@
-"""GPU seconds and dollars are those of all GPUs of the engine, whoever knows how many there are."""
+"""GPU seconds and dollars are those of all GPUs of the engine, whatever the source of their number."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_an_hour_at_full_flow_costs_every_gpu() -> None:
         (0, "", 0, 0, Failed("lost"), GpuCount(1, "")),
     ],
 )
-def test_who_says_how_many(
+def test_the_source_of_the_count(
     chosen: int, named: str, stated: int, ranks: int, seen: Reading[tuple[GpuSample, ...]], found: GpuCount
 ) -> None:
     """An operator, else the engine, else what can be seen: GPUs, and ranks where no GPU can be."""
@@ -47,7 +47,7 @@ def test_who_says_how_many(
 
 
 def test_the_power_of_a_gpu_is_the_mean() -> None:
-    """Of those that say it; a slice has none, and no GPU is no power of 0."""
+    """Of GPUs that report power; a slice reports none, and without GPUs power is unknown, not 0."""
     low, sliced = replace(GPU, power=Value(100.0, 1.0)), replace(GPU, power=Absent("MIG"))
     assert mean_watts(Value((GPU, low, sliced), 1.0)) == (640.5 + 100.0) / 2
     assert mean_watts(Value((sliced,), 1.0)) is None and mean_watts(NONE) is None

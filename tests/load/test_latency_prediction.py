@@ -115,7 +115,7 @@ def test_an_answer_in_one_piece_waits_no_longer_than_its_prefill() -> None:
 
 
 def test_waits_that_are_not_the_engines_teach_nothing() -> None:
-    """A request that waited in the sidecar's own queue is neither learned from nor held against the prediction."""
+    """A request that waited in the sidecar's own queue is neither learned from nor counted as an error."""
     blocked = [
         (0.0, admitted("r", 0.0)),
         (0.0, RequestBlocked("r", 0.0, True)),
@@ -127,7 +127,7 @@ def test_waits_that_are_not_the_engines_teach_nothing() -> None:
 
 
 def test_requests_past_the_relay_are_waited_for() -> None:
-    """Requests in the engine's queue that this sidecar does not know take a typical prefill each."""
+    """Requests in the engine's queue that are unknown to the sidecar count as a typical prefill each."""
     watched = watch()
     watched.sample = EngineSample(running=8, waiting=5)
     for n in range(40):
@@ -161,7 +161,7 @@ FORECAST = LatencyForecast(0.0, 1.0, 0.0, 0.0, 0.01, 0.0, 0.5, 0.5)
 def test_the_share_of_the_first_token_is_what_load_adds(
     typical: float, idle: float, objective: float, share: float
 ) -> None:
-    """1 where the objective is missed, 0 without load, whatever the engine takes alone."""
+    """1 where the objective is missed, 0 without load, whatever the time on an idle engine."""
     forecast = replace(FORECAST, typical_seconds=typical, idle_seconds=idle)
     assert ttft_share(forecast, objective) == pytest.approx(share)
 

@@ -74,7 +74,7 @@ def test_prompts_that_may_be_cached_are_no_speed() -> None:
 
 
 def test_windows_that_disagree_or_are_few_decide_nothing() -> None:
-    """It takes MIN_WINDOWS that agree; a single odd one among them changes nothing."""
+    """It needs MIN_WINDOWS that agree; a single outlier among them changes nothing."""
     assert agreed([1.0] * (MIN_WINDOWS - 1)) is None
     assert agreed([-2.0, 2.0, -1.0, 1.0, 3.0]) is None
     found = agreed([1.0, 1.1, 0.9, 1.0, 9.0])
@@ -85,12 +85,12 @@ def test_windows_that_disagree_or_are_few_decide_nothing() -> None:
 
 
 def test_it_can_be_switched_off() -> None:
-    """Without following, the coefficients alone say the capacity."""
+    """Without following, the coefficients alone determine the capacity."""
     found = fed(MeasuredCapacity(TRUE, follows=False), slower(windows(TRUE, 60, 1), 9.0), Refit(TRUE))
     assert set(found) == {1.0}
 
 
 def test_small_differences_are_not_followed() -> None:
-    """An engine within the hysteresis of its coefficients is taken as measured."""
+    """An engine within the hysteresis of its coefficients counts as measured."""
     seen = slower(windows(TRUE, 100, 1, noise=0.02), math.exp(HYSTERESIS / 2))
     assert set(fed(MeasuredCapacity(TRUE), seen, Refit(TRUE))) == {1.0}

@@ -26,7 +26,7 @@ def left(id: str, at: float, sent: float, outcome: Outcome = "client_cancelled",
 
 
 class FirstComeFirstServed:
-    """An engine that computes one prompt after the other, `slowness` times slower than the cost model says."""
+    """An engine that computes one prompt after the other, `slowness` times slower than the cost model predicts."""
 
     def __init__(self, slowness: float = 1.0) -> None:
         self.ledger, self.each, self.free_at = Ledger(CO), PREFILL_S * slowness, 0.0
@@ -67,7 +67,7 @@ def test_those_that_left_the_queue_cost_what_was_begun(slowness: float) -> None:
 
 
 def test_without_a_first_token_the_cost_model_bounds_it() -> None:
-    """None of 300 got a token in the time of 104 prompts, as the model knows it: these may be done, and no more."""
+    """None of 300 got a token in the modelled time of 104 prompts: at most these can be done."""
     ledger = Ledger(CO)
     for n in range(300):
         ledger.apply(0, admitted(str(n), 0.0))
@@ -116,7 +116,7 @@ def test_an_answer_in_one_piece_that_was_left_had_tokens() -> None:
 @pytest.mark.parametrize(("outcome", "status"), [("engine_error", 500), ("engine_error", 501), ("rejected", 429)])
 @pytest.mark.parametrize("size", [0, 120])
 def test_a_refusal_is_no_prefill(outcome: Outcome, status: int, size: int) -> None:
-    """4xx and 5xx cost nothing, with a body or without, however long they took."""
+    """4xx and 5xx cost nothing, with a body or without, whatever their duration."""
     ledger = Ledger(CO)
     ledger.apply(0, admitted("a", 0.0, stream=False))
     done = ledger.apply(0, Settled("a", 30.0, outcome, status, None, 0, size, None, 0.0, 0.0))
@@ -142,7 +142,7 @@ def test_an_answer_in_one_piece_was_computed_before_later_ones() -> None:
     )
 )
 def test_no_more_is_charged_than_time_passed(steps: list[tuple[str, int, float, float]]) -> None:
-    """Whatever comes, begins and leaves in whatever order: what those that left are charged fits in the time."""
+    """For any order of arrivals, starts and leaves, the charge of those that left fits in the time."""
     queue, now, charged, fastest, prefill = PrefillQueue(), 0.0, 0.0, 1.0, {}
     for kind, key, passed, size in steps:
         now += passed
@@ -164,7 +164,7 @@ def test_no_more_is_charged_than_time_passed(steps: list[tuple[str, int, float, 
 
 @given(st.lists(st.tuples(st.floats(0, 20), st.floats(0, 20), st.floats(0, 5)), max_size=40))
 def test_what_left_fits_in_the_time_of_a_relay(requests: list[tuple[float, float, float]]) -> None:
-    """However they overlap and in whatever order they end: together no more than the engine had, and each its own."""
+    """For any overlap and order of ends: together no more than the engine's time, and each no more than its own."""
     left_prompts, charged = LeftPrompts(), 0.0
     for sent_at, lasted, prefill in sorted(requests, key=lambda request: request[0] + request[1]):
         share = left_prompts.share(prefill, sent_at, sent_at + lasted)
@@ -191,7 +191,7 @@ KINDS = ("admit", "first", "deliver", "block", "settle", "lose")
     )
 )
 def test_counters_never_fall(steps: list[tuple[str, int, int, Outcome, Usage | None, bool]]) -> None:
-    """Over any interleaving of events, ends and leaves, told too much or too little: totals only grow."""
+    """For any interleaving of events, ends and leaves, with usage over- or under-reported: totals only grow."""
     ledger, now = Ledger(CO), 0.0
     shown: dict[object, float] = {}
     for kind, number, tokens, outcome, usage, flag in steps:

@@ -137,7 +137,7 @@ def test_a_question_repeats_what_all_are_about() -> None:
     assert shape.text_bytes == 2 * len('{"a key":1}') + len('{"q":"x","r":"y"}')
 
 
-def test_one_form_stands_for_its_api() -> None:
+def test_one_form_represents_its_api() -> None:
     """SageMaker's path is priced as what its body asks for."""
     assert shape_of("/invocations", {"input": ["a", "b"]}) == shape_of("/v1/embeddings", {"input": ["a", "b"]})
     assert INVOCATIONS.route == "generate"
@@ -160,14 +160,14 @@ def test_limits_and_lengths_are_of_all_sequences() -> None:
 
 @pytest.mark.parametrize("n", [16, 16.0, "16"])
 @pytest.mark.parametrize("stream", [True, "true", "1", 1, "on"])
-def test_values_count_as_engines_take_them(n: Any, stream: Any) -> None:
-    """Pydantic takes 16.0 and "16" for 16, and many words for true: no form hides what is asked for."""
+def test_values_count_as_engines_parse_them(n: Any, stream: Any) -> None:
+    """Pydantic parses 16.0 and "16" as 16, and many words as true: no spelling hides a request's size."""
     shape = shape_of("/v1/completions", {"prompt": "a", "n": n, "max_tokens": n, "stream": stream})
     assert (shape.choices, shape.max_output, shape.stream, shape.ask_usage) == (16, 256, True, True)
 
 
 @pytest.mark.parametrize("ids", [[1, 2, 3], [1.0, 2.0, 3.0], [True, False, 3], [[1], [2.0, True]]])
-def test_token_ids_count_as_engines_take_them(ids: list[Any]) -> None:
+def test_token_ids_count_as_engines_parse_them(ids: list[Any]) -> None:
     """Numbers with a fraction of 0 and booleans are token ids for pydantic."""
     assert shape_of("/v1/completions", {"prompt": ids}).token_ids == 3
 
@@ -207,6 +207,6 @@ def test_the_answer_corrects_the_length_of_a_recording() -> None:
 
 
 def test_pictures_and_speech_have_work_of_their_own() -> None:
-    """What they generate is told by the request, and not learned as the length of an answer."""
+    """Their output follows from the request, and is not learned as the length of an answer."""
     assert estimate("/v1/images/generations", {"prompt": "a cat", "n": 3}).output == 3 * 4160
     assert estimate("/v1/audio/speech", {"input": "x" * 150}).output == 450

@@ -23,7 +23,7 @@ def test_a_tenant_is_known_by_its_own_observations() -> None:
 
 @given(st.lists(st.tuples(st.floats(0.5, 16.0), st.floats(1.0, 4096.0)), max_size=200))
 def test_one_tenant_alone_moves_no_one(observations: list[tuple[float, float]]) -> None:
-    """Whatever a single tenant sends, a new tenant's number stays where it began."""
+    """Whatever a single tenant sends, a new tenant's number stays at the prior."""
     means = TenantMeans(PRIOR, 100)
     for value, weight in observations:
         means.add("hostile", "m", value, weight)

@@ -1,4 +1,4 @@
-"""What engines say that they used, in the form of each API.
+"""The usage that engines report, in the form of each API.
 
 Recorded answers are read in tests/relay/test_sse.py; forms of engines that do not run here are those of their sources.
 """
@@ -66,8 +66,8 @@ def sequence(prompt: int, output: int, cached: int) -> dict[str, Any]:
         ({"usage": [1], "details": "x", "meta_info": 3, "timings": None}, None),
     ],
 )
-def test_each_form_is_read_as_it_is_meant(answer: Any, expected: ToldUsage | None) -> None:
-    """The prompt is all of it, and what no one told stays unknown."""
+def test_each_form_is_read_as_intended(answer: Any, expected: ToldUsage | None) -> None:
+    """The prompt includes cached tokens, and values that were not reported stay unknown."""
     assert told(answer) == expected
 
 
@@ -77,8 +77,8 @@ def test_the_prompt_of_several_choices_counts_once() -> None:
     assert told(items, choices=2) == ToldUsage(30, 18, 4)
 
 
-def test_a_header_tells_what_the_body_does_not() -> None:
-    """TGI's and TEI's counts of whole answers; what the body says comes first."""
+def test_a_header_supplies_what_the_body_does_not_report() -> None:
+    """TGI's and TEI's counts of whole answers; values in the body take precedence."""
     assert told({"generated_text": "x"}, x_prompt_tokens="9", x_generated_tokens="3") == ToldUsage(9, 3)
     assert told([{"details": {"generated_tokens": 3}}], x_prompt_tokens="9") == ToldUsage(9, 3)
     assert told([[0.5]], x_compute_tokens="12") == ToldUsage(12)
@@ -99,13 +99,13 @@ def test_a_header_tells_what_the_body_does_not() -> None:
         (ToldUsage(9, final=False), 2, Usage(9, 2, 9), False),
     ],
 )
-def test_what_was_not_told_is_an_estimate(usage: ToldUsage, counted: int, booked: Usage, is_whole: bool) -> None:
+def test_unreported_values_are_estimates(usage: ToldUsage, counted: int, booked: Usage, is_whole: bool) -> None:
     """The engine's word where there is one; until it is the last, no less than was counted."""
     assert (usage.usage(EXPECTED, counted), usage.is_whole(EXPECTED)) == (booked, is_whole)
 
 
 def test_the_seconds_of_a_recording_rule_its_estimate() -> None:
-    """An upload that was taken for 10 seconds and had an hour: 360 times the output, and an estimate still."""
+    """An upload estimated at 10 seconds that had an hour: 360 times the output, and still an estimate."""
     expected = RequestSize(4, output=25, audio_seconds=10.0)
     usage = ToldUsage(seconds=3600.0)
     assert usage.usage(expected).completion_tokens == 9000
@@ -113,7 +113,7 @@ def test_the_seconds_of_a_recording_rule_its_estimate() -> None:
 
 
 def test_a_stream_of_several_sequences_is_final_when_all_are() -> None:
-    """Each event tells of one of them; left early, what each has told so far counts."""
+    """Each event belongs to one of them; if left early, the usage reported so far for each counts."""
     meter = UsageMeter()
     for index, output, ended in ((0, 3, False), (1, 2, False), (0, 5, True)):
         meta = {"prompt_tokens": 10, "completion_tokens": output, "finish_reason": {"type": "stop"} if ended else None}

@@ -43,10 +43,10 @@ class MeteredApi:
     failure: bytes = b'data: {"error": {"message": "CUDA error", "type": "InternalServerError", "code": 500}}\n\n'
     media_type: str = "text/event-stream"
     step: int = 1  # tokens of an event
-    caches: bool = True  # it tells what came from the cache
+    caches: bool = True  # it reports cached tokens
     generates: bool = True
-    tells: bool = True  # whole answers tell all of it
-    tells_at_once: bool = False  # a stream tells its prompt and cache before it ends
+    tells: bool = True  # whole answers report the complete usage
+    tells_at_once: bool = False  # a stream reports prompt and cached tokens before it ends
     truth: Truth = Truth(prompt=1200, cached=800, output=240)
     upload: bool = False  # the body is a form with a recording
     stream_path: str = ""

@@ -1,4 +1,4 @@
-"""No way round a limit: whatever path and method an engine serves is charged, or is counted as not metered."""
+"""Limits cannot be bypassed: every path and method an engine serves is charged, or counted as not metered."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ async def test_no_path_leads_round_a_limit(rig: Any, serve: Any, spent: Pricing,
 
 
 async def test_a_compressed_body_is_read(rig: Any, serve: Any) -> None:
-    """What an engine may unpack is priced as what it unpacks, and goes out as it came."""
+    """Bodies that an engine may decompress are priced by their decompressed text, and forwarded unchanged."""
     got: list[bytes] = []
 
     async def engine(request: web.BaseRequest) -> web.StreamResponse:
@@ -101,7 +101,7 @@ async def test_a_compressed_body_is_read(rig: Any, serve: Any) -> None:
 async def test_what_is_not_metered_is_counted_and_logged_once(
     rig: Any, serve: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """By its class, with one line for a minute's calls of unknown paths; what only reads is none."""
+    """By its class, with one line for a minute's calls of unknown paths; read-only calls are not counted."""
 
     async def engine(request: web.BaseRequest) -> web.StreamResponse:
         return web.json_response({})

@@ -1,6 +1,6 @@
-"""Every API, answered whole, streamed, left early and failed: what is booked against what the engine did.
+"""Every API, answered whole, streamed, left early and failed: what is recorded, compared with what the engine did.
 
-The table in docs/metering.md is what these tests found. UPDATE_DOCS=1 writes it anew.
+The table in docs/metering.md holds the results of these tests. UPDATE_DOCS=1 rewrites it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ BEGIN, END = "<!-- metered apis -->\n", "<!-- /metered apis -->\n"
 
 
 class KnowingEngine:
-    """Answers in the form of one API, and knows what it did."""
+    """Answers in the form of one API, and records what it did."""
 
     def __init__(self, api: MeteredApi) -> None:
         self.api, self.manner = api, ""
@@ -65,7 +65,7 @@ class KnowingEngine:
 
 
 async def settlements(rig: Any, serve: Any, api: MeteredApi) -> dict[str, Settlement]:
-    """What is booked for each manner that the API has."""
+    """The settlement for each manner that the API has."""
     engine = KnowingEngine(api)
     r = await rig(await serve(engine))
     ledger, found, done = Ledger(Coefficients()), {}, 0
@@ -131,7 +131,7 @@ def row(api: MeteredApi, manner: str, settlement: Settlement) -> str:
 
 @pytest.mark.parametrize("api", METERED, ids=lambda api: api.name)
 async def test_what_is_booked_is_what_the_engine_did(rig: Any, serve: Any, api: MeteredApi) -> None:
-    """Within 2 % of the truth, or marked as an estimate; and an estimate has what was counted or told so far."""
+    """Within 2 % of the truth, or marked as an estimate; and an estimate includes all counted or reported tokens."""
     found = await settlements(rig, serve, api)
     for manner, settlement in found.items():
         truth, work = truth_of(api, manner), settlement.work
@@ -151,7 +151,7 @@ async def test_what_is_booked_is_what_the_engine_did(rig: Any, serve: Any, api: 
 
 
 def assert_documented(rows: list[str]) -> None:
-    """The rows of one API stand in the document."""
+    """The document has the rows of one API."""
     text = PAGE.read_text()
     if os.environ.get("UPDATE_DOCS"):
         head, rest = text.split(BEGIN)
@@ -167,7 +167,7 @@ def assert_documented(rows: list[str]) -> None:
 
 
 def test_the_document_has_no_other_rows() -> None:
-    """What is no API any more is not in the table."""
+    """Removed APIs are not in the table."""
     table = PAGE.read_text().split(BEGIN)[1].split(END)[0].splitlines()[2:]
     assert {one.split(" | ")[0] for one in table} == {f"| {api.name}" for api in METERED}
 
@@ -177,7 +177,7 @@ STREAMED: Final = [api for api in METERED if api.token is not None]
 
 @given(st.data())
 def test_counters_never_fall_over_all_apis(data: st.DataObject) -> None:
-    """Streams of any API side by side, in any pieces, ended, failed or left anywhere: what is booked only grows.
+    """Streams of any API side by side, in any pieces, ended, failed or left anywhere: totals only grow.
 
     And each has at most what its engine wrote, and at least what its events show.
     """

@@ -1,4 +1,4 @@
-"""What is booked for many sequences, against an engine that knows the length of each."""
+"""Settlements of many sequences, compared with an engine that knows the length of each."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def prompts_of(body: dict[str, Any]) -> list[int]:
 
 
 class TrueEngine:
-    """It answers with a usage over all sequences, as engines do, and remembers what each of them took."""
+    """It answers with a usage over all sequences, as engines do, and records the cost of each of them."""
 
     def __init__(self) -> None:
         self.ms = 0.0
@@ -74,7 +74,7 @@ def requests() -> Iterator[tuple[str, dict[str, Any]]]:
 
 @pytest.mark.parametrize(("path", "body"), [*requests()], ids=lambda value: value if isinstance(value, str) else "")
 async def test_the_books_agree_with_the_engine(rig: Any, serve: Any, path: str, body: dict[str, Any]) -> None:
-    """Within two percent of the sum over what each sequence took, though a usage says only their totals."""
+    """Within two percent of the summed cost of the sequences, though a usage reports only totals."""
     engine = TrueEngine()
     r = await rig(await serve(engine))
     async with r.client.post(r.url + path, json=body) as got:

@@ -73,7 +73,7 @@ async def test_a_silent_session_is_not_the_engines_silence(rig: Any, serve: Any)
 
 
 async def test_a_refused_session_is_a_rejected_request(rig: Any, serve: Any) -> None:
-    """The engine's answer is the client's, and nothing is booked."""
+    """The engine's answer is the client's, and nothing is charged."""
 
     async def engine(request: web.BaseRequest) -> web.StreamResponse:
         return web.Response(status=403, text="no")
@@ -162,7 +162,7 @@ async def test_a_drain_waits_for_a_session_and_then_cuts_it(rig: Any, serve: Any
 
 @given(st.lists(st.tuples(st.booleans(), st.binary(min_size=1, max_size=300))))
 def test_what_passes_is_counted_and_control_frames_are_not(pieces: list[tuple[bool, bytes]]) -> None:
-    """Each change of who owes what is told once."""
+    """Each change of who owes an answer is reported once."""
     meter, owed = SessionMeter(), False
     for is_client, data in pieces:
         changed = meter.sent(data) if is_client else meter.received(data)

@@ -196,7 +196,7 @@ def test_an_error_in_a_stream_is_no_token_and_is_known(failure: bytes, cuts: lis
 
 
 def test_a_line_of_json_is_an_event() -> None:
-    """Ollama's streams: each line a token, the last one tells the usage, an error is one."""
+    """Ollama's streams: each line a token, the last one has the usage, an error is one line."""
     token = b'{"message":{"role":"assistant","content":"x"},"done":false}\n'
     last = b'{"message":{"role":"assistant","content":""},"done":true,"prompt_eval_count":9,"eval_count":4}\n'
     sse = SSE(False, is_lines=True)
@@ -221,7 +221,7 @@ def test_the_word_error_is_no_error(event: bytes) -> None:
 
 
 def test_a_usage_in_an_event_of_megabytes_is_found() -> None:
-    """The end of a response repeats its tools and all of its output; it is looked at as it passes."""
+    """The end of a response repeats its tools and all of its output; it is scanned in pieces."""
     response = {"tools": [{"usage": {"input_tokens": 1}}], "output": ["y" * 70_000] * 40}
     usage = {"input_tokens": 9, "output_tokens": 3, "input_tokens_details": {"cached_tokens": 4}}
     event = named("response.completed", {"response": {**response, "usage": usage, "text": "z" * 70_000}})

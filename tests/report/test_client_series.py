@@ -161,7 +161,7 @@ class Bills(RuleBasedStateMachine):
 
     @rule(pick=picks)
     def repeat(self, pick: int) -> None:
-        """A relay tells an end once more."""
+        """A relay repeats a Settled event."""
         if self.settled:
             self.apply(*self.settled[pick % len(self.settled)])
 
@@ -174,7 +174,7 @@ class Bills(RuleBasedStateMachine):
 
     @rule()
     def restart_control(self) -> None:
-        """Written to disk, the process is killed before it could acknowledge: relays tell everything again."""
+        """Written to disk, the process is killed before it could acknowledge: relays send everything again."""
         self.books.write()
         self.start()
         for relay, admitted in self.sent:

@@ -16,7 +16,7 @@ from sidecar.report.fan_out import FanOut
 from sidecar.report.metrics import Metrics
 from sidecar.report.tracing import Tracing
 from sidecar.report.usage_query import read
-from sidecar.report.usage_rows import DAY_S, HOUR_S, IDLE, NOBODY, UsageSums
+from sidecar.report.usage_rows import DAY_S, HOUR_S, IDLE, NO_CLIENT, UsageSums
 from sidecar.report.usage_store import LATE_S, MAX_GAP_S, USAGE_FILE, UsageStore
 
 CO, PRICE = Coefficients(), GpuPrice(8, 2.5)
@@ -93,7 +93,7 @@ def test_a_day_adds_up_to_the_invoice(tmp_path: Path) -> None:
     assert all(total == pytest.approx(8 * HOUR_S, rel=0.02) for total in by_hour[1:-1]), "each hour does, too"
 
 
-def test_a_request_takes_its_time_from_idle_time(tmp_path: Path) -> None:
+def test_a_request_subtracts_its_time_from_idle_time(tmp_path: Path) -> None:
     """What is idle is what is left; its row has no tenant, and is no request."""
     pod = Pod(tmp_path)
     pod.now += 60.0
@@ -102,8 +102,8 @@ def test_a_request_takes_its_time_from_idle_time(tmp_path: Path) -> None:
     sums = pod.sums(("tenant", "outcome"))
     used = 8 * unit_ms(CO) / 1000
     assert sums["a", "ok"].gpu_seconds == pytest.approx(used)
-    assert sums[NOBODY, IDLE].gpu_seconds == pytest.approx(60 * 8 - used)
-    assert sums[NOBODY, IDLE].requests == 0 and sums[NOBODY, IDLE].mu == 0
+    assert sums[NO_CLIENT, IDLE].gpu_seconds == pytest.approx(60 * 8 - used)
+    assert sums[NO_CLIENT, IDLE].requests == 0 and sums[NO_CLIENT, IDLE].mu == 0
 
 
 def test_joules_are_those_of_all_gpus(tmp_path: Path) -> None:
@@ -127,7 +127,7 @@ def test_joules_are_those_of_all_gpus(tmp_path: Path) -> None:
 
 
 def test_time_between_two_processes_is_the_pods(tmp_path: Path) -> None:
-    """A restart that takes minutes is counted; a file that was left for longer than an hour is not of this pod."""
+    """A restart of some minutes is counted; a file unused for more than an hour is not from this pod."""
     pod = Pod(tmp_path)
     pod.end()
     for gap, counted in ((300.0, 300.0), (MAX_GAP_S + 60.0, 0.0)):

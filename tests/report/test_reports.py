@@ -267,7 +267,7 @@ def test_load_is_the_contracts_object() -> None:
 
 
 def test_load_predicts_a_request_of_a_given_size() -> None:
-    """The time to first token grows with the prompt that must be computed, as the forecast's line says."""
+    """The time to first token grows with the prompt that must be computed, along the line of the forecast."""
     co = Coefficients()
     size = RequestSize(1000, 3000)
     predicted = load_json.render(SNAPSHOT, "", size, co)["predicted"]

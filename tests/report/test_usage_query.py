@@ -91,7 +91,7 @@ def test_days_are_those_of_the_calendar(tmp_path: Path, zone: str) -> None:
 
 
 def test_an_hour_that_comes_twice_is_two(tmp_path: Path) -> None:
-    """The offset tells apart the hours between which clocks are put back."""
+    """The offset distinguishes the two hours around the end of summer time."""
     start = int(datetime(2026, 10, 25, 0, tzinfo=UTC).timestamp())
     path = write(tmp_path, dict.fromkeys(((start + HOUR_S * n, HOUR_S) for n in range(2)), 7))
     hours = [key[0] for key, _ in read(path, start, start + DAY_S, ("hour",), ZoneInfo("Europe/Berlin"))]

@@ -92,7 +92,7 @@ def test_sums_are_conserved(tmp_path_factory: pytest.TempPathFactory, batches: l
 
 
 def test_old_minutes_become_quarters_of_an_hour_and_old_days_go(tmp_path: Path) -> None:
-    """Minutes are kept for a week; summing them up keeps the sums; rows beyond the retention are dropped and told."""
+    """Minutes are kept for a week; summing up keeps the sums; rows beyond the retention are dropped and reported."""
     kept = fresh(tmp_path, days=12)
     for minute in range(120):
         put(kept, NOW + 60 * minute)
@@ -108,7 +108,7 @@ def test_old_minutes_become_quarters_of_an_hour_and_old_days_go(tmp_path: Path) 
 
 
 def test_requests_that_cost_nothing_are_summed_up_after_an_hour(tmp_path: Path) -> None:
-    """Rejected ones take a row an hour and label, however many there are."""
+    """Rejected requests need one row per hour and label, however many there are."""
     kept = fresh(tmp_path)
     for minute in range(180):
         for _ in range(3):
@@ -118,7 +118,7 @@ def test_requests_that_cost_nothing_are_summed_up_after_an_hour(tmp_path: Path) 
     assert count(tmp_path) == 3 and total(tmp_path).requests == 540
 
 
-def test_the_file_is_bounded_and_says_what_it_lost(tmp_path: Path) -> None:
+def test_the_file_is_bounded_and_reports_what_it_lost(tmp_path: Path) -> None:
     """Beyond the size bound the oldest rows are dropped, the newest stay; what was dropped and what is left add up."""
     kept, evicted = fresh(tmp_path, most=200_000), []
     for hour in range(10):
@@ -261,7 +261,7 @@ def test_what_waits_for_a_write_that_hangs_is_bounded(tmp_path: Path, monkeypatc
 
 
 def test_what_waits_for_a_full_disk_keeps_bills(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of more rows than may wait, those that cost nothing go first, and whatever goes is told."""
+    """If too many rows are pending, those that cost nothing are dropped first, and all drops are reported."""
     monkeypatch.setattr(usage_store, "MAX_PENDING_ROWS", 100)
     kept = fresh(tmp_path)
     for hour in range(90):

@@ -399,7 +399,7 @@ def test_files_of_all_versions_are_read(text: str, expected: Coefficients) -> No
         cost_model.from_json('{"version": 4}')
 
 
-def test_the_median_is_stated_beside_mean_and_tail() -> None:
+def test_the_median_is_stated_with_mean_and_tail() -> None:
     """Of errors of 2, 4, 6, 8 and 100 % the mean is 24 %, the median 6 %, the 90th percentile 100 %."""
     co = Coefficients(k=0.0, a=1.0, b=0.0, d=0.0, f=0.0)
     rows = [Measured(RequestSize(100), 100 / (1 + error)) for error in (0.02, 0.04, 0.06, 0.08, 1.0)]
@@ -409,7 +409,7 @@ def test_the_median_is_stated_beside_mean_and_tail() -> None:
 
 
 def test_a_report_without_a_capacity_does_not_name_one() -> None:
-    """The word stands only after "no", with the reason and what to do; the flow is not named."""
+    """The word appears only after "no", with the reason and what to do; the flow is not named."""
     size = RequestSize(3500, output=300)
     steps = tuple(SearchStep(n, 1.0, float(n), size) for n in (1, 2, 4))
     plan = GridPlan(512, 4, steps, ended="time")

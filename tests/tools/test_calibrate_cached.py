@@ -1,4 +1,4 @@
-"""Cached prompts in a calibration: what counts is what the engine says that it had cached, never what was planned."""
+"""Cached prompts in a calibration: cached tokens are those that the engine reports, never the planned ones."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ TRUE = Coefficients(k=5.0, a=0.2, b=2e-5, d=3.0, f=4e-4)
 
 @dataclass
 class CachingEngine:
-    """Answers at once. `keeps`: of a prompt that begins as an earlier one, the tokens that it still has cached.
+    """Reports cached tokens. `keeps`: of a prompt that begins as an earlier one, the tokens that it still has cached.
 
-    `tells`: where it says so: in OpenAI's details, in llama.cpp's timings, in llama.cpp's counters, or nowhere. A word
+    `tells`: where it does so: in OpenAI's details, in llama.cpp's timings, in llama.cpp's counters, or nowhere. A word
     has three tokens. `writes`: whether it can write what it generated from ids, as llama.cpp cannot if that is no text.
     """
 
@@ -117,7 +117,7 @@ def alternate() -> Callable[[int], int]:
     ],
 )
 async def test_whether_cached_prompts_can_be_measured(engine: CachingEngine, expected: str) -> None:
-    """Only where a prompt that comes again is cached and the engine says so, in one of three places."""
+    """Only if a repeated prompt is cached and the engine reports it, in one of three places."""
     async with engine.target() as target:
         found = await capabilities.probe_capabilities(target, "llamacpp", "", 0)
     assert (found.no_cached, found.cached, found.context) == (expected, not expected, 2048)
@@ -136,7 +136,7 @@ async def test_whether_cached_prompts_can_be_measured(engine: CachingEngine, exp
     ],
 )
 async def test_a_sample_has_what_the_engine_had_cached(engine: CachingEngine, cached: set[int]) -> None:
-    """Whole, in blocks, not at all or only at times: sizes and their shares are what the engine told."""
+    """Whole, in blocks, not at all or only at times: sizes and their shares are those that the engine reported."""
     async with engine.target() as base:
         target = replace(base, model="m")
         read = (await capabilities.probe_capabilities(target, "llamacpp", "", 0)).counters
@@ -179,7 +179,7 @@ async def test_each_open_request_has_a_prefix_of_its_own() -> None:
     assert len({prompt[:500] for prompt in engine.prompts}) == 3
 
 
-def test_llama_cpps_timings_say_what_was_cached() -> None:
+def test_llama_cpps_timings_report_cached_tokens() -> None:
     """From a real llama.cpp b10434; an older one has no `prompt_tokens_details`."""
     answer = json.loads(
         '{"usage":{"completion_tokens":8,"prompt_tokens":84,"total_tokens":92,"prompt_tokens_details":'
@@ -205,7 +205,7 @@ def measure(shape: GridShape, *cached: float) -> Measured:
 
 
 @pytest.mark.parametrize("cached", [(1.0,), (0.0,), (0.75,), (1.0, 0.0), (1.0, 1.0, 0.0)])
-def test_the_fit_takes_prompts_as_they_were_cached(cached: tuple[float, ...]) -> None:
+def test_the_fit_uses_the_cached_share_of_prompts(cached: tuple[float, ...]) -> None:
     """However much of the prefixes was cached, the true coefficients are found; as planned, they would not be."""
     shapes = plan_shapes(8192, cached=True)
     rows = [measure(shape, *cached) for shape in shapes if not shape.held_out]
@@ -231,7 +231,7 @@ def test_a_turn_without_the_cache_is_a_row_of_its_own() -> None:
     ("cached", "said"),
     [((1.0, 1.0), ""), ((0.0, 1.0), ""), ((0.0, 0.0), "0% of them at most was"), ((), "why none were sent")],
 )
-def test_the_file_says_that_cached_prompts_were_not_seen(cached: tuple[float, ...], said: str) -> None:
+def test_the_file_states_that_cached_prompts_were_not_measured(cached: tuple[float, ...], said: str) -> None:
     """Unless at least one shape had its prefix cached."""
     shapes = [GridShape(64 + i, 1024, 8) for i in range(len(cached))]
     rows = [

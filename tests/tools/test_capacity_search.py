@@ -1,4 +1,4 @@
-"""The capacity search: it goes on until the engine is full, or there is no capacity, with the reason."""
+"""The capacity search: it continues until the engine is full, or there is no capacity, with the reason."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ AMPLE = SearchTime(1e6, 1e6, 1e6)
 
 
 def search(rate: Callable[[int], float], seconds: SearchTime, slo: float = 0.0) -> GridPlan:
-    """A search at an engine that answers `rate(n)` requests a second while n are open; each step takes two rounds."""
+    """A search at an engine that answers `rate(n)` requests a second while n are open; each step is two rounds."""
     steps: list[SearchStep] = []
     elapsed, ended = 0.0, None
     while (ended := search_end(steps, slo, elapsed, seconds)) is None:
@@ -56,7 +56,7 @@ def test_it_goes_on_until_the_engine_is_full(slots: int, overlap: float, noise: 
 
 
 def test_a_search_that_ran_out_of_time_gives_no_capacity() -> None:
-    """The field's example: the rate still doubles with each step. It says by how much, and what to do."""
+    """The field's example: the rate still doubles with each step. The reason states by how much, and what to do."""
     plan = search(lambda n: n / 0.5, SearchTime(2.0, 5.0, 5.0))
     assert (plan.ended, plan.steps[-1].open) == ("time", 8)
     why = explain_no_capacity(plan, 10)

@@ -109,7 +109,7 @@ def test_wrong_flags_end_with_2(capsys: Any, folder: Path, flags: tuple[str, ...
         ({}, "2026-11-29T12:34+00:00", "2026-11-30T12:35+00:00"),
     ],
 )
-def test_a_range_is_what_the_flags_say(flags: dict[str, str], first: str, last: str) -> None:
+def test_a_range_follows_from_the_flags(flags: dict[str, str], first: str, last: str) -> None:
     """Dates of a time zone, to the minute; what happens now is part of what happened until now."""
     now = datetime.fromisoformat("2026-11-30T12:34:56+00:00").timestamp()
     since, until = time_range(UsageSettings(**flags), now)  # type: ignore[arg-type]

@@ -181,7 +181,7 @@ def test_exports_alone_are_merged(export: Callable[..., str], tmp_path: Path) ->
 
 
 def test_what_cannot_be_merged_is_named(capsys: Any, tmp_path: Path) -> None:
-    """A file that is none, a merged file beside a part of it, and flags before the command."""
+    """An invalid file, a merged file next to a part of it, and flags before the command."""
     path = fill(tmp_path / "pod")
     (tmp_path / "text").write_text("{}\n")
     into = ("--into", str(tmp_path / "all"))

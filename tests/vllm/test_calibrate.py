@@ -54,7 +54,7 @@ def test_a_real_vllm_is_calibrated(caching: Engine, tmp_path: Path, took: Callab
     done = subprocess.run(command, cwd=processes.ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "held out: MAPE" in done.stdout and "alpha-beta line: MAPE" in done.stdout and "448px" in done.stdout
-    assert "3 of 3 were cached, as the engine says" in done.stdout and ", median " in done.stdout
+    assert "3 of 3 were cached, as reported by the engine" in done.stdout and ", median " in done.stdout
     co = cost_model.from_json(out.read_text())
     assert co.model == processes.MODEL and co.engine == environment.VERSION and co.batch == 4
     assert not co.no_cached and co.median_ape <= co.p90 and ("no capacity" in done.stdout) is bool(co.no_capacity)
@@ -74,7 +74,7 @@ def test_a_real_vllm_is_calibrated(caching: Engine, tmp_path: Path, took: Callab
 async def test_what_a_real_vllm_had_cached_is_read_from_its_counters(
     model: Callable[[str], Path], tmp_path: Path, flags: tuple[str, ...], expected: str
 ) -> None:
-    """Without --enable-prompt-tokens-details its responses say nothing; its counters know of a cache and of none."""
+    """Without --enable-prompt-tokens-details responses do not report it; counters show whether there is a cache."""
     with processes.engine(model("text"), tmp_path / "engine.log", more=flags) as running:
         async with aiohttp.ClientSession() as session:
             target = PromptTarget(session, running.url)

@@ -60,7 +60,7 @@ class Pricing:
         return round(1000 * self.estimator.mu(settled_work(admission.work, usage, 0)))
 
     def top_up(self, admission: Admission, mu: float) -> None:
-        """Charge `mu` more to a request that goes on beyond its estimate. Raises TenantLimited."""
+        """Charge another `mu` to a request that exceeds its estimate. Raises TenantLimited."""
         before = admission.charge
         if self.quota is None or before is None:
             return

@@ -83,7 +83,7 @@ class Quota:
             _log.info("tenant limits reloaded")
 
     def _reload(self) -> bool:
-        """Take the limits of a file that changed. Returns whether there are new ones."""
+        """Load the limits if the file changed. Returns whether there are new ones."""
         try:
             limits = self._file.read_changed()
         except UsageError as e:

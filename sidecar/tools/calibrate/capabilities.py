@@ -27,11 +27,11 @@ MAX_IMAGES: Final = 4
 # Of a prompt that is sent again: several blocks of any engine, a sixth of the context at most.
 MAX_PREFIX_TOKENS: Final = 2048
 NOT_TOLD: Final = (
-    "the engine says in no way what it had cached (vLLM: --enable-prompt-tokens-details; SGLang: "
+    "the engine does not report cached tokens (vLLM: --enable-prompt-tokens-details; SGLang: "
     "--enable-cache-report; llama.cpp: --metrics)"
 )
 NOT_CACHED: Final = (
-    "the engine had nothing cached of a prompt that came again (vLLM: --enable-prefix-caching; llama.cpp: "
+    "the engine did not cache a repeated prompt (vLLM: --enable-prefix-caching; llama.cpp: "
     "--cache-prompt and a slot for each conversation)"
 )
 
@@ -99,7 +99,7 @@ async def probe_capabilities(target: PromptTarget, kind: str, model: str, contex
 
 
 async def _explain_no_cached(traffic: CalibrationTraffic, context: int) -> str:
-    """Why cached prompts cannot be measured; "" if a prompt that came again was cached, and the engine said so."""
+    """Why cached prompts cannot be measured; "" if a repeated prompt was cached, and the engine reported it."""
     prefix = min(MAX_PREFIX_TOKENS, context // 6)
     sample = await traffic.run(GridShape(8, prefix, 1), 1, 0.0)
     if not sample.tells_cached:

@@ -3,7 +3,7 @@
 Open more and more requests of the reference shape: their rate grows until the engine is full, and their p95 with it.
 The search ends when two doublings in a row gained less than a tenth, or at a bound; if the last one still gained more
 by then, the capacity is unknown.
-Shapes are measured on a full engine, where a request costs what it takes from others. Their length is limited by time.
+Shapes are measured on a full engine: a request costs the time that others lose. Their length is limited by time.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ DECODE_SHARE: Final = 0.1
 
 @dataclass(frozen=True, slots=True)
 class SearchTime:
-    """Seconds for the search, the most that it may take until the engine is full, and those for the grid."""
+    """Seconds for the search, its maximum until the engine is full, and seconds for the grid."""
 
     search: float
     longest: float
@@ -137,7 +137,7 @@ async def _step(traffic: CalibrationTraffic, shape: GridShape, count: int, secon
     sample = await traffic.run(shape, count, seconds)
     if sample.others:
         clients = f"{sample.others} requests of other clients"
-        raise EngineRefused(f"the engine also served {clients}; take it out of traffic and start again")
+        raise EngineRefused(f"the engine also served {clients}; remove it from traffic and start again")
     cost = sample.cost()
     return SearchStep(count, round(sample.p95(), 4), round(1000 / cost.ms, 4), cost.work)
 
@@ -163,20 +163,20 @@ def explain_no_capacity(plan: GridPlan, seconds: float) -> str:
         if plan.concurrency >= (full := find_full_concurrency(plan.steps)):
             return ""
         few = f"only {plan.concurrency} requests were open (--concurrency) and {full} fill the engine"
-        return f"{few}; leave --concurrency away"
+        return f"{few}; omit --concurrency"
     before = max((step.rate for step in plan.steps[:-1]), default=last.rate)
     if len(plan.steps) > 1 and last.rate > before:
         gained = f"the rate still rose by {last.rate / before - 1:.0%} with the last step, to {last.open} open requests"
     else:
-        gained = f"{last.open} open requests are too few to see where the rate ends to rise"
+        gained = f"{last.open} open requests are too few to see where the rate stops rising"
     return f"{gained}; {_REMEDIES[plan.ended].format(seconds=math.ceil(4 * seconds / 60) * 60)}"
 
 
 _REMEDIES: Final[dict[SearchEnd, str]] = {
     "full": "",
-    "time": "the time for the search was up: give --seconds {seconds} or more",
-    "limit": "no more are opened; the engine, or the way to it, is not what bounds the rate",
-    "refused": "the engine refuses more: raise its limit of requests, and calibrate again",
+    "time": "the search ran out of time: set --seconds {seconds} or more",
+    "limit": "this is the maximum; neither the engine nor the network limits the rate",
+    "refused": "the engine refuses more: raise its request limit and calibrate again",
 }
 
 

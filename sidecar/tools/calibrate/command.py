@@ -53,7 +53,7 @@ from sidecar.tools.calibrate.report import show_progress
 from sidecar.tools.calibrate.shapes import min_length, plan_shapes, shuffle_turn
 from sidecar.tools.calibrate.traffic import CalibrationTraffic, EngineRefused
 
-# Shares of the time: for the search, and at least for the grid, however long the search took.
+# Shares of the time: for the search, and the minimum for the grid, however long the search was.
 SEARCH_SHARE: Final = 0.2
 MIN_GRID_SHARE: Final = 0.5
 MIN_TURNS: Final = 2
@@ -138,7 +138,7 @@ async def calibrate(settings: CalibrateSettings, out: Path) -> tuple[report.Cali
 async def measure_grid(
     traffic: CalibrationTraffic, engine: EngineCapabilities, plan: GridPlan, journal: Checkpoint, seconds: float
 ) -> None:
-    """Measure all shapes in two turns, or more while there is time, or one that takes all of it."""
+    """Measure all shapes in two turns, or more while there is time, or in one if it needs all of the time."""
     done = journal.done
     shapes = plan_shapes(plan.length, cached=engine.cached, tokens=engine.target.tokens, max_images=engine.max_images)
     each = seconds / (MAX_TURNS * len(shapes))

@@ -113,7 +113,7 @@ def was_cached(shape: GridShape, measured: Measured) -> bool:
 def merge_turns(turns: Iterable[tuple[GridShape, Measured]]) -> list[FitRow]:
     """The lower quartile of each shape's turns, because other work on the machine only ever adds to a cost.
 
-    Turns between which the engine forgot what it had cached are rows of their own.
+    Turns between which the engine's cache was emptied are rows of their own.
     """
     shapes: dict[tuple[GridShape, bool], list[Measured]] = {}
     for shape, measured in turns:
@@ -133,7 +133,7 @@ def features(measured: Measured, co: Coefficients) -> Vector:
 
 
 def predicted_ms(measured: Measured, co: Coefficients) -> float:
-    """What the coefficients say that it costs."""
+    """The cost according to the coefficients."""
     return sum(share * cost_model.gpu_ms(size, co) for share, size in measured.sizes)
 
 

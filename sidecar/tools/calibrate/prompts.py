@@ -22,7 +22,7 @@ from sidecar.tools.calibrate.shapes import GridShape
 from sidecar.tools.synthetic_photos import pixels
 
 WORDS: Final = ["red", "blue", "tree", "house", "seven", "river", "stone", "light", "paper", "north", "glass", "winter"]
-# Until it is measured: about the maximum, for a tokenizer that knows none of these words.
+# Until it is measured: about the maximum, for a tokenizer without any of these words.
 TOKENS_PER_WORD: Final = 3.0
 _picture = cache(pixels)
 
@@ -61,7 +61,7 @@ Prompt = tuple[str, dict[str, Any]]  # a request's path and body
 class Prompts:
     """Builds new requests. Those of one lane share a cached prefix, as the turns of a conversation do.
 
-    One prefix for all would be cheaper than it is in service: what all requests read stays in the processor's caches.
+    One prefix for all would be cheaper than in service: data that all requests read stays in the processor's caches.
     """
 
     def __init__(self, target: PromptTarget, seed: int = 0) -> None:
@@ -122,7 +122,7 @@ def photo_url(side: int, seed: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class RequestUse:
-    """What a request used according to the response. `tells_cached`: it says how much of the prompt was cached."""
+    """What a request used according to the response. `tells_cached`: it reports how much of the prompt was cached."""
 
     work: RequestSize
     tells_cached: bool

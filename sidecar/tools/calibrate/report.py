@@ -22,7 +22,7 @@ NOISY_SHARE: Final = 0.15
 class CalibrationReport:
     """Fitted and held-out shapes, and the result. `waited`: the median share of the time without a core.
 
-    `turns`: how often each shape was measured. `notes`: what was left out, and why.
+    `turns`: how often each shape was measured. `notes`: what was skipped, and why.
     """
 
     fitted: Sequence[FitRow]
@@ -39,7 +39,7 @@ def text(found: CalibrationReport, slo: float) -> str:
     co, rows = found.co, [*found.fitted, *found.held_out]
     varies, spread = variation(rows, co), statistics.median(row.spread for row in rows)
     noisy = "; the machine is busy with other work: measure again when it is idle"
-    once = "; nothing was measured twice: give more --seconds"
+    once = "; nothing was measured twice: increase --seconds"
     decode = ", ".join(f"{s.open} open {1000 / s.rate / s.work.output:.3g} ms" for s in found.plan.decode)
     steps = ", ".join(
         f"{s.open} open: {s.p95:.2f} s, {s.rate * cost_model.mu(s.work, co) * 60:.0f} MU per minute"
@@ -71,10 +71,10 @@ def _capacity(found: CalibrationReport) -> str:
 
 
 def cached_prompts(found: CalibrationReport) -> str:
-    """What was cached of the prefixes that should have been."""
+    """How many of the expected prefixes were cached."""
     planned = [row for row in (*found.fitted, *found.held_out) if row.shape.cached]
     missed = [f"{row.shape.name} {_cached_share(row):.0%}" for row in planned if not was_cached(row.shape, row)]
-    seen = f"cached prompts: {len(planned) - len(missed)} of {len(planned)} were cached, as the engine says"
+    seen = f"cached prompts: {len(planned) - len(missed)} of {len(planned)} were cached, as reported by the engine"
     return f"{seen}; fitted as not cached, or in part: {', '.join(missed)}" if missed else seen
 
 
@@ -86,13 +86,13 @@ def explain_no_cached(rows: Sequence[FitRow], note: str) -> str:
     if any(was_cached(row.shape, row) for row in planned):
         return ""
     return (
-        f"{max(map(_cached_share, planned)):.0%} of them at most was in the engine's cache when they came again; is it "
+        f"{max(map(_cached_share, planned)):.0%} of them at most was in the engine's cache when repeated; is it "
         "smaller than the requests that were open (llama.cpp: slots), or are its blocks longer than the prompts?"
     )
 
 
 def _cached_share(row: FitRow) -> float:
-    """What was cached, as a share of what should have been."""
+    """Share of the expected cached tokens that were cached."""
     return min(1.0, row.cached / row.shape.cached)
 
 

@@ -34,14 +34,14 @@ DRAIN_LATENCIES: Final = 2
 DRAIN_CHECK_INTERVAL_S: Final = 0.05
 # If the engine does not report the size of its KV cache.
 MAX_KV_TOKENS: Final = 1e9
-# Share of the engine's KV cache that prefixes may take, so that requests do not push them out.
+# Share of the engine's KV cache that prefixes may occupy, so that requests do not evict them.
 PREFIX_SHARE: Final = 0.5
 # Consecutive checks with requests of other clients: a single one may show requests that were just cancelled.
 FOREIGN_CHECKS: Final = 3
 
 Load = Callable[[], Awaitable[float | None]]  # running and queued requests; None if unknown
 Counters = Callable[[], Awaitable[EngineSample | None]]  # the engine's page; None if it has none
-# Answers of an engine that takes no more requests now.
+# Answers of an engine that accepts no more requests now.
 FULL_STATUSES: Final = (429, 503)
 # Of an engine that computed an answer and could not write it, which does not count: at most so many, and this share.
 UNWRITTEN_STATUS: Final = 500
@@ -63,7 +63,7 @@ class EngineRefused(SidecarError):
 class LatencySample:
     """A run at one shape and concurrency: requests that started and ended while all others were open. Seconds.
 
-    `tells_cached`: the engine says how much of a prompt was cached. `others`: requests of other clients throughout the
+    `tells_cached`: the engine reports cached prompt tokens. `others`: requests of other clients throughout the
     run. `waited`: the share of the time in which the engine waited for a core, which no request is charged for.
     """
 
@@ -80,7 +80,7 @@ class LatencySample:
         return Measured(mix[0][1], seconds * 1000 / self.concurrency, mix=mix if len(mix) > 1 else ())
 
     def set_cached(self, share: float) -> None:
-        """Take this share of each prompt to have been cached."""
+        """Assume that this share of each prompt was cached."""
         works, self.works = self.works, Counter()
         for work, count in works.items():
             prompt = work.uncached + work.cached
@@ -97,7 +97,7 @@ class LatencySample:
 class CalibrationTraffic:
     """Sends requests of given shapes. `load` and `cores` are watched during a run.
 
-    `counters` say what the engine had cached where its responses do not. `kv_tokens`: the size of its KV cache.
+    `counters` report what the engine had cached if its responses do not. `kv_tokens`: the size of its KV cache.
     `unwritten`: answers that the engine computed and could not write, of `asked`.
     """
 
