@@ -169,7 +169,8 @@ class Estimator:
             ratio, weight = min(high, max(low, shape.text_bytes / text_tokens)), min(text_tokens, MAX_RATIO_WEIGHT)
             self._ratios.add(tenant, (shape.model, shape.script), ratio, weight)
             if counted is not None and shape.messages and shape.prompts == 1:
-                template = self._templates.setdefault(shape.model, ChatTemplateOverhead())
+                if (template := self._templates.get(shape.model)) is None:
+                    template = self._templates[shape.model] = ChatTemplateOverhead()
                 added = min(text_tokens - counted, MAX_TEMPLATE_TOKENS * (shape.messages + 1))
                 template.add(shape.messages, added)
                 self._templates.move_to_end(shape.model)

@@ -27,6 +27,7 @@ from sidecar.relay import (
     admin_paths,
     body_thread,
     client_io,
+    compression,
     engine_io,
     headers,
     metrics_page,
@@ -266,6 +267,7 @@ class Relay:
             admission.shape = audio_upload.describe_upload(body, media_type, api)
         elif coding := next(filter(None, map(request.fields.get, request_body.CODING_FIELDS)), ""):
             limit = self._settings.max_body_bytes
+            held.grow(len(body) + compression.held_bytes(body, limit))
             scan, size = await body_thread.run(partial(request_body.scan_coded, coding=coding, limit=limit), body)
             admission.shape = structs.replace(request_shape.describe(scan, api, size), ask_usage=False)
         else:
@@ -274,9 +276,9 @@ class Relay:
             api = api_routes.of_form(api, () if parsed.scan is None else parsed.scan.found.members)
             admission.route = api.route
             admission.shape = request_shape.describe(parsed.scan, api, len(body))
-        await self._pricing.charge(admission, parsed)
+        estimate = await self._pricing.charge(admission, parsed)
         if self._images is None or not parsed.images:
-            self._open_requests.admit(admission, self._pricing.estimate(admission, []))
+            self._open_requests.admit(admission, estimate or self._pricing.estimate(admission, []))
             return BodyPayload(
                 request_body.rebuild(parsed, {}, ask_usage=admission.shape.ask_usage), admission.mark_sent
             )

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import re
-import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -18,11 +17,10 @@ from sidecar.load import body_scan
 from sidecar.load.body_scan import BodyScan, Buffer
 from sidecar.load.found import FoundPart, Span
 from sidecar.load.request_keys import PROCESSING_OPTIONS
+from sidecar.relay import compression
 
 # Fields that name the coding of a body: HTTP's, SGLang's.
 CODING_FIELDS: Final = (b"content-encoding", b"x-body-compressed")
-_WINDOW_BITS: Final = {"gzip": 31, "x-gzip": 31, "deflate": 15}
-UNREAD_FACTOR: Final = 4  # text over its compressed form, where that is not read (zstd, brotli)
 _BASE64_MARK: Final = b";base64,"
 _MAX_HEAD_BYTES: Final = 136  # of a data URL, up to its base64 text
 _EMPTY_OBJECT: Final = re.compile(rb"\{[ \t\r\n]*\}")
@@ -73,14 +71,8 @@ def parse(body: bytes, *, links: bool = False) -> ParsedBody:
 
 def scan_coded(body: bytes, coding: str, limit: int) -> tuple[BodyScan | None, int]:
     """The scan of a compressed body, which is forwarded unchanged, and its text's bytes; reads up to `limit`."""
-    bits = _WINDOW_BITS.get(coding.strip().lower())
-    try:
-        if bits is None:
-            return None, len(body) * UNREAD_FACTOR
-        text = zlib.decompressobj(bits).decompress(body, limit)
-    except zlib.error:
-        return None, len(body)
-    return body_scan.scan(text), len(text)
+    text, size = compression.unpack(body, coding, limit)
+    return body_scan.scan(text) if text else None, size
 
 
 def rebuild(parsed: ParsedBody, replaced: Mapping[int, tuple[str, Buffer]], *, ask_usage: bool = False) -> list[Buffer]:

@@ -10,17 +10,16 @@ from __future__ import annotations
 
 import asyncio
 import time
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Final
 
 from msgspec import structs
 
 from sidecar.errors import RequestError
 from sidecar.load import answer_scan, usage_forms
 from sidecar.load.answer_scan import AnswerScan, Members
-from sidecar.relay import client_io
+from sidecar.relay import client_io, compression
 from sidecar.relay.admission import Admission
 from sidecar.relay.http.client import Request
 from sidecar.relay.http.engine import Answer, EngineError
@@ -30,7 +29,6 @@ from sidecar.relay.outcomes import EngineBroke
 from sidecar.relay.sse import JSON_LINES, SSE, add_price, error_event
 
 MAX_SHORT_BYTES: Final = 256 << 10  # an answer of known length up to this is read whole and written at once
-_WINDOW_BITS: Final = {"gzip": 31, "x-gzip": 31, "deflate": 15}
 _ERROR_EVENT_TIMEOUT_S: Final = 1.0  # for the last event to a client that may not read
 
 
@@ -40,16 +38,16 @@ def is_stream(answer: Answer) -> bool:
     return media_type == "text/event-stream" or media_type in JSON_LINES
 
 
-class Decoder(Protocol):
-    """Unpacks a compressed answer piece by piece."""
-
-    def decompress(self, data: bytes, /) -> bytes: ...
-
-
-def decoder_of(answer: Answer) -> Decoder | None:
+def decoder_of(answer: Answer) -> compression.Decoder | None:
     """What unpacks an answer; None if it is not compressed, or in a way that is not known."""
-    bits = _WINDOW_BITS.get(answer.fields.get(b"content-encoding").strip().lower())
-    return None if bits is None else zlib.decompressobj(bits)
+    return compression.decoder(answer.fields.get(b"content-encoding"))
+
+
+def _unpacked(decode: Callable[[bytes], bytes], chunk: bytes) -> bytes:
+    try:
+        return decode(chunk)
+    except compression.BROKEN:
+        raise EngineError("the engine's compressed answer is broken") from None
 
 
 def can_change(answer: Answer) -> bool:
@@ -75,7 +73,7 @@ class ResponseSender:
     _passed: list[Field]
     _admission: Admission
     _open_requests: OpenRequests
-    _decoder: Decoder | None = None  # of a stream that is compressed and must be changed
+    _decoder: compression.Decoder | None = None  # of a stream that is compressed and must be changed
 
     async def send(self) -> None:
         """Send it. Raises EngineBroke, if the answer is short before anything was sent."""
@@ -93,7 +91,7 @@ class ResponseSender:
 
         def take(chunk: bytes) -> None:
             before = sse.tokens
-            piece = feed(chunk if decode is None else decode(chunk))
+            piece = feed(chunk if decode is None else _unpacked(decode, chunk))
             if piece:
                 reply.write(piece)
             deliver(admission, sse.tokens - before, len(chunk), started=sse.started)
