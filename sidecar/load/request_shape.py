@@ -143,7 +143,7 @@ def _priority(value: Any) -> int:
 def _reorders(options: Options, holders: list[Options]) -> bool:
     """Whether an engine that serves first come, first served may serve later requests before this one."""
     for holder in holders:
-        if not _WAITED_FOR.isdisjoint(holder) and any(_is_set(holder[name]) for name in _WAITED_FOR & holder.keys()):
+        if any(_is_set(holder[name]) for name in _WAITED_FOR.intersection(holder)):
             return True
     for key in FORMAT_HOLDERS:
         if isinstance(held := options.get(key), dict) and _is_set(held.get("format")):
