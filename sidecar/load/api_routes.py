@@ -41,6 +41,7 @@ class Api:
     shared: tuple[str, ...] = ()
     generates: bool = True
     streams: bool = False  # default if the body does not specify it
+    loads: bool = False  # a request without a prompt loads or unloads the model
     output_of: Literal["", "second", "byte", "picture"] = ""
     output_per: float = 0.0
 
@@ -100,8 +101,8 @@ APIS: Final = (
     _GENERATE,
     Api("generate", "generate_stream", _GENERATE.items, streams=True),  # TGI's
     Api("llamacpp_completion", "completion infill", ("prompt",)),
-    Api("ollama_chat", "api/chat", streams=True),
-    Api("ollama_generate", "api/generate", streams=True),
+    Api("ollama_chat", "api/chat", streams=True, loads=True),
+    Api("ollama_generate", "api/generate", streams=True, loads=True),
     Api("cohere_chat", "v1/chat v2/chat"),
     Api("decisions", "systemone decisions", ("questions",), ("state", "instructions", "input"), generates=False),
 )

@@ -352,7 +352,7 @@ class Ledger:
 
     def _leave_queue(self, key: Key, event: Settled, *, started: bool) -> float:
         """Remove an ended request from the engine's queue. Returns the share of its prompt that may be computed."""
-        if started or event.sent_at is None or event.status >= 400:
+        if started or event.sent_at is None or event.status >= 300:
             self._queue.forget(key, event.at)
         elif event.outcome in LEFT_OUTCOMES:
             return self._queue.drop(key, event.at)
@@ -380,7 +380,7 @@ def actual_work(
     """
     if event.usage is not None:
         return cost_model.settled_work(expected, event.usage, 0)
-    if event.sent_at is None or event.outcome == "rejected" or event.status >= 400:
+    if event.sent_at is None or event.outcome == "rejected" or event.status >= 300:
         return None
     if not started and event.outcome in ("engine_error", "stalled"):
         return None

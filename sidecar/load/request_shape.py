@@ -76,6 +76,8 @@ def describe(scan: BodyScan | None, api: Api, body_bytes: int) -> RequestShape:
     model, stream = options.get("model"), _is_true(options.get("stream", api.streams))
     holders, sequences = _holders(options), sequences_of(found.items, api)
     choices, limit = max(_counts(holders, CHOICE_KEYS), default=0) or 1, next(iter(_counts(holders, OUTPUT_KEYS)), None)
+    if api.loads and not found.text_bytes and not found.token_ids and not found.images:
+        limit = 0
     videos = found.videos + _items(found.items, "video_data", "videos")
     return RequestShape(
         # JSON may hold lone surrogates, which no report can carry

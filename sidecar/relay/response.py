@@ -30,6 +30,10 @@ from sidecar.relay.sse import JSON_LINES, SSE, add_price, error_event
 
 MAX_SHORT_BYTES: Final = 256 << 10  # an answer of known length up to this is read whole and written at once
 _ERROR_EVENT_TIMEOUT_S: Final = 1.0  # for the last event to a client that may not read
+_CHOICE_ROUTES: Final = ("chat", "completions")
+# Their streams have an end of their own: one without it is no answer, however its connection ended.
+_ENDED_ROUTES: Final = (*_CHOICE_ROUTES, "messages", "responses", "ollama_chat", "ollama_generate", "cohere_chat")
+_MAX_END_BYTES: Final = 64  # of a choice: its name, its value, and spaces
 
 
 def is_stream(answer: Answer) -> bool:
@@ -85,7 +89,7 @@ class ResponseSender:
     async def _send_stream(self) -> None:
         admission, is_lines = self._admission, self._answer.fields.media_type() in JSON_LINES
         shape = admission.shape
-        sse = SSE(shape.ask_usage, admission.price, is_lines=is_lines, choices=shape.choices)
+        sse = SSE(shape.ask_usage, admission.price, is_lines=is_lines, choices=shape.choices, prompts=shape.prompts)
         reply, deliver, feed = self._request.reply, self._open_requests.deliver, sse.feed
         decode = None if self._decoder is None else self._decoder.decompress
 
@@ -100,6 +104,7 @@ class ResponseSender:
         try:
             await self._pipe(take)
             reply.write(sse.finish())
+            sse.failed = sse.failed or (admission.route in _ENDED_ROUTES and not sse.has_ended)
         finally:
             admission.told, admission.failed = sse.told, sse.failed
         await self._end()
@@ -113,9 +118,14 @@ class ResponseSender:
         # JSON means nothing before its end: its first bytes are no first token
         started = answer.ok and answer.fields.media_type() != "application/json"
 
+        has_failed, before = False, b""
+
         def take(chunk: bytes) -> None:
+            nonlocal has_failed, before
             reply.write(chunk)
             scan.feed(chunk)
+            has_failed = has_failed or self._has_failed_choice(before + chunk)
+            before = chunk[-_MAX_END_BYTES:]
             self._open_requests.deliver(admission, tokens, len(chunk), started=started)
 
         self._begin(None)
@@ -124,7 +134,7 @@ class ResponseSender:
             await self._pipe(take)
             is_whole = True
         finally:
-            self._read(scan.items(), is_whole=is_whole)
+            self._read(scan.items(), is_whole=is_whole, has_failed=has_failed)
         await self._end()
 
     async def _send_short(self) -> None:
@@ -136,17 +146,20 @@ class ResponseSender:
             self._begin(None, body=sent)
             await self._wait()
         finally:
-            self._read(answer_scan.read(body), is_whole=True)
+            self._read(answer_scan.read(body), is_whole=True, has_failed=self._has_failed_choice(body))
             self._admission.bytes += len(body)  # settled at once: nothing of it is left to report
 
-    def _read(self, items: list[Members], *, is_whole: bool) -> None:
+    def _has_failed_choice(self, text: bytes) -> bool:
+        """Whether a piece of the answer says that a choice failed."""
+        return self._admission.route in _CHOICE_ROUTES and usage_forms.has_failed_choice(text)
+
+    def _read(self, items: list[Members], *, is_whole: bool, has_failed: bool) -> None:
         """Record the usage of a non-streamed answer; for errors the status suffices."""
         if self._answer.ok:
-            admission = self._admission
-            told = usage_forms.read(items, admission.shape.choices)
-            told = usage_forms.with_header(told, self._answer.fields.get)
+            admission, choices = self._admission, self._admission.shape.choices
+            told = usage_forms.with_header(usage_forms.read(items, choices), self._answer.fields.get, choices)
             admission.told = told if told is None or is_whole else structs.replace(told, final=False)
-            admission.failed = any(map(usage_forms.has_failed, items))
+            admission.failed = has_failed or any(map(usage_forms.has_failed, items))
 
     def _begin(self, sse: SSE | None, body: bytes | None = None) -> None:
         answer = self._answer
