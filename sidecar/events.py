@@ -186,7 +186,8 @@ class UnreadRequest(Record, tag=True, frozen=True):
     """A request of unknown cost is with the engine (`on`), or over. It is passed on unread, and may be work.
 
     `id` is the relay's own. Its bytes are reported by Delivered with 0 tokens. `status` is the engine's, 0 where there
-    was none. `path_class` is one of load.api_routes; its end has none.
+    was none. `path_class` is one of load.api_routes; its end has one only if its beginning was not reported, as too
+    many were open.
     """
 
     id: str

@@ -16,8 +16,6 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
-from msgspec import structs
-
 from sidecar.engines.registry import KINDS
 from sidecar.errors import Draining, ImagesOff, Internal, RequestError, place_of
 from sidecar.events import AbortRequests, CanariesOver, Command, Event, LoadReport, MetricsPage
@@ -269,13 +267,17 @@ class Relay:
             limit = self._settings.max_body_bytes
             held.grow(len(body) + compression.held_bytes(body, limit))
             scan, size = await body_thread.run(partial(request_body.scan_coded, coding=coding, limit=limit), body)
-            admission.shape = structs.replace(request_shape.describe(scan, api, size), ask_usage=False)
+            admission.describe_unread(scan, size, api)
+        elif wide := request_body.wide_coding(body):
+            held.grow(3 * len(body))  # its text, and that in UTF-8
+            scan, size = await body_thread.run(partial(request_body.scan_wide, coding=wide), body)
+            admission.describe_unread(scan, size, api)
         else:
             parse = partial(request_body.parse, links=self._fetch is not None)
             parsed = parse(body) if len(body) <= body_thread.MAX_INLINE_BYTES else await body_thread.run(parse, body)
             api = api_routes.of_form(api, () if parsed.scan is None else parsed.scan.found.members)
             admission.route = api.route
-            admission.shape = request_shape.describe(parsed.scan, api, len(body))
+            admission.shape = request_shape.describe(parsed.scan, api, len(body), parsed.sounds)
         estimate = await self._pricing.charge(admission, parsed)
         if self._images is None or not parsed.images:
             self._open_requests.admit(admission, estimate or self._pricing.estimate(admission, []))

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from sidecar.load import body_scan
+from sidecar.load import audio_parts, body_scan, request_shape
 from sidecar.load.body_scan import BodyScan, Buffer
 from sidecar.load.found import FoundPart, Span
 from sidecar.load.request_keys import PROCESSING_OPTIONS
@@ -55,11 +55,14 @@ class ParsedBody:
     images: list[ImagePart] = field(default_factory=list)
     image_count: int = 0
     link_count: int = 0
+    sounds: list[float] = field(default_factory=list)  # seconds of the recordings whose length is known
 
 
 def parse(body: bytes, *, links: bool = False) -> ParsedBody:
     """Scan a body. `links`: images behind http(s) links count as images, too."""
     parsed = ParsedBody(body, body_scan.scan(body))
+    if parsed.scan is not None and (audios := request_shape.audios_of(parsed.scan.found)):
+        parsed.sounds = audio_parts.seconds_in(body, audios)
     if parsed.scan is None or any(parsed.scan.options.get(name) for name in PROCESSING_OPTIONS):
         return parsed
     found = parsed.scan.found
@@ -73,6 +76,21 @@ def scan_coded(body: bytes, coding: str, limit: int) -> tuple[BodyScan | None, i
     """The scan of a compressed body, which is forwarded unchanged, and its text's bytes; reads up to `limit`."""
     text, size = compression.unpack(body, coding, limit)
     return body_scan.scan(text) if text else None, size
+
+
+def wide_coding(body: bytes) -> str:
+    """The coding of a body in UTF-16 or UTF-32, which Python's engines read as UTF-8; "" if it is none of these."""
+    coding = json.detect_encoding(body[:4])
+    return "" if coding.startswith("utf-8") else coding
+
+
+def scan_wide(body: bytes, coding: str) -> tuple[BodyScan | None, int]:
+    """The scan of a body in another coding, which is forwarded unchanged, and its text's bytes."""
+    try:
+        text = body.decode(coding).encode(errors="surrogatepass")
+    except UnicodeError:
+        return None, len(body)
+    return body_scan.scan(text), len(text)
 
 
 def rebuild(parsed: ParsedBody, replaced: Mapping[int, tuple[str, Buffer]], *, ask_usage: bool = False) -> list[Buffer]:

@@ -183,7 +183,7 @@ class Metrics(Collector):
             case Verdict():
                 self._count("sidecar_verdict_changes_total", (record.state, self._reasons(record.reason)))
             case UnreadRequest():
-                if record.on and record.path_class in PATH_CLASSES:
+                if record.path_class in PATH_CLASSES:
                     self._count("sidecar_unmetered_requests_total", (record.path_class,))
             case AbortRequests():
                 self._count("sidecar_streams_ended_total", (record.code,), len(record.ids))

@@ -6,13 +6,17 @@ An answer is what the engine writes, piece by piece; the client of a case that l
 from __future__ import annotations
 
 import asyncio
+import base64
+import io
 import json
+import wave
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 import pytest
 from aiohttp import web
 
+from sidecar.events import Admitted
 from sidecar.load.cost_model import Coefficients
 from sidecar.load.ledger import Ledger, Settlement
 
@@ -275,3 +279,126 @@ async def test_what_is_booked_is_what_the_engine_did(rig: Any, serve: Any, case:
     assert all(right is None or value == right for value, right in zip(booked, case.booked, strict=True)), booked
     if case.booked == (0, 0, 0):
         assert found.mu == 0
+
+
+def audio(seconds: int) -> str:
+    """A recording in base64."""
+    made = io.BytesIO()
+    with wave.open(made, "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(16_000)
+        file.writeframes(bytes(32_000 * seconds))
+    return base64.b64encode(made.getvalue()).decode()
+
+
+def heard(part: dict[str, Any]) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": [{"type": "text", "text": "What is it?"}, part]}]}
+
+
+WORDS: Final = "word and " * 400  # 900 tokens at 4 bytes each
+BINARY: Final = base64.b64encode(bytes(120_000)).decode()
+MEDIA: Final = {"prompt_string": WORDS + "<__media__>", "multimodal_data": [BINARY]}
+
+ONE: Final = (1, 900, 0)
+B: Final = (20, 18_000, 0)  # a batch
+TEXTS: Final = [{"type": "text", "text": WORDS}] * 20
+SEALED: Final = {"type": "reasoning", "encrypted_content": BINARY}
+THOUGHT: Final = {"type": "thinking", "thinking": WORDS, "signature": BINARY}
+LIKE_MEDIA: Final = json.dumps({"multimodal_data": ["data:image/png;base64,AAAA"], "prompt_string": WORDS})
+
+
+def spoken(seconds: int) -> dict[str, Any]:
+    return heard({"type": "input_audio", "input_audio": {"data": audio(seconds), "format": "wav"}})
+
+
+def linked(seconds: int) -> dict[str, Any]:
+    return heard({"type": "audio_url", "audio_url": {"url": "data:audio/wav;base64," + audio(seconds)}})
+
+
+# A path, a body, and what is to be expected of it: prompts, tokens of all prompts, images.
+PRICED: Final[tuple[tuple[str, str, Any, tuple[int, int, int]], ...]] = (
+    (
+        "3 TEI: sentences in an object",
+        "/similarity",
+        {"inputs": {"source_sentence": "a", "sentences": [WORDS] * 20}},
+        B,
+    ),
+    ("3 vLLM: documents in an object", "/v1/rerank", {"query": "q", "documents": {"content": TEXTS}}, B),
+    ("3 vLLM: texts of a score in an object", "/v1/score", {"text_1": "a", "text_2": {"content": TEXTS}}, B),
+    ("3 Vertex: instances to classify", "/v1/predict", {"instances": [{"inputs": WORDS}] * 20}, B),
+    ("3 speech of several texts", "/v1/audio/speech/batch", {"items": [{"input": WORDS}] * 20}, B),
+    ("4 Triton", "/v2/models/ensemble/generate", {"text_input": WORDS, "max_tokens": 9}, ONE),
+    ("4 SGLang: prompts as vectors", "/generate", {"input_embeds": [[0.25] * 64] * 900}, ONE),
+    ("4 vLLM: prompts as tensors", "/v1/completions", {"prompt_embeds": "A" * (900 * 8192 * 4 // 3)}, ONE),
+    ("4 a minute of speech in a chat", CHAT, spoken(60), (1, 1500, 0)),
+    ("4 two seconds of speech in a chat", CHAT, linked(2), (1, 50, 0)),
+    ("17 llama.cpp: media of a prompt", "/completion", {"prompt": MEDIA}, (1, 1900, 1)),
+    ("17 llama.cpp: media of several prompts", "/completion", {"prompt": [MEDIA] * 3}, (3, 5700, 3)),
+    ("17 sealed thoughts that come back", "/v1/responses", {"input": [SEALED, {"content": WORDS}]}, ONE),
+    ("17 the signature of a thought", "/v1/messages", {"messages": [{"content": [THOUGHT]}]}, ONE),
+    ("17 a document that has a signature", CHAT, {"documents": [{"signature": WORDS}], "messages": []}, ONE),
+    ("17 a text that reads like media of a prompt", "/v1/completions", {"prompt": LIKE_MEDIA}, ONE),
+)
+
+
+@pytest.mark.parametrize(("name", "path", "body", "expected"), PRICED, ids=[case[0] for case in PRICED])
+async def test_what_is_expected_is_what_the_engine_has_to_do(
+    rig: Any, serve: Any, name: str, path: str, body: Any, expected: tuple[int, int, int]
+) -> None:
+    """Sequences and images exactly, tokens within what an estimate by bytes can be."""
+
+    async def engine(request: web.BaseRequest) -> web.StreamResponse:
+        await request.read()
+        return web.json_response({})
+
+    r = await rig(await serve(engine, client_max_size=1 << 25))
+    async with r.client.post(r.url + path, data=io.BytesIO(json.dumps(body).encode())) as got:
+        await got.read()
+    [admitted] = r.emitted.of(Admitted)
+    prompts, tokens, images = expected
+    work = admitted.expected
+    assert (work.prompts, work.sequences, work.images) == (prompts, prompts, images)
+    assert work.uncached == pytest.approx(tokens, rel=0.05, abs=20)
+
+
+GREEDY: Final = {"model": "m", "messages": [{"role": "user", "content": WORDS}], "n": 64, "max_tokens": 1000}
+
+
+@pytest.mark.parametrize(
+    "coding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be"]
+)
+async def test_5_no_coding_of_a_body_leads_round_a_limit(rig: Any, serve: Any, coding: str) -> None:
+    """Python's engines read UTF-16 and UTF-32, so these are priced as what they say, and forwarded as they came."""
+    sent = json.dumps(GREEDY | {"stream": True}).encode(coding)
+    seen: list[bytes] = []
+
+    async def engine(request: web.BaseRequest) -> web.StreamResponse:
+        seen.append(await request.read())
+        assert json.loads(seen[0])["n"] == 64
+        return web.json_response({})
+
+    r = await rig(await serve(engine))
+    async with r.client.post(r.url + CHAT, data=sent) as got:
+        await got.read()
+    [admitted] = r.emitted.of(Admitted)
+    assert (admitted.model, admitted.stream, admitted.expected.sequences) == ("m", True, 64)
+    assert admitted.expected.uncached == pytest.approx(900, abs=20)
+    assert seen == [sent] or coding.startswith("utf-8")
+
+
+async def test_5_a_body_next_to_an_upgrade_is_priced(rig: Any, serve: Any) -> None:
+    """An engine that makes no WebSocket of it takes it as an ordinary request; so does the price."""
+    seen: list[bytes] = []
+
+    async def engine(request: web.BaseRequest) -> web.StreamResponse:
+        seen.append(await request.read())
+        return web.json_response({})
+
+    r = await rig(await serve(engine))
+    body = json.dumps({"text": WORDS, "sampling_params": {"n": 64, "max_new_tokens": 1000}}).encode()
+    head = "GET /generate HTTP/1.1\r\nhost: x\r\nconnection: upgrade, close\r\nupgrade: websocket\r\n"
+    answer = await r.raw(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
+    assert answer.startswith(b"HTTP/1.1 200 ")
+    [admitted] = r.emitted.of(Admitted)
+    assert (admitted.expected.sequences, seen) == (64, [body])
