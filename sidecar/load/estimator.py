@@ -155,13 +155,17 @@ class Estimator:
         whole, output = expected.uncached + expected.cached, self.high_output(tenant, shape, expected)
         return self.mu(structs.replace(expected, uncached=whole, cached=0, output=output))
 
+    def learn_cached(self, tenant: str, shape: RequestShape, prompt: int, cached: int) -> None:
+        """Learn how much of a request's prompts was cached."""
+        if not shape.audio_seconds:
+            prompts = max(1, shape.prompts)
+            self.cached.learn(tenant, shape.model, prompt // prompts, cached // prompts)
+
     def learn(self, tenant: str, shape: RequestShape, usage: Usage, counted: int | None = None) -> None:
         """Learn from the usage of a finished request. `counted`: tokens of its whole text, by a tokenizer."""
         text_tokens = usage.prompt_tokens - shape.token_ids
         has_media = shape.images or shape.audios or shape.videos or shape.audio_seconds
-        if not shape.audio_seconds:
-            prompts = max(1, shape.prompts)
-            self.cached.learn(tenant, shape.model, usage.prompt_tokens // prompts, usage.cached_tokens // prompts)
+        self.learn_cached(tenant, shape, usage.prompt_tokens, usage.cached_tokens)
         if not has_media and text_tokens > 0 and shape.text_bytes > 0:
             # By tokens, as the template of a short prompt outweighs its text.
             low, high = BYTES_PER_TOKEN_BOUNDS

@@ -16,7 +16,7 @@ from typing import Any, Final
 import pytest
 from aiohttp import web
 
-from sidecar.events import Admitted
+from sidecar.events import Admitted, Settled
 from sidecar.load.cost_model import Coefficients
 from sidecar.load.ledger import Ledger, Settlement
 
@@ -402,3 +402,39 @@ async def test_5_a_body_next_to_an_upgrade_is_priced(rig: Any, serve: Any) -> No
     assert answer.startswith(b"HTTP/1.1 200 ")
     [admitted] = r.emitted.of(Admitted)
     assert (admitted.expected.sequences, seen) == (64, [body])
+
+
+AGENT: Final = {"text": WORDS, "stream": True, "sampling_params": {"max_new_tokens": 600}}
+TURN: Final = Truth(900, 850, 40)
+CONTINUOUS: Final = ASK | {"stream_options": {"include_usage": True, "continuous_usage_stats": True}}
+
+# Streams of agents, whose clients leave each of them before its end.
+AGENTS: Final = (
+    ("10 SGLang", "/generate", AGENT, [data(sglang(TURN, n, None)) for n in range(1, 41)]),
+    ("10 running usage of a chat", CHAT, CONTINUOUS, [pick(0, None, Truth(900, 850, n)) for n in range(1, 41)]),
+)
+
+
+@pytest.mark.parametrize(("name", "path", "body", "events"), AGENTS, ids=[agent[0] for agent in AGENTS])
+async def test_10_streams_that_are_left_teach_what_is_cached(
+    rig: Any, serve: Any, name: str, path: str, body: Any, events: list[bytes]
+) -> None:
+    """The engine reports it before the end, so the next turns are expected to find it in the cache."""
+
+    async def engine(request: web.BaseRequest) -> web.StreamResponse:
+        await request.read()
+        response = web.StreamResponse(headers={"content-type": "text/event-stream"})
+        await response.prepare(request)
+        await response.write(b"".join(events))
+        await asyncio.Event().wait()
+        return response
+
+    r = await rig(await serve(engine))
+    for turn in range(1, 9):
+        async with asyncio.timeout(PATIENCE), r.client.post(r.url + path, json=body) as got:
+            await got.content.readexactly(sum(map(len, events)))
+            got.close()
+        await r.emitted.wait(Settled, turn)
+    first, *_, last = r.emitted.of(Admitted)
+    assert first.expected.cached == 0
+    assert last.expected.cached > 0.7 * (last.expected.uncached + last.expected.cached)

@@ -92,6 +92,9 @@ class Pricing:
             counted = admission.token_count
             exact = counted.tokens if counted is not None and counted.exact else None
             self.estimator.learn(admission.tenant, admission.shape, end.usage, exact)
+        elif (told := admission.told) is not None and told.prompt and told.cached is not None:
+            # the client left, but the engine had already said how much of the prompt it knew
+            self.estimator.learn_cached(admission.tenant, admission.shape, told.prompt, told.cached)
 
 
 def tokens_of(parts: Iterable[ImagePart], spec: ProcessorSpec) -> list[int]:
