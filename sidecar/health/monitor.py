@@ -216,7 +216,12 @@ class HealthMonitor:
                 self.partial_hangs.table.admit((relay, event.id), event, prefill, whole)
                 shows_prefill = work is not None and (event.stream or event.route in SHORT_ROUTES)
                 self.progress.admitted(
-                    (relay, event.id), prefill if shows_prefill else None, event.at, route=event.route
+                    (relay, event.id),
+                    prefill if shows_prefill else None,
+                    event.at,
+                    event.route,
+                    size=event.mu,
+                    has_media=event.expected.has_media,
                 )
             case FirstToken():
                 self.partial_hangs.table.first_token((relay, event.id), event)
@@ -241,6 +246,8 @@ class HealthMonitor:
             case UnreadRequest():
                 if 200 <= event.status < 300:
                     self.refusals.served()
+                elif event.status == 0 and self.progress.is_unread_overdue((relay, event.id), event.at):
+                    self.partial_hangs.unserved_work.unread_left(event.at)
                 self.progress.unread_closed((relay, event.id), event.status, event.at)
             case EnginePauseChanged():
                 self.exemptions.pause(event)

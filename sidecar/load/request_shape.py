@@ -109,7 +109,10 @@ def describe(scan: BodyScan | None, api: Api, body_bytes: int, sounds: Sequence[
         video_frames=videos * _frames(options) if videos else 0,
         ask_usage=stream and api.route in _STREAM_OPTIONS_ROUTES and _lacks_usage(options.get("stream_options")),
         priority=_priority(options.get("priority")),
-        reorders=found.fetches or _reorders(options, holders) or _has_tool_grammar(scan),
+        # a sound or a video is decoded by the engine's API process, while later requests pass it
+        reorders=bool(found.fetches or audios_of(found) or videos)
+        or _reorders(options, holders)
+        or _has_tool_grammar(scan),
         withholds=_withholds(scan),
     )
 
