@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from sidecar.events import Admitted, Delivered, FirstToken, RequestSize, Settled, UnreadRequest
 from sidecar.readings import EngineSample
 
-from .judged_pod import Pod
+from .judged_pod import WALL, Pod
 
 
 def admit(pod: Pod, route: str, mu: float, work: RequestSize, *, stream: bool = False, most: int | None = 64) -> str:
@@ -198,3 +200,54 @@ def test_6_the_whole_engine_stands_for_sixty_seconds_and_goes_on() -> None:
     pod.canaries = "ok"
     pod.tick(60, *ids)
     assert "stalled" not in pod.states and not pod.ends and pod.state == "progressing"
+
+
+def restarted_soon() -> Pod:
+    """One whose starts may take 225 s: a tenth of the default."""
+    pod = Pod()
+    progress = pod.control.health.progress
+    progress.limits = replace(progress.limits, cap=90.0)
+    return pod
+
+
+def starts(pod: Pod, seconds: float) -> None:
+    """A supervisor starts another process of the engine in its container, which loads for so long."""
+    pod.page = EngineSample(started_wall=WALL + pod.now)
+    pod.tick(seconds)
+
+
+def test_15_processes_that_are_started_again_and_again_and_never_serve() -> None:
+    """Each ends after a minute of loading: none reaches the deadline of a start, all of them together do, and the
+    next start has its own."""
+    pod = restarted_soon()
+    pod.page = EngineSample(started_wall=WALL + pod.now - 100)
+    pod.tick(5)
+    pod.canaries = "failed"
+    pod.watch()
+    for _ in range(7):
+        starts(pod, 60)
+    assert "stalled" not in pod.states and pod.state == "starting"
+    for _ in range(2):
+        starts(pod, 60)
+    assert "stalled" in pod.states
+    pod.watch()
+    for _ in range(6):
+        starts(pod, 60)
+    assert pod.states == {"starting"}
+
+
+def test_15_a_process_that_replaced_others_and_serves_at_last() -> None:
+    """The third start works: from then on the next one has all of its time."""
+    pod = restarted_soon()
+    pod.page = EngineSample(started_wall=WALL + pod.now - 100)
+    pod.tick(5)
+    pod.canaries = "failed"
+    starts(pod, 180)
+    starts(pod, 180)
+    pod.canaries = "ok"
+    starts(pod, 30)
+    assert pod.state == "idle"
+    pod.canaries = "failed"
+    pod.watch()
+    starts(pod, 200)
+    assert "stalled" not in pod.states
