@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any, Final
 
+from sidecar.report.usage_query import Provenance
 from sidecar.report.usage_rows import HOUR_S, IDLE, Rate, UsageKey, UsageSums
 from sidecar.report.usage_store import LATE_S
 
@@ -31,9 +32,15 @@ class Exporter:
 
     origin: str
     pod: str
-    account: str
-    provider: str
-    currency: str
+    account: str = ""
+    provider: str = ""
+    currency: str = ""
+
+
+def exporter_of(
+    provenance: Provenance, pod: str, account: str = "", provider: str = "", currency: str = ""
+) -> Exporter:
+    return Exporter("+".join(sorted(provenance.origins)) or pod, pod, account, provider, currency)
 
 
 def final_until(now: float) -> int:

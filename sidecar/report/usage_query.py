@@ -27,6 +27,7 @@ _TIMES: Final[Mapping[str, Callable[[datetime], str]]] = {
 GROUPS: Final = (*_NAMED, *_TIMES)  # the values of `sidecar usage --by`
 
 Row = tuple[tuple[Any, ...], UsageSums]
+EMPTY_ROW: Final = UsageKey(0, HOUR_S, "", "", "", "", Rate()), UsageSums()
 
 _COLUMNS = ", ".join(NAMES)
 _SUMMED = ", ".join(f"sum({name})" for name in NAMES)
@@ -113,6 +114,13 @@ def hours(path: Path, since: int, until: int) -> list[tuple[UsageKey, UsageSums]
             start, end = max(key.at, since), min(key.at + key.span, until)
             found.append((key._replace(at=start, span=end - start), cut(sums, key.at, key.span, start, end)))
     return found
+
+
+def first_hour(path: Path, otherwise: int) -> int:
+    """The full hour of UTC in which the oldest row begins. Raises OSError or sqlite3.Error."""
+    with _opened(path) as (db, rows):
+        (first,) = db.execute(f"SELECT min(at) FROM {rows}").fetchone()
+    return otherwise if first is None else int(first) // HOUR_S * HOUR_S
 
 
 def _key_and_sums(row: tuple[Any, ...]) -> tuple[UsageKey, UsageSums]:

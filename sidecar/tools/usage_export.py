@@ -30,9 +30,9 @@ from typing import Final, TextIO
 
 from sidecar.errors import UsageError
 from sidecar.flags import directory, file_path, flag, one_of, text
-from sidecar.report.usage_export import Exporter, ExportRow, final_until, focus, record
-from sidecar.report.usage_query import hours, provenance
-from sidecar.report.usage_rows import HOUR_S, Rate, UsageKey, UsageSums
+from sidecar.report.usage_export import ExportRow, exporter_of, final_until, focus, record
+from sidecar.report.usage_query import EMPTY_ROW, hours, provenance
+from sidecar.report.usage_rows import HOUR_S, UsageKey
 from sidecar.report.usage_store import USAGE_FILE
 from sidecar.settings import require_writable
 from sidecar.tools.usage import NoUsageRecords, as_text, moment, seconds_of, time_zone, zone_of
@@ -67,10 +67,8 @@ def main(settings: ExportSettings) -> int:
     since, until = export_range(settings, _read_mark(settings.mark), time.time())
     path = Path(settings.state_dir) / USAGE_FILE
     try:
-        origins = provenance(path).origins
         pod = settings.pod or os.environ.get("POD_NAME") or socket.gethostname()
-        names = settings.account, settings.provider, settings.currency
-        by = Exporter("+".join(sorted(origins)) or pod, pod, *names)
+        by = exporter_of(provenance(path), pod, settings.account, settings.provider, settings.currency)
         kept = hours(path, since, until) if since < until else []
     except (OSError, sqlite3.Error) as e:
         raise NoUsageRecords(f"--state-dir: the usage records {path} cannot be read: {e}") from None
@@ -79,7 +77,7 @@ def main(settings: ExportSettings) -> int:
     found = [record(key, sums, by) for key, sums in kept]
     found.sort(key=lambda row: (row["start"], row["id"]))
     rows = [focus(row, by) for row in found] if settings.format == "focus" else found
-    empty = record(UsageKey(0, HOUR_S, "", "", "", "", Rate()), UsageSums(), by)
+    empty = record(*EMPTY_ROW, by)
     head = list(focus(empty, by) if settings.format == "focus" else empty)
     if settings.out:
         with Path(settings.out).open("w", newline="") as out:
