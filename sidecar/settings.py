@@ -128,6 +128,16 @@ class Settings:
     )
     usage_days: int = flag(35, integer(1, 3660), "Days to keep usage records")
     usage_bytes: int = flag(64 << 20, size, "Maximum size of the usage records; 0: keep none")
+    usage_url: str = flag(
+        "",
+        flags.postgres_url,
+        "PostgreSQL database for usage records by the hour (postgresql://...); none: only the state directory; needs "
+        "the extra `postgres`",
+        secret=True,
+    )
+    request_log_bytes: int = flag(
+        0, size, "Maximum size of the log of requests in the state directory (JSON lines, no content); 0: no log"
+    )
     dollars_per_gpu_hour: float = flag(
         0.0, number(0, 10_000, "dollars"), "Price of an hour of one GPU, for usage records and metrics; 0: unknown"
     )

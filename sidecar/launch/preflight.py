@@ -94,6 +94,15 @@ def explain_images_off(chosen: Settings, shm: str = SHM_DIR) -> str:
     return ""
 
 
+def check_usage(chosen: Settings) -> None:
+    """Raises UsageError or StartError if usage cannot be reported as asked. Whether a database answers is not asked."""
+    for name, value in (("usage-url", chosen.usage_url), ("request-log-bytes", chosen.request_log_bytes)):
+        if value and not chosen.usage_bytes:
+            raise UsageError(f"--{name}: needs the usage records in the state directory; --usage-bytes is 0")
+    if chosen.usage_url and importlib.util.find_spec("psycopg") is None:
+        raise StartError("--usage-url: the extra is not installed; pip install 'inference-sidecar[postgres]'")
+
+
 def check_certificate(chosen: Settings) -> None:
     """Raises UsageError if the relay's port cannot speak TLS with --tls-cert and --tls-key."""
     if bool(chosen.tls_cert) != bool(chosen.tls_key):

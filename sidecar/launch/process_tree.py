@@ -36,6 +36,7 @@ from sidecar.launch.preflight import (
     bind,
     bind_unix,
     check_certificate,
+    check_usage,
     choose_coefficients,
     choose_image_mode,
     reserve,
@@ -63,6 +64,7 @@ def main(chosen: Settings, run_to_exit_code: ExitCodeRunner) -> int:
     """Serve until SIGTERM or SIGINT, drain, return the exit code. Raises UsageError and StartError at startup."""
     open_files.raise_limit()  # of all processes: many shells and runtimes allow 1024
     check_certificate(chosen)
+    check_usage(chosen)
     coefficients = choose_coefficients(chosen)
     chosen = replace(chosen, images=choose_image_mode(chosen))
 

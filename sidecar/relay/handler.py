@@ -235,7 +235,8 @@ class Relay:
         if self._settings.otlp_endpoint:
             given, state = request.fields.get(b"traceparent"), request.fields.get(b"tracestate")
             trace = parse_traceparent(given, state) or new_trace()
-        admission = Admission(self._open_requests.new_id(), api.route, tenant, trace)
+        is_clients = bool(headers.request_id(request.fields))  # then it may not be unique
+        admission = Admission(self._open_requests.new_id() if is_clients else id, api.route, tenant, trace)
         try:
             with self._budget.reading() as held, self._open_requests.settling(admission):
                 self._open_requests.check(time.monotonic())

@@ -57,6 +57,7 @@ _OVERHEAD_S = (0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.0
 _IMAGE_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
 _CLIENT, _GPU = ("tenant", "model", "outcome"), ("gpu",)
 _KIND = (*_CLIENT[:2], "kind", "source")
+DATABASE_RESULTS: Final = ("ok", "failed")
 
 METRICS: Final = (
     Metric("sidecar_mu_in_flight", "Model units of admitted requests that are not settled."),
@@ -129,6 +130,10 @@ METRICS: Final = (
     Metric("sidecar_engine_gpus", "Number of the engine's GPUs, as billed."),
     Metric("sidecar_usage_evicted_rows_total", "Dropped rows of usage records.", ("why", "billable")),
     Metric("sidecar_usage_evicted_mu_total", "Model units in dropped rows of usage records.", ("why",)),
+    Metric(
+        "sidecar_requests_unlogged_total", "Requests without a line in the log of requests: it could not be written."
+    ),
+    Metric("sidecar_usage_database_writes_total", "Writes of usage records to --usage-url.", ("result",)),
     Metric("sidecar_build_info", "Always 1; the labels name version and engine.", ("version", "engine_kind")),
     # The name and unit of DCGM's exporter, for its consumers.
     Metric("DCGM_FI_DEV_GPU_UTIL", "GPU utilization (in %).", ("gpu", "UUID")),
@@ -159,6 +164,9 @@ class Metrics(Collector):
             self._count("sidecar_usage_evicted_mu_total", (why,), 0.0)
             for billable in ("yes", "no"):
                 self._count("sidecar_usage_evicted_rows_total", (why, billable), 0.0)
+        self._count("sidecar_requests_unlogged_total", (), 0.0)
+        for result in DATABASE_RESULTS:
+            self._count("sidecar_usage_database_writes_total", (result,), 0.0)
         for name in PATH_CLASSES:  # each from 0 on: rate() misses the increase of a series that begins at 1
             self._count("sidecar_unmetered_requests_total", (name,), 0)
         self._snapshot: Snapshot | None = None
@@ -211,6 +219,14 @@ class Metrics(Collector):
         labels = eviction.why, "yes" if eviction.is_billable else "no"
         self._count("sidecar_usage_evicted_rows_total", labels, eviction.rows)
         self._count("sidecar_usage_evicted_mu_total", labels[:1], eviction.mu)
+
+    def requests_unlogged(self, lines: int) -> None:
+        """Count lines that were dropped from the log of requests."""
+        self._count("sidecar_requests_unlogged_total", (), lines)
+
+    def database_written(self, result: Literal["ok", "failed"]) -> None:
+        """Count a write of usage records to the database."""
+        self._count("sidecar_usage_database_writes_total", (result,))
 
     def relabel(self, of: Callable[[str, str], tuple[str, str]]) -> None:
         """Add the series of clients that lost their label to those of `of`."""
