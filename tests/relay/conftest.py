@@ -12,7 +12,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from sidecar.events import Event, Settled
+from sidecar.events import Event, LoadReport, Settled
 from sidecar.load.cost_model import Coefficients
 from sidecar.load.estimator import Estimator
 from sidecar.relay.client_io import CLIENT_STALL_S
@@ -150,6 +150,8 @@ async def emitted() -> EmittedEvents:
 async def _rig(own: Settings, pricing: Pricing, ways: dict[str, Any]) -> AsyncIterator[Rig]:
     emitted = EmittedEvents()
     relay = Relay(own, emitted, pricing, **ways)
+    if ways.get("images") is not None:  # to an engine that is not known no prepared images go
+        relay.on_command(LoadReport("{}", "", "idle", own.engine_kind))
     accepting = await asyncio.get_running_loop().create_server(relay.server, "127.0.0.1", 0)
     async with aiohttp.ClientSession(auto_decompress=False) as client:
         yield Rig(relay, accepting.sockets[0].getsockname(), client, emitted)
