@@ -172,7 +172,7 @@ class Metrics(Collector):
         """Count an image, an unread call, a canary result, a changed verdict, or a command to abort requests."""
         match record:
             case ImagePrepared():
-                labels = self._formats(record.format), record.outcome, self._reasons(record.reason)
+                labels = self._formats(record.format), record.outcome, record.reason and self._reasons(record.reason)
                 self._count("sidecar_images_total", labels)
                 self._count("sidecar_image_bytes_total", ("in",), record.bytes_in)
                 self._count("sidecar_image_bytes_total", ("out",), record.bytes_out)
