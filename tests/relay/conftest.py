@@ -127,12 +127,14 @@ async def rig() -> AsyncIterator[Callable[..., Awaitable[Rig]]]:
             fetch: Any = None,
             kind: str = "vllm",
             shm: Any = None,
+            image_key: bytes = b"",
             pricing: Any = None,
             max_queued: int = MAX_QUEUED,
             client_stall: float = CLIENT_STALL_S,
             **settings: Any,
         ) -> Rig:
             ways = {"images": images, "preprocess": preprocess, "fetch": fetch, "is_shm_ready": shm}
+            ways["image_key"] = image_key
             ways |= {"max_queued": max_queued, "client_stall": client_stall}
             own = Settings(engine=engine, engine_kind=kind, **settings)
             return await stack.enter_async_context(_rig(own, pricing or Pricing(Estimator(Coefficients())), ways))

@@ -13,10 +13,12 @@ from aiohttp import web
 
 from sidecar import images
 from sidecar.engines.image_loading import ROWS
+from sidecar.errors import UsageError
 from sidecar.events import STATES, Admitted, ImagePrepared, LoadReport
 from sidecar.images.pass_reasons import PASS_REASONS
 from sidecar.images.service import ImageService
 from sidecar.kernels import families
+from sidecar.launch.preflight import read_image_key
 from sidecar.relay.http.client import Request
 from sidecar.relay.media.image_refusals import Refusals
 from sidecar.relay.media.inline import MAX_IMAGES
@@ -83,6 +85,33 @@ async def test_the_name_of_an_image_is_one_tenants_and_cannot_be_computed(rig: A
     first, again, other = await name("acme"), await name("acme"), await name("umbrella")
     assert first == again != other
     assert "h0" not in (first, other)
+
+
+async def test_replicas_with_one_key_file_give_an_image_one_name(rig: Any, serve: Any, tmp_path: Path) -> None:
+    """Engines that share KV blocks, and routers by prefix, find it again; tenants stay apart, and so do other keys."""
+    names: dict[str, list[str]] = {"acme": [], "umbrella": []}
+    for text in ("a secret of the whole fleet", "a secret of the whole fleet\n", "a secret of another fleet"):
+        file = tmp_path / str(len(names["acme"]))
+        file.write_text(text)
+        key = read_image_key(Settings(image_key_file=str(file)))
+        r = await rig(await serve(echo), images=Workers(), image_key=key)
+        for tenant, found in names.items():
+            headers = {"x-tenant-id": tenant}
+            async with r.client.post(r.url + "/v1/chat/completions", json=pictures("AAAA"), headers=headers) as got:
+                found.append((await got.json(content_type=None))["messages"][0]["content"][0]["uuid"])
+    for found in names.values():
+        assert found[0] == found[1] != found[2]
+    assert not set(names["acme"]) & set(names["umbrella"])
+    assert read_image_key(Settings()) != read_image_key(Settings()), "without a file each sidecar has its own"
+
+
+@pytest.mark.parametrize("content", [b"", b"short\n", b" " * 100])
+def test_a_key_that_can_be_guessed_is_refused(content: bytes, tmp_path: Path) -> None:
+    """The error says how to make one, and nothing of the file."""
+    (tmp_path / "key").write_bytes(content)
+    with pytest.raises(UsageError, match=r"--image-key-file.*urandom") as error:
+        read_image_key(Settings(image_key_file=str(tmp_path / "key")))
+    assert "short" not in str(error.value)
 
 
 async def test_a_tenant_of_any_bytes_is_served(rig: Any, serve: Any) -> None:

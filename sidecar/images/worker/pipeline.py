@@ -134,7 +134,7 @@ def open_image(job: ImageJob, payload: Data, spec: ProcessorSpec) -> DecodedImag
     stages.end("unpack")
     if header.format not in file_headers.DECODED_FORMATS:
         return _passed(job, "format", header, digest, len(data), stages)
-    pixels = decode(data, header, job.limits)
+    pixels = decode(data, header, job.limits, flatten=job.want not in INLINE)
     height, width = pixels.shape[-2:]
     stages.end("decode")
     try:
