@@ -16,6 +16,7 @@ IMAGE_REASONS: Final[Mapping[str, str]] = {
     "processor": "tiles or grid follow from the original's size, or the processor would change the prepared form again",
     "count": "the request has more images than are prepared for one",
     "own_options": "its part, or the request, sets how it is to be processed",
+    "place": "it is not in a part of a chat or response, where it could be replaced",
     "transparent": "the engine's settings or version decide what is put behind it",
     "format": "it is in a format that is not decoded here",
     "unknown_format": "it is in no format that is known here",

@@ -18,6 +18,7 @@ from sidecar.load import body_scan
 from sidecar.load.body_scan import BodyScan, Buffer
 from sidecar.load.found import FoundPart, Span
 from sidecar.load.request_keys import PROCESSING_OPTIONS
+from sidecar.relay.media import other_places
 
 # Fields that name the coding of a body: HTTP's, SGLang's.
 CODING_FIELDS: Final = (b"content-encoding", b"x-body-compressed")
@@ -47,7 +48,7 @@ class ImagePart:
     url: Span = (0, 0)  # of the body, without quotes
     start: int = 0  # the brace of its part
     is_named: bool = False  # the client gave it a `uuid`
-    has_options: bool = False  # its part, or the request, may set how it is to be processed, such as `max_pixels`
+    pass_reason: str = ""  # why it cannot be prepared, a code of images.pass_reasons
     name: str = ""  # the sidecar's `uuid` for it
 
 
@@ -55,14 +56,15 @@ class ImagePart:
 class ParsedBody:
     """A body and what was found in it. `scan` is None if the body is no JSON object or was not read.
 
-    `images` are the first ones; `image_count` and `link_count` are all of them.
+    `images` are the first ones in parts, and then those in places where none is prepared; `link_count` is that of all
+    links.
     """
 
     body: bytes
     scan: BodyScan | None = None
     images: list[ImagePart] = field(default_factory=list)
-    image_count: int = 0
     link_count: int = 0
+    frame_counts: list[int] = field(default_factory=list)  # of videos that are lists of JPEGs
 
 
 def parse(body: bytes, *, links: bool = False) -> ParsedBody:
@@ -73,8 +75,9 @@ def parse(body: bytes, *, links: bool = False) -> ParsedBody:
     has_options = any(parsed.scan.options.get(name) for name in PROCESSING_OPTIONS)
     found = parsed.scan.found
     parsed.link_count = found.link_parts if links else 0
-    parsed.image_count = found.image_parts + parsed.link_count
     parsed.images = [_image(body, part, has_options) for part in found.parts if links or not part.is_link]
+    parsed.images += [ImagePart("", "", text, pass_reason="place") for text in other_places.find_images(body, found)]
+    parsed.frame_counts = other_places.count_frames(body, found)
     return parsed
 
 
@@ -131,7 +134,7 @@ def listed_images(body: bytes) -> tuple[int, list[str | memoryview]] | None:
 
 def _image(body: bytes, part: FoundPart, has_options: bool) -> ImagePart:
     text = _text(body, part)
-    place = part.url, part.start, part.is_named, has_options or _has_options(body, part)
+    place = part.url, part.start, part.is_named, "own_options" if has_options or _has_options(body, part) else ""
     if part.is_link:
         return ImagePart(part.where, "", memoryview(b""), str(text, "utf-8", "replace"), *place)
     head = bytes(text[:_MAX_HEAD_BYTES])

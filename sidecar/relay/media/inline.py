@@ -60,7 +60,7 @@ async def prepare(
             if part.link and fetch is not None:
                 data = await fetch(part.link, part.where)
                 fetched = (("fetch", time.monotonic() - started),)
-            reason = passing or ("own_options" if part.has_options else "count" if index >= MAX_IMAGES else "")
+            reason = passing or part.pass_reason or ("count" if index >= MAX_IMAGES else "")
             if reason:
                 image = images.passed(data, reason, not part.link)
             else:
