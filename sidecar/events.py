@@ -152,6 +152,7 @@ class ImagePrepared(Record, tag=True, frozen=True):
     stages: tuple[tuple[str, float], ...]  # ("decode", s), ("resize", s), ("encode", s), ... inside the worker
     bytes_in: int
     bytes_out: int
+    reason: str = ""  # why it passed: a code of images.pass_reasons
 
 
 class RequestBlocked(Record, tag=True, frozen=True):
@@ -245,7 +246,7 @@ class LoadReport(Record, tag=True, frozen=True):
     orca_bin: str = ""
     utilization: float = 1.0  # the headline one; spill-over is decided by it and by mu_max_in_flight
     mu_max_in_flight: float = 0.0
-    prepared: bool = True  # whether the engine takes prepared images, as far as it says what it is
+    images_pass: str = ""  # why images pass unprepared to this engine (engines.image_loading), or ""
     process: int = 0  # grows with each process of the engine that was met
     cached_share: float | None = None  # recent share of prompt tokens, from the engine's counters; None without them
 

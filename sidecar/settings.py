@@ -83,6 +83,9 @@ class Settings:
     image_urls: str = flag(
         "off", flags.domains, "Domains to fetch linked images from: img.example.com,*.example.org; off: the engine does"
     )
+    image_key_file: str = flag(
+        "", existing_file, "Secret that all replicas share, so that an image has one name in all engines' caches (vLLM)"
+    )
     image_cache_bytes: int = flag(256 << 20, size, "Size of the cache of prepared images in shared memory; 0: no cache")
     max_body_bytes: int = flag(256 << 20, size, "Maximum size of a request body")
     max_concurrent: int = flag(

@@ -266,7 +266,7 @@ class ControlLoop:
         load, health, engine = self.snapshot.load, self.control.health, self.engine
         report = orca.report(load, self.snapshot.engine, self._pressure.mean(load.pressure, self.snapshot.at))
         forms = report.json(), report.text(), health.verdict.state, engine.kind_name, report.binary()
-        takes = engine.identity.prepared, engine.processes
+        takes = engine.images_pass, engine.processes
         share = load.cached_share
         self.pool.publish(LoadReport(*forms, load.utilization, load.mu_max_in_flight, *takes, cached_share=share))
         self.feed.publish(self.snapshot)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields, replace
 
 from sidecar.errors import BadImage, ImagesBusy
 from sidecar.images import file_headers, header_geometry
-from sidecar.images.protocol import PIXELS, RAW, TENSORS, Data, ImageDone, ImageJob, ImageLimits
+from sidecar.images.protocol import INLINE, PIXELS, RAW, TENSORS, Data, ImageDone, ImageJob, ImageLimits
 from sidecar.images.shm_cache import ImageCache, SharedFile
 from sidecar.images.shm_handoff import ShmHandoff
 from sidecar.images.tensor_budget import Reserve, TensorBudget
@@ -101,20 +101,16 @@ class ImageService:
         # without one, the worker reports what is wrong with it
         if geometry is None or header_geometry.is_worth_resizing(header.height * header.width, geometry, client_chars):
             return None
-        return _passed_image(header.format, geometry, client_chars, time.monotonic() - start)
+        return _passed_image("not_smaller", header.format, geometry, client_chars, time.monotonic() - start)
 
-    def passed(self, data: Data, where: str, is_base64: bool = True) -> PreparedImage:
-        """Any image as passed through; its tokens are taken from its header, 0 if that has no size.
-
-        Raises BadImage for fetched bytes of an unknown format, which cannot be given a media type.
-        """
+    def passed(self, data: Data, reason: str, is_base64: bool = True) -> PreparedImage:
+        """Any image as passed through; its tokens are taken from its header, 0 if that has no size."""
         start = time.monotonic()
         header, client_chars = header_geometry.read_size(data, is_base64), header_geometry.base64_chars(data, is_base64)
         known = header or (None if is_base64 else file_headers.read(bytes(data[: header_geometry.HEADER_BYTES[0]])))
-        if known is None and not is_base64:
-            raise BadImage(f"{where}: the image was refused: it is in no known format", "image_unknown_format")
         geometry = header_geometry.predict(self.spec, header.height, header.width) if header else None
-        return _passed_image(known.format if known else "unknown", geometry, client_chars, time.monotonic() - start)
+        format = known.format if known else "unknown"
+        return _passed_image(reason, format, geometry, client_chars, time.monotonic() - start)
 
     def _allowed(self, height: int, width: int, client_chars: int) -> bool:
         """True if an image of this size and of `client_chars` base64 characters is certainly within the limits."""
@@ -188,7 +184,8 @@ class ImageService:
                 reserve(len(payload))
             return _prepared_image(done, payload, time.monotonic() - start, cached=True), payload, key
         job = ImageJob(want, spec_json, is_base64, self._limits, self._workers.deadline_s, self.gpu)
-        answer, result = await self._workers.run(job, data, where, reserve)
+        # the engine can prepare an image of a request itself; `/v1/preprocess` has only the workers
+        answer, result = await self._workers.run(job, data, where, reserve, urgent=want in INLINE)
         if answer.outcome == "ok":
             await self._keep(key, answer, result, at_once=want == RAW)
         return _prepared_image(answer, result, time.monotonic() - start), result, key
@@ -212,11 +209,15 @@ class ImageService:
             await asyncio.wait((task,))  # continues if this request is cancelled
 
 
-def _passed_image(format: str, geometry: Geometry | None, client_chars: int, seconds: float) -> PreparedImage:
+def _passed_image(
+    reason: str, format: str, geometry: Geometry | None, client_chars: int, seconds: float
+) -> PreparedImage:
     """An image that passes through untouched."""
     g = geometry or Geometry(0, 0)
     grid = (g.grid_t, g.grid_h, g.grid_w)
-    return PreparedImage("passed", format, "", *g.size, grid, g.tokens, "", (), client_chars * 3 // 4, seconds=seconds)
+    bytes_in = client_chars * 3 // 4
+    made = PreparedImage("passed", format, "", *g.size, grid, g.tokens, "", (), bytes_in, seconds=seconds)
+    return replace(made, reason=reason)
 
 
 def _prepared_image(done: ImageDone, payload: Data, seconds: float, *, cached: bool = False) -> PreparedImage:

@@ -55,7 +55,7 @@ class ShmHandoff:
             task.add_done_callback(self._unlink_late)
             raise
         except OSError:
-            raise ImagesBusy(error) from None
+            raise ImagesBusy(error, "shm_full") from None
 
     def _unlink_late(self, written: asyncio.Future[SharedFile]) -> None:
         if not written.cancelled() and written.exception() is None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import logging
+import secrets
 import socket
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,6 +23,9 @@ from sidecar.settings import Settings
 from sidecar.signals.gpu import names as gpu_names
 
 BACKLOG_CONNECTIONS: Final = 1024
+IMAGE_KEY_BYTES: Final = 32
+MIN_KEY_FILE_BYTES: Final = 16
+MAX_KEY_FILE_BYTES: Final = 4096
 
 _log = logging.getLogger("sidecar")
 
@@ -101,6 +106,21 @@ def check_usage(chosen: Settings) -> None:
             raise UsageError(f"--{name}: needs the usage records in the state directory; --usage-bytes is 0")
     if chosen.usage_url and importlib.util.find_spec("psycopg") is None:
         raise StartError("--usage-url: the extra is not installed; pip install 'inference-sidecar[postgres]'")
+
+
+def read_image_key(chosen: Settings) -> bytes:
+    """The key of images' names: from --image-key-file, or a random one. Raises UsageError."""
+    if not chosen.image_key_file:
+        return secrets.token_bytes(IMAGE_KEY_BYTES)
+    try:
+        with Path(chosen.image_key_file).open("rb") as file:
+            content = file.read(MAX_KEY_FILE_BYTES).strip()  # editors and `kubectl create secret` may add a line end
+    except OSError as e:
+        raise UsageError(f"--image-key-file: cannot be read ({e.strerror})") from None
+    if len(content) < MIN_KEY_FILE_BYTES:
+        example = "head -c 32 /dev/urandom | base64"
+        raise UsageError(f"--image-key-file: it has fewer than {MIN_KEY_FILE_BYTES} bytes; make one with: {example}")
+    return hashlib.blake2b(content, digest_size=IMAGE_KEY_BYTES).digest()
 
 
 def check_certificate(chosen: Settings) -> None:

@@ -39,6 +39,7 @@ from sidecar.launch.preflight import (
     check_usage,
     choose_coefficients,
     choose_image_mode,
+    read_image_key,
     reserve,
 )
 from sidecar.load import cost_model
@@ -66,6 +67,7 @@ def main(chosen: Settings, run_to_exit_code: ExitCodeRunner) -> int:
     check_certificate(chosen)
     check_usage(chosen)
     coefficients = choose_coefficients(chosen)
+    image_key = read_image_key(chosen)
     chosen = replace(chosen, images=choose_image_mode(chosen))
 
     def guarded(run: Callable[[int], int]) -> Callable[[int], int]:
@@ -80,7 +82,8 @@ def main(chosen: Settings, run_to_exit_code: ExitCodeRunner) -> int:
         control = stack.enter_context(bind_unix(folder / "control"))
         run = guarded(partial(_run_control, chosen, coefficients, admin, control))
         roles = [Role("control", "control", run, (admin, control))]
-        context = relay_process.RelayContext(chosen, coefficients, str(folder / "control"), secrets.token_bytes(32))
+        keys = image_key, secrets.token_bytes(32)
+        context = relay_process.RelayContext(chosen, coefficients, str(folder / "control"), *keys)
         if chosen.tenant_limits:
             limits = limits_file.read_limits(chosen.tenant_limits)
             (folder / "accounts").write_bytes(b"")

@@ -111,7 +111,7 @@ METRICS: Final = (
     Metric("sidecar_canary_tokens_total", "Tokens of passed canaries, prompts and outputs."),
     Metric("sidecar_canary_usable", "1 if a canary has passed in this process of the engine, 0 if it takes none."),
     Metric("sidecar_garbage_output", "1 while the canary's answer differs from its usual answer. Informational."),
-    Metric("sidecar_images_total", "Images by outcome.", ("format", "outcome")),
+    Metric("sidecar_images_total", "Images by outcome; `reason`: why one passed.", ("format", "outcome", "reason")),
     Metric("sidecar_image_seconds", "Time of one image by stage; `total` includes queueing.", ("stage",), _IMAGE_S),
     Metric("sidecar_image_bytes_total", "Bytes of images, received and passed on.", ("direction",)),
     Metric("sidecar_gpu_utilization_ratio", "Share of time in which a kernel ran; 1 is no proof of progress.", _GPU),
@@ -180,7 +180,8 @@ class Metrics(Collector):
         """Count an image, an unread call, a canary result, a changed verdict, or a command to abort requests."""
         match record:
             case ImagePrepared():
-                self._count("sidecar_images_total", (self._formats(record.format), record.outcome))
+                labels = self._formats(record.format), record.outcome, record.reason and self._reasons(record.reason)
+                self._count("sidecar_images_total", labels)
                 self._count("sidecar_image_bytes_total", ("in",), record.bytes_in)
                 self._count("sidecar_image_bytes_total", ("out",), record.bytes_out)
                 for stage, seconds in (*record.stages, ("total", record.seconds)):

@@ -39,7 +39,7 @@ RUN = """
 import socket, sys
 from sidecar import settings; from sidecar.load.cost_model import Coefficients
 from sidecar.relay.process import RelayContext, main
-context = RelayContext(settings.from_json(sys.argv[1]), Coefficients(), sys.argv[2], b"", index=3, restarts=2)
+context = RelayContext(settings.from_json(sys.argv[1]), Coefficients(), sys.argv[2], b"", b"", index=3, restarts=2)
 sys.exit(main(context, socket.socket(fileno=int(sys.argv[3]))))
 """
 EVENT = b'data: {"choices":[{"delta":{"content":"x"}}]}\n\n'
