@@ -16,7 +16,8 @@ import resource
 import signal
 import socket
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from sidecar.images import protocol
@@ -28,19 +29,24 @@ PrepareImage = Callable[[ImageJob, bytearray], tuple[Frame, Data]]
 
 CLIENT_TIMEOUT_S = 10.0  # in which a relay must send or read
 JOBS_PER_LIFE = 5_000  # a new process then takes over, so that no leak of a codec grows forever
+CPU_PER_LIFE_S = 3600  # 5,000 large photographs take 250 s: this ends a worker that has been taken over
 MAX_OPEN_FILES = 64
 BYTES_PER_PIXEL = 40  # the worst case: Pillow's RGBA, its flattened copy, the tensor, and its fp32 patches
 RETAINED_BYTES = 128 << 20  # freed memory that is kept: 12 megapixels are 36 MB, their patches up to 23 MB
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
 
 
-def serve(listening: socket.socket, prepare: PrepareImage, limits: ImageLimits) -> int:
-    """Serve JOBS_PER_LIFE connections. Returns 0."""
+def serve(
+    listening: socket.socket, prepare: PrepareImage, limits: ImageLimits, is_worn: Callable[[], bool] = lambda: False
+) -> int:
+    """Serve JOBS_PER_LIFE connections; fewer if the worker is worn out, by `is_worn` or its CPU time. Returns 0."""
     for _ in range(JOBS_PER_LIFE):
         connection, _ = listening.accept()
         with connection, contextlib.suppress(OSError, FrameError):  # the relay has exited, or sent no job
             connection.settimeout(CLIENT_TIMEOUT_S)
             _serve_one(connection, prepare, limits)
+        if is_worn() or time.process_time() > CPU_PER_LIFE_S / 2:
+            break
     return 0
 
 
@@ -84,16 +90,21 @@ def deadline(seconds: float) -> Iterator[None]:
         signal.setitimer(signal.ITIMER_REAL, 0)
 
 
-def confine(limits: ImageLimits) -> None:
-    """Limit the process to what a worker needs."""
+def confine(limits: ImageLimits, descriptors: Iterable[int]) -> tuple[str, ...]:
+    """Limit the process to what a worker needs; `descriptors` stay open. Returns what could not be done, in words.
+
+    The log keeps its descriptor.
+    """
     _retain_freed_memory()
     _silence_stderr()
+    _lower_limit(resource.RLIMIT_CPU, CPU_PER_LIFE_S)
     _lower_limit(resource.RLIMIT_CORE, 0)
     _lower_limit(resource.RLIMIT_FSIZE, 0)
     _lower_limit(resource.RLIMIT_NOFILE, MAX_OPEN_FILES)
     if sys.platform == "linux":
         pages = int(Path("/proc/self/statm").read_text("ascii").split()[0])  # of address space in use now
         _lower_limit(resource.RLIMIT_AS, pages * resource.getpagesize() + memory_bound(limits))
+    return sandbox.enter((*descriptors, sys.stderr.fileno()))
 
 
 def bind_to(server: int) -> None:
