@@ -35,7 +35,12 @@ WATCHED: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)
 PARENT_POLL_INTERVAL_S: Final = 1.0
 MIN_LIFE_S: Final = 1.0
 RESTART_PAUSE_S: Final = 0.25
-SIGNAL_TEXTS: Final[dict[int, str]] = {signal.SIGALRM: "past its deadline", signal.SIGKILL: "killed"}
+SIGNAL_TEXTS: Final[dict[int, str]] = {
+    signal.SIGALRM: "past its deadline",
+    signal.SIGPROF: "past its CPU time",
+    signal.SIGXCPU: "past its CPU time",
+    signal.SIGKILL: "killed",
+}
 NO_CUDA_STATUS: Final = 78  # exit status of a GPU process that found no CUDA device (EX_CONFIG)
 NO_CUDA_TEXT: Final = "--images-device cuda: no CUDA device is visible to the image worker; use --images-device cpu"
 GPU_RETRY_S: Final = 60.0  # pause before a lost GPU is retried
@@ -188,7 +193,7 @@ def _serve_images(listening: socket.socket, plan: WorkerPlan, gpu_path: str) -> 
         gpu.open()
     worker.confine(plan.limits, (listening.fileno(), *(gpu.descriptors if gpu else ())))
     torch.set_num_threads(plan.threads)  # they start within the sandbox
-    prepare = partial(pipeline.prepare_image, gpu=gpu) if gpu else pipeline.prepare_image
+    prepare = partial(pipeline.prepare_image, gpu=gpu, on_size=worker.limit_cpu)
     return worker.serve(listening, prepare, plan.limits, lambda: gpu is not None and gpu.lost)
 
 
