@@ -21,6 +21,7 @@ from sidecar.images.protocol import ImageLimits
 from sidecar.images.service import ImageService
 from sidecar.images.worker import tensors
 from sidecar.images.worker.worker import memory_bound
+from sidecar.images.worker_queue import WorkerQueue
 from sidecar.kernels import families
 from sidecar.kernels.grid import PatchSpec, ProcessorSpec
 from sidecar.tools import synthetic_photos
