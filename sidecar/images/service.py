@@ -185,7 +185,7 @@ class ImageService:
             return _prepared_image(done, payload, time.monotonic() - start, cached=True), payload, key
         job = ImageJob(want, spec_json, is_base64, self._limits, self._workers.deadline_s, self.gpu)
         # the engine can prepare an image of a request itself; `/v1/preprocess` has only the workers
-        answer, result = await self._workers.run(job, data, where, reserve, urgent=want in INLINE)
+        answer, result = await self._workers.run(job, data, where, reserve, tenant=tenant, urgent=want in INLINE)
         if answer.outcome == "ok":
             await self._keep(key, answer, result, at_once=want == RAW)
         return _prepared_image(answer, result, time.monotonic() - start), result, key

@@ -54,6 +54,12 @@ from sidecar.signals import limits_file
 _log = logging.getLogger("sidecar")
 
 SOCKETS_PREFIX: Final = "sidecar-sockets-"
+# What the interpreter, the linker, torch, CUDA and Triton read. Other variables, which may hold secrets, are left out.
+IMAGE_SERVER_VARIABLES: Final = (
+    "PATH", "HOME", "TMPDIR", "TZ", "LANG", "LC_", "LD_", "PYTHON", "VIRTUAL_ENV", "MALLOC_",
+    "GLIBC_TUNABLES", "XDG_CACHE_HOME", "CUDA", "NVIDIA_", "TRITON_", "TORCH", "PYTORCH_", "ATEN_",
+    "OMP_", "GOMP_", "KMP_", "MKL_",
+)  # fmt: skip
 IMAGE_SERVER_NICE: Final = 5  # the longest and least urgent work: where cores are scarce, probes and streams go first
 STOP_MARGIN_S: Final = 10.0  # beyond the drain, in which every process must have ended
 
@@ -142,11 +148,12 @@ def _run_relay(context: relay_process.RelayContext, listener: socket.socket, res
 
 
 def _exec_image_server(chosen: Settings, jobs: socket.socket, restarts: int) -> int:
-    """Become the image server. It reads the settings from stdin: they contain a key, and arguments are public."""
+    """Become the image server. It reads the settings from stdin, and no secret is among what it gets."""
     reading, writing = os.pipe()
-    os.write(writing, settings.to_json(chosen).encode() + b"\n")  # far less than the capacity of a pipe
+    os.write(writing, settings.to_json(replace(chosen, engine_key="")).encode() + b"\n")  # less than a pipe holds
     os.close(writing)
     os.dup2(reading, 0)
     jobs.set_inheritable(True)
     os.nice(IMAGE_SERVER_NICE)
-    os.execv(sys.executable, [sys.executable, "-m", "sidecar", "image-server", "--listen-fd", str(jobs.fileno())])
+    command = [sys.executable, "-m", "sidecar", "image-server", "--listen-fd", str(jobs.fileno())]
+    os.execve(sys.executable, command, {k: v for k, v in os.environ.items() if k.startswith(IMAGE_SERVER_VARIABLES)})

@@ -28,6 +28,7 @@ CHECKS: Final[dict[str, Check]] = {
     "bodies": machine.bodies,
     "tokenizer": machine.tokenizer,
     "images": machine.images,
+    "images-sandbox": machine.images_sandbox,
     "gpu": machine.gpu,
     "cpu": machine.cpu,
     "open-files": machine.files,
