@@ -53,6 +53,7 @@ def run_to_exit_code(job: Callable[[], int]) -> int:
 LAZY_COMMANDS: Final = {
     "engine": ("sidecar.tools.scripted_engine.server", "EngineSettings"),
     "demo": ("sidecar.tools.demo.command", "DemoSettings"),
+    "inject": ("sidecar.tools.manifests.inject", "InjectSettings"),
     "manifests": ("sidecar.tools.manifests.render", "ManifestSettings"),
     "usage": ("sidecar.tools.usage", "UsageSettings"),
     "forecast": ("sidecar.tools.forecast", "ForecastSettings"),
@@ -124,7 +125,8 @@ def add_options(cls: type) -> Callable[[Callable[..., Any]], Callable[..., Any]]
                 command = click.argument(field.name, nargs=-1, metavar=parser.metavar)(command)
                 continue
             name = settings.format_key(field.name)
-            command = click.option(name, field.name, default=None, metavar=parser.metavar, help=text)(command)
+            names = [name, "-f"] if field.name == "file" else [name]
+            command = click.option(*names, field.name, default=None, metavar=parser.metavar, help=text)(command)
         return click.option("--config", default=None, metavar="FILE", help="TOML file of settings [none]")(command)
 
     return wrap

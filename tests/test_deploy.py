@@ -35,7 +35,9 @@ from .tools import api_server_rules
 DEPLOY = Path(__file__).resolve().parent.parent / "deploy"
 FILES = sorted(p for p in DEPLOY.rglob("*") if p.is_file())
 # What an API server may get; Compose, systemd and Envoy have formats of their own.
-KUBERNETES = [p for p in FILES if p.suffix == ".yaml" and p.parent.name not in {"compose", "envoy", "prometheus"}]
+# The chart's templates become objects in tests/tools/test_charts.py, and so do the component's patches.
+OTHERS = {"compose", "envoy", "helm", "kustomize", "prometheus"}
+KUBERNETES = [p for p in FILES if p.suffix == ".yaml" and p.relative_to(DEPLOY).parts[0] not in OTHERS]
 RELAY, ADMIN = Settings().listen[1], Settings().admin[1]
 ORCA = 9401
 
@@ -104,8 +106,8 @@ VALUES: dict[tuple[str, str], Iterable[str]] = {
     ("sidecar_mu_utilization_part_ratio", "part"): [part for part, _ in SNAPSHOT.load.parts],
 }
 ENGINE_FLAGS = {"--host", "--port", "--enable-prompt-tokens-details"}
-# Of `docker compose up` and `systemctl enable`.
-OTHER_FLAGS = {"--build", "--now"}
+# Of `docker compose up`, `systemctl enable` and pip.
+OTHER_FLAGS = {"--build", "--now", "--no-cache-dir", "--help"}
 
 
 def documents(name: str) -> list[Any]:
