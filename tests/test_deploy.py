@@ -93,7 +93,7 @@ PICKER = {
 
 # What has a kind but is read from a file, by its own program, and what is no Kubernetes object at all.
 SETTINGS_FILES = {"EndpointPickerConfig"}
-NO_OBJECTS = {"endpoint-picker.yaml", "prometheus-adapter.yaml"}
+NO_OBJECTS = {"endpoint-picker.yaml", "modelservice-values.yaml", "prometheus-adapter.yaml"}
 
 # What Prometheus and its discovery add to a series.
 TARGET = {"job", "instance", "namespace", "pod", "le"}

@@ -79,7 +79,7 @@ spec:
 
 
 def done(text: str, **chosen: Any) -> str:
-    return inject(text, InjectSettings(**chosen))
+    return inject(text, InjectSettings(**chosen))[0]
 
 
 def only(text: str, kind: str = "Deployment") -> dict[str, Any]:
@@ -399,6 +399,16 @@ def test_an_engines_port_may_be_kept() -> None:
     assert {"name": "SIDECAR_ENGINE", "value": "http://127.0.0.1:8000"} in sidecar["env"]
 
 
+def test_workloads_without_an_engine_are_left_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What a chart prints has a router, too: its text stays, and one line on standard error names it."""
+    router = pod_text({"name": "router", "image": "vllm/vllm-router:v1", "args": ["--port", "8000"]})
+    (tmp_path / "all.yaml").write_text(f"{DEPLOYMENT}---\n{router}")
+    assert __main__.run(["inject", "-f", str(tmp_path / "all.yaml")]) == 0
+    out, err = capsys.readouterr()
+    assert out == f"{done(DEPLOYMENT)}---\n{router}"
+    assert err == "sidecar: no engine is recognised in Pod x: left as it is\n"
+
+
 def pod_text(*containers: dict[str, Any], **more: Any) -> str:
     return yaml.safe_dump(workload("Pod", {"containers": list(containers), **more}))
 
@@ -415,9 +425,15 @@ SCRIPT = {"name": "e", "image": "vllm", "command": ["sh", "-c", "vllm serve m"]}
         ("", {}, "no workload found"),
         ("kind: Deployment\nmetadata: {name: x}\n", {}, "Deployment x: no containers at spec.template.spec"),
         ("kind: LeaderWorkerSet\n", {}, "no workerTemplate"),
-        (pod_text({"name": "a", "image": "x"}, {"name": "b", "image": "y"}), {}, "which container is the engine"),
-        (pod_text({"name": "a", "image": "x"}), {}, "the engine is not recognised; give --engine-kind"),
-        (pod_text(engine_container()), {"container": "b"}, "no container 'b'; it has vllm"),
+        (pod_text({"name": "a", "image": "vllm"}, {"name": "b", "image": "sglang"}), {}, "which container .*of a, b"),
+        (pod_text({"name": "a", "image": "x"}), {}, "no engine is recognised in Pod x; name its --container"),
+        (pod_text(engine_container()), {"container": "b"}, "no engine is recognised in Pod x"),
+        (pod_text({"name": "a", "image": "x"}), {"container": "a"}, "not recognised; give --engine-kind"),
+        (
+            pod_text({"name": "e", "image": "vllm", "command": ["bash -c '/entrypoint.sh & echo'"]}),
+            {},
+            "its command starts vllm elsewhere; give the engine's port by --keep-port",
+        ),
         (pod_text(SCRIPT), {}, "no single --port in its script; give the engine's port by --keep-port"),
         (pod_text(engine_container(args=["--port", "$(PORT)"])), {}, "not a number; give the engine's port"),
         (pod_text(engine_container(ports=[{"containerPort": 9400}])), {}, "port 9400 is in use"),

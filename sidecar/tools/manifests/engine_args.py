@@ -30,7 +30,7 @@ class CommandLine:
 # Ports and flags: vLLM v0.32 cli_args.py, SGLang v0.5 server_args.py, TGI v3.3 launcher main.rs (`PORT` is 80 in its
 # image), llama.cpp common/arg.cpp; the scripted engine is ours.
 ENGINES: Final[dict[str, CommandLine]] = {
-    "vllm": CommandLine(r"\bvllm(\.entrypoints\.openai\.api_server)?\b", r"vllm", 8000),
+    "vllm": CommandLine(r"\bvllm(\.entrypoints\.openai\.api_server)?\b", r"vllm(?!.*router)", 8000),
     "sglang": CommandLine(r"\bsglang(\.launch_server)?\b", r"sglang", 30_000),
     "tgi": CommandLine(r"\btext-generation-launcher\b", r"text-generation-inference", 80, "--hostname"),
     "llamacpp": CommandLine(r"\bllama-server\b", r"llama\.?cpp", 8080),
@@ -59,6 +59,8 @@ def move(container: CommentedMap, kind: str, wanted: int, taken: set[int], name:
         raise UsageError(f"{name}: the engine is not recognised; give --engine-kind, or its port by --keep-port")
     engine = ENGINES[kind]
     script = _script(container)
+    if container.get("command") and not re.search(engine.commands, " ".join(words(container))):
+        raise UsageError(f"{name}: its command starts {kind} elsewhere; give the engine's port by --keep-port")
     if kind == "scripted":
         raise UsageError(f"{name}: the scripted engine's address is one flag, --listen; give its port by --keep-port")
     port = _port(container, script, engine, name)

@@ -19,7 +19,7 @@ import io
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
@@ -90,31 +90,49 @@ class InjectSettings:
     pull_secrets: str = flag("", names, "Secrets to pull the sidecar's image with")
 
 
+@dataclass(slots=True)
+class Found:
+    """Workloads of a text: how many have an engine, the names of the others, the comments that came with a sidecar."""
+
+    engines: int = 0
+    others: list[str] = field(default_factory=list)
+    comments: set[str] = field(default_factory=set)
+
+
 def main(settings: InjectSettings) -> int:
     """Print the file with the sidecar added. Raises UsageError."""
     if not settings.file:
         raise UsageError("-f is missing; name a file with the workload, or - for standard input")
-    print(inject(_read(settings.file), settings), end="")
+    text, others = inject(_read(settings.file), settings)
+    print(text, end="")
+    if others:
+        print(f"sidecar: no engine is recognised in {', '.join(others)}: left as it is", file=sys.stderr)
     return 0
 
 
-def inject(text: str, settings: InjectSettings) -> str:
-    """The text with the sidecar in each workload. Raises UsageError: what cannot be changed, and what to do."""
-    found = 0
+def inject(text: str, settings: InjectSettings) -> tuple[str, list[str]]:
+    """The text with the sidecar in each workload that has an engine, and the names of the others.
+
+    Raises UsageError: what cannot be changed, and what to do.
+    """
+    found = Found()
     parts: list[str] = []
     for number, document in enumerate(split(text), 1):
         try:
-            changed, workloads = _document(document, settings)
+            parts.append(_document(document, settings, found))
         except YAMLError as e:
             mark = getattr(e, "problem_mark", None)
             where = f", line {mark.line + 1}" if mark else ""
             problem = getattr(e, "problem", None) or type(e).__name__
             raise UsageError(f"document {number} is not YAML: {problem}{where}") from None
-        found += workloads
-        parts.append(changed)
-    if not found:
+    if not found.engines and found.others:
+        raise UsageError(
+            f"no engine is recognised in {', '.join(found.others)}; name its --container, and its --engine-kind or its "
+            "port by --keep-port"
+        )
+    if not found.engines:
         raise UsageError(f"no workload found; expected one of {', '.join([*TEMPLATES, *SPECS])}, or a List of them")
-    return "".join(parts)
+    return "".join(parts), found.others
 
 
 def split(text: str) -> list[str]:
@@ -124,20 +142,18 @@ def split(text: str) -> list[str]:
     return [text[a:b] for a, b in pairwise(edges)]
 
 
-def _document(text: str, settings: InjectSettings) -> tuple[str, int]:
-    """One document, changed, and how many workloads it has."""
+def _document(text: str, settings: InjectSettings, found: Found) -> str:
+    """One document, changed."""
     yaml = _yaml(text)
     content = yaml.load(text)
-    objects = list(_objects(content))
-    comments: set[str] = set()
-    changed = [_workload(found, settings, comments) for found in objects]
+    changed = [_workload(workload, settings, found) for workload in _objects(content)]
     if not any(changed):
-        return text, len(objects)
+        return text
     out = io.StringIO()
     # An explicit start stays one.
     yaml.explicit_start = text.startswith("---")
     yaml.dump(content, out)
-    return _align(out.getvalue(), comments), len(objects)
+    return _align(out.getvalue(), found.comments)
 
 
 def _align(text: str, ours: set[str]) -> str:
@@ -175,8 +191,8 @@ def _objects(content: Any) -> Iterator[CommentedMap]:
         yield content
 
 
-def _workload(content: CommentedMap, settings: InjectSettings, comments: set[str]) -> bool:
-    """Change one workload. False if it has the sidecar already. `comments` receives the lines that come with it."""
+def _workload(content: CommentedMap, settings: InjectSettings, found: Found) -> bool:
+    """Change one workload. False if it has the sidecar already, or no engine."""
     kind = content["kind"]
     name = f"{kind} {_at(content, ('metadata', 'name')) or '?'}"
     if kind == "LeaderWorkerSet":
@@ -185,7 +201,7 @@ def _workload(content: CommentedMap, settings: InjectSettings, comments: set[str
     spec = _at(content, path)
     if not isinstance(spec, CommentedMap) or not isinstance(spec.get("containers"), list):
         raise UsageError(f"{name}: no containers at {'.'.join(path)}")
-    return _pod(spec, name, settings, comments)
+    return _pod(spec, name, settings, found)
 
 
 def _add_leader(content: CommentedMap, name: str) -> None:
@@ -199,20 +215,25 @@ def _add_leader(content: CommentedMap, name: str) -> None:
     _unshare(template["leaderTemplate"], ("spec",))
 
 
-def _pod(spec: CommentedMap, name: str, settings: InjectSettings, comments: set[str]) -> bool:
-    """Change one pod's spec. False if it has the sidecar already."""
+def _pod(spec: CommentedMap, name: str, settings: InjectSettings, found: Found) -> bool:
+    """Change one pod's spec. False if it has the sidecar already, or no engine."""
     present = [
         c for key in ("initContainers", "containers") for c in spec.get(key) or [] if isinstance(c, CommentedMap)
     ]
     ours = [c for c in present if c.get("name") in ADDED]
     if any(_is_ours(c) for c in ours):
+        found.engines += 1
         return False
+    engine = _engine(spec["containers"], name, settings)
+    if engine is None:
+        found.others.append(name)
+        return False
+    found.engines += 1
     if ours:
         raise UsageError(f"{name}: a container of its own is named {ours[0]['name']!r}; rename it")
     volumes = {v.get("name") for v in spec.get("volumes") or []}
     if taken := volumes & {"sidecar-state", "sidecar-tmp"}:
         raise UsageError(f"{name}: a volume of its own is named {min(taken)!r}; rename it")
-    engine = _engine(spec["containers"], name, settings)
     _unshare(engine, ("command", "args", "volumeMounts", "lifecycle"))
     _unshare(spec, ("initContainers", "volumes", "imagePullSecrets"))
     kind = engine_args.kind_of(engine) if settings.engine_kind == "auto" else settings.engine_kind
@@ -228,7 +249,7 @@ def _pod(spec: CommentedMap, name: str, settings: InjectSettings, comments: set[
     added = container(answers, added_env(kind or "auto", listen, port), _own_ports(listen, present))
     added += answers.when("rules", restarter(answers))
     text = added + fill("volumes") + probes(answers)
-    comments |= {line.strip() for line in text.splitlines() if line.strip().startswith("#")}
+    found.comments |= {line.strip() for line in text.splitlines() if line.strip().startswith("#")}
     _append(spec, "initContainers", _parsed(added), before="containers")
     _append(spec, "volumes", _parsed(fill("volumes")))
     _append(engine, "volumeMounts", _parsed(f"- {{name: sidecar-state, mountPath: {STATE_DIR}, readOnly: true}}\n"))
@@ -257,19 +278,16 @@ def _is_ours(c: CommentedMap) -> bool:
     return c.get("name") == NAME and "SIDECAR_ENGINE" in env
 
 
-def _engine(containers: Sequence[Any], name: str, settings: InjectSettings) -> CommentedMap:
-    """The engine's container. Raises UsageError unless it is clear which one it is."""
+def _engine(containers: Sequence[Any], name: str, settings: InjectSettings) -> CommentedMap | None:
+    """The engine's container; None if there is none. Raises UsageError if several could be it."""
     given = [c for c in containers if isinstance(c, CommentedMap)]
-    shown = ", ".join(str(c.get("name")) for c in given)
     if settings.container:
-        named = [c for c in given if c.get("name") == settings.container]
-        if not named:
-            raise UsageError(f"{name}: no container {settings.container!r}; it has {shown}")
-        return named[0]
-    known = [c for c in given if engine_args.kind_of(c)] or given
-    if len(known) != 1:
+        return next((c for c in given if c.get("name") == settings.container), None)
+    known = [c for c in given if engine_args.kind_of(c)]
+    if len(known) > 1:
+        shown = ", ".join(str(c.get("name")) for c in known)
         raise UsageError(f"{name}: which container is the engine? Give --container, one of {shown}")
-    return known[0]
+    return known[0] if known else None
 
 
 def _ports(containers: Sequence[CommentedMap]) -> set[int]:

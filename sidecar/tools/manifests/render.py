@@ -44,18 +44,18 @@ ports = partial(fill, admin_port=str(ADMIN_PORT), relay_port=str(RELAY_PORT))
 
 def main(settings: ManifestSettings) -> int:
     """Print the manifests, or write the files of a chart or component."""
-    from sidecar.tools.manifests import chart, component  # they use this module
+    from sidecar.tools.manifests import chart, component, llm_d  # they use this module
 
-    if settings.format == "yaml" and not settings.out:
-        print(render(settings), end="")
+    if settings.format in ("helm", "kustomize"):
+        if not settings.out:
+            raise UsageError(f"--out is missing; {settings.format} is several files, so name a directory")
+        write(Path(settings.out), (chart if settings.format == "helm" else component).files(settings))
         return 0
-    if not settings.out:
-        raise UsageError(f"--out is missing; {settings.format} is several files, so name a directory")
-    if settings.format == "yaml":
-        contents = {f"{settings.name}.yaml": render(settings)}
+    text = llm_d.render_values(settings) if settings.format == "llm-d" else render(settings)
+    if settings.out:
+        write(Path(settings.out), {f"{settings.name}.yaml": text})
     else:
-        contents = (chart if settings.format == "helm" else component).files(settings)
-    write(Path(settings.out), contents)
+        print(text, end="")
     return 0
 
 

@@ -104,12 +104,13 @@ class ManifestSettings:
 
     format: str = flag(
         "yaml",
-        one_of("yaml", "helm", "kustomize"),
-        "What is printed; a Helm chart or a Kustomize component is several files, in the directory --out",
+        one_of("yaml", "helm", "kustomize", "llm-d"),
+        "What is printed: manifests, or values for llm-d's chart; a Helm chart and a Kustomize component are several "
+        "files, in the directory --out",
     )
     out: str = flag("", directory, "Directory to write the files to; default: standard output")
-    container: str = flag("engine", label, "Kustomize: name of the engine's container, the first of its pod")
-    port: int = flag(8000, integer(1, 65_535), "Kustomize: port of the engine, which the relay takes over")
+    container: str = flag("engine", label, "Kustomize and llm-d: name of the engine's container, the first of its pod")
+    port: int = flag(8000, integer(1, 65_535), "Kustomize and llm-d: port of the engine, which the relay takes over")
 
     name: str = flag("llm", label, "Name of the Deployment and its Service")
     namespace: str = flag("", optional_label, "Namespace; default: kubectl's own")
