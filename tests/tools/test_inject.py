@@ -430,7 +430,7 @@ SCRIPT = {"name": "e", "image": "vllm", "command": ["sh", "-c", "vllm serve m"]}
         (pod_text(engine_container()), {"container": "b"}, "no engine is recognised in Pod x"),
         (pod_text({"name": "a", "image": "x"}), {"container": "a"}, "not recognised; give --engine-kind"),
         (
-            pod_text({"name": "e", "image": "vllm", "command": ["bash -c '/entrypoint.sh & echo'"]}),
+            pod_text({"name": "e", "image": "vllm", "command": ["bash -c '/vllm-entrypoint.sh & echo'"]}),
             {},
             "its command starts vllm elsewhere; give the engine's port by --keep-port",
         ),

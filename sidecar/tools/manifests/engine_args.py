@@ -30,8 +30,8 @@ class CommandLine:
 # Ports and flags: vLLM v0.32 cli_args.py, SGLang v0.5 server_args.py, TGI v3.3 launcher main.rs (`PORT` is 80 in its
 # image), llama.cpp common/arg.cpp; the scripted engine is ours.
 ENGINES: Final[dict[str, CommandLine]] = {
-    "vllm": CommandLine(r"\bvllm(\.entrypoints\.openai\.api_server)?\b", r"vllm(?!.*router)", 8000),
-    "sglang": CommandLine(r"\bsglang(\.launch_server)?\b", r"sglang", 30_000),
+    "vllm": CommandLine(r"(^|[\s/])vllm\s+serve\b|\bvllm\.entrypoints\.\S*api_server\b", r"vllm(?!.*router)", 8000),
+    "sglang": CommandLine(r"(^|[\s/])sglang\s+serve\b|\bsglang\.launch_server\b", r"sglang", 30_000),
     "tgi": CommandLine(r"\btext-generation-launcher\b", r"text-generation-inference", 80, "--hostname"),
     "llamacpp": CommandLine(r"\bllama-server\b", r"llama\.?cpp", 8080),
     "scripted": CommandLine(r"\bsidecar engine\b", r"$.", 8000),
