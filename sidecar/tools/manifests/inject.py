@@ -91,7 +91,7 @@ class InjectSettings:
 
 
 @dataclass(slots=True)
-class Found:
+class WorkloadsFound:
     """Workloads of a text: how many have an engine, the names of the others, the comments that came with a sidecar."""
 
     engines: int = 0
@@ -115,7 +115,7 @@ def inject(text: str, settings: InjectSettings) -> tuple[str, list[str]]:
 
     Raises UsageError: what cannot be changed, and what to do.
     """
-    found = Found()
+    found = WorkloadsFound()
     parts: list[str] = []
     for number, document in enumerate(split(text), 1):
         try:
@@ -142,7 +142,7 @@ def split(text: str) -> list[str]:
     return [text[a:b] for a, b in pairwise(edges)]
 
 
-def _document(text: str, settings: InjectSettings, found: Found) -> str:
+def _document(text: str, settings: InjectSettings, found: WorkloadsFound) -> str:
     """One document, changed."""
     yaml = _yaml(text)
     content = yaml.load(text)
@@ -191,7 +191,7 @@ def _objects(content: Any) -> Iterator[CommentedMap]:
         yield content
 
 
-def _workload(content: CommentedMap, settings: InjectSettings, found: Found) -> bool:
+def _workload(content: CommentedMap, settings: InjectSettings, found: WorkloadsFound) -> bool:
     """Change one workload. False if it has the sidecar already, or no engine."""
     kind = content["kind"]
     name = f"{kind} {_at(content, ('metadata', 'name')) or '?'}"
@@ -215,7 +215,7 @@ def _add_leader(content: CommentedMap, name: str) -> None:
     _unshare(template["leaderTemplate"], ("spec",))
 
 
-def _pod(spec: CommentedMap, name: str, settings: InjectSettings, found: Found) -> bool:
+def _pod(spec: CommentedMap, name: str, settings: InjectSettings, found: WorkloadsFound) -> bool:
     """Change one pod's spec. False if it has the sidecar already, or no engine."""
     present = [
         c for key in ("initContainers", "containers") for c in spec.get(key) or [] if isinstance(c, CommentedMap)
