@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
@@ -97,6 +99,27 @@ def test_helm_takes_kubernetes_own_forms_of_lists(tmp_path: Path) -> None:
     assert linted.returncode == 0, linted.stdout
 
 
+@pytest.mark.charts
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("probe=sfae", "/probe"),
+        ("gpu=2", "additional properties 'gpu'"),
+        ("gpus=two", "/gpus"),
+        ("claim=models", "go together"),
+        ("images=shm", "shm needs the model's directory"),
+    ],
+)
+def test_helm_refuses_what_the_command_refuses(given: str, words: str, tmp_path: Path) -> None:
+    """A word that is none, an unknown name, values that contradict each other."""
+    render.write(tmp_path, chart.files(ManifestSettings()))
+    binary = kubernetes_tools.tool("helm")
+    assert binary is not None
+    command = [binary, "template", "llm", str(tmp_path), "--set", given]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode != 0 and done.stdout == "" and words in done.stderr
+
+
 WORKLOAD = """\
 apiVersion: apps/v1
 kind: {kind}
@@ -155,6 +178,9 @@ def test_every_value_of_the_chart_is_used_and_there() -> None:
     files = chart.files(ManifestSettings())
     values = yaml.safe_load(files["values.yaml"])
     asked = set(re.findall(r"\.Values\.(\w+)", "".join(files.values())))
+    allowed = json.loads(files["values.schema.json"])
+    jsonschema.validate(values, allowed)
+    assert set(allowed["properties"]) == asked | {"global"}
     assert asked == set(values) and {"command", "args"} < asked
     left = {"format", "out", "container", "port", "namespace", "engine_args"}
     assert {camel(f.name) for f in fields(ManifestSettings) if f.name not in left} == asked - {"command", "args"}

@@ -14,6 +14,15 @@ from sidecar.tools.manifests.settings import KINDS, ManifestSettings, arguments_
 
 # Settings that are none of the chart's: Helm has a namespace of its own, and `args` holds the engine's arguments.
 NOT_VALUES: Final = {"format", "out", "container", "port", "namespace", "engine_args"}
+# What `start` refuses for settings.
+CHECK: Final = """\
+{{- if ne (not .Values.claim) (not (hasPrefix "/models/" .Values.model)) }}
+{{- fail "claim, and a model below /models where that claim is mounted, go together" }}
+{{- end }}
+{{- if and (eq .Values.images "shm") (not .Values.claim) }}
+{{- fail "images: shm needs the model's directory: claim, and a model below /models" }}
+{{- end }}
+"""
 # In Kubernetes' own form.
 FORMS: Final = {
     "env": "Variables of the engine, as in a container",
@@ -27,11 +36,30 @@ FORMS: Final = {
 def files(settings: ManifestSettings) -> dict[str, str]:
     """The chart's files by name. Raises UsageError if two settings contradict each other."""
     made = documents(HelmAnswers())
+    made["deployment"] = CHECK + made["deployment"]
     return {
         "Chart.yaml": fill("chart", version=__version__),
         "values.yaml": values(settings),
+        "values.schema.json": json.dumps(schema(), indent=1) + "\n",
         **{f"templates/{name}.yaml": text for name, text in made.items()},
     }
+
+
+def schema() -> dict[str, Any]:
+    """values.schema.json, by which helm refuses values that no setting would take: words, types, unknown names."""
+    properties: dict[str, Any] = {"command": {"type": "array"}, "args": {"type": "array"}, "global": {"type": "object"}}
+    for field in fields(ManifestSettings):
+        if field.name in NOT_VALUES:
+            continue
+        choices = field.metadata["parser"].metavar
+        kind = {"type": "integer", "minimum": 0} if isinstance(field.default, int) else {"type": "string"}
+        if field.name in LISTS:
+            kind = {"type": "object" if LISTS[field.name] else "array"}
+        elif "|" in choices:
+            kind["enum"] = choices.split("|")
+        properties[camel(field.name)] = kind
+    draft = "http://json-schema.org/draft-07/schema#"
+    return {"$schema": draft, "type": "object", "properties": properties, "additionalProperties": False}
 
 
 def values(settings: ManifestSettings) -> str:
