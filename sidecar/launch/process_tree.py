@@ -1,6 +1,6 @@
 """The process tree of one sidecar: all startup checks, then the role of each process.
 
-    supervisor ── control, relay 0 .. N-1, image server, load reports
+    supervisor ── control, relay 0 .. N-1, image server, load reports, the engine's runner
 
 - A fault that can be found before the first process starts ends the startup.
 - The sockets and the directory of the Unix sockets belong to the supervisor and outlive every other process. A relay
@@ -19,7 +19,7 @@ import signal
 import socket
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -32,6 +32,7 @@ from sidecar import settings
 from sidecar.control import process as control_process
 from sidecar.errors import StartError
 from sidecar.images.shm_cache import SHM_DIR, CacheFolder
+from sidecar.launch.engine_runner import STOP_GRACE_S, EngineRunner
 from sidecar.launch.preflight import (
     bind,
     bind_unix,
@@ -67,8 +68,11 @@ STOP_MARGIN_S: Final = 10.0  # beyond the drain, in which every process must hav
 ExitCodeRunner = Callable[[Callable[[], int]], int]
 
 
-def main(chosen: Settings, run_to_exit_code: ExitCodeRunner) -> int:
-    """Serve until SIGTERM or SIGINT, drain, return the exit code. Raises UsageError and StartError at startup."""
+def main(chosen: Settings, run_to_exit_code: ExitCodeRunner, command: Sequence[str] = ()) -> int:
+    """Serve until SIGTERM or SIGINT, drain, return the exit code. Raises UsageError and StartError at startup.
+
+    `command` starts the engine; without one, it runs elsewhere.
+    """
     open_files.raise_limit()  # of all processes: many shells and runtimes allow 1024
     check_certificate(chosen)
     check_usage(chosen)
@@ -113,7 +117,10 @@ def main(chosen: Settings, run_to_exit_code: ExitCodeRunner) -> int:
         for index in range(chosen.workers):
             run = guarded(partial(_run_relay, replace(context, index=index), listener))
             roles.append(Role("relay", f"relay {index}", run, (listener,)))
-        return Supervisor(roles, chosen.drain_seconds + STOP_MARGIN_S).run()
+        if command:
+            runner = EngineRunner(command, chosen.state_dir)
+            roles.append(Role("engine", "engine runner", guarded(runner.run), ()))
+        return Supervisor(roles, chosen.drain_seconds + STOP_MARGIN_S, STOP_GRACE_S if command else 0.0).run()
 
 
 @contextmanager
