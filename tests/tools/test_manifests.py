@@ -269,7 +269,7 @@ def test_stack_dumps_are_asked_for() -> None:
 
 
 def test_the_sidecar_fits_into_a_restricted_namespace() -> None:
-    """Pod Security Standards, "restricted": what each container must say by itself, as the pod may be somebody else's."""
+    """Pod Security Standards, "restricted": what each container must say by itself, in anyone's pod."""
     for container in made(probe="restart-rules")["initContainers"]:
         context = container["securityContext"]
         assert context["runAsNonRoot"] is True and context["runAsUser"] > 0
