@@ -105,7 +105,10 @@ VALUES: dict[tuple[str, str], Iterable[str]] = {
     ("sidecar_doubt", "reason"): REASON_TEXTS,
     ("sidecar_mu_utilization_part_ratio", "part"): [part for part, _ in SNAPSHOT.load.parts],
 }
-ENGINE_FLAGS = {"--host", "--port", "--enable-prompt-tokens-details"}
+ENGINE_FLAGS = {
+    *("--host", "--port", "--enable-prompt-tokens-details", "--headless", "--nnodes", "--node-rank", "--master-addr"),
+    *("--tensor-parallel-size", "--pipeline-parallel-size", "--distributed-executor-backend"),
+}
 # Of `docker compose up`, `systemctl enable` and pip.
 OTHER_FLAGS = {"--build", "--now", "--no-cache-dir", "--help"}
 
