@@ -14,13 +14,14 @@ import sqlite3
 import time
 from collections import deque
 from contextlib import suppress
+from functools import partial
 from typing import Any, Final
 
 import aiohttp
 
 from sidecar import __version__
 from sidecar.control import saved_state
-from sidecar.control.background_tasks import BackgroundTasks
+from sidecar.control.background_tasks import BackgroundTasks, run_abandonable
 from sidecar.control.diagnosis import MAX_PAGE_BYTES, Diagnoses, bundle, diagnose
 from sidecar.control.relay_pool import RelayPool
 from sidecar.control.state import ControlState
@@ -138,7 +139,9 @@ class ControlLoop:
         self._count_gpu_time(time.monotonic(), time.time())
         await self._write_usage(time.time())
         await self._write_requests()
-        await self._write_database(time.time(), LAST_WRITE_TIMEOUT_S)
+        with suppress(TimeoutError):  # the rows stay in usage.db
+            async with asyncio.timeout(LAST_WRITE_TIMEOUT_S + 1):
+                await self._write_database(time.time(), LAST_WRITE_TIMEOUT_S)
 
     # --- events ---
 
@@ -383,7 +386,7 @@ class ControlLoop:
         if self._database is None or self._usage is None or not self._has_usage:
             return
         try:
-            await asyncio.to_thread(self._database.write, self._usage.path, wall, within)
+            await run_abandonable(partial(self._database.write, self._usage.path, wall, within))
         except Exception as e:  # noqa: BLE001  psycopg.Error, of a module that only this setting imports
             self._fan_out.on_database_write("failed")
             text = "cannot write usage records to --usage-url (%s); they are kept in the state directory until then"
