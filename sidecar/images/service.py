@@ -7,16 +7,19 @@ errors say what was wrong. With a cache, a result is kept for the tenant that se
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 from sidecar.errors import BadImage, ImagesBusy
-from sidecar.images import file_headers, header_geometry
+from sidecar.images import engine_tensors, file_headers, header_geometry
+from sidecar.images.engine_tensors import SentTensors
 from sidecar.images.protocol import PIXELS, RAW, TENSORS, Data, ImageDone, ImageJob, ImageLimits
 from sidecar.images.shm_cache import ImageCache, SharedFile
 from sidecar.images.shm_handoff import ShmHandoff
 from sidecar.images.tensor_budget import Reserve, TensorBudget
+from sidecar.images.vllm_plugin import TensorOffer
 from sidecar.images.worker_queue import WorkerQueue
 from sidecar.kernels.grid import Geometry, ProcessorSpec
 from sidecar.settings import Settings
@@ -31,13 +34,15 @@ class PreparedImage(ImageDone):
     """One prepared image. Sizes and tokens are 0 if unknown.
 
     Outcome "passed": the client's own bytes go on untouched, `base64` and `url` are empty. Outcome "cached": the image
-    had been prepared before. `url` locates its pixels in shared memory.
+    had been prepared before. `url` locates its pixels in shared memory. `parameter` is that of a data URL of the client's
+    own bytes by which the engine finds finished tensors.
     """
 
     seconds: float = 0.0
     bytes_out: int = 0
     base64: Data | None = None
     url: str = ""
+    parameter: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +75,7 @@ class ImageService:
         self._cache_writes: set[asyncio.Task[None]] = set()
         self._handoff = ShmHandoff(cache) if cache is not None else None
         self.tensor_budget = TensorBudget()
+        self._sent = SentTensors()
 
     async def inline(
         self, data: Data, where: str, tenant: str = "", handoff_request: str = "", is_base64: bool = True
@@ -90,6 +96,35 @@ class ImageService:
             return prepared
         file = await self._handoff.pixels(handoff_request, payload, key)
         return replace(prepared, url=file.url(prepared.height, prepared.width))
+
+    async def engine_tensors(
+        self, data: Data, where: str, tenant: str, request: str, offer: TensorOffer, is_base64: bool = True
+    ) -> PreparedImage | None:
+        """Finished tensors of one image in a file for an engine, until `release(request)`; None if it gets none.
+
+        Raises BadImage or ImagesBusy.
+        """
+        start = time.monotonic()
+        spec = engine_tensors.spec_for(self.spec, offer.dtype)
+        header, client_chars = header_geometry.read_size(data, is_base64), header_geometry.base64_chars(data, is_base64)
+        if self._handoff is None or header is None or not self._allowed(header.height, header.width, client_chars):
+            return None
+        size = engine_tensors.file_bytes(spec, header.height, header.width)
+        if not size:
+            return None
+        key = await self._key(data, TENSORS, str(is_base64), spec.to_json(), tenant)
+        if (sent := self._sent.find(key, offer)) is not None:
+            prepared = _prepared_image(sent, b"", time.monotonic() - start, cached=True)
+            return replace(prepared, parameter=engine_tensors.parameter(sent, offer.dtype, None))
+        job = ImageJob(TENSORS, spec.to_json(), is_base64, self._limits, self._workers.deadline_s, self.gpu, size)
+        async with self._handoff.open_file(request, size) as (file, fd):
+            done, _ = await self._workers.run(job, data, where, file=fd)
+            made = engine_tensors.bytes_of(spec, spec.geometry(*done.original))
+            if made < size:  # it was turned
+                os.ftruncate(fd, made)
+        self._sent.add(key, offer, done, made)
+        prepared = _prepared_image(done, b"", time.monotonic() - start)
+        return replace(prepared, bytes_out=made, parameter=engine_tensors.parameter(done, offer.dtype, file))
 
     def _pass_early(self, data: Data, is_base64: bool) -> PreparedImage | None:
         """The image as passed through if its header shows that preparing it costs more than it saves; else None."""

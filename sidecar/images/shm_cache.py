@@ -146,6 +146,23 @@ class ImageCache:
         _fill(fd, path, *pieces)
         return SharedFile(self._folder.name, path.name, 0, size)
 
+    def reserve(self, size: int) -> tuple[SharedFile, int]:
+        """A new file of `size` bytes whose memory is allocated, and its open descriptor. Raises OSError if too little.
+
+        A worker that wrote to a file without memory behind it would die of SIGBUS where shared memory is full.
+        """
+        path = self._folder / (SHARED_PREFIX + secrets.token_hex(16))
+        if size > shutil.disk_usage(self._folder).free // 2:
+            raise OSError(errno.ENOSPC, "too little shared memory")
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        try:
+            os.posix_fallocate(fd, 0, size)
+        except OSError:
+            os.close(fd)
+            path.unlink(missing_ok=True)
+            raise
+        return SharedFile(self._folder.name, path.name, 0, size), fd
+
     def unlink_shared(self, file: SharedFile) -> None:
         """Unlink a shared file if its reader has not done so."""
         (self._folder / file.name).unlink(missing_ok=True)

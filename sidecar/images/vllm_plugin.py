@@ -1,5 +1,8 @@
 """Decide whether images may go to vLLM through shared memory: a running vLLM must use the plugin and read the files.
 
+Pixels may go there if it does, and finished tensors if its own image processor has the settings of the model's files:
+the plugin writes down with which settings it was started.
+
 The plugin (plugins/vllm) writes a mark file into the shared folder and locks it while its process runs. A locked mark
 therefore shows that the plugin is installed, that both containers share the folder, and that the engine is alive. The
 sidecar only queries the lock and never takes it, so it cannot block an engine.
@@ -15,18 +18,24 @@ import os
 import stat
 import struct
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
 from sidecar.images.shm_cache import SHM_DIR
+from sidecar.kernels.families.single_view import Qwen2VLSpec
+from sidecar.kernels.grid import ProcessorSpec
 
 MARK_PREFIX: Final = "sidecar-plugin-"
+OFFER_PREFIX: Final = "sidecar-tensors-"
 URL_VERSION: Final = 1
 CONNECTOR_NAME: Final = "inference_sidecar"
 CHECK_INTERVAL_S: Final = 1.0
+QWEN_PROCESSORS: Final = ("Qwen2VLImageProcessor",)
+BYTES: Final = ("U8",)
+HALF_OR_FLOAT: Final = ("F32", "BF16", "F16")
 MAX_MARKS: Final = 64  # one per user that an engine has run as
 MAX_MARK_BYTES: Final = 4096
 REMEDY: Final = (
@@ -46,15 +55,84 @@ class PluginStatus:
     version: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class TensorOffer:
+    """How a running vLLM takes finished tensors. `why`: the reason that it gets none, or ""."""
+
+    why: str
+    dtype: str = ""  # safetensors' name of the dtype that it wants
+    cache_bytes: int = 0  # of its cache of processed images
+    pid: int = 0  # of the process that offers: another one has an empty cache
+
+
+@dataclass(frozen=True, slots=True)
+class Handoffs:
+    """What a running vLLM takes now."""
+
+    pixels: bool = False  # in shared memory
+    tensors: TensorOffer | None = None
+
+
+NO_HANDOFFS: Final = Handoffs()
+NO_OFFER: Final = TensorOffer("no vLLM with the sidecar's plugin offers to take tensors here")
+
+
 def read_status(shm: str) -> PluginStatus:
     """The plugin's state by the marks in the folder `shm`. Never raises, never waits."""
     last = PluginStatus("no vLLM with the sidecar's plugin uses this folder")
-    with contextlib.suppress(OSError):
-        for path in islice(Path(shm).glob(MARK_PREFIX + "*"), MAX_MARKS):
-            last = _read_mark(path) or last
-            if not last.why:
-                break
+    for content in _locked_marks(shm, MARK_PREFIX):
+        last = check_mark(content, os.geteuid())
+        if not last.why:
+            break
     return last
+
+
+def read_offer(shm: str, spec: ProcessorSpec) -> TensorOffer:
+    """The offer of a running vLLM, for a sidecar whose model's files give `spec`. Never raises, never waits."""
+    last = NO_OFFER
+    for content in _locked_marks(shm, OFFER_PREFIX):
+        last = check_offer(content, os.geteuid(), spec)
+        if not last.why:
+            break
+    return last
+
+
+def check_offer(text: bytes, user: int, spec: ProcessorSpec) -> TensorOffer:
+    """The offer in a mark, for a sidecar that runs as `user`."""
+    if why := check_mark(text, user).why:
+        return TensorOffer(why)
+    try:
+        mark: Any = json.loads(text)
+        settings, dtype = dict(mark["settings"]), str(mark["dtype"])
+        cache_bytes, pid = int(mark["cache_bytes"]), int(mark["pid"])
+    except (ValueError, KeyError, TypeError):
+        return TensorOffer("the offer of vLLM's plugin cannot be read")
+    if mark.get("processor") not in QWEN_PROCESSORS or type(spec) is not Qwen2VLSpec or spec.frames != 1 or spec.grows:
+        return TensorOffer("its tensors are not made here")
+    if other := _other_settings(settings, spec):
+        return TensorOffer(f"vLLM's image processor has other settings than the model's files here: {other}")
+    floats = bool(settings.get("do_rescale")) or bool(settings.get("do_normalize"))
+    if dtype not in (HALF_OR_FLOAT if floats else BYTES):
+        return TensorOffer(f"vLLM wants its tensors as {dtype[:8]!a}")
+    return TensorOffer("", dtype, max(cache_bytes, 0), pid)
+
+
+def _other_settings(settings: dict[str, Any], spec: Qwen2VLSpec) -> str:
+    """The names of vLLM's settings that differ from `spec`; ""."""
+    expected: dict[str, Any] = {
+        "do_resize": True,
+        "resample": spec.resample,
+        "patch_size": spec.patch_size,
+        "temporal_patch_size": spec.temporal_patch_size,
+        "merge_size": spec.merge_size,
+        "min_pixels": spec.min_pixels,
+        "max_pixels": spec.max_pixels,
+    }
+    if settings.get("do_rescale") or settings.get("do_normalize"):  # else vLLM does both on its device
+        expected |= {"do_rescale": spec.do_rescale, "do_normalize": spec.do_normalize}
+        expected |= {"rescale_factor": spec.rescale_factor}
+        expected |= {"image_mean": list(spec.image_mean), "image_std": list(spec.image_std)}
+    return ", ".join(name for name, value in expected.items() if settings.get(name) != value)
 
 
 def check_mark(text: bytes, user: int) -> PluginStatus:
@@ -74,13 +152,21 @@ def check_mark(text: bytes, user: int) -> PluginStatus:
     return PluginStatus("", version)
 
 
-def _read_mark(path: Path) -> PluginStatus | None:
-    """The plugin's state by one mark; None if the process that wrote it has exited."""
+def _locked_marks(shm: str, prefix: str) -> Iterator[bytes]:
+    """The contents of the marks in a folder whose processes are running."""
+    with contextlib.suppress(OSError):
+        for path in islice(Path(shm).glob(prefix + "*"), MAX_MARKS):
+            if (content := _read_mark(path)) is not None:
+                yield content
+
+
+def _read_mark(path: Path) -> bytes | None:
+    """The content of one mark; None if the process that wrote it has exited."""
     with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         stack.callback(os.close, fd)
         if stat.S_ISREG(os.fstat(fd).st_mode) and _is_locked(fd):
-            return check_mark(os.pread(fd, MAX_MARK_BYTES, 0), os.geteuid())
+            return os.pread(fd, MAX_MARK_BYTES, 0)
     return None
 
 
@@ -92,20 +178,41 @@ def _is_locked(fd: int) -> bool:
 
 
 class PluginWatch:
-    """Called for each request with images: True if they may go through the folder `shm`. Logs changes."""
+    """Called for each request with images: what vLLM takes through the folder `shm` now. Logs changes.
 
-    def __init__(self, shm: str = SHM_DIR, now: Callable[[], float] = time.monotonic) -> None:
+    `required`: images go inline where it takes nothing there, which the log says; else that is the usual case.
+    """
+
+    def __init__(
+        self,
+        spec: ProcessorSpec,
+        shm: str = SHM_DIR,
+        now: Callable[[], float] = time.monotonic,
+        *,
+        required: bool = True,
+    ) -> None:
+        self._spec = spec
         self._shm = shm
         self._now = now
+        self._required = required
         self._checked_at = float("-inf")
         self._status: PluginStatus | None = None
+        self._offer: TensorOffer | None = None
 
-    def __call__(self) -> bool:
+    def __call__(self) -> Handoffs:
         now = self._now()
-        if now - self._checked_at >= CHECK_INTERVAL_S or self._status is None:
-            before, self._status, self._checked_at = self._status, read_status(self._shm), now
-            if before != self._status and self._status.why:
+        if now - self._checked_at >= CHECK_INTERVAL_S or self._status is None or self._offer is None:
+            self._checked_at = now
+            before, self._status = self._status, read_status(self._shm)
+            if before != self._status and self._status.why and self._required:
                 _log.warning("images go inline, not through %s: %s; %s", self._shm, self._status.why, REMEDY)
-            elif before != self._status:
+            elif before != self._status and not self._status.why:
                 _log.info("images go through %s: vLLM has plugin %s", self._shm, self._status.version)
-        return not self._status.why
+            earlier, self._offer = self._offer, read_offer(self._shm, self._spec)
+            if not self._offer.why and earlier != self._offer:
+                _log.info("finished tensors go through %s: vLLM wants them as %s", self._shm, self._offer.dtype)
+            elif not self._status.why and self._offer.why and (earlier is None or earlier.why != self._offer.why):
+                _log.warning("vLLM gets pixels, not finished tensors: %s", self._offer.why)
+        if self._status.why:
+            return NO_HANDOFFS
+        return Handoffs(True, None if self._offer.why else self._offer)

@@ -51,17 +51,17 @@ class WorkerQueue:
         self._closed = True
 
     async def run(
-        self, job: ImageJob, data: Data, where: str, reserve: Reserve | None = None
+        self, job: ImageJob, data: Data, where: str, reserve: Reserve | None = None, file: int = -1
     ) -> tuple[ImageDone, bytearray]:
         """Run one job on a worker. Raises BadImage or ImagesBusy; `where` names the image in them.
 
-        `reserve` is called with the reply's size before it is read.
+        `reserve` is called with the reply's size before it is read. `file`: an open file for the payload.
         """
         async with self._connection() as connection:
             sent = time.monotonic()
             try:
                 async with asyncio.timeout(self.deadline_s + DEADLINE_SLACK_S):
-                    await _send(connection, job, data)
+                    await _send(connection, job, data, file)
                     answer, payload = await _receive(connection, reserve)
             except (OSError, EOFError, FrameError):  # it died without a reply: at its deadline, or because of the image
                 if time.monotonic() - sent >= self.deadline_s:
@@ -117,9 +117,12 @@ class WorkerQueue:
             raise ImagesBusy("no image worker accepted the image in time; try again shortly") from None
 
 
-async def _send(connection: socket.socket, job: ImageJob, data: Data) -> None:
+async def _send(connection: socket.socket, job: ImageJob, data: Data, file: int = -1) -> None:
     loop = asyncio.get_running_loop()
-    await loop.sock_sendall(connection, protocol.encode_head(job, len(data)))
+    head = protocol.encode_head(job, len(data))
+    if file >= 0:  # nothing was sent before, so there is room for it
+        head = head[socket.send_fds(connection, [head], [file]) :]
+    await loop.sock_sendall(connection, head)
     if data:  # an empty send to a worker that has already replied would raise an error
         await loop.sock_sendall(connection, data)
 

@@ -121,6 +121,9 @@ async def _relay(context: RelayContext, emit: Callable[[Event], None]) -> AsyncI
             images = ImageService(context.image_socket, settings, spec, cache)
             stack.push_async_callback(images.close)
             serve_images = partial(preprocess, images=images, settings=settings, emit=emit, fetch=fetch)
+        watch: PluginWatch | None = None
+        if images is not None and settings.images in ("auto", "shm"):
+            watch = PluginWatch(images.spec, required=settings.images == "shm")
         quota: Quota | None = None
         if settings.tenant_limits:
             accounts = TenantAccounts(context.accounts, settings.workers, context.index)
@@ -139,7 +142,7 @@ async def _relay(context: RelayContext, emit: Callable[[Event], None]) -> AsyncI
             images=images,
             preprocess=serve_images,
             fetch=fetch,
-            is_shm_ready=PluginWatch() if settings.images == "shm" else None,
+            handoffs=watch,
         )
         stack.push_async_callback(relay.close)
         yield relay

@@ -14,11 +14,22 @@ from typing import Any
 
 import pytest
 
-from sidecar.images.vllm_plugin import CHECK_INTERVAL_S, MARK_PREFIX, PluginWatch, check_mark, read_status
+from sidecar.images.vllm_plugin import (
+    CHECK_INTERVAL_S,
+    MARK_PREFIX,
+    NO_HANDOFFS,
+    PluginWatch,
+    check_mark,
+    check_offer,
+    read_status,
+)
+from sidecar.kernels import families
 from tests.waiting import PATIENCE
 
+from .conftest import QWEN2_VL
 from .test_imagecache import plugin
 
+QWEN = families.from_config(QWEN2_VL)
 NO_PLUGIN = "no vLLM with the sidecar's plugin"
 ENGINE = (
     "import sys; sys.path.insert(0, sys.argv[1]); import sidecar_vllm, pathlib; "
@@ -117,14 +128,14 @@ def test_the_log_names_each_change_once(start: Start, tmp_path: Path, caplog: py
     """Looks are at least a second apart; what was said is said again only when it has changed."""
     caplog.set_level(logging.INFO, "sidecar")
     now = [0.0]
-    watch = PluginWatch(str(tmp_path), lambda: now[0])
-    assert [watch(), watch()] == [False, False]
+    watch = PluginWatch(QWEN, str(tmp_path), lambda: now[0])
+    assert [watch(), watch()] == [NO_HANDOFFS, NO_HANDOFFS]
     process = start()
-    assert not watch(), "it looked a moment ago"
+    assert watch() == NO_HANDOFFS, "it looked a moment ago"
     for alive in (True, True, False, False):
         if not alive:
             end(process)
         now[0] += CHECK_INTERVAL_S
-        assert watch() is alive
+        assert watch().pixels is alive
     said = [record.levelname for record in caplog.records]
-    assert said == ["WARNING", "INFO", "WARNING"] and "images go inline" in caplog.records[0].message
+    assert said == ["WARNING", "INFO", "WARNING", "WARNING"] and "images go inline" in caplog.records[0].message

@@ -162,7 +162,7 @@ def _serve_images(listening: socket.socket, plan: WorkerPlan, gpu_socket: str) -
 
     torch.set_num_threads(plan.threads)
     torch.set_grad_enabled(False)
-    prepare = partial(pipeline.prepare_image, gpu=GpuChannel(gpu_socket)) if gpu_socket else pipeline.prepare_image
+    prepare = partial(pipeline.run_job, gpu=GpuChannel(gpu_socket) if gpu_socket else None)
     worker.confine(plan.limits)
     return worker.serve(listening, prepare, plan.limits)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import logging
+import mmap
 import os
 import resource
 import signal
@@ -24,7 +25,7 @@ from sidecar.images.protocol import Data, Frame, FrameError, ImageJob, ImageLimi
 from sidecar.images.worker import sandbox
 from sidecar.runtime.prctl import die_with
 
-PrepareImage = Callable[[ImageJob, bytearray], tuple[Frame, Data]]
+PrepareImage = Callable[[ImageJob, bytearray, memoryview | None], tuple[Frame, Data]]
 
 CLIENT_TIMEOUT_S = 10.0  # in which a relay must send or read
 JOBS_PER_LIFE = 5_000  # a new process then takes over, so that no leak of a codec grows forever
@@ -46,26 +47,47 @@ def serve(listening: socket.socket, prepare: PrepareImage, limits: ImageLimits) 
 
 def _serve_one(connection: socket.socket, prepare: PrepareImage, limits: ImageLimits) -> None:
     connection.sendall(encode_head(WorkerReady()))
-    # at most the largest image as base64, including line ends
-    job, payload = _receive(connection, limits.max_bytes * 3 // 2 + 1024)
-    with deadline(job.seconds):
-        answer, out = prepare(job, payload)
-    connection.sendall(encode_head(answer, len(out)))
-    connection.sendall(out)
+    with contextlib.ExitStack() as stack:
+        # at most the largest image as base64, including line ends
+        job, payload, file = _receive(connection, limits.max_bytes * 3 // 2 + 1024, stack)
+        into = stack.enter_context(_mapped(file, job.file_bytes)) if job.file_bytes else None
+        with deadline(job.seconds):
+            answer, out = prepare(job, payload, into)
+        connection.sendall(encode_head(answer, len(out)))
+        connection.sendall(out)
 
 
-def _receive(connection: socket.socket, max_payload: int) -> tuple[ImageJob, bytearray]:
-    """One job and its payload. Raises FrameError, or OSError if the relay has exited."""
-    header, size = protocol.decode_prefix(_read_exactly(connection, protocol.PREFIX.size), max_payload)
+def _receive(
+    connection: socket.socket, max_payload: int, stack: contextlib.ExitStack
+) -> tuple[ImageJob, bytearray, int]:
+    """One job, its payload, and its open file, or -1; `stack` closes that. Raises FrameError or OSError."""
+    start, files, _, _ = socket.recv_fds(connection, protocol.PREFIX.size, 1)
+    for file in files:
+        stack.callback(os.close, file)
+    if not start:
+        raise ConnectionResetError("the relay closed the connection")
+    header, size = protocol.decode_prefix(_read_exactly(connection, protocol.PREFIX.size, start), max_payload)
     job = protocol.decode_header(_read_exactly(connection, header))
-    if not isinstance(job, ImageJob):
+    if not isinstance(job, ImageJob) or (job.file_bytes and len(files) != 1):
         raise FrameError("not a job")
-    return job, _read_exactly(connection, size)
+    return job, _read_exactly(connection, size), files[0] if files else -1
 
 
-def _read_exactly(connection: socket.socket, size: int) -> bytearray:
+@contextlib.contextmanager
+def _mapped(file: int, size: int) -> Iterator[memoryview]:
+    """The first `size` bytes of an open file in shared memory. Raises FrameError if it has fewer."""
+    if os.fstat(file).st_size < size:
+        raise FrameError("not the file of this job")
+    # its pages exist already (shm_cache.reserve): they are mapped at once, not with one fault each
+    content = mmap.mmap(file, size, flags=mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0))
+    yield memoryview(content)  # unmapped when nothing refers to it any more
+
+
+def _read_exactly(connection: socket.socket, size: int, start: bytes = b"") -> bytearray:
+    """The next `size` bytes, of which `start` was read before."""
     data = bytearray(size)
-    view = memoryview(data)
+    data[: len(start)] = start
+    view = memoryview(data)[len(start) :]
     while view:
         received = connection.recv_into(view)
         if not received:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 from sidecar.errors import BadImage, ImagesBusy, RequestError
 from sidecar.events import Event, ImagePrepared
 from sidecar.images.protocol import Data
+from sidecar.images.vllm_plugin import Handoffs
 from sidecar.relay.admission import Admission
 from sidecar.relay.request_body import ImagePart, ParsedBody
 
@@ -35,13 +36,13 @@ async def prepare(
     emit: Callable[[Event], None],
     admission: Admission,
     *,
-    shm: bool,
+    handoffs: Handoffs,
     fetch: Fetch | None,
     passing: bool,
 ) -> list[PreparedImage]:
     """The images of a request, in order. Raises BadImage or ImagesBusy, and cancels the others.
 
-    `shm`: pass them in shared memory; `fetch`: for those behind links, which are kept for `originals`; `passing`: only
+    `handoffs`: what the engine takes through shared memory; `fetch`: for those behind links, which are kept for `originals`; `passing`: only
     fetch and count them.
     """
     parts = body.images
@@ -60,7 +61,7 @@ async def prepare(
             if passing:
                 image = images.passed(data, part.where, not part.link)
             else:
-                image = await _try(images, data, part, tenant, id if shm else "")
+                image = await _try(images, data, part, admission, handoffs)
         except RequestError as e:
             emit(failure(id, e, started, len(part.data) * 3 // 4))
             raise
@@ -76,14 +77,21 @@ async def prepare(
     return await all_of(map(prepare_one, parts))
 
 
-async def _try(images: ImageService, data: Data, part: ImagePart, tenant: str, hand_over: str) -> PreparedImage:
+async def _try(
+    images: ImageService, data: Data, part: ImagePart, admission: Admission, handoffs: Handoffs
+) -> PreparedImage:
     """One image, prepared; as it came where the workers are full, away or die: the engine can do it itself."""
+    id, tenant, is_base64 = admission.id, admission.tenant, not part.link
     try:
-        return await images.inline(data, part.where, tenant, hand_over, not part.link)
+        if handoffs.tensors is not None and (
+            made := await images.engine_tensors(data, part.where, tenant, id, handoffs.tensors, is_base64)
+        ):
+            return made
+        return await images.inline(data, part.where, tenant, id if handoffs.pixels else "", is_base64)
     except (ImagesBusy, BadImage) as e:
         if isinstance(e, BadImage) and e.reason != "image_failed":  # the worker died
             raise
-        return images.passed(data, part.where, not part.link)
+        return images.passed(data, part.where, is_base64)
 
 
 async def all_of(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
@@ -116,6 +124,8 @@ def replacements(
     for index, (part, image) in enumerate(zip(parts, prepared, strict=True)):
         if image.url:
             replaced[index] = ("", image.url.encode())
+        elif image.parameter:
+            replaced[index] = (f"image/{image.format};{image.parameter}", part.data)
         elif image.base64 is not None:
             replaced[index] = (image.media_type, image.base64)
         elif part.link:  # the engine need not fetch it again
@@ -129,7 +139,9 @@ def replacements(
 
 
 def form_of(prepared: list[PreparedImage]) -> str:
-    """The form in which a request's images were prepared: "inline" or "shm"; "" if all pass."""
+    """The form in which a request's images were prepared: "inline", "shm" or "tensors"; "" if all pass."""
+    if any(image.parameter for image in prepared):
+        return "tensors"
     if any(image.url for image in prepared):
         return "shm"
     return "inline" if any(image.base64 is not None for image in prepared) else ""
