@@ -180,7 +180,7 @@ def _is_locked(fd: int) -> bool:
 class PluginWatch:
     """Called for each request with images: what vLLM takes through the folder `shm` now. Logs changes.
 
-    `required`: images go inline where it takes nothing there, which the log says; else that is the usual case.
+    `required`: pixels are to go there, and the log says where they cannot; else tensors may, too.
     """
 
     def __init__(
@@ -208,10 +208,10 @@ class PluginWatch:
                 _log.warning("images go inline, not through %s: %s; %s", self._shm, self._status.why, REMEDY)
             elif before != self._status and not self._status.why:
                 _log.info("images go through %s: vLLM has plugin %s", self._shm, self._status.version)
-            earlier, self._offer = self._offer, read_offer(self._shm, self._spec)
+            earlier, self._offer = self._offer, NO_OFFER if self._required else read_offer(self._shm, self._spec)
             if not self._offer.why and earlier != self._offer:
                 _log.info("finished tensors go through %s: vLLM wants them as %s", self._shm, self._offer.dtype)
-            elif not self._status.why and self._offer.why and (earlier is None or earlier.why != self._offer.why):
+            elif self._offer.why not in ("", NO_OFFER.why, earlier.why if earlier else ""):
                 _log.warning("vLLM gets pixels, not finished tensors: %s", self._offer.why)
         if self._status.why:
             return NO_HANDOFFS

@@ -18,7 +18,7 @@ from typing import Final
 from sidecar.runtime import safe_files
 
 FOLDER: Final = "vllm-plugin"
-SOURCES: Final = Path(__file__).parent / "plugin_sources"  # a link to plugins/vllm; a copy in a wheel
+SOURCES: Final = Path(__file__).parent / "plugin-sources"  # a link to plugins/vllm; a copy in a wheel
 PACKAGE: Final = "sidecar_vllm"
 NAME: Final = "inference_sidecar_vllm"
 ENTRY_POINTS: Final = f"[vllm.general_plugins]\ninference_sidecar = {PACKAGE}:register\n"

@@ -30,6 +30,7 @@ import uvloop
 
 from sidecar import settings
 from sidecar.control import process as control_process
+from sidecar.control.state_dir import StateDir
 from sidecar.errors import StartError
 from sidecar.images.shm_cache import SHM_DIR, CacheFolder
 from sidecar.launch import engine_plugin

@@ -124,6 +124,8 @@ async def _relay(context: RelayContext, emit: Callable[[Event], None]) -> AsyncI
         watch: PluginWatch | None = None
         if images is not None and settings.images in ("auto", "shm"):
             watch = PluginWatch(images.spec, required=settings.images == "shm")
+            if settings.images == "auto":
+                await stack.enter_async_context(_background(images.calibrate))
         quota: Quota | None = None
         if settings.tenant_limits:
             accounts = TenantAccounts(context.accounts, settings.workers, context.index)

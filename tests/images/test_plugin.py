@@ -29,7 +29,7 @@ from tests.waiting import PATIENCE
 from .conftest import QWEN2_VL
 from .test_imagecache import plugin
 
-QWEN = families.from_config(QWEN2_VL)
+QWEN: Any = families.from_config(QWEN2_VL)
 NO_PLUGIN = "no vLLM with the sidecar's plugin"
 ENGINE = (
     "import sys; sys.path.insert(0, sys.argv[1]); import sidecar_vllm, pathlib; "
@@ -102,6 +102,47 @@ def test_what_a_mark_says(case: str) -> None:
     assert why in found and bool(why) == bool(found)
 
 
+SETTINGS = {
+    "do_resize": True,
+    "do_convert_rgb": True,
+    "resample": 3,
+    "patch_size": 14,
+    "temporal_patch_size": 2,
+    "merge_size": 2,
+    "min_pixels": QWEN.min_pixels,
+    "max_pixels": 224 * 224,
+    "do_rescale": False,
+    "do_normalize": False,
+    "rescale_factor": 1 / 255,
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+}
+OFFER = GOOD | {"processor": "Qwen2VLImageProcessor", "settings": SETTINGS, "dtype": "U8", "cache_bytes": 9}
+FLOATS = OFFER | {"settings": SETTINGS | {"do_rescale": True, "do_normalize": True}, "dtype": "BF16"}
+OFFERS: dict[str, tuple[Any, str]] = {
+    "bytes": (OFFER, ""),
+    "halves": (FLOATS, ""),
+    "another size": (OFFER | {"settings": SETTINGS | {"max_pixels": 1}}, "max_pixels"),
+    "no size": (OFFER | {"settings": {}}, "do_resize, resample, patch_size"),
+    "other means": (FLOATS | {"settings": FLOATS["settings"] | {"image_mean": [0.5] * 3}}, "image_mean"),
+    "bytes that are floats": (OFFER | {"dtype": "F32"}, "'F32'"),
+    "floats that are bytes": (FLOATS | {"dtype": "U8"}, "'U8'"),
+    "another processor": (OFFER | {"processor": "CLIPImageProcessor"}, "not made here"),
+    "another user": (OFFER | {"user": 6}, "may not read"),
+    "no settings": (OFFER | {"settings": None}, "cannot be read"),
+    "nothing": ({}, "cannot be read"),
+}
+
+
+@pytest.mark.parametrize("case", OFFERS)
+def test_what_an_offer_says(case: str) -> None:
+    """Tensors go only to a vLLM whose processor has each of the settings that the model's files give here."""
+    said, why = OFFERS[case]
+    found = check_offer(json.dumps(said).encode().ljust(2048), 5, QWEN)
+    assert why in found.why and bool(why) == bool(found.why)
+    assert found.why or (found.dtype, found.cache_bytes, found.pid) == (said["dtype"], 9, 7)
+
+
 def test_strange_files_are_no_marks(tmp_path: Path, start: Start) -> None:
     """A link, a pipe, a folder and a file without a lock are ignored, without waiting, and hide no real mark."""
     elsewhere = tmp_path / "elsewhere"
@@ -138,4 +179,4 @@ def test_the_log_names_each_change_once(start: Start, tmp_path: Path, caplog: py
         now[0] += CHECK_INTERVAL_S
         assert watch().pixels is alive
     said = [record.levelname for record in caplog.records]
-    assert said == ["WARNING", "INFO", "WARNING", "WARNING"] and "images go inline" in caplog.records[0].message
+    assert said == ["WARNING", "INFO", "WARNING"] and "images go inline" in caplog.records[0].message

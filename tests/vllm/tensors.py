@@ -50,7 +50,9 @@ def main(directory: str, kind: str, cases: str) -> None:
         made = processor.apply(
             ProcessorInputs(part * len(data["image"]), items, mm_uuid_items=uuids), TimingContext(enabled=False)
         )
-        tensors = [{name: summary(value) for name, value in image.get_data().items()} for image in made["mm_kwargs"]["image"]]
+        tensors = [
+            {name: summary(value) for name, value in image.get_data().items()} for image in made["mm_kwargs"]["image"]
+        ]
         return [tensors, made["prompt_token_ids"]]
 
     found = {}

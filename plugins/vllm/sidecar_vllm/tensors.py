@@ -28,13 +28,17 @@ from PIL import Image
 
 # Versions whose `call_hf_processor`, processor classes and layout of patches are tested: tests/vllm/test_tensors.py.
 KNOWN_VERSIONS = ("0.32.",)
-MODEL_PROCESSORS = frozenset({"Qwen2VLMultiModalProcessor", "Qwen2_5_VLMultiModalProcessor", "Qwen3VLMultiModalProcessor"})
+MODEL_PROCESSORS = frozenset(
+    {"Qwen2VLMultiModalProcessor", "Qwen2_5_VLMultiModalProcessor", "Qwen3VLMultiModalProcessor"}
+)
 IMAGE_PROCESSOR = "Qwen2VLImageProcessor"
 SETTINGS = (
-    "do_resize do_convert_rgb do_rescale do_normalize rescale_factor resample image_mean image_std patch_size "
-    "temporal_patch_size merge_size"
-).split()
-OTHER_SCOPES = frozenset({"images_kwargs", "videos_kwargs", "text_kwargs", "truncation", "size", "min_pixels", "max_pixels"})
+    *("do_resize", "do_convert_rgb", "do_rescale", "do_normalize", "rescale_factor", "resample"),
+    *("image_mean", "image_std", "patch_size", "temporal_patch_size", "merge_size"),
+)
+OTHER_SCOPES = frozenset(
+    {"images_kwargs", "videos_kwargs", "text_kwargs", "truncation", "size", "min_pixels", "max_pixels"}
+)
 DTYPES = {"U8": "uint8", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # safetensors' names and torch's
 ELEMENT_BYTES = {"U8": 1, "F32": 4, "BF16": 2, "F16": 2}
 MAX_HEAD_CHARS = 256
@@ -177,7 +181,9 @@ class TensorHandoff:
 
         grids = torch.tensor([[1, *image.grid] for image in images], dtype=torch.long)
         parts = [image.tensor for image in images]
-        return BatchFeature({"pixel_values": parts[0] if len(parts) == 1 else torch.cat(parts), "image_grid_thw": grids})
+        return BatchFeature(
+            {"pixel_values": parts[0] if len(parts) == 1 else torch.cat(parts), "image_grid_thw": grids}
+        )
 
     def _safely(self, what: str, run: Callable[[], Any]) -> Any:
         """The result of `run`; None if it raises, which is logged once for each `what`."""

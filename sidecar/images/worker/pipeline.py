@@ -16,9 +16,9 @@ import torch
 
 from sidecar.images import file_headers
 from sidecar.images.header_geometry import base64_chars, is_worth_resizing, predict
-from sidecar.images.protocol import INLINE, LAYOUT, PIXELS, Data, ImageDone, ImageJob, ImageRefused
+from sidecar.images.protocol import COSTS, INLINE, LAYOUT, PIXELS, Data, ImageDone, ImageJob, ImageRefused
 from sidecar.images.tensor_layout import ELEMENT_BYTES
-from sidecar.images.worker import tiles
+from sidecar.images.worker import calibration, tiles
 from sidecar.images.worker.decode import ImageRejected, check_size, decode, orientation, turned
 from sidecar.images.worker.gpu_channel import GpuChannel, GpuRequest
 from sidecar.images.worker.tensors import ppm, prepare, resize, resized_ppm, round_to_half
@@ -60,6 +60,8 @@ class DecodedImage:
 
 def run_job(job: ImageJob, payload: Data, into: memoryview | None = None, *, gpu: GpuChannel | None = None) -> Answer:
     """Run one job; `into` is the memory of the file that came with it, which then receives the answer's payload."""
+    if job.want == COSTS:
+        return ImageDone("ok", "", "", 0, 0, (0, 0, 0), 0, "", calibration.measure(), 0), b""
     answer, made = prepare_image(job, payload, gpu, into)
     if into is None or not isinstance(answer, ImageDone) or answer.outcome != "ok":
         return answer, made

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from sidecar.errors import BadImage, ImagesBusy, RequestError
 from sidecar.events import Event, ImagePrepared
+from sidecar.images.header_geometry import MAX_SMALL_CHARS
 from sidecar.images.protocol import Data
 from sidecar.images.vllm_plugin import Handoffs
 from sidecar.relay.admission import Admission
@@ -42,13 +43,14 @@ async def prepare(
 ) -> list[PreparedImage]:
     """The images of a request, in order. Raises BadImage or ImagesBusy, and cancels the others.
 
-    `handoffs`: what the engine takes through shared memory; `fetch`: for those behind links, which are kept for `originals`; `passing`: only
-    fetch and count them.
+    `handoffs`: what the engine takes through shared memory; `fetch`: for those behind links, which are kept for
+    `originals`; `passing`: only fetch and count them.
     """
     parts = body.images
     # a body bounds the images that it holds, but not those that are to be fetched
     check_count(body.link_count if passing else body.image_count)
-    id, tenant = admission.id, admission.tenant
+    id = admission.id
+    max_small_chars = MAX_SMALL_CHARS // max(len(parts), 1)  # all of them together stay within it
 
     async def prepare_one(part: ImagePart) -> PreparedImage:
         started = time.monotonic()
@@ -61,7 +63,7 @@ async def prepare(
             if passing:
                 image = images.passed(data, part.where, not part.link)
             else:
-                image = await _try(images, data, part, admission, handoffs)
+                image = await _try(images, data, part, admission, handoffs, max_small_chars)
         except RequestError as e:
             emit(failure(id, e, started, len(part.data) * 3 // 4))
             raise
@@ -78,16 +80,12 @@ async def prepare(
 
 
 async def _try(
-    images: ImageService, data: Data, part: ImagePart, admission: Admission, handoffs: Handoffs
+    images: ImageService, data: Data, part: ImagePart, admission: Admission, handoffs: Handoffs, max_small_chars: int
 ) -> PreparedImage:
     """One image, prepared; as it came where the workers are full, away or die: the engine can do it itself."""
     id, tenant, is_base64 = admission.id, admission.tenant, not part.link
     try:
-        if handoffs.tensors is not None and (
-            made := await images.engine_tensors(data, part.where, tenant, id, handoffs.tensors, is_base64)
-        ):
-            return made
-        return await images.inline(data, part.where, tenant, id if handoffs.pixels else "", is_base64)
+        return await images.hand_over(data, part.where, tenant, id, handoffs, is_base64, max_small_chars)
     except (ImagesBusy, BadImage) as e:
         if isinstance(e, BadImage) and e.reason != "image_failed":  # the worker died
             raise
