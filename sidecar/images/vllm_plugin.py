@@ -42,6 +42,7 @@ REMEDY: Final = (
     "install plugins/vllm into vLLM's environment, start it with VLLM_MEDIA_CONNECTOR=inference_sidecar, and mount one "
     f"folder at {SHM_DIR} in both containers"
 )
+PLUGIN_FOLDER: Final = "vllm-plugin"  # of the state directory
 _FLOCK_FORMAT: Final = "hhqqi"  # struct flock: type, whence, start, length, pid
 
 _log = logging.getLogger("sidecar")
@@ -150,6 +151,14 @@ def check_mark(text: bytes, user: int) -> PluginStatus:
     if owner != user and not reads_all:
         return PluginStatus(f"vLLM runs as user {owner} and may not read the files of user {user}", version)
     return PluginStatus("", version)
+
+
+def path_remedy(state_dir: str) -> str:
+    """How a vLLM gets the plug-in without another image."""
+    return (
+        f"start vLLM with PYTHONPATH={state_dir}/{PLUGIN_FOLDER}, with the state directory mounted, and one folder "
+        f"mounted at {SHM_DIR} in both containers"
+    )
 
 
 def _locked_marks(shm: str, prefix: str) -> Iterator[bytes]:

@@ -15,9 +15,10 @@ import re
 from pathlib import Path
 from typing import Final
 
+from sidecar.images.vllm_plugin import PLUGIN_FOLDER
 from sidecar.runtime import safe_files
 
-FOLDER: Final = "vllm-plugin"
+FOLDER: Final = PLUGIN_FOLDER
 SOURCES: Final = Path(__file__).parent / "plugin-sources"  # a link to plugins/vllm; a copy in a wheel
 PACKAGE: Final = "sidecar_vllm"
 NAME: Final = "inference_sidecar_vllm"
