@@ -149,6 +149,8 @@ class ImageService:
 
     def _choose_way(self, data: Data, handoffs: Handoffs, is_base64: bool, max_small_chars: int) -> str:
         """How an image had best reach an engine that takes `handoffs`, by its header and the measured costs."""
+        if handoffs.passes:
+            return cost_rule.PASS
         other = SHM if handoffs.pixels and self._handoff is not None else INLINE
         header, client_chars = header_geometry.read_size(data, is_base64), header_geometry.base64_chars(data, is_base64)
         if header is None or not self._allowed(header.height, header.width, client_chars):

@@ -64,6 +64,7 @@ class TensorOffer:
     dtype: str = ""  # safetensors' name of the dtype that it wants
     cache_bytes: int = 0  # of its cache of processed images
     pid: int = 0  # of the process that offers: another one has an empty cache
+    differs: bool = False  # its image processor has other settings than the model's files: nothing here is right for it
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +73,11 @@ class Handoffs:
 
     pixels: bool = False  # in shared memory
     tensors: TensorOffer | None = None
+    passes: bool = False  # nothing prepared, in any way
 
 
 NO_HANDOFFS: Final = Handoffs()
+PASS_ALL: Final = Handoffs(passes=True)
 NO_OFFER: Final = TensorOffer("no vLLM with the sidecar's plugin offers to take tensors here")
 
 
@@ -111,7 +114,7 @@ def check_offer(text: bytes, user: int, spec: ProcessorSpec) -> TensorOffer:
     if mark.get("processor") not in QWEN_PROCESSORS or type(spec) is not Qwen2VLSpec or spec.frames != 1 or spec.grows:
         return TensorOffer("its tensors are not made here")
     if other := _other_settings(settings, spec):
-        return TensorOffer(f"vLLM's image processor has other settings than the model's files here: {other}")
+        return TensorOffer(f"vLLM's image processor has other settings than the model's files: {other}", differs=True)
     floats = bool(settings.get("do_rescale")) or bool(settings.get("do_normalize"))
     if dtype not in (HALF_OR_FLOAT if floats else BYTES):
         return TensorOffer(f"vLLM wants its tensors as {dtype[:8]!a}")
@@ -217,11 +220,15 @@ class PluginWatch:
                 _log.warning("images go inline, not through %s: %s; %s", self._shm, self._status.why, REMEDY)
             elif before != self._status and not self._status.why:
                 _log.info("images go through %s: vLLM has plugin %s", self._shm, self._status.version)
-            earlier, self._offer = self._offer, NO_OFFER if self._required else read_offer(self._shm, self._spec)
-            if not self._offer.why and earlier != self._offer:
+            earlier, self._offer = self._offer, read_offer(self._shm, self._spec)
+            if self._offer.differs and earlier != self._offer:
+                _log.warning("images pass: %s; start both with the same sizes", self._offer.why)
+            elif not self._offer.why and earlier != self._offer and not self._required:
                 _log.info("finished tensors go through %s: vLLM wants them as %s", self._shm, self._offer.dtype)
             elif self._offer.why not in ("", NO_OFFER.why, earlier.why if earlier else ""):
                 _log.warning("vLLM gets pixels, not finished tensors: %s", self._offer.why)
         if self._status.why:
             return NO_HANDOFFS
-        return Handoffs(True, None if self._offer.why else self._offer)
+        if self._offer.differs:
+            return PASS_ALL
+        return Handoffs(True, None if self._offer.why or self._required else self._offer)

@@ -64,6 +64,48 @@ def urls(body: dict[str, Any]) -> list[str]:
     return [part["image_url"]["url"] for part in body["messages"][0]["content"] if part["type"] == "image_url"]
 
 
+def _spec(engine: Engine) -> Any:
+    return families.from_dir(str(engine.model))
+
+
+# The first two have engines of their own, and come before the others' is started.
+
+
+async def test_an_engine_with_other_sizes_gets_its_images_as_they_came(
+    model: Any, start_sidecar: Callable[..., Sidecar], http: Http, tmp_path: Path
+) -> None:
+    """Pixels in the size of the model's files would be resized once more: all passes, and the log says so once."""
+    kwargs = json.dumps({"size": {"shortest_edge": 56 * 56, "longest_edge": 140 * 140}})
+    log = tmp_path / "engine.log"
+    environ = site(tmp_path)
+    with processes.engine(model("small"), log, environ=environ, more=("--mm-processor-kwargs", kwargs)) as other:
+        without = await client.ask(http, other.url + PATH, BODIES["PNG"])
+        async with recording(other.url, http) as (url, recorder):
+            sidecar = await sidecar_for(start_sidecar, url, other.model, http, images="auto")
+            assert await client.ask(http, sidecar.url + PATH, BODIES["PNG"]) == without
+    assert [url for body in recorder.bodies for url in urls(body)] == urls(BODIES["PNG"])
+    text = (sidecar.state.parent / "sidecar.log").read_text()
+    assert text.count("other settings than the model's files: max_pixels") == 1
+
+
+async def test_an_unknown_version_is_left_as_it_is(
+    model: Any, start_sidecar: Callable[..., Sidecar], http: Http, tmp_path: Path
+) -> None:
+    """A vLLM of another version serves as without the plug-in, says so once, and offers nothing."""
+    environ = site(tmp_path)
+    source = tmp_path / engine_plugin.FOLDER / "sidecar_vllm/tensors.py"
+    source.write_text(source.read_text().replace('KNOWN_VERSIONS = ("0.32.",)', 'KNOWN_VERSIONS = ("0.0.",)'))
+    log = tmp_path / "engine.log"
+    with processes.engine(model("small"), log, environ=environ) as other:
+        async with recording(other.url, http) as (url, recorder):
+            sidecar = await sidecar_for(start_sidecar, url, other.model, http, images="auto")
+            through = await client.ask(http, sidecar.url + PATH, BODIES["PNG"])
+        assert through == await client.ask(http, other.url + PATH, BODIES["PNG"])
+        assert read_offer(SHM_DIR, _spec(other)).why == NO_OFFER.why
+    assert not any(PARAMETER in url for body in recorder.bodies for url in urls(body))
+    assert log.read_text().count("is not known to this plug-in") == 1
+
+
 async def test_equal_answers(engine: Engine, start_sidecar: Callable[..., Sidecar], http: Http) -> None:
     """Text, log-probabilities and usage are the same to the last bit; vLLM unlinks each file; a repeat names none."""
     bodies, before = [BODIES[name] for name in NAMES], waiting()
@@ -143,46 +185,6 @@ async def test_a_request_with_its_own_processing_is_left_alone(
         body = BODIES["720p"] | own
         assert await client.ask(http, sidecar.url + PATH, body) == await client.ask(http, engine.url + PATH, body)
     assert not any(PARAMETER in url for body in recorder.bodies for url in urls(body))
-
-
-async def test_an_engine_with_other_sizes_gets_no_tensors(
-    model: Any, start_sidecar: Callable[..., Sidecar], http: Http, tmp_path: Path
-) -> None:
-    """An engine that was started with another size than the model's files say is left alone, and the log says so."""
-    kwargs = json.dumps({"size": {"shortest_edge": 56 * 56, "longest_edge": 140 * 140}})
-    log = tmp_path / "engine.log"
-    environ = site(tmp_path)
-    with processes.engine(model("small"), log, environ=environ, more=("--mm-processor-kwargs", kwargs)) as other:
-        without = await client.ask(http, other.url + PATH, BODIES["PNG"])
-        async with recording(other.url, http) as (url, recorder):
-            sidecar = await sidecar_for(start_sidecar, url, other.model, http, images="shm")
-            await client.ask(http, sidecar.url + PATH, BODIES["PNG"])
-    assert without
-    assert not any(PARAMETER in url for body in recorder.bodies for url in urls(body))
-    text = (sidecar.state.parent / "sidecar.log").read_text()
-    assert "other settings than the model's files here: max_pixels" in text
-
-
-async def test_an_unknown_version_is_left_as_it_is(
-    model: Any, start_sidecar: Callable[..., Sidecar], http: Http, tmp_path: Path
-) -> None:
-    """A vLLM of another version serves as without the plug-in, says so once, and offers nothing."""
-    environ = site(tmp_path)
-    source = tmp_path / engine_plugin.FOLDER / "sidecar_vllm/tensors.py"
-    source.write_text(source.read_text().replace('KNOWN_VERSIONS = ("0.32.",)', 'KNOWN_VERSIONS = ("0.0.",)'))
-    log = tmp_path / "engine.log"
-    with processes.engine(model("small"), log, environ=environ) as other:
-        async with recording(other.url, http) as (url, recorder):
-            sidecar = await sidecar_for(start_sidecar, url, other.model, http, images="auto")
-            through = await client.ask(http, sidecar.url + PATH, BODIES["PNG"])
-        assert through == await client.ask(http, other.url + PATH, BODIES["PNG"])
-        assert read_offer(SHM_DIR, _spec(other)).why == NO_OFFER.why
-    assert not any(PARAMETER in url for body in recorder.bodies for url in urls(body))
-    assert log.read_text().count("is not known to this plug-in") == 1
-
-
-def _spec(engine: Engine) -> Any:
-    return families.from_dir(str(engine.model))
 
 
 @pytest.mark.parametrize("kind", ["small", "qwen3"])
