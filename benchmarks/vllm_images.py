@@ -39,6 +39,7 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import one_core
 import psutil
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -153,21 +154,10 @@ def body(files: list[bytes], **more: Any) -> bytes:
 
 
 def picture(kind: str, width: int, height: int) -> bytes:
-    """A photograph as JPEG, or a screenshot as PNG: areas of one colour, and lines of something like text."""
+    """A photograph as JPEG, or a screenshot as PNG."""
     if kind == "JPEG":
         return synthetic_photos.photo(width, height, seed=1)
-    import numpy as np
-    from PIL import Image
-
-    rng = np.random.default_rng(1)
-    screen = np.full((height, width, 3), 245, np.uint8)
-    screen[:, : width // 5] = (40, 44, 52)
-    for top in range(20, height - 20, 22):
-        line = np.repeat(rng.integers(0, 2, (12, width // 3 // 2), np.uint8), 2, axis=1)
-        screen[top : top + 12, width // 4 : width // 4 + line.shape[1]] -= 200 * line[..., None]
-    out = io.BytesIO()
-    Image.fromarray(screen).save(out, "PNG")
-    return out.getvalue()
+    return one_core.screenshot(width, height)
 
 
 async def ask(http: aiohttp.ClientSession, url: str, data: bytes) -> dict[str, Any]:
