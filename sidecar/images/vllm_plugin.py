@@ -24,7 +24,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
-from sidecar.images.shm_cache import SHM_DIR
+from sidecar.images.shm_cache import SHM_DIR, shared_group
 from sidecar.kernels.families.single_view import Qwen2VLSpec
 from sidecar.kernels.grid import ProcessorSpec
 
@@ -85,7 +85,7 @@ def read_status(shm: str) -> PluginStatus:
     """The plugin's state by the marks in the folder `shm`. Never raises, never waits."""
     last = PluginStatus("no vLLM with the sidecar's plugin uses this folder")
     for content in _locked_marks(shm, MARK_PREFIX):
-        last = check_mark(content, os.geteuid())
+        last = check_mark(content, os.geteuid(), _group(shm))
         if not last.why:
             break
     return last
@@ -95,15 +95,15 @@ def read_offer(shm: str, spec: ProcessorSpec) -> TensorOffer:
     """The offer of a running vLLM, for a sidecar whose model's files give `spec`. Never raises, never waits."""
     last = NO_OFFER
     for content in _locked_marks(shm, OFFER_PREFIX):
-        last = check_offer(content, os.geteuid(), spec)
+        last = check_offer(content, os.geteuid(), spec, _group(shm))
         if not last.why:
             break
     return last
 
 
-def check_offer(text: bytes, user: int, spec: ProcessorSpec) -> TensorOffer:
-    """The offer in a mark, for a sidecar that runs as `user`."""
-    if why := check_mark(text, user).why:
+def check_offer(text: bytes, user: int, spec: ProcessorSpec, group: int = -1) -> TensorOffer:
+    """The offer in a mark, for a sidecar that runs as `user`; `group` may read its files."""
+    if why := check_mark(text, user, group).why:
         return TensorOffer(why)
     try:
         mark: Any = json.loads(text)
@@ -119,6 +119,14 @@ def check_offer(text: bytes, user: int, spec: ProcessorSpec) -> TensorOffer:
     if dtype not in (HALF_OR_FLOAT if floats else BYTES):
         return TensorOffer(f"vLLM wants its tensors as {dtype[:8]!a}")
     return TensorOffer("", dtype, max(cache_bytes, 0), pid)
+
+
+def _group(shm: str) -> int:
+    """The group that may read what is handed over; -1 if there is none, or no folder."""
+    try:
+        return shared_group(shm)
+    except OSError:
+        return -1
 
 
 def _other_settings(settings: dict[str, Any], spec: Qwen2VLSpec) -> str:
@@ -139,12 +147,13 @@ def _other_settings(settings: dict[str, Any], spec: Qwen2VLSpec) -> str:
     return ", ".join(name for name, value in expected.items() if settings.get(name) != value)
 
 
-def check_mark(text: bytes, user: int) -> PluginStatus:
-    """The plugin's state by a mark, for a sidecar that runs as `user`."""
+def check_mark(text: bytes, user: int, group: int = -1) -> PluginStatus:
+    """The plugin's state by a mark, for a sidecar that runs as `user`; `group` may read its files."""
     try:
         mark: Any = json.loads(text)
         version, form = str(mark["version"])[:20], mark["form"]
         connector, owner, reads_all = str(mark["connector"])[:40], int(mark["user"]), bool(mark["reads_all"])
+        reads_all = reads_all or (group >= 0 and group in list(mark.get("groups", ())))
     except (ValueError, KeyError, TypeError, RecursionError):
         return PluginStatus("the mark of vLLM's plugin cannot be read")
     if form != URL_VERSION:

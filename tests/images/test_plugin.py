@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from sidecar.images.shm_cache import CacheFolder, ImageCache, shared_group
 from sidecar.images.vllm_plugin import (
     CHECK_INTERVAL_S,
     MARK_PREFIX,
@@ -86,6 +87,7 @@ JUDGED: dict[str, tuple[Any, str]] = {
     "the same user": (GOOD, ""),
     "one who may read all": (GOOD | {"user": 0, "reads_all": True}, ""),
     "root without capabilities": (GOOD | {"user": 0}, "may not read"),
+    "a group that has none here": (GOOD | {"user": 0, "groups": [0, 9]}, "may not read"),
     "another form": (GOOD | {"form": 2}, "does not match this sidecar's version"),
     "another connector": (GOOD | {"connector": ""}, "VLLM_MEDIA_CONNECTOR is ''"),
     "too little": ({"form": 1}, "cannot be read"),
@@ -141,6 +143,58 @@ def test_what_an_offer_says(case: str) -> None:
     found = check_offer(json.dumps(said).encode().ljust(2048), 5, QWEN)
     assert why in found.why and bool(why) == bool(found.why)
     assert found.why or (found.dtype, found.cache_bytes, found.pid) == (said["dtype"], 9, 7)
+
+
+def test_a_group_of_the_volume_may_read(tmp_path: Path) -> None:
+    """As another user without privileges, in the volume's group: it reads and removes what the sidecar handed over."""
+    if os.geteuid():
+        pytest.skip("only root can become two users")
+    shm = tmp_path / "shm"
+    shm.mkdir()
+    os.chown(shm, 0, 4242)
+    shm.chmod(0o2777)
+    for folder in (tmp_path, tmp_path.parent, tmp_path.parent.parent):
+        folder.chmod(0o755)
+
+    def sidecar() -> bytes:
+        folder = CacheFolder(str(shm), 1 << 20)
+        cache = ImageCache(folder.path, folder.bytes, b"secret")
+        handed, fd = cache.reserve(5)
+        os.pwrite(fd, b"bytes", 0)
+        assert check_mark(json.dumps(GOOD | {"groups": [4242]}).encode(), 65532, shared_group(str(shm))).why == ""
+        assert check_mark(json.dumps(GOOD | {"groups": [4243]}).encode(), 65532, shared_group(str(shm))).why != ""
+        return f"{handed.folder}/{handed.name}".encode()
+
+    def engine() -> bytes:
+        return bytes(plugin().tensors.map_file(shm / name.decode()))
+
+    def stranger() -> bytes:
+        with pytest.raises(ValueError, match="may not be read"):
+            plugin().tensors.map_file(shm / name.decode())
+        return b"refused"
+
+    name = as_user(65532, 4242, sidecar)
+    assert as_user(1234, 4343, stranger) == b"refused"
+    assert as_user(1234, 4242, engine) == b"bytes"
+    assert not (shm / name.decode()).exists()
+
+
+def as_user(user: int, group: int, run: Callable[[], bytes]) -> bytes:
+    """What `run` returns in a process of another user, who is in one more group."""
+    plugin()
+    reading, writing = os.pipe()
+    if not (pid := os.fork()):
+        try:
+            os.setgroups([group])
+            os.setgid(user)
+            os.setuid(user)
+            os.write(writing, run())
+        finally:
+            os._exit(0)
+    os.close(writing)
+    os.waitpid(pid, 0)
+    with os.fdopen(reading, "rb") as answer:
+        return answer.read()
 
 
 def test_strange_files_are_no_marks(tmp_path: Path, start: Start) -> None:

@@ -36,6 +36,7 @@ TENSORS_MARK = ";sidecar-tensors="
 TENSORS_HEAD_CHARS = 64  # of a data URL: its media type
 URL_VERSION = 1
 MARK_BYTES = 2048  # constant, so that a new mark overwrites all of an old one
+MAX_GROUPS = 32  # of this process, in the mark
 CAP_DAC_OVERRIDE = 1 << 1  # with it, a file's mode does not matter
 URL_PATTERN = re.compile(
     r"sidecar-shm://(sidecar-images-[a-z0-9_]{1,32})/(out-[0-9a-f]{32})\?h=(\d{1,6})&w=(\d{1,6})&o=(\d{1,6})"
@@ -124,6 +125,7 @@ def encode_mark(**more: Any) -> bytes:
         "pid": os.getpid(),
         "user": os.geteuid(),
         "reads_all": _can_read_all(),
+        "groups": sorted({os.getegid(), *os.getgroups()})[:MAX_GROUPS],
         "connector": os.environ.get(CONNECTOR_VARIABLE, "")[:40],
     }
     return json.dumps(mark | more).encode()

@@ -10,6 +10,7 @@ from textwrap import indent
 from typing import Final
 
 from sidecar.health.probes import VERDICT_STALE_S
+from sidecar.images.vllm_plugin import PLUGIN_FOLDER
 from sidecar.tools.manifests import shell
 from sidecar.tools.manifests.settings import ENGINE_PORT, SIDECAR_MEMORY, ManifestSettings, quote, start
 
@@ -41,7 +42,8 @@ ROOT: Final = """\
 # keys.
 runAsUser: 0
 """
-NOT_ROOT: Final = "runAsNonRoot: true\nrunAsUser: 65532\nrunAsGroup: 65532\n"
+SIDECAR_GROUP: Final = 65532
+NOT_ROOT: Final = f"runAsNonRoot: true\nrunAsUser: {SIDECAR_GROUP}\nrunAsGroup: {SIDECAR_GROUP}\n"
 POD_ENV: Final = """\
 - {name: POD_NAME, valueFrom: {fieldRef: {fieldPath: metadata.name}}}
 - {name: POD_UID, valueFrom: {fieldRef: {fieldPath: metadata.uid}}}
@@ -50,9 +52,12 @@ POD_ENV: Final = """\
 - name: OTEL_RESOURCE_ATTRIBUTES
   value: k8s.pod.name=$(POD_NAME),k8s.namespace.name=$(POD_NAMESPACE),k8s.node.name=$(NODE_NAME)
 """
+PLUGIN: Final = f"""\
+# The sidecar writes its plug-in for vLLM there: images come as finished tensors, and vLLM's own processor does not run.
+# A version of vLLM that it does not know is left as it is.
+- {{name: PYTHONPATH, value: {STATE_DIR}/{PLUGIN_FOLDER}}}
+"""
 CONNECTOR: Final = """\
-# The image must contain the plugin (plugins/vllm in the sidecar's source), and the engine must run as root or as the
-# sidecar's user to read the images. Otherwise images go inline, and `sidecar doctor` reports why.
 - {name: VLLM_MEDIA_CONNECTOR, value: inference_sidecar}
 """
 LIVENESS_PROBES: Final = {
@@ -117,11 +122,20 @@ spec:
       enableServiceLinks: false
       automountServiceAccountToken: false
 {_lines(6, SHARED_PROCESSES if settings.stack_dumps == "on" else "")}\
-      securityContext: {{seccompProfile: {{type: RuntimeDefault}}}}
-      initContainers:
+{_lines(6, _pod_security(settings))}      initContainers:
 {_lines(8, _sidecar(settings))}      containers:
 {_lines(8, _engine(settings))}      volumes:
 {_lines(8, _volumes(settings))}"""
+
+
+def _pod_security(settings: ManifestSettings) -> str:
+    profile = "seccompProfile: {type: RuntimeDefault}"
+    if not settings.claim:
+        return f"securityContext: {{{profile}}}\n"
+    return (
+        "# The group of the volumes, and so of both containers: by it the engine reads what the sidecar hands over.\n"
+        f"securityContext: {{{profile}, fsGroup: {SIDECAR_GROUP}, fsGroupChangePolicy: OnRootMismatch}}\n"
+    )
 
 
 def _strategy(settings: ManifestSettings) -> str:
@@ -242,7 +256,7 @@ def _engine(settings: ManifestSettings) -> str:
     # By default, libraries start one thread per core of the node; this is the container's CPU limit.
     - name: OMP_NUM_THREADS
       valueFrom: {{resourceFieldRef: {{containerName: engine, resource: limits.cpu, divisor: "1"}}}}
-{_lines(4, CONNECTOR if settings.images == "shm" else "")}  # Liveness does not count before the first token.
+{_lines(4, _plugin_env(settings))}  # Liveness does not count before the first token.
   # This probe may fail closed for its {settings.startup_seconds} s: without the sidecar nothing serves either.
   # The port is a number because a name refers to the same container only.
   startupProbe: {{{_get("/startupz")}, periodSeconds: {STARTUP_PERIOD_S}, timeoutSeconds: 5, failureThreshold: {tries}}}
@@ -263,6 +277,12 @@ def _engine(settings: ManifestSettings) -> str:
     - {{name: sidecar-state, mountPath: {STATE_DIR}, readOnly: true}}
     - {{name: engine-shm, mountPath: /dev/shm}}
 {_lines(4, models)}"""
+
+
+def _plugin_env(settings: ManifestSettings) -> str:
+    if settings.engine_kind != "vllm" or not settings.claim:
+        return ""
+    return PLUGIN + (CONNECTOR if settings.images == "shm" else "")
 
 
 def _volumes(settings: ManifestSettings) -> str:
