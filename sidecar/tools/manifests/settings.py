@@ -116,7 +116,7 @@ class ManifestSettings:
     images: str = flag(
         "auto",
         one_of("auto", "shm"),
-        "How the engine gets prepared images; auto: the cheapest way; shm: vLLM, pixels in shared memory; needs --claim",
+        "How the engine gets its images; auto: the cheapest way; shm: vLLM, pixels in shared memory; needs --claim",
     )
     probe: str = flag(
         "safe",
