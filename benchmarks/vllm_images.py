@@ -11,7 +11,7 @@ itself, and sidecar and client the rest.
 
 Rules: the ways alternate in every round, and a row is the median over the rounds. Answers with log-probabilities are
 compared before anything is timed. CPU seconds are those of vLLM's API process, of its core, and of the sidecar's
-processes. `--write` keeps the table in benchmarks/results/.
+processes, without what these take when nothing is asked of them. `--write` keeps the table in benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ CASES: dict[str, list[tuple[str, int, int]]] = {
 }
 REQUESTS = {"720p": 24, "1080p": 16, "12 MP": 4, "screenshot, 1080p PNG": 12, "4 x 720p": 6, "16 x 720p": 3}
 AT_ONCE = 4
-CALIBRATED_S = 15.0
+CALIBRATED_S, IDLE_S = 30.0, 10.0
 DIRECT, INLINE, SHM, AUTO = "vLLM alone", "inline", "shm, pixels", "auto, with the plug-in"
 SIDECARS = {INLINE: "inline", SHM: "shm", AUTO: "auto"}
 FLAGS = {"canary-interval": "300", "silence-floor": "60", "log-level": "warning"}
@@ -130,6 +130,7 @@ class Way:
 
     url: str
     sidecar: psutil.Process | None = None
+    idle: float = 0.0  # CPU seconds per second that it takes anyway
 
 
 def another(file: bytes) -> bytes:
@@ -198,8 +199,10 @@ async def block(http: aiohttp.ClientSession, way: Way, engine: psutil.Process, b
             await ask(http, way.url, data)
 
     await asyncio.gather(*(client_loop() for _ in range(AT_ONCE)))
-    row.rate.append(len(bodies) / (time.perf_counter() - start))
+    took = time.perf_counter() - start
+    row.rate.append(len(bodies) / took)
     spent = [(cpu(group) - earlier) / len(bodies) for group, earlier in zip(groups, before, strict=True)]
+    spent[-1] -= way.idle * took / len(bodies)
     for column, seconds in zip((row.api, row.core, row.sidecar), spent, strict=True):
         column.append(seconds)
 
@@ -266,11 +269,13 @@ async def running(name: str, folder: Path, cores: Cores) -> AsyncIterator[tuple[
             for way, kind in SIDECARS.items()
         }
         await asyncio.sleep(CALIBRATED_S)  # the image workers load and measure
-        yield (
-            {DIRECT: Way(engine.url)}
-            | {way: Way(sidecar.url, psutil.Process(sidecar.process.pid)) for way, sidecar in sidecars.items()},
-            engine.root,
-        )
+        roots = {way: psutil.Process(sidecar.process.pid) for way, sidecar in sidecars.items()}
+        before, start = {way: cpu(tree(root)) for way, root in roots.items()}, time.perf_counter()
+        await asyncio.sleep(IDLE_S)
+        took = time.perf_counter() - start
+        idle = {way: (cpu(tree(root)) - before[way]) / took for way, root in roots.items()}
+        ways = {way: Way(sidecar.url, roots[way], idle[way]) for way, sidecar in sidecars.items()}
+        yield {DIRECT: Way(engine.url)} | ways, engine.root
 
 
 def report(tables: dict[str, dict[str, dict[str, Row]]], loads: list[float], rounds: int, cores: Cores) -> str:

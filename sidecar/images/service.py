@@ -153,7 +153,8 @@ class ImageService:
             return cost_rule.PASS
         other = SHM if handoffs.pixels and self._handoff is not None else INLINE
         header, client_chars = header_geometry.read_size(data, is_base64), header_geometry.base64_chars(data, is_base64)
-        if header is None or not self._allowed(header.height, header.width, client_chars):
+        known = header is not None and header.format in file_headers.DECODED_FORMATS
+        if header is None or not known or not self._allowed(header.height, header.width, client_chars):
             return other  # a worker says what it is
         geometry = header_geometry.predict(self.spec, header.height, header.width)
         if geometry is None:
@@ -187,8 +188,8 @@ class ImageService:
         size = engine_tensors.file_bytes(spec, header.height, header.width)
         if not size:
             return None
-        key = await self._key(data, TENSORS, str(is_base64), spec.to_json(), tenant)
-        if (sent := self._sent.find(key, offer)) is not None:
+        key = await self._key(data, TENSORS, str(is_base64), spec.to_json(), tenant) if offer.cache_bytes else ""
+        if key and (sent := self._sent.find(key, offer)) is not None:
             prepared = _prepared_image(sent, b"", time.monotonic() - start, cached=True)
             return replace(prepared, parameter=engine_tensors.parameter(sent, offer.dtype, None))
         job = ImageJob(TENSORS, spec.to_json(), is_base64, self._limits, self._workers.deadline_s, self.gpu, size)

@@ -17,6 +17,7 @@ from typing import Any, Final
 import numpy as np
 import pybase64
 import torch
+from numpy.random import default_rng
 from PIL import Image
 
 from sidecar.images import file_headers
@@ -89,7 +90,7 @@ def measure() -> tuple[tuple[str, float], ...]:
 
 def _picture(height: int, width: int) -> Image.Image:
     """Something like a photograph: smooth, with some noise."""
-    noise = np.random.default_rng(1).integers(0, 24, (height, width, 3), np.uint8)
+    noise = default_rng(1).integers(0, 24, (height, width, 3), np.uint8)
     slope = np.linspace(0, 200, width, dtype=np.uint8)[None, :, None]
     return Image.fromarray(noise + slope)
 
