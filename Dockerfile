@@ -6,7 +6,7 @@
 ARG PYTHON=3.11
 
 FROM python:${PYTHON}-slim-bookworm AS build
-ARG EXTRAS=images,diagnose,orca,tokenizer
+ARG EXTRAS=images,diagnose,orca,postgres,tokenizer
 ARG PILLOW=pillow
 ARG COMPILE=
 # The compiler builds the kernel and, if selected, Pillow-SIMD; it stays in this stage.

@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import math
 import random
 import time
 from dataclasses import dataclass, field
@@ -72,7 +73,7 @@ class Score:
 
     def quantile(self, q: float) -> float:
         errors = self.errors()
-        return errors[int(q * (len(errors) - 1))]
+        return errors[int(q * (len(errors) - 1))] if errors else math.nan
 
 
 class Replica:

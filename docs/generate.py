@@ -21,11 +21,14 @@ import click
 
 from sidecar import __main__, errors, settings
 from sidecar.control.admin_api import make_app
+from sidecar.engines import image_loading
+from sidecar.engines.image_loading import ENGINE_REASONS
 from sidecar.events import STATES, State
 from sidecar.health.kill_policy import ESCALATIONS, HOLDS
 from sidecar.health.probes import FAILS
 from sidecar.health.reasons import CAUSES, REASON_TEXTS, STATE_TEXTS
 from sidecar.health.verdict import CONDITIONS, TABLE, UNASKED_KILLS
+from sidecar.images.pass_reasons import PASS_REASONS
 from sidecar.kernels import families
 from sidecar.kernels.grid import ROWS, STRIPS, TILES, PatchSpec, TileSpec
 from sidecar.load.cost_model import Coefficients
@@ -226,6 +229,25 @@ def families_table() -> str:
         made = lies[spec.layout] if issubclass(spec, TileSpec) else made
         rows.append((f"`{name}`", (spec.__doc__ or "").splitlines()[0], made, "yes" if spec.inline else "passes"))
     return table(("processor", "what it does", "`pixel_values`", "inline, shm"), rows)
+
+
+def image_rows_table() -> str:
+    """Which engines get prepared images."""
+    rows = (
+        (
+            row.kind,
+            row.versions.replace("*", "any"),
+            *(value.replace("*", "any") for value in (row.tokenizer, row.architecture, row.processor)),
+            f"passes: {ENGINE_REASONS[row.reason]}" if row.reason else "prepared",
+        )
+        for row in image_loading.ROWS
+    )
+    return table(("engine", "versions", "tokenizer", "architecture", "processor", "images"), rows)
+
+
+def pass_reasons_table() -> str:
+    """Why images pass."""
+    return table(("`reason`", "the image passes because"), ((f"`{code}`", text) for code, text in PASS_REASONS.items()))
 
 
 def calibration_tables() -> str:
@@ -463,6 +485,8 @@ BLOCKS: Final[dict[str, Callable[[], str]]] = {
     "faults": faults_table,
     "holds": holds_table,
     "families": families_table,
+    "image_rows": image_rows_table,
+    "pass_reasons": pass_reasons_table,
     "calibration": calibration_tables,
     "modes": lambda: cases_table(hang_catalogue.MODES),
     "alarms": lambda: cases_table(hang_catalogue.ALARMS),

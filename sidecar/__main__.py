@@ -55,6 +55,7 @@ LAZY_COMMANDS: Final = {
     "demo": ("sidecar.tools.demo.command", "DemoSettings"),
     "manifests": ("sidecar.tools.manifests.render", "ManifestSettings"),
     "usage": ("sidecar.tools.usage", "UsageSettings"),
+    "forecast": ("sidecar.tools.forecast", "ForecastSettings"),
     "cel": ("sidecar.tools.cel", "CelSettings"),
     "calibrate": ("sidecar.tools.calibrate.command", "CalibrateSettings"),
     "bench": ("sidecar.tools.bench.command", "BenchSettings"),

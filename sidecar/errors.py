@@ -106,7 +106,11 @@ class DrainCut(RequestError, code="drain_cut", status=503, retry_after=1):
 
 
 class ImagesBusy(RequestError, code="images_busy", status=503, retry_after=1):
-    """All image workers are busy and their queue is full."""
+    """All image workers are busy and their queue is full. `why` is why an image of a request passes for it."""
+
+    def __init__(self, message: str, why: str = "workers_busy") -> None:
+        super().__init__(message)
+        self.why = why
 
 
 class ImagesOff(RequestError, code="images_off", status=404):

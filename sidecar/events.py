@@ -48,6 +48,11 @@ class RequestSize(Record, frozen=True):
     audio_seconds: float = 0.0
     video_frames: int = 0
 
+    @property
+    def has_media(self) -> bool:
+        """Whether pictures, sounds or videos are part of the prompt."""
+        return bool(self.images or self.audios or self.videos)
+
 
 class Trace(Record, frozen=True):
     """W3C trace context of a request: 32 and 16 lower-case hex digits; `parent_id` is empty for a root."""
@@ -147,6 +152,7 @@ class ImagePrepared(Record, tag=True, frozen=True):
     stages: tuple[tuple[str, float], ...]  # ("decode", s), ("resize", s), ("encode", s), ... inside the worker
     bytes_in: int
     bytes_out: int
+    reason: str = ""  # why it passed: a code of images.pass_reasons
 
 
 class RequestBlocked(Record, tag=True, frozen=True):
@@ -186,7 +192,8 @@ class UnreadRequest(Record, tag=True, frozen=True):
     """A request of unknown cost is with the engine (`on`), or over. It is passed on unread, and may be work.
 
     `id` is the relay's own. Its bytes are reported by Delivered with 0 tokens. `status` is the engine's, 0 where there
-    was none. `path_class` is one of load.api_routes; its end has none.
+    was none. `path_class` is one of load.api_routes; its end has one only if its beginning was not reported, as too
+    many were open.
     """
 
     id: str
@@ -239,7 +246,7 @@ class LoadReport(Record, tag=True, frozen=True):
     orca_bin: str = ""
     utilization: float = 1.0  # the headline one; spill-over is decided by it and by mu_max_in_flight
     mu_max_in_flight: float = 0.0
-    prepared: bool = True  # whether the engine takes prepared images, as far as it says what it is
+    images_pass: str = ""  # why images pass unprepared to this engine (engines.image_loading), or ""
     process: int = 0  # grows with each process of the engine that was met
     cached_share: float | None = None  # recent share of prompt tokens, from the engine's counters; None without them
 

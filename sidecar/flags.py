@@ -99,6 +99,9 @@ url: Final = matching(
     "URL",
     lambda url: url.rstrip("/"),
 )
+postgres_url: Final = matching(
+    r"postgres(ql)?://\S+", "a URL such as postgresql://user@host/database, with what else libpq takes", "URL"
+)
 _SOCKET: Final = re.compile(r"(http\+)?unix:(?://)?(\S+)")
 MAX_SOCKET_PATH_BYTES: Final = 107
 

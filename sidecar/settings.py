@@ -83,6 +83,9 @@ class Settings:
     image_urls: str = flag(
         "off", flags.domains, "Domains to fetch linked images from: img.example.com,*.example.org; off: the engine does"
     )
+    image_key_file: str = flag(
+        "", existing_file, "Secret that all replicas share, so that an image has one name in all engines' caches (vLLM)"
+    )
     image_cache_bytes: int = flag(256 << 20, size, "Size of the cache of prepared images in shared memory; 0: no cache")
     max_body_bytes: int = flag(256 << 20, size, "Maximum size of a request body")
     max_concurrent: int = flag(
@@ -128,6 +131,16 @@ class Settings:
     )
     usage_days: int = flag(35, integer(1, 3660), "Days to keep usage records")
     usage_bytes: int = flag(64 << 20, size, "Maximum size of the usage records; 0: keep none")
+    usage_url: str = flag(
+        "",
+        flags.postgres_url,
+        "PostgreSQL database for usage records by the hour (postgresql://...); none: only the state directory; needs "
+        "the extra `postgres`",
+        secret=True,
+    )
+    request_log_bytes: int = flag(
+        0, size, "Maximum size of the log of requests in the state directory (JSON lines, no content); 0: no log"
+    )
     dollars_per_gpu_hour: float = flag(
         0.0, number(0, 10_000, "dollars"), "Price of an hour of one GPU, for usage records and metrics; 0: unknown"
     )

@@ -10,11 +10,13 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+from .postgres_server import PostgresServer, find_server
 
 # On a busy machine, a slow example is no failure of the code. Continuous integration repeats the same examples, so that
 # its result depends on the change only; everywhere else, new ones are searched for.
@@ -55,8 +57,30 @@ def _find(what: str) -> Path | None:
     if what.startswith("python:"):
         spec = importlib.util.find_spec(what.removeprefix("python:"))
         return Path(spec.origin or "") if spec else None
+    if what == "postgres":
+        return find_server()
     if "/" in what:
         path = ROOT / what
         return path if path.exists() else None
     paths = [shutil.which(name) for name in (what, *PARTNERS.get(what, ()))]
     return Path(paths[0] or "") if all(paths) else None
+
+
+@pytest.fixture(scope="session")
+def postgres_data(requires: Callable[[str], Path]) -> Iterator[PostgresServer]:
+    requires("python:psycopg")
+    server = PostgresServer(requires("postgres"))
+    yield server
+    server.remove()
+
+
+@pytest.fixture
+def postgres(postgres_data: PostgresServer) -> Iterator[PostgresServer]:
+    """A running PostgreSQL server without tables."""
+    import psycopg
+
+    postgres_data.start()
+    with psycopg.connect(postgres_data.url, autocommit=True) as db:
+        db.execute("DROP TABLE IF EXISTS sidecar_usage, sidecar_usage_mark")
+    yield postgres_data
+    postgres_data.stop()

@@ -206,7 +206,13 @@ def test_every_flag_in_a_document_exists() -> None:
         "--check",
         "--enable-metrics",
         "--metrics",
-        *("--mm-processor-kwargs", "--enable-scale-out", "--no-mm-device-do-normalize"),  # vLLM
+        *(
+            "--mm-processor-kwargs",
+            "--media-io-kwargs",
+            "--tokenizer-mode",
+            "--enable-scale-out",
+            "--no-mm-device-do-normalize",
+        ),  # vLLM
         *("--nonblocking", "--locals"),  # py-spy
         "--cache-ram",  # llama.cpp
     }

@@ -105,7 +105,10 @@ def test_a_service_named_sidecar_does_not_break_the_pod() -> None:
 def test_a_secret_is_never_in_an_error() -> None:
     """The value of a secret setting is not echoed."""
     secret = [f.name for f in fields(Settings) if f.metadata["secret"]]
-    assert secret == ["engine_key"]
+    assert secret == ["engine_key", "usage_url"]
+    with pytest.raises(UsageError) as raised:
+        load(Settings, {"usage_url": "mysql://user:secret-word@host/db"}, {})
+    assert "secret-word" not in str(raised.value) and "postgresql://" in str(raised.value)
 
 
 def test_settings_survive_the_trip_to_a_relay_process() -> None:

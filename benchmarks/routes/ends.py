@@ -65,10 +65,11 @@ class Load:
     connections: int
     chunks: int = 0
     pace_ms: float = 0.0
+    tenants: int = 0  # 0: requests name none
 
     def command(self, port: int) -> list[str]:
         if not self.chunks:
-            return [program(), "requests", str(port), str(self.connections)]
+            return [program(), "requests", str(port), str(self.connections), str(self.tenants)]
         pace_us = str(round(self.pace_ms * 1000))
         return [program(), "streams", str(port), str(self.connections), str(self.chunks), pace_us]
 

@@ -2,7 +2,8 @@
 //
 //   load engine PORT                          an engine that answers from memory
 //   load forward PORT ENGINE_PORT             the physical limit: bytes from socket to socket, nothing is read
-//   load requests PORT CONNECTIONS            one-token requests on kept connections, each after the last one's answer
+//   load requests PORT CONNECTIONS [TENANTS]  one-token requests on kept connections, each after the last one's answer,
+//                                             of so many tenants in turn
 //   load streams PORT STREAMS CHUNKS PACE_US  streams of that many chunks, a new one when one ends; pace 0: unpaced
 //
 // A client prints a line of JSON about the time since the last one for each line on its stdin, and ends with it.
@@ -489,23 +490,30 @@ struct Client {
     int port;
     long streams_of;  // chunks of a stream; 0: one-token requests
     int wanted, starting = 0;
-    std::string request;
+    long tenants, turn = 0;
+    std::string head, rest;
     std::unordered_map<int, Asking> open;
     long requests = 0, chunks = 0, errors = 0;
     int64_t since_ns = now_ns(), retry_ns = 0, max_gap_ns = 0;
     std::vector<int64_t> times;  // of requests, or of chunks from the engine's hand to here
 
-    Client(int to, int connections, long chunks_each, long pace_us)
-        : port(to), streams_of(chunks_each), wanted(connections), request(post(chunks_each, pace_us)) {
+    Client(int to, int connections, long chunks_each, long pace_us, long of_tenants = 0)
+        : port(to), streams_of(chunks_each), wanted(connections), tenants(of_tenants) {
+        post(chunks_each, pace_us);
         poller.add(0);
     }
 
-    static std::string post(long chunks_each, long pace_us) {
+    void post(long chunks_each, long pace_us) {
         std::string body = std::string("{\"model\":\"m\",\"messages\":[{\"role\":\"user\",\"content\":\"") + PROMPT + "\"}],";
         if (chunks_each) body += "\"stream\":true,\"user\":\"pace-" + std::to_string(pace_us) + "\",";
         body += "\"max_tokens\":" + std::to_string(std::max(1L, chunks_each)) + "}";
-        return "POST /v1/chat/completions HTTP/1.1\r\nhost: 127.0.0.1\r\nuser-agent: load\r\naccept: */*\r\n"
-               "content-type: application/json\r\ncontent-length: " + std::to_string(body.size()) + "\r\n\r\n" + body;
+        head = "POST /v1/chat/completions HTTP/1.1\r\nhost: 127.0.0.1\r\nuser-agent: load\r\naccept: */*\r\n";
+        rest = "content-type: application/json\r\ncontent-length: " + std::to_string(body.size()) + "\r\n\r\n" + body;
+    }
+
+    std::string request() {
+        if (!tenants) return head + rest;
+        return head + "x-tenant-id: t" + std::to_string(turn++ % tenants) + "\r\n" + rest;
     }
 
     void run() {
@@ -534,7 +542,7 @@ struct Client {
         c.parser.reset();
         c.events = c.last_ns = 0;
         c.began_ns = now_ns();
-        c.out.bytes = request;
+        c.out.bytes = request();
     }
 
     void go_on(int fd, uint32_t events) {
@@ -635,7 +643,8 @@ int main(int count, char** words) {
     for (int i = 2; i < count; i++) given.push_back(std::atol(words[i]));
     if (mode == "engine" && given.size() == 1) Engine(given[0]).run();
     if (mode == "forward" && given.size() == 2) Forwarder(given[0], given[1]).run();
-    if (mode == "requests" && given.size() == 2) return Client(given[0], given[1], 0, 0).run(), 0;
+    if (mode == "requests" && (given.size() == 2 || given.size() == 3))
+        return Client(given[0], given[1], 0, 0, given.size() == 3 ? given[2] : 0).run(), 0;
     if (mode == "streams" && given.size() == 4) return Client(given[0], given[1], given[2], given[3]).run(), 0;
     std::fputs("load engine|forward|requests|streams NUMBERS\n", stderr);
     return 2;

@@ -213,6 +213,17 @@ def _compiled(port: int, engine: int, folder: Path) -> Launch:
     return replace(launch, command=["env", "PYTHONSAFEPATH=1", f"PYTHONPATH={COMPILED_TREE}", *launch.command])
 
 
+def sidecar_with(*flags: str) -> Rival:
+    """The sidecar, interpreted, with other settings."""
+
+    def launch(port: int, engine: int, folder: Path) -> Launch:
+        plain = _sidecar(port, engine, folder)
+        return replace(plain, command=[*plain.command, *flags])
+
+    name = " ".join(flags) or "defaults"
+    return Rival(name, lambda: name, launch)
+
+
 def _sidecar(port: int, engine: int, folder: Path) -> Launch:
     admin = f"127.0.0.1:{free_port()}"
     ends = ["--engine", f"http://127.0.0.1:{engine}", "--listen", f"127.0.0.1:{port}", "--admin", admin]

@@ -31,14 +31,16 @@ struct Span {
 // Media first, in the order of MEDIA; the others have a slot in a frame, or a meaning of their own.
 enum Key : uint8_t {
     IMAGE_URL, INPUT_IMAGE, IMAGE, IMAGE_PIL, IMAGE_EMBEDS, INPUT_AUDIO, AUDIO_URL, AUDIO, VIDEO_URL, INPUT_VIDEO, VIDEO,
-    URL, TEXT, CONTENT, DATA, FILE_DATA, INPUT, TOOLS, TOOL, ARGUMENTS, TYPE, FUNCTIONS, FUNCTION, STRICT, UUID, TOOL_USE, IMAGES, OTHER
+    URL, TEXT, CONTENT, DATA, FILE_DATA, INPUT, TOOLS, TOOL, ARGUMENTS, TYPE, FUNCTIONS, FUNCTION, STRICT, UUID, TOOL_USE, IMAGES,
+    MULTIMODAL_DATA, SIGNATURE, ENCRYPTED_CONTENT, OTHER
 };
 constexpr const char* WORDS[] = {
     "image_url", "input_image", "image", "image_pil", "image_embeds", "input_audio", "audio_url", "audio", "video_url", "input_video", "video",
     "url", "text", "content", "data", "file_data", "input", "tools", "tool", "arguments", "type", "functions", "function", "strict", "uuid", "tool_use", "images",
+    "multimodal_data", "signature", "encrypted_content",
 };
 constexpr Key FIRST_AUDIO = INPUT_AUDIO, FIRST_VIDEO = VIDEO_URL, FIRST_SLOT = TEXT, FIRST_PRINTED = INPUT;
-constexpr size_t MEDIA = URL, SLOTS = INPUT - TEXT + 1, PRINTED = ARGUMENTS - INPUT + 1, LONGEST_WORD = 12;
+constexpr size_t MEDIA = URL, SLOTS = INPUT - TEXT + 1, PRINTED = ARGUMENTS - INPUT + 1, LONGEST_WORD = 17;
 
 // What a frame is, by its place in the body.
 enum class Role : uint8_t { ANY, ROOT, MESSAGES, MESSAGE, CONTENT, PART, TOOLS, TOOL, SOURCES };
@@ -107,6 +109,7 @@ struct Frame {
     size_t root_key;
     uint64_t start, count;
     uint64_t pictures;        // items of its `images`
+    uint64_t attached;        // items of its `multimodal_data`
     Url url, image;
     Items items;
     Length printed;
@@ -118,7 +121,7 @@ struct Frame {
         object = is_object, mute = is_mute, named = false;
         role = as, key = kind = OTHER, list = of;
         strict = offers = strict_offers = 0, media = fetched = 0, set = 0;
-        start = at, count = pictures = 0, root_key = 0;
+        start = at, count = pictures = attached = 0, root_key = 0;
         items = Items{};
         url = image = Url{};
         printed = Length{};
@@ -374,7 +377,7 @@ private:
     // What an object counts, now that its type is known. `media`: room for what a media part does.
     const Sums* judge(Frame& frame, Sums& media) {
         const bool is_media = frame.kind < MEDIA;
-        if (!is_media && !frame.set && !frame.media && !frame.pictures) return &frame.sums;
+        if (!is_media && !frame.set && !frame.media && !frame.pictures && !frame.attached) return &frame.sums;
         Sums& sums = is_media ? media : frame.sums;
         const auto slot = [&](Key key) {
             if (frame.set >> key & 1) add(sums, frame.slots[key - FIRST_SLOT]);
@@ -396,7 +399,7 @@ private:
         for (Key key : {Key::TOOLS, Key::TOOL, ARGUMENTS}) as_printed(key);
         for (int key = 0; key < static_cast<int>(MEDIA); ++key)
             if (frame.media >> key & 1) count_media(sums, static_cast<Key>(key));
-        if (frame.pictures) sums.any = true, sums.images += frame.pictures;
+        if (frame.pictures + frame.attached) sums.any = true, sums.images += frame.pictures + frame.attached;
         return &sums;
     }
 
@@ -449,6 +452,10 @@ private:
                 break;
             case UUID: frame.named = true; break;
             case IMAGES: frame.pictures = value.type == Type::LIST ? value.count : 0; return;  // Ollama's
+            case MULTIMODAL_DATA: frame.attached = value.type == Type::LIST ? value.count : 0; return;  // llama.cpp's
+            case SIGNATURE: case ENCRYPTED_CONTENT:
+                if (frames_[0].root_key != wanted_.documents) return;
+                break;
             default: break;
         }
         add_value(frame.sums, value);

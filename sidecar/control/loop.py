@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import socket
 import sqlite3
 import time
 from collections import deque
@@ -47,7 +48,9 @@ from sidecar.report.live_page import PageFeed
 from sidecar.report.merged_page import merge_pages
 from sidecar.report.metrics import Metrics
 from sidecar.report.prometheus import MetricsPages
+from sidecar.report.request_log import RequestLog
 from sidecar.report.tracing import Tracing
+from sidecar.report.usage_database import STATEMENT_TIMEOUT_S, UsageDatabase
 from sidecar.report.usage_rows import Eviction
 from sidecar.report.usage_store import UsageStore
 from sidecar.runtime.limited_log import LimitedLog
@@ -65,6 +68,8 @@ PORT_INTERVAL_S, RESTART_PORT_INTERVAL_S = 1.0, 0.1
 MAX_ANNOUNCED: Final = 256
 PUBLISH_INTERVAL_TICKS: Final = 2
 GPU_COUNT_TICKS: Final = 120  # a minute, after which the engine and NVML have reported the number of GPUs
+DATABASE_INTERVAL_TICKS: Final = 120  # a minute
+LAST_WRITE_TIMEOUT_S: Final = 2  # the supervisor waits 5 s for the end of control
 LIMITS_INTERVAL_TICKS: Final = 4  # between checks of the tenant limits file
 
 _log = logging.getLogger(__name__)
@@ -90,8 +95,17 @@ class ControlLoop:
         self._usage: UsageStore | None = None
         if settings.usage_bytes:
             self._usage = UsageStore(state_dir.path, settings.usage_days, settings.usage_bytes)
+        self._has_usage = False  # written by this process
+        self._database: UsageDatabase | None = None
+        self._database_due = 0  # in ticks
+        if settings.usage_url:
+            self._database = UsageDatabase(settings.usage_url, os.environ.get("POD_NAME") or socket.gethostname())
         metrics, labels, priced = Metrics(), control.ledger.labels, (co.fingerprint, cost_model.unit_ms(co))
-        self._fan_out = FanOut(metrics, self.tracing, self._usage, labels, control.price_terms, *priced)
+        self._request_log: RequestLog | None = None
+        if settings.request_log_bytes:
+            self._request_log = RequestLog(state_dir.path, settings.request_log_bytes)
+        reports = metrics, self.tracing, self._usage, labels, control.price_terms
+        self._fan_out = FanOut(*reports, *priced, self._request_log)
         self._limits = LimitsFile(settings.tenant_limits) if settings.tenant_limits else None
         self.pages, self.feed, self.diagnoses = MetricsPages(metrics.registry), PageFeed(), Diagnoses(state_dir)
         self.pool = RelayPool(settings.workers, self.on_event, self.on_lost)
@@ -117,6 +131,8 @@ class ControlLoop:
         await self._tasks.close()
         self._count_gpu_time(time.monotonic(), time.time())
         await self._write_usage(time.time())
+        await self._write_requests()
+        await self._write_database(time.time(), LAST_WRITE_TIMEOUT_S)
 
     # --- events ---
 
@@ -250,14 +266,17 @@ class ControlLoop:
         load, health, engine = self.snapshot.load, self.control.health, self.engine
         report = orca.report(load, self.snapshot.engine, self._pressure.mean(load.pressure, self.snapshot.at))
         forms = report.json(), report.text(), health.verdict.state, engine.kind_name, report.binary()
-        takes = engine.identity.prepared, engine.processes
+        takes = engine.images_pass, engine.processes
         share = load.cached_share
         self.pool.publish(LoadReport(*forms, load.utilization, load.mu_max_in_flight, *takes, cached_share=share))
         self.feed.publish(self.snapshot)
         self._tasks.start("state", self._write_state(health.probe_state(), wall))
         self._count_gpu_time(self.snapshot.at, wall)
         if self._usage is not None and self._usage.is_due:
-            self._tasks.start("records", self._write_usage(wall))
+            self._tasks.start("records", self._write_records(wall))
+        if self._ticks >= self._database_due and self._has_usage:
+            self._database_due = self._ticks + DATABASE_INTERVAL_TICKS
+            self._tasks.start("database", self._write_database(wall))
 
     def _count_gpu_time(self, now: float, wall: float) -> None:
         """Account for the GPU time that has passed, used or idle."""
@@ -320,6 +339,7 @@ class ControlLoop:
         writing = asyncio.ensure_future(asyncio.to_thread(usage.write, taken, wall))
         try:
             self._report_evictions(await asyncio.shield(writing))
+            self._has_usage = True
         except asyncio.CancelledError:
             await asyncio.wait((writing,))  # a thread cannot be cancelled: whether it wrote must be known
             self._report_evictions(usage.restore(taken) if writing.exception() is not None else writing.result())
@@ -328,6 +348,42 @@ class ControlLoop:
             self._report_evictions(usage.restore(taken))
             text = "cannot write %s (%s); the usage is kept in memory and the write retried"
             self._log.error("usage", text, usage.path, e)
+
+    async def _write_records(self, wall: float) -> None:
+        """Usage first: what it counts has a line, and a line that kill -9 loses is counted."""
+        await self._write_usage(wall)
+        await self._write_requests()
+
+    async def _write_requests(self) -> None:
+        """Write the lines of requests that were settled since the last time."""
+        log = self._request_log
+        if log is None or not (taken := log.take()):
+            return
+        writing = asyncio.ensure_future(asyncio.to_thread(log.write, taken))
+        try:
+            await asyncio.shield(writing)
+        except asyncio.CancelledError:
+            await asyncio.wait((writing,))
+            if writing.exception() is not None:
+                self._fan_out.metrics.requests_unlogged(log.restore(taken))
+            raise
+        except OSError as e:
+            self._fan_out.metrics.requests_unlogged(log.restore(taken))
+            text = "cannot write %s (%s); the lines are kept in memory and the write retried"
+            self._log.error("requests", text, log.path, e.strerror or e)
+
+    async def _write_database(self, wall: float, within: int = STATEMENT_TIMEOUT_S) -> None:
+        """Bring the database up to date; what it cannot take stays in the file, and is written with a later time."""
+        if self._database is None or self._usage is None or not self._has_usage:
+            return
+        try:
+            await asyncio.to_thread(self._database.write, self._usage.path, wall, within)
+        except Exception as e:  # noqa: BLE001  psycopg.Error, of a module that only this setting imports
+            self._fan_out.on_database_write("failed")
+            text = "cannot write usage records to --usage-url (%s); they are kept in the state directory until then"
+            self._log.error("database", text, self._database.explain(e))
+        else:
+            self._fan_out.on_database_write("ok")
 
     def _report_evictions(self, evictions: list[Eviction]) -> None:
         """Billable usage is never dropped silently: counters have all of it, and a line comes at most once a minute."""

@@ -1,7 +1,8 @@
 """The relay processes, as the control process sees them: each has a connection for its events and our commands.
 
 - A relay reports first which one it is and what is open.
-- What it held when its connection ended is reported as lost once, after its last event was read.
+- What it held when its connection ended is reported as lost once, after its last event was read: also after those that
+  it had gathered and not sent when it was killed.
 - A relay whose heartbeat stopped while the control process is healthy is killed: its streams are lost already.
 """
 
@@ -27,6 +28,7 @@ from sidecar.events import (
     Settled,
     SettlementsAcked,
 )
+from sidecar.runtime import unsent_records
 from sidecar.runtime.channel import Channel
 from sidecar.snapshot import RelayUse
 
@@ -45,9 +47,11 @@ class RelayPool:
         self._published: LoadReport | None = None
         self._relays: dict[int, _RelayProcess] = {}
         self._subscribers: set[_RelayProcess] = set()
+        self._path = ""
 
     async def run(self, joining: socket.socket) -> None:
         """Accept the connections of relays until cancelled."""
+        self._path = joining.getsockname()
         server = await asyncio.get_running_loop().create_unix_server(self._accept, sock=joining)
         async with server:
             await server.serve_forever()
@@ -120,6 +124,9 @@ class RelayPool:
         """Its connection ended, or its successor has connected."""
         self._subscribers.discard(relay)
         if self._relays.get(relay.index) is relay:
+            path = unsent_records.path(self._path, relay.pid)
+            if rest := unsent_records.rest(path, relay.channel.received_bytes):
+                relay.channel.data_received(rest)
             del self._relays[relay.index]
             self._on_lost(relay.index)
         relay.channel.close()

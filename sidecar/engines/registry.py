@@ -37,7 +37,6 @@ COST_FLAGS: Final = ("cache_dtype", "block_size", "enable_prefix_caching", "gpu_
 # images.
 RUST_OWNER: Final = "vllm-frontend-rs"
 RUST_VERSION: Final = "rust_frontend_version"
-NO_PNM: Final = "images pass as they came: vLLM's Rust front end does not read the form in which prepared ones are sent"
 MAX_MODELS: Final = 1000
 # Of a model's name and of a version.
 MAX_NAME_CHARS: Final = 128

@@ -68,7 +68,7 @@ class LatencyModel:
     length explains them and says nothing about streams. `foreign`: this engine has done work that did not pass the
     relay. `answers`: seen to begin or, without tokens, to end. `concurrent`: so many requests were computed
     at once. `one_by_one`: canaries in a row that were answered only after a user was.
-    `token_times`: streams that were timed. `routes`: seconds that answers without tokens took, by route.
+    `token_times`: streams that were timed. `routes`: seconds that answers without tokens took per model unit, by route.
     `start_seconds`: the longest start of the engine, 0 before any. `measured_to`: predicted seconds of the longest
     prefill of which something is known.
     """
@@ -134,13 +134,13 @@ class LatencyModel:
         return self.token_seconds if self.token_times else UNMEASURED_TOKEN_S
 
     def route_time(self, route: str, seconds: float) -> None:
-        """An answer without tokens took so long."""
+        """An answer without tokens took so long, per unit of its size."""
         times = self.routes.setdefault(route, [])
         times.append(seconds)
         del times[:-MAX_ROUTE_TIMES]
 
     def route_seconds(self, route: str, unknown: float) -> float:
-        """What an answer of this route may take; `unknown` before enough were seen."""
+        """What an answer of this route may take per unit of its size; `unknown` before enough were seen."""
         times = self.routes.get(route, [])
         return ROUTE_MARGIN * max(times) if len(times) >= MIN_ROUTE_TIMES else unknown
 

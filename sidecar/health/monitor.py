@@ -68,6 +68,8 @@ MAX_SAVED_PAUSES: Final = 64
 
 # Canaries in a row that did not pass where none ever has, before none counts as usable.
 MIN_UNUSABLE_CANARIES: Final = 3
+# Processes that one after the other never serve have so many deadlines of a start together.
+MAX_STARTS: Final = 2
 
 # States without a doubt. Their silences teach (what ended a doubt may have been a fault), and the engine's time in them
 # is its price.
@@ -202,6 +204,7 @@ class HealthMonitor:
         self._judged_from = 0.0  # when the last exemption ended: an older canary proves nothing
         self._checked_at = now  # for exemptions
         self._was_exempt = False  # at the last tick, by more than calls without an answer
+        self._unserved_at: float | None = None  # since when no process of the engine has served
         self._doubted_at: float | None = None  # since when the engine has been thought to hang
         self._restored_stall = False  # and nothing has disproved it yet
         self._stall_unknown_at: float | None = None  # a doubt became unknown then, by the sidecar's own trouble
@@ -216,7 +219,12 @@ class HealthMonitor:
                 self.partial_hangs.table.admit((relay, event.id), event, prefill, whole)
                 shows_prefill = work is not None and (event.stream or event.route in SHORT_ROUTES)
                 self.progress.admitted(
-                    (relay, event.id), prefill if shows_prefill else None, event.at, route=event.route
+                    (relay, event.id),
+                    prefill if shows_prefill else None,
+                    event.at,
+                    event.route,
+                    size=event.mu,
+                    has_media=event.expected.has_media,
                 )
             case FirstToken():
                 self.partial_hangs.table.first_token((relay, event.id), event)
@@ -241,6 +249,8 @@ class HealthMonitor:
             case UnreadRequest():
                 if 200 <= event.status < 300:
                     self.refusals.served()
+                elif event.status == 0 and self.progress.is_unread_overdue((relay, event.id), event.at):
+                    self.partial_hangs.unserved_work.unread_left(event.at)
                 self.progress.unread_closed((relay, event.id), event.status, event.at)
             case EnginePauseChanged():
                 self.exemptions.pause(event)
@@ -350,6 +360,7 @@ class HealthMonitor:
         self.kill_policy.tick(self.state.state, self._proof(), readings.gpus, now, cause=self.state.reason)
         if self.state.state == "unknown" and before.state in ("suspect", "stalled"):
             self._stall_unknown_at = now
+        self._count_unserved(before, now)
         self._learn_start(before, now)
         self._forget_engine(before, condition, now)
         self.readiness_hold.tick(self.state.state, now)
@@ -512,9 +523,18 @@ class HealthMonitor:
         return self.refusals.seconds(now, self.progress.limits.floor, can_ask=self.canaries.passes, open_for=open_for)
 
     def _is_start_overdue(self, now: float) -> bool:
-        """Whether this process of the engine has been starting for longer than any may."""
+        """Whether this process of the engine has been starting for longer than any may, or several have in turn."""
         learned, limits = self.progress.learned.start_seconds, self.progress.limits
-        return now - self.state.engine_since > start_deadline(learned, self._clues.unanswered(now), limits)
+        deadline = start_deadline(learned, self._clues.unanswered(now), limits)
+        unserved = 0.0 if self._unserved_at is None else now - self._unserved_at
+        return now - self.state.engine_since > deadline or unserved > MAX_STARTS * deadline
+
+    def _count_unserved(self, before: verdict.VerdictState, now: float) -> None:
+        """Note since when no process has served. After a kill the time begins again: the next start is kubelet's."""
+        if self.state.served:
+            self._unserved_at = None
+        elif self._unserved_at is None or (before.state == "stalled" and self.state.state == "starting"):
+            self._unserved_at = now
 
     def _learn_start(self, before: verdict.VerdictState, now: float) -> None:
         """The engine has served its first token: its start took so long."""

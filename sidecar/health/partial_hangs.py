@@ -480,6 +480,10 @@ class UnservedWork:
         if event.outcome == "client_cancelled" and event.delivered_bytes == 0 and has_waited:
             self.left.append(event.at)
 
+    def unread_left(self, at: float) -> None:
+        """A call that is passed on unread ended without an answer, after longer than any takes."""
+        self.left.append(at)
+
     def served(self) -> None:
         """Something was delivered, or a canary passed."""
         self.left.clear()

@@ -23,7 +23,7 @@ from math import ceil
 from typing import Final, Protocol
 
 from sidecar.events import LONGEST_ANSWER_TOKENS, SHORT_ROUTES
-from sidecar.health.latency_model import UNMEASURED_SLOWNESS, LatencyModel
+from sidecar.health.latency_model import MIN_PREFILL_S, UNMEASURED_SLOWNESS, LatencyModel
 from sidecar.health.token_balance import COUNTER_STALE_S, MAX_CANARY_TOKENS
 from sidecar.readings import EngineSample
 from sidecar.settings import Settings
@@ -57,6 +57,9 @@ BATCH_TOKENS: Final = 16_384
 # Routes whose answer is no text: their time is that of the route. How long a session may be silent is never known.
 TIMED_ROUTES: Final = ("transcription", "speech", "images", "realtime", "unread")
 SESSION_ROUTE: Final = "realtime"
+# The name under which first tokens of requests with pictures or sounds are learned, per second of predicted prefill.
+MEDIA: Final = "media"
+MIN_SIZE: Final = 1e-3  # model units
 # Processes behind one port that are distinguished.
 MAX_PAGES: Final = 4
 # A start time of the engine's process that lies so long before the last page is not of a new process.
@@ -125,7 +128,7 @@ class OpenWork(Protocol):
     `whole`: tokens of an answer that comes in one piece, 0 for a stream; `blocked`: it waits for its client or in the
     relay; `most_tokens`: that its client allows over all its `sequences`, None where it names no limit; `delivered`:
     events so far, the last one at `last_at`; `shows`: it would be seen to generate, because its text has begun to come
-    and it has nothing to withhold.
+    and it has nothing to withhold; `size`: its work in model units, `has_media`: pictures or sounds are part of it.
     """
 
     @property
@@ -152,6 +155,10 @@ class OpenWork(Protocol):
     def last_at(self) -> float: ...
     @property
     def shows(self) -> bool: ...
+    @property
+    def size(self) -> float: ...
+    @property
+    def has_media(self) -> bool: ...
 
 
 @dataclass(slots=True)
@@ -170,6 +177,8 @@ class UnreadWork:
     delivered: int = 0
     last_at: float = 0.0
     shows: bool = False
+    size: float = 1.0
+    has_media: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,7 +266,8 @@ class Progress:
     _work_since: tuple[float, ...] = ()  # since when those outstanding at the last tick were
     _first_at: float = 0.0  # the last first token, or answer that counts as one
     _predicted: dict[Key, tuple[float, float]] = field(default_factory=dict)  # admitted at, seconds of prefill
-    _timed: dict[Key, tuple[float, str]] = field(default_factory=dict)  # open requests of TIMED_ROUTES: since, route
+    _timed: dict[Key, tuple[float, str, float]] = field(default_factory=dict)  # of TIMED_ROUTES: since, route, size
+    _media: set[Key] = field(default_factory=set)  # of those whose prefill is predicted: they have pictures or sounds
     _sessions: set[Key] = field(default_factory=set)  # those of SESSION_ROUTE
 
     def rebaseline(self, now: float) -> None:
@@ -268,8 +278,17 @@ class Progress:
         """Bytes of an answer reached a client."""
         self._mark("delivered", now)
 
-    def admitted(self, key: Key, prefill: float | None, now: float, route: str = "") -> None:
-        """A request was sent.
+    def admitted(
+        self,
+        key: Key,
+        prefill: float | None,
+        now: float,
+        route: str = "",
+        *,
+        size: float = 1.0,
+        has_media: bool = False,
+    ) -> None:
+        """A request was sent. `size`, `has_media`: as in OpenWork.
 
         `prefill`: the seconds that the cost model predicts before the first token of a stream, or before the end of an
         answer without tokens; None where neither can be seen.
@@ -279,16 +298,18 @@ class Progress:
             if route == SESSION_ROUTE:
                 self._sessions.add(key)
             else:
-                self._timed[key] = (now, route)
+                self._timed[key] = (now, route, max(size, MIN_SIZE))
         elif prefill is not None:
             self._predicted[key] = (now, prefill)
+            if has_media:
+                self._media.add(key)
 
     def resumed(self, key: Key, now: float) -> None:
         """A request that waited for its client or in the relay's queue is the engine's from now on."""
         if (predicted := self._predicted.get(key)) is not None:
             self._predicted[key] = (now, predicted[1])
         if (timed := self._timed.get(key)) is not None:
-            self._timed[key] = (now, timed[1])
+            self._timed[key] = (now, *timed[1:])
         if (unread := self.unread.get(key)) is not None:
             unread.since = now
 
@@ -311,6 +332,7 @@ class Progress:
         self._predicted.pop(key, None)
         self._timed.pop(key, None)
         self._sessions.discard(key)
+        self._media.discard(key)
 
     def completed(self, key: Key, now: float) -> None:
         """The engine ended a request by itself: an answer without tokens shows the time of its prompt.
@@ -325,7 +347,7 @@ class Progress:
         elif (timed := self._timed.pop(key, None)) is not None:
             self.learned.answers += 1
             if not self._tainted:
-                self.learned.route_time(timed[1], now - timed[0])
+                self.learned.route_time(timed[1], (now - timed[0]) / timed[2])
         self._mark("completed", now)
 
     def unread_opened(self, key: Key, now: float) -> None:
@@ -342,6 +364,17 @@ class Progress:
         if work is not None and 200 <= status < 300 and now - work.since >= MIN_UNREAD_WORK_S:
             self.completed(key, now)
         self.settled(key, now)
+
+    def is_unread_overdue(self, key: Key, now: float) -> bool:
+        """Whether a call that is passed on unread has waited for longer than such calls take, as far as that is known.
+
+        Where it is not, it is so after the patience with an engine that is not known.
+        """
+        work = self.unread.get(key)
+        if work is None or work.blocked:
+            return False
+        longest = self.learned.route_seconds(work.route, self.limits.unlearned)
+        return now - work.since >= max(self.limits.floor, longest)
 
     def relay_lost(self, relay: int) -> None:
         """A relay died, and its connections with it."""
@@ -462,8 +495,8 @@ class Progress:
         # An idle engine is judged by its canaries, which have no gaps.
         floor = limits.floor if known or not (work or foreign) else max(limits.floor, limits.unlearned)
         prefill = early_prefill(work, since, floor)
-        waiting = [hold.prefill for hold in work if hold.first_at is None and hold.since <= since + floor]
-        predicted, unmeasured = learned.seconds(prefill), self._unmeasured(max(waiting, default=0.0))
+        waiting = [hold for hold in work if hold.first_at is None and hold.since <= since + floor]
+        predicted, unmeasured = learned.seconds(prefill), self._unmeasured(waiting)
         # A counter of tokens counts neither pictures nor what else goes by unread.
         uncounted = [hold for hold in work if hold.route in TIMED_ROUTES] if counted else work
         hidden = 0.0 if any(hold.shows for hold in work) else min(limits.cap, self._longest_hidden(uncounted))
@@ -486,9 +519,17 @@ class Progress:
         """Whether any counter of the engine moved during the silence since `since`."""
         return self._moved_at > since + FROZEN_SLACK_S
 
-    def _unmeasured(self, prefill: float) -> float:
-        """Seconds that a prefill may take of a size that was never seen, on a machine of unknown speed."""
-        return 0.0 if self.is_speed_known or prefill <= self.learned.measured_to else UNMEASURED_SLOWNESS * prefill
+    def _unmeasured(self, waiting: list[OpenWork]) -> float:
+        """Seconds that a prefill may take of a size or of media that were never seen, on a machine of unknown speed.
+
+        Texts teach nothing about pictures and sounds: an encoder is another model, and may run elsewhere.
+        """
+        if self.is_speed_known:
+            return 0.0
+        longest = max((hold.prefill for hold in waiting), default=0.0)
+        media = max((hold.prefill for hold in waiting if hold.has_media), default=0.0)
+        text = 0.0 if longest <= self.learned.measured_to else UNMEASURED_SLOWNESS * longest
+        return max(text, media * self.learned.route_seconds(MEDIA, UNMEASURED_SLOWNESS))
 
     def _longest_hidden(self, work: list[OpenWork]) -> float:
         """Seconds for which one of these may be generated unseen."""
@@ -502,7 +543,8 @@ class Progress:
 
     def _hidden(self, hold: OpenWork) -> float:
         if hold.route in TIMED_ROUTES:
-            return self.learned.route_seconds(hold.route, self.limits.cap)
+            size = max(hold.size, MIN_SIZE)
+            return size * self.learned.route_seconds(hold.route, self.limits.cap / size)
         if hold.route in SHORT_ROUTES:
             return 0.0
         many = hold.sequences
@@ -514,7 +556,10 @@ class Progress:
         """Prefills end first come, first served: the time runs from the admission or from the first token before."""
         predicted = self._predicted.pop(key, None)
         if predicted is not None and not self._tainted:
-            self.learned.first_token(max(0.0, now - max(predicted[0], self._first_at)), predicted[1])
+            took = max(0.0, now - max(predicted[0], self._first_at))
+            self.learned.first_token(took, predicted[1])
+            if key in self._media:
+                self.learned.route_time(MEDIA, took / max(predicted[1], MIN_PREFILL_S))
         self._first_at = now
 
     def _is_counted(self, now: float, *, unanswered: bool) -> bool:

@@ -80,6 +80,7 @@ class ImageDone:
     stages: tuple[tuple[str, float], ...]
     bytes_in: int
     original: tuple[int, int] = (0, 0)  # height and width as decoded
+    reason: str = ""  # why it passed: a code of pass_reasons
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,11 +12,22 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
+from sidecar.engines.image_loading import SIZE_DIFFERS
 from sidecar.errors import BadImage, ImagesBusy
 from sidecar.images import cost_rule, engine_tensors, file_headers, header_geometry
 from sidecar.images.cost_rule import INLINE, SHM, ImageSize, UnitCosts
 from sidecar.images.engine_tensors import SentTensors
-from sidecar.images.protocol import COSTS, PIXELS, RAW, TENSORS, Data, ImageDone, ImageJob, ImageLimits
+from sidecar.images.protocol import (
+    COSTS,
+    PIXELS,
+    RAW,
+    TENSORS,
+    Data,
+    ImageDone,
+    ImageJob,
+    ImageLimits,
+)
+from sidecar.images.protocol import INLINE as INLINE_JOBS
 from sidecar.images.shm_cache import ImageCache, SharedFile
 from sidecar.images.shm_handoff import ShmHandoff
 from sidecar.images.tensor_budget import Reserve, TensorBudget
@@ -135,43 +146,43 @@ class ImageService:
 
         What it holds is held until `release(request)`. Raises BadImage or ImagesBusy.
         """
-        way = self._choose_way(data, handoffs, is_base64, max_small_chars)
+        way, reason = self._choose_way(data, handoffs, is_base64, max_small_chars)
         if way == cost_rule.PASS:
-            return self.passed(data, where, is_base64)
+            return self.passed(data, reason, is_base64)
         if way == cost_rule.TENSORS and handoffs.tensors is not None:
             made = await self.engine_tensors(data, where, tenant, request, handoffs.tensors, is_base64)
-            return made or self.passed(data, where, is_base64)
+            return made or self.passed(data, "processor", is_base64)
         image = await self.inline(data, where, tenant, request if way == SHM else "", is_base64, max_small_chars)
         if image.base64 is not None:
             self.inline_bytes += len(image.base64)
             self._held[request] = self._held.get(request, 0) + len(image.base64)
         return image
 
-    def _choose_way(self, data: Data, handoffs: Handoffs, is_base64: bool, max_small_chars: int) -> str:
-        """How an image had best reach an engine that takes `handoffs`, by its header and the measured costs."""
+    def _choose_way(self, data: Data, handoffs: Handoffs, is_base64: bool, max_small_chars: int) -> tuple[str, str]:
+        """How an image had best reach an engine that takes `handoffs`, by its header and the costs; why it passes."""
         if handoffs.passes:
-            return cost_rule.PASS
+            return cost_rule.PASS, SIZE_DIFFERS
         other = SHM if handoffs.pixels and self._handoff is not None else INLINE
         header, client_chars = header_geometry.read_size(data, is_base64), header_geometry.base64_chars(data, is_base64)
         known = header is not None and header.format in file_headers.DECODED_FORMATS
         if header is None or not known or not self._allowed(header.height, header.width, client_chars):
-            return other  # a worker says what it is
+            return other, ""  # a worker says what it is
         geometry = header_geometry.predict(self.spec, header.height, header.width)
         if geometry is None:
-            return other
+            return other, ""
         pixels, (height, width) = header.height * header.width, geometry.size
         offered = {SHM} if other == SHM and self.spec.inline else set()
         if handoffs.tensors is not None and self._handoff is not None:
             offered.add(cost_rule.TENSORS)
-        if (
-            self.spec.inline
-            and self.inline_bytes < MAX_INLINE_BYTES
-            and header_geometry.is_worth_resizing(pixels, geometry, client_chars, max_small_chars)
-        ):
+        is_smaller = header_geometry.is_worth_resizing(pixels, geometry, client_chars, max_small_chars)
+        if self.spec.inline and is_smaller and self.inline_bytes < MAX_INLINE_BYTES:
             offered.add(INLINE)
         element_bytes = ELEMENT_BYTES[handoffs.tensors.dtype] if handoffs.tensors is not None else 1
         size = ImageSize(header.format, pixels, height * width, client_chars, element_bytes)
-        return cost_rule.choose(size, offered, self.costs)
+        reason = "costs_more" if offered else "processor" if not self.spec.inline else "not_smaller"
+        if not offered and self.spec.inline and is_smaller:
+            reason = "too_many_bytes"
+        return cost_rule.choose(size, offered, self.costs), reason
 
     async def engine_tensors(
         self, data: Data, where: str, tenant: str, request: str, offer: TensorOffer, is_base64: bool = True
@@ -194,7 +205,7 @@ class ImageService:
             return replace(prepared, parameter=engine_tensors.parameter(sent, offer.dtype, None))
         job = ImageJob(TENSORS, spec.to_json(), is_base64, self._limits, self._workers.deadline_s, self.gpu, size)
         async with self._handoff.open_file(request, size) as (file, fd):
-            done, _ = await self._workers.run(job, data, where, file=fd)
+            done, _ = await self._workers.run(job, data, where, urgent=True, file=fd)
             made = engine_tensors.bytes_of(spec, spec.geometry(*done.original))
             if made < size:  # it was turned
                 os.ftruncate(fd, made)
@@ -215,20 +226,16 @@ class ImageService:
         pixels = header.height * header.width
         if geometry is None or header_geometry.is_worth_resizing(pixels, geometry, client_chars, max_small_chars):
             return None
-        return _passed_image(header.format, geometry, client_chars, time.monotonic() - start)
+        return _passed_image("not_smaller", header.format, geometry, client_chars, time.monotonic() - start)
 
-    def passed(self, data: Data, where: str, is_base64: bool = True) -> PreparedImage:
-        """Any image as passed through; its tokens are taken from its header, 0 if that has no size.
-
-        Raises BadImage for fetched bytes of an unknown format, which cannot be given a media type.
-        """
+    def passed(self, data: Data, reason: str, is_base64: bool = True) -> PreparedImage:
+        """Any image as passed through; its tokens are taken from its header, 0 if that has no size."""
         start = time.monotonic()
         header, client_chars = header_geometry.read_size(data, is_base64), header_geometry.base64_chars(data, is_base64)
         known = header or (None if is_base64 else file_headers.read(bytes(data[: header_geometry.HEADER_BYTES[0]])))
-        if known is None and not is_base64:
-            raise BadImage(f"{where}: the image was refused: it is in no known format", "image_unknown_format")
         geometry = header_geometry.predict(self.spec, header.height, header.width) if header else None
-        return _passed_image(known.format if known else "unknown", geometry, client_chars, time.monotonic() - start)
+        format = known.format if known else "unknown"
+        return _passed_image(reason, format, geometry, client_chars, time.monotonic() - start)
 
     def _allowed(self, height: int, width: int, client_chars: int) -> bool:
         """True if an image of this size and of `client_chars` base64 characters is certainly within the limits."""
@@ -303,7 +310,8 @@ class ImageService:
                 reserve(len(payload))
             return _prepared_image(done, payload, time.monotonic() - start, cached=True), payload, key
         job = ImageJob(want, spec_json, is_base64, self._limits, self._workers.deadline_s, self.gpu)
-        answer, result = await self._workers.run(job, data, where, reserve)
+        # the engine can prepare an image of a request itself; `/v1/preprocess` has only the workers
+        answer, result = await self._workers.run(job, data, where, reserve, urgent=want in INLINE_JOBS)
         if answer.outcome == "ok":
             await self._keep(key, answer, result, at_once=want == RAW)
         return _prepared_image(answer, result, time.monotonic() - start), result, key
@@ -327,11 +335,15 @@ class ImageService:
             await asyncio.wait((task,))  # continues if this request is cancelled
 
 
-def _passed_image(format: str, geometry: Geometry | None, client_chars: int, seconds: float) -> PreparedImage:
+def _passed_image(
+    reason: str, format: str, geometry: Geometry | None, client_chars: int, seconds: float
+) -> PreparedImage:
     """An image that passes through untouched."""
     g = geometry or Geometry(0, 0)
     grid = (g.grid_t, g.grid_h, g.grid_w)
-    return PreparedImage("passed", format, "", *g.size, grid, g.tokens, "", (), client_chars * 3 // 4, seconds=seconds)
+    bytes_in = client_chars * 3 // 4
+    made = PreparedImage("passed", format, "", *g.size, grid, g.tokens, "", (), bytes_in, seconds=seconds)
+    return replace(made, reason=reason)
 
 
 def _prepared_image(done: ImageDone, payload: Data, seconds: float, *, cached: bool = False) -> PreparedImage:

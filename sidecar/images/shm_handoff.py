@@ -55,7 +55,7 @@ class ShmHandoff:
         It is removed at once if the block raises. Raises ImagesBusy if too much waits for engines.
         """
         if self._tensor_bytes + size > MAX_TENSOR_FILE_BYTES:
-            raise ImagesBusy(SHM_FULL)
+            raise ImagesBusy(SHM_FULL, "shm_full")
         self._tensor_bytes += size
         try:
             task = asyncio.get_running_loop().run_in_executor(None, self._cache.reserve, size)
@@ -65,7 +65,7 @@ class ShmHandoff:
                 task.add_done_callback(self._close_late)
                 raise
             except OSError:
-                raise ImagesBusy(SHM_FULL) from None
+                raise ImagesBusy(SHM_FULL, "shm_full") from None
             try:
                 yield file, fd
             except BaseException:
@@ -99,7 +99,7 @@ class ShmHandoff:
             task.add_done_callback(self._unlink_late)
             raise
         except OSError:
-            raise ImagesBusy(error) from None
+            raise ImagesBusy(error, "shm_full") from None
 
     def _unlink_late(self, written: asyncio.Future[SharedFile]) -> None:
         if not written.cancelled() and written.exception() is None:

@@ -143,7 +143,7 @@ def _other_settings(settings: dict[str, Any], spec: Qwen2VLSpec) -> str:
     if settings.get("do_rescale") or settings.get("do_normalize"):  # else vLLM does both on its device
         expected |= {"do_rescale": spec.do_rescale, "do_normalize": spec.do_normalize}
         expected |= {"rescale_factor": spec.rescale_factor}
-        expected |= {"image_mean": list(spec.image_mean), "image_std": list(spec.image_std)}
+        expected |= {f"image_{name}": list(getattr(spec, f"image_{name}")) for name in ("mean", "std")}
     return ", ".join(name for name, value in expected.items() if settings.get(name) != value)
 
 

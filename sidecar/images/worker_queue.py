@@ -28,6 +28,8 @@ DEADLINE_S: Final = 10.0
 MAX_WAITING: Final = 64
 DEADLINE_SLACK_S = 5.0  # added to the worker's own deadline for the transfer of the reply
 QUEUE_TIMEOUT_S = 10.0  # shortest wait for a worker: a restarted server takes about 5 s to import its libraries
+# Longest wait of an image that the engine can as well prepare itself; while no worker answers, it does not wait.
+INLINE_WAIT_S = 1.0
 CONNECT_RETRY_S = (0.02, 0.5)  # first and longest pause between connection attempts
 JOBS_PER_WORKER = 2  # one in progress and one in the backlog, so that a worker never waits for the relay's event loop
 
@@ -45,19 +47,32 @@ class WorkerQueue:
         self._slots = asyncio.Semaphore(JOBS_PER_WORKER * (settings.image_workers or cpu_quota.quota()))
         self._waiting = 0
         self._closed = False
+        self._search: asyncio.Task[None] | None = None  # for a worker, while none answers
 
     def close(self) -> None:
         """Accept no more images; jobs in progress end within their deadline."""
         self._closed = True
+        if self._search is not None:
+            self._search.cancel()
 
     async def run(
-        self, job: ImageJob, data: Data, where: str, reserve: Reserve | None = None, file: int = -1
+        self,
+        job: ImageJob,
+        data: Data,
+        where: str,
+        reserve: Reserve | None = None,
+        *,
+        urgent: bool = False,
+        file: int = -1,
     ) -> tuple[ImageDone, bytearray]:
         """Run one job on a worker. Raises BadImage or ImagesBusy; `where` names the image in them.
 
-        `reserve` is called with the reply's size before it is read. `file`: an open file for the payload.
+        `reserve` is called with the reply's size before it is read. `urgent`: a worker is hardly waited for. `file`: an
+        open file for the payload.
         """
-        async with self._connection() as connection:
+        if urgent and self._search is not None:
+            raise ImagesBusy("no image worker answers", "workers_away")
+        async with self._connection(urgent) as connection:
             sent = time.monotonic()
             try:
                 async with asyncio.timeout(self.deadline_s + DEADLINE_SLACK_S):
@@ -75,29 +90,40 @@ class WorkerQueue:
         return answer, payload
 
     @contextlib.asynccontextmanager
-    async def _connection(self) -> AsyncIterator[socket.socket]:
+    async def _connection(self, urgent: bool) -> AsyncIterator[socket.socket]:
         """A connection whose worker is ready. Raises ImagesBusy if the queue is full or the wait too long."""
+        patience = min(INLINE_WAIT_S, self._queue_timeout_s) if urgent else self._queue_timeout_s
         if self._closed or (self._slots.locked() and self._waiting >= self._max_waiting):
             raise ImagesBusy("all image workers are busy and their queue is full; try again shortly")
         self._waiting += 1
         try:
-            async with asyncio.timeout(self._queue_timeout_s):
+            async with asyncio.timeout(patience):
                 await self._slots.acquire()
         except TimeoutError:
             raise ImagesBusy("no image worker became free in time; try again shortly") from None
         finally:
             self._waiting -= 1
         try:
-            with await self._connect_worker() as connection:
+            with await self._connect_worker(patience) as connection:
                 yield connection
         finally:
             self._slots.release()
 
-    async def _connect_worker(self) -> socket.socket:
+    async def _find_worker(self) -> None:
+        """Try until a worker answers; the image server is restarted until it does."""
+        while True:
+            try:
+                (await self._connect_worker(self._queue_timeout_s)).close()
+            except ImagesBusy:
+                continue
+            self._search = None
+            return
+
+    async def _connect_worker(self, patience: float) -> socket.socket:
         """Connect, with retries while the server restarts, until a worker is ready. Raises ImagesBusy."""
         pause, longest = CONNECT_RETRY_S
         try:
-            async with asyncio.timeout(self._queue_timeout_s):
+            async with asyncio.timeout(patience):
                 while True:
                     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
                     connection.setblocking(False)
@@ -114,7 +140,9 @@ class WorkerQueue:
                     await asyncio.sleep(pause)
                     pause = min(2 * pause, longest)
         except TimeoutError:
-            raise ImagesBusy("no image worker accepted the image in time; try again shortly") from None
+            if self._search is None and not self._closed:
+                self._search = asyncio.create_task(self._find_worker())
+            raise ImagesBusy("no image worker accepted the image in time; try again shortly", "workers_away") from None
 
 
 async def _send(connection: socket.socket, job: ImageJob, data: Data, file: int = -1) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import logging
+import secrets
 import socket
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,6 +23,9 @@ from sidecar.settings import Settings
 from sidecar.signals.gpu import names as gpu_names
 
 BACKLOG_CONNECTIONS: Final = 1024
+IMAGE_KEY_BYTES: Final = 32
+MIN_KEY_FILE_BYTES: Final = 16
+MAX_KEY_FILE_BYTES: Final = 4096
 
 _log = logging.getLogger("sidecar")
 
@@ -91,6 +96,30 @@ def explain_images_off(chosen: Settings, shm: str = SHM_DIR) -> str:
     if importlib.util.find_spec("torchvision") is None:
         return "the extra is not installed; pip install 'inference-sidecar[images]'"
     return ""
+
+
+def check_usage(chosen: Settings) -> None:
+    """Raises UsageError or StartError if usage cannot be reported as asked. Whether a database answers is not asked."""
+    for name, value in (("usage-url", chosen.usage_url), ("request-log-bytes", chosen.request_log_bytes)):
+        if value and not chosen.usage_bytes:
+            raise UsageError(f"--{name}: needs the usage records in the state directory; --usage-bytes is 0")
+    if chosen.usage_url and importlib.util.find_spec("psycopg") is None:
+        raise StartError("--usage-url: the extra is not installed; pip install 'inference-sidecar[postgres]'")
+
+
+def read_image_key(chosen: Settings) -> bytes:
+    """The key of images' names: from --image-key-file, or a random one. Raises UsageError."""
+    if not chosen.image_key_file:
+        return secrets.token_bytes(IMAGE_KEY_BYTES)
+    try:
+        with Path(chosen.image_key_file).open("rb") as file:
+            content = file.read(MAX_KEY_FILE_BYTES).strip()  # editors and `kubectl create secret` may add a line end
+    except OSError as e:
+        raise UsageError(f"--image-key-file: cannot be read ({e.strerror})") from None
+    if len(content) < MIN_KEY_FILE_BYTES:
+        example = "head -c 32 /dev/urandom | base64"
+        raise UsageError(f"--image-key-file: it has fewer than {MIN_KEY_FILE_BYTES} bytes; make one with: {example}")
+    return hashlib.blake2b(content, digest_size=IMAGE_KEY_BYTES).digest()
 
 
 def check_certificate(chosen: Settings) -> None:

@@ -38,8 +38,10 @@ from sidecar.launch.preflight import (
     bind,
     bind_unix,
     check_certificate,
+    check_usage,
     choose_coefficients,
     choose_image_mode,
+    read_image_key,
     reserve,
 )
 from sidecar.load import cost_model
@@ -65,7 +67,9 @@ def main(chosen: Settings, run_to_exit_code: ExitCodeRunner) -> int:
     """Serve until SIGTERM or SIGINT, drain, return the exit code. Raises UsageError and StartError at startup."""
     open_files.raise_limit()  # of all processes: many shells and runtimes allow 1024
     check_certificate(chosen)
+    check_usage(chosen)
     coefficients = choose_coefficients(chosen)
+    image_key = read_image_key(chosen)
     chosen = replace(chosen, images=choose_image_mode(chosen))
 
     def guarded(run: Callable[[int], int]) -> Callable[[int], int]:
@@ -80,7 +84,8 @@ def main(chosen: Settings, run_to_exit_code: ExitCodeRunner) -> int:
         control = stack.enter_context(bind_unix(folder / "control"))
         run = guarded(partial(_run_control, chosen, coefficients, admin, control))
         roles = [Role("control", "control", run, (admin, control))]
-        context = relay_process.RelayContext(chosen, coefficients, str(folder / "control"), secrets.token_bytes(32))
+        keys = image_key, secrets.token_bytes(32)
+        context = relay_process.RelayContext(chosen, coefficients, str(folder / "control"), *keys)
         if chosen.tenant_limits:
             limits = limits_file.read_limits(chosen.tenant_limits)
             (folder / "accounts").write_bytes(b"")

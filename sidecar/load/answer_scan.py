@@ -29,7 +29,7 @@ PATHS: Final = (
     *("meta_info.prompt_tokens", "meta_info.completion_tokens", "meta_info.cached_tokens", "meta_info.finish_reason"),
     *("details.generated_tokens", "details.input_length"),
     *("tokens_evaluated", "tokens_predicted", "timings", "prompt_eval_count", "eval_count", "duration"),
-    *("error", "type", "index", "stop", "done", "finish_reason", "delta.finish_reason"),
+    *("error", "object", "type", "index", "stop", "done", "finish_reason", "delta.finish_reason"),
 )
 _SPLIT: Final = tuple(tuple(path.split(".")) for path in PATHS)
 MAX_PYTHON_BYTES: Final = 256 << 10  # parsed by json.loads within a few milliseconds

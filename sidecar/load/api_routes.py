@@ -41,6 +41,7 @@ class Api:
     shared: tuple[str, ...] = ()
     generates: bool = True
     streams: bool = False  # default if the body does not specify it
+    loads: bool = False  # a request without a prompt loads or unloads the model
     output_of: Literal["", "second", "byte", "picture"] = ""
     output_per: float = 0.0
 
@@ -50,14 +51,14 @@ COMPLETIONS: Final = Api("completions", "completions", items=("prompt",))
 _EMBEDDINGS: Final = Api(
     "embeddings",
     "embeddings embedding embed embed_all embed_sparse encode",  # llama.cpp's, TEI's, SGLang's
-    items=("input", "inputs", "content", "text", "texts", "input_ids", "prompt", "images", "messages"),
+    items=("input", "inputs", "content", "text", "texts", "input_ids", "prompt", "images", "messages", "instances"),
     generates=False,
 )
 _RERANK: Final = Api("rerank", "rerank reranking", ("documents", "texts"), ("query",), generates=False)
 _SCORE: Final = Api(
     "score",
     "score generative_scoring similarity",
-    ("text_2", "documents", "items", "data_2"),
+    ("text_2", "documents", "items", "data_2", "inputs"),
     ("text_1", "query", "queries", "data_1"),
     generates=False,
 )
@@ -90,7 +91,13 @@ APIS: Final = (
         output_of="second",
         output_per=_TOKENS_PER_SPOKEN_SECOND,
     ),
-    Api("speech", "audio/speech", items=("input",), output_of="byte", output_per=_SPEECH_TOKENS_PER_BYTE),
+    Api(
+        "speech",
+        "audio/speech audio/speech/batch",  # the latter is vLLM-Omni's and SGLang-Omni's
+        items=("input", "items"),
+        output_of="byte",
+        output_per=_SPEECH_TOKENS_PER_BYTE,
+    ),
     Api(
         "images",
         "images/generations images/edits images/variations",
@@ -100,8 +107,8 @@ APIS: Final = (
     _GENERATE,
     Api("generate", "generate_stream", _GENERATE.items, streams=True),  # TGI's
     Api("llamacpp_completion", "completion infill", ("prompt",)),
-    Api("ollama_chat", "api/chat", streams=True),
-    Api("ollama_generate", "api/generate", streams=True),
+    Api("ollama_chat", "api/chat", streams=True, loads=True),
+    Api("ollama_generate", "api/generate", streams=True, loads=True),
     Api("cohere_chat", "v1/chat v2/chat"),
     Api("decisions", "systemone decisions", ("questions",), ("state", "instructions", "input"), generates=False),
 )

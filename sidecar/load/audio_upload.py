@@ -67,10 +67,10 @@ def _number(text: bytes) -> int | None:
     return int(text) if text.isdigit() and len(text) < 10 else None
 
 
-def seconds_of(sound: Bytes) -> float:
-    """The length of a sound file."""
-    size = len(sound)
-    told = next((read(sound) for mark, at, read in _READERS if bytes(sound[at : at + len(mark)]) == mark), None)
+def seconds_of(sound: Bytes, size: int | None = None) -> float:
+    """The length of a sound file. `size`: its bytes, if `sound` is only the first ones (of Ogg: and the last)."""
+    size = len(sound) if size is None else size
+    told = next((read(sound, size) for mark, at, read in _READERS if bytes(sound[at : at + len(mark)]) == mark), None)
     if told is None or not size / MAX_BYTES_PER_S <= told <= MAX_SECONDS:
         return size / USUAL_BYTES_PER_S
     return told
@@ -97,7 +97,7 @@ def _parts(body: bytes, boundary: bytes) -> Iterator[tuple[bytes, Bytes, bool]]:
 # --- formats: seconds, or None if the header does not state them ---
 
 
-def _wav(sound: Bytes) -> float | None:
+def _wav(sound: Bytes, total: int) -> float | None:
     at, rate = 12, 0.0
     for _ in range(32):  # chunks
         if at + 8 > len(sound):
@@ -107,12 +107,12 @@ def _wav(sound: Bytes) -> float | None:
             kind, channels, hertz, bytes_per_s, _, bits = struct.unpack_from("<HHIIHH", sound, at + 8)
             rate = channels * hertz * bits / 8 if kind in (1, 3, 0xFFFE) else bytes_per_s
         elif name == b"data":  # a streaming writer leaves its size open
-            return min(size, len(sound) - at - 8) / rate if rate else None
+            return min(size, total - at - 8) / rate if rate else None
         at += 8 + size + size % 2
     return None
 
 
-def _flac(sound: Bytes) -> float | None:
+def _flac(sound: Bytes, _: int) -> float | None:
     if len(sound) < 26:
         return None
     packed = int.from_bytes(sound[18:26], "big")  # of STREAMINFO, which comes first
@@ -120,7 +120,7 @@ def _flac(sound: Bytes) -> float | None:
     return samples / hertz if hertz else None
 
 
-def _ogg(sound: Bytes) -> float | None:
+def _ogg(sound: Bytes, _: int) -> float | None:
     head, tail = bytes(sound[:256]), bytes(sound[-65536:])
     last = tail.rfind(b"OggS")
     if last < 0 or last + 14 > len(tail):
@@ -133,7 +133,7 @@ def _ogg(sound: Bytes) -> float | None:
     return samples / hertz if hertz else None
 
 
-def _mp4(sound: Bytes) -> float | None:
+def _mp4(sound: Bytes, _: int) -> float | None:
     """From the first movie header among the boxes at the top."""
     at = 0
     for _ in range(256):
@@ -159,7 +159,7 @@ def _mp4(sound: Bytes) -> float | None:
     return None
 
 
-def _webm(sound: Bytes) -> float | None:
+def _webm(sound: Bytes, _: int) -> float | None:
     head = bytes(sound[:4096])
     at, scale = head.find(b"\x44\x89"), head.find(b"\x2a\xd7\xb1\x83")
     if at < 0 or at + 11 > len(head):
@@ -177,7 +177,7 @@ _MP3_RATES: Final = (
 _MP3_HERTZ: Final = (44100, 48000, 32000, 0)
 
 
-def _mp3(sound: Bytes) -> float | None:
+def _mp3(sound: Bytes, total: int) -> float | None:
     """By its frames where it counts them, else by the bit rate of the first one."""
     start = 0
     if bytes(sound[:3]) == b"ID3" and len(sound) > 10:
@@ -194,10 +194,10 @@ def _mp3(sound: Bytes) -> float | None:
     tag = next((at for name in (b"Xing", b"Info") if (at := frame.find(name)) >= 0), -1)
     if tag >= 0 and tag + 12 <= len(frame) and frame[tag + 7] & 1:
         return int.from_bytes(frame[tag + 8 : tag + 12], "big") * (1152 if is_first else 576) / hertz
-    return (len(sound) - start) * 8 / (rate * 1000)
+    return (total - start) * 8 / (rate * 1000)
 
 
-_READERS: Final[tuple[tuple[bytes, int, Callable[[Bytes], float | None]], ...]] = (
+_READERS: Final[tuple[tuple[bytes, int, Callable[[Bytes, int], float | None]], ...]] = (
     (b"WAVE", 8, _wav),
     (b"fLaC", 0, _flac),
     (b"OggS", 0, _ogg),

@@ -17,7 +17,7 @@ import msgspec
 
 from sidecar.load import python_scan
 from sidecar.load.found import Found, FoundPart, Items, PromptTexts, Span
-from sidecar.load.request_keys import HELD_KEYS, HOLDERS, OPTION_KEYS, PROMPT_KEYS
+from sidecar.load.request_keys import HELD_KEYS, HELD_LISTS, HOLDERS, LIST_HOLDERS, OPTION_KEYS, PROMPT_KEYS
 
 try:
     from sidecar.kernels import _fused  # type: ignore[attr-defined]  # compiled, so it has no types
@@ -51,10 +51,25 @@ def scan(body: Buffer) -> BodyScan | None:
     found = find(body)
     if found is None:
         return None
+    if held := _held_lists(body, found):
+        found.items = {**found.items, **held}
     try:
         return BodyScan(found, _read_options(body, found.members))
     except RecursionError:
         return None
+
+
+def _held_lists(body: Buffer, found: Found) -> dict[str, Items]:
+    """The items of lists that stand in an object: vLLM's documents of any media, TEI's sentences."""
+    held = {}
+    for name in LIST_HOLDERS:
+        if name not in found.items or name not in found.members or body[found.members[name][0]] != ord("{"):
+            continue
+        inside = find(memoryview(body)[slice(*found.members[name])])
+        lists = [] if inside is None else [inside.items[key] for key in HELD_LISTS if key in inside.items]
+        if lists and (longest := max(lists, key=lambda items: items.number)).number:
+            held[name] = longest._replace(weight=found.items[name].weight)
+    return held
 
 
 def is_compiled() -> bool:

@@ -86,7 +86,8 @@ class CachedShares:
         key, expected = (tenant, model, size_class(prompt)), self.expected(tenant, model, prompt)
         if not cached and not expected:
             return  # as on most engines
-        own = self._classes.setdefault(key, _ClassShare())
+        if (own := self._classes.get(key)) is None:
+            own = self._classes[key] = _ClassShare()
         is_miss = share < MISS_SHARE * expected and expected >= MIN_EXPECTED
         own.run = own.run + 1 if is_miss else 0
         if is_miss and _miss_rate(own.misses) ** own.run < IMPROBABLE:

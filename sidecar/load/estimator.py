@@ -33,8 +33,7 @@ BYTES_PER_TOKEN_BOUNDS: Final = (0.5, 16.0)  # of one answer, as tokenizers yiel
 MAX_RATIO_WEIGHT: Final = 4096.0  # tokens that one answer counts for
 MAX_TEMPLATE_TOKENS: Final = 32  # that a chat template adds per message; any excess came from the request
 DEFAULT_IMAGE_TOKENS: Final = 1000  # unknown size: about 1 Mpx at 28x28 pixels per token (Qwen2-VL)
-DEFAULT_AUDIO_TOKENS: Final = 250  # not decoded here: ten seconds at 25 tokens per second (Qwen2-Audio)
-DEFAULT_FRAME_TOKENS: Final = 128  # likewise of a video: two frames per step of 256 tokens (Qwen2-VL)
+DEFAULT_FRAME_TOKENS: Final = 128  # of a video, not decoded here: two frames per step of 256 tokens (Qwen2-VL)
 PROMPT_TOKENS_PER_WINDOW: Final = 4  # of a recording: Whisper's start, language, task and no timestamps
 _OBSERVATION_WEIGHT: Final = 0.05
 _MAX_MODELS: Final = 256
@@ -107,7 +106,7 @@ class Estimator:
                 text += round(template.tokens(shape.messages))
         windows = cost_model.audio_windows(shape.audio_seconds) if shape.audio_seconds else 0
         text += PROMPT_TOKENS_PER_WINDOW * windows
-        audio, video = DEFAULT_AUDIO_TOKENS * shape.audios, DEFAULT_FRAME_TOKENS * shape.video_frames
+        audio, video = shape.audio_tokens, DEFAULT_FRAME_TOKENS * shape.video_frames
         media = encoder, images, audio, shape.audios, video, shape.videos, squares
         prompt = max(1, text + shape.token_ids + encoder + audio + video)
         prompts = max(shape.prompts, windows)
@@ -156,20 +155,25 @@ class Estimator:
         whole, output = expected.uncached + expected.cached, self.high_output(tenant, shape, expected)
         return self.mu(structs.replace(expected, uncached=whole, cached=0, output=output))
 
+    def learn_cached(self, tenant: str, shape: RequestShape, prompt: int, cached: int) -> None:
+        """Learn how much of a request's prompts was cached."""
+        if not shape.audio_seconds:
+            prompts = max(1, shape.prompts)
+            self.cached.learn(tenant, shape.model, prompt // prompts, cached // prompts)
+
     def learn(self, tenant: str, shape: RequestShape, usage: Usage, counted: int | None = None) -> None:
         """Learn from the usage of a finished request. `counted`: tokens of its whole text, by a tokenizer."""
         text_tokens = usage.prompt_tokens - shape.token_ids
         has_media = shape.images or shape.audios or shape.videos or shape.audio_seconds
-        if not shape.audio_seconds:
-            prompts = max(1, shape.prompts)
-            self.cached.learn(tenant, shape.model, usage.prompt_tokens // prompts, usage.cached_tokens // prompts)
+        self.learn_cached(tenant, shape, usage.prompt_tokens, usage.cached_tokens)
         if not has_media and text_tokens > 0 and shape.text_bytes > 0:
             # By tokens, as the template of a short prompt outweighs its text.
             low, high = BYTES_PER_TOKEN_BOUNDS
             ratio, weight = min(high, max(low, shape.text_bytes / text_tokens)), min(text_tokens, MAX_RATIO_WEIGHT)
             self._ratios.add(tenant, (shape.model, shape.script), ratio, weight)
             if counted is not None and shape.messages and shape.prompts == 1:
-                template = self._templates.setdefault(shape.model, ChatTemplateOverhead())
+                if (template := self._templates.get(shape.model)) is None:
+                    template = self._templates[shape.model] = ChatTemplateOverhead()
                 added = min(text_tokens - counted, MAX_TEMPLATE_TOKENS * (shape.messages + 1))
                 template.add(shape.messages, added)
                 self._templates.move_to_end(shape.model)

@@ -80,6 +80,15 @@ class AdmissionHold:
         return self.admitted.expected.sequences
 
     @property
+    def size(self) -> float:
+        """Its work in model units, as estimated."""
+        return self.admitted.mu
+
+    @property
+    def has_media(self) -> bool:
+        return self.admitted.expected.has_media
+
+    @property
     def most_tokens(self) -> int | None:
         """Output tokens that its client allows over all sequences; None where it names no limit."""
         return self.admitted.max_output
@@ -352,7 +361,7 @@ class Ledger:
 
     def _leave_queue(self, key: Key, event: Settled, *, started: bool) -> float:
         """Remove an ended request from the engine's queue. Returns the share of its prompt that may be computed."""
-        if started or event.sent_at is None or event.status >= 400:
+        if started or event.sent_at is None or event.status >= 300:
             self._queue.forget(key, event.at)
         elif event.outcome in LEFT_OUTCOMES:
             return self._queue.drop(key, event.at)
@@ -380,7 +389,7 @@ def actual_work(
     """
     if event.usage is not None:
         return cost_model.settled_work(expected, event.usage, 0)
-    if event.sent_at is None or event.outcome == "rejected" or event.status >= 400:
+    if event.sent_at is None or event.outcome == "rejected" or event.status >= 300:
         return None
     if not started and event.outcome in ("engine_error", "stalled"):
         return None

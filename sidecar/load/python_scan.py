@@ -31,11 +31,12 @@ from sidecar.load.request_keys import (
     BINARY_KEYS,
     HELD_KEYS,
     IMAGE_TYPES,
-    IMAGES_KEY,
+    IMAGES_KEYS,
     MEDIA_TYPES,
     PRINTED_KEYS,
     PRINTED_PROMPT_KEYS,
     PROMPT_KEYS,
+    SEALED_KEYS,
     TEXT_KEYS,
     VIDEO_TYPES,
 )
@@ -46,7 +47,7 @@ _ASCII_BLANKS: Final = " \t\n\r\v\f\x1c\x1d\x1e\x1f"
 _LINK: Final = ("http://", "https://")
 _MAX_HEAD: Final = 136  # of a data URL, up to its base64 text
 _BASE64_MARK: Final = ";base64,"
-_LAST_COUNTS: Final = frozenset((*MEDIA_TYPES, *TEXT_KEYS, *BINARY_KEYS, *PRINTED_KEYS, IMAGES_KEY, "input"))
+_LAST_COUNTS: Final = frozenset((*MEDIA_TYPES, *TEXT_KEYS, *BINARY_KEYS, *PRINTED_KEYS, *IMAGES_KEYS, "input"))
 
 Leaf = str | list[float] | dict[str, Any]
 
@@ -151,10 +152,10 @@ def prompt_leaves(key: str, value: Any) -> Iterator[Leaf]:
     """Those of a member of a body that holds a prompt. Documents have texts under any name."""
     if key in PRINTED_PROMPT_KEYS:
         return iter([printed(value)])
-    return leaves([value], binary=frozenset() if key == "documents" else BINARY_KEYS)
+    return leaves([value], binary=frozenset() if key == "documents" else BINARY_KEYS | SEALED_KEYS)
 
 
-def leaves(stack: list[Any], binary: frozenset[str] = BINARY_KEYS) -> Iterator[Leaf]:
+def leaves(stack: list[Any], binary: frozenset[str] = BINARY_KEYS | SEALED_KEYS) -> Iterator[Leaf]:
     """The texts, lists of token ids, and media parts below the values of `stack`, which is consumed from its end.
 
     `binary`: keys of values that are no text.
@@ -180,9 +181,9 @@ def leaves(stack: list[Any], binary: frozenset[str] = BINARY_KEYS) -> Iterator[L
                 elif key in MEDIA_TYPES:
                     if item:
                         yield {"type": key}
-                elif key == IMAGES_KEY:
+                elif key in IMAGES_KEYS:
                     yield from [{"type": "image"}] * len(item) if isinstance(item, list) else ()
-                elif key not in binary or kind == "text":
+                elif key not in binary or (kind == "text" and key not in SEALED_KEYS):
                     stack.append(item)
 
 
@@ -190,7 +191,7 @@ def _items_of(payload: Mapping[str, Any], leaves_of: Mapping[str, list[Leaf]]) -
     """The sums over the items of each member."""
     for key in dict.fromkeys((*PROMPT_KEYS, *HELD_KEYS)):
         value = payload.get(key)
-        binary = frozenset[str]() if key == "documents" else BINARY_KEYS
+        binary = frozenset[str]() if key == "documents" else BINARY_KEYS | SEALED_KEYS
         items = value if isinstance(value, list) else []
         if isinstance(value, dict) and key == "questions":
             items = list(value.values())

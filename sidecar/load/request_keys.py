@@ -12,8 +12,12 @@ PROMPT_KEYS: Final = (
     *("texts", "message", "chat_history", "preamble"),  # Cohere's
     *("state", "questions", "data_1", "data_2", "instances"),  # of decisions, vLLM's scores, Vertex's
     *("context", "template", "chat_template_kwargs"),  # Ollama's, vLLM's
+    *("text_input", "sentences"),  # Triton's, TEI's
 )
-# Of these, what engines print into a prompt as JSON.
+# Of these, what may be an object that holds the list of prompts, and its lists.
+LIST_HOLDERS: Final = ("documents", "text_2", "data_2", "items", "inputs")  # vLLM's, and the last one is TEI's
+HELD_LISTS: Final = ("content", "sentences")
+# What engines print into a prompt as JSON.
 PRINTED_PROMPT_KEYS: Final = ("tools", "state", "questions")
 # Limits of one choice's output tokens, by precedence; nested ones are TGI's, SGLang's and Ollama's.
 OUTPUT_KEYS: Final = (
@@ -60,7 +64,10 @@ OPTION_KEYS: Final = (
     *("format", "effort", "include_usage"),  # of holders
 )
 # Members of which only the content matters: media next to the prompt (Ollama's, Cohere's, SGLang's).
-HELD_KEYS: Final = ("functions", "images", "image_data", "audio_data", "video_data", "audio", "videos")
+HELD_KEYS: Final = (
+    *("functions", "images", "image_data", "audio_data", "video_data", "audio", "videos"),
+    *("input_embeds", "prompt_embeds"),  # SGLang's, vLLM's
+)
 
 IMAGE_TYPES: Final = ("image_url", "input_image", "image", "image_pil", "image_embeds")
 AUDIO_TYPES: Final = ("input_audio", "audio_url", "audio")
@@ -68,6 +75,7 @@ VIDEO_TYPES: Final = ("video_url", "input_video", "video")
 # Of a part, or the name of its only member if it has no type.
 MEDIA_TYPES: Final = frozenset((*IMAGE_TYPES, *AUDIO_TYPES, *VIDEO_TYPES))
 TEXT_KEYS: Final = ("text", "content")  # read by engines regardless of the part's type
-IMAGES_KEY: Final = "images"  # a list in a message (Ollama's)
+IMAGES_KEYS: Final = ("images", "multimodal_data")  # lists in a message (Ollama's) or a prompt (llama.cpp's)
 PRINTED_KEYS: Final = frozenset(("tools", "tool", "arguments"))  # JSON that engines print into the prompt
 BINARY_KEYS: Final = frozenset(("data", "file_data"))  # base64 in every API: documents, files, embeddings
+SEALED_KEYS: Final = frozenset(("signature", "encrypted_content"))  # of thoughts that a client sends back: no prompt

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import msgspec
 
 from sidecar.load.api_routes import Api
 from sidecar.load.body_scan import TOO_LONG, BodyScan
-from sidecar.load.found import Items
+from sidecar.load.found import Found, Items
 from sidecar.load.request_keys import (
     CHOICE_KEYS,
     FORMAT_HOLDERS,
@@ -28,6 +28,9 @@ MAX_MODEL_NAME_CHARS: Final = 128
 _TRUE: Final = frozenset(("1", "t", "true", "y", "yes", "on"))
 _MAX_DIGITS: Final = 11
 DEFAULT_VIDEO_FRAMES: Final = 32  # vLLM's
+EMBEDDED_TOKEN_BYTES: Final = 8192  # 4096 numbers of 16 bits: models of 7B to 14B weights
+AUDIO_TOKENS_PER_S: Final = 25.0  # Qwen2-Audio
+DEFAULT_AUDIO_TOKENS: Final = 250  # ten seconds, of a recording whose length is not known
 
 Options = Mapping[str, Any]  # members of a body, or of an object in it
 
@@ -60,6 +63,7 @@ class RequestShape(msgspec.Struct, frozen=True, gc=False):
     token_ids: int = 0
     images: int = 0
     audios: int = 0
+    audio_tokens: int = 0  # of these, by their lengths as far as known
     videos: int = 0
     video_frames: int = 0
     ask_usage: bool = False  # add the usage option to a stream, as the client did not
@@ -68,14 +72,19 @@ class RequestShape(msgspec.Struct, frozen=True, gc=False):
     withholds: bool = False
 
 
-def describe(scan: BodyScan | None, api: Api, body_bytes: int) -> RequestShape:
-    """The shape of a request. `scan` is None if the body was not read; its length then counts as text."""
+def describe(scan: BodyScan | None, api: Api, body_bytes: int, sounds: Sequence[float] = ()) -> RequestShape:
+    """The shape of a request. `scan` is None if the body was not read; its length then counts as text.
+
+    `sounds`: seconds of the recordings in it whose length is known.
+    """
     if scan is None:
         return RequestShape(generative=api.generates, text_bytes=body_bytes, reorders=True, withholds=True)  # unknown
     found, options = scan.found, scan.options
     model, stream = options.get("model"), _is_true(options.get("stream", api.streams))
     holders, sequences = _holders(options), sequences_of(found.items, api)
     choices, limit = max(_counts(holders, CHOICE_KEYS), default=0) or 1, next(iter(_counts(holders, OUTPUT_KEYS)), None)
+    if api.loads and not found.text_bytes and not found.token_ids and not found.images:
+        limit = 0
     videos = found.videos + _items(found.items, "video_data", "videos")
     return RequestShape(
         # JSON may hold lone surrogates, which no report can carry
@@ -92,16 +101,32 @@ def describe(scan: BodyScan | None, api: Api, body_bytes: int) -> RequestShape:
         told_output=round(api.output_per * (found.text_bytes if api.output_of == "byte" else choices)),
         script=min(3, max(1, round(found.text_bytes / max(1, found.characters)))),
         messages=found.messages,
-        token_ids=found.token_ids,
+        token_ids=found.token_ids + _embedded_tokens(found.items),
         images=found.images + _items(found.items, "images", "image_data"),
-        audios=found.audios + _items(found.items, "audio_data", "audio"),
+        audios=audios_of(found),
+        audio_tokens=round(AUDIO_TOKENS_PER_S * sum(sounds)) + DEFAULT_AUDIO_TOKENS * (audios_of(found) - len(sounds)),
         videos=videos,
         video_frames=videos * _frames(options) if videos else 0,
         ask_usage=stream and api.route in _STREAM_OPTIONS_ROUTES and _lacks_usage(options.get("stream_options")),
         priority=_priority(options.get("priority")),
-        reorders=found.fetches or _reorders(options, holders) or _has_tool_grammar(scan),
+        # a sound or a video is decoded by the engine's API process, while later requests pass it
+        reorders=bool(found.fetches or audios_of(found) or videos)
+        or _reorders(options, holders)
+        or _has_tool_grammar(scan),
         withholds=_withholds(scan),
     )
+
+
+def _embedded_tokens(items: Mapping[str, Items]) -> int:
+    """Tokens of prompts that are vectors: SGLang's are lists, vLLM's tensors in base64."""
+    vectors, tensors = items.get("input_embeds"), items.get("prompt_embeds")
+    tokens = vectors.number if vectors is not None else 0
+    return tokens + (tensors.weight * 3 // 4 // EMBEDDED_TOKEN_BYTES if tensors is not None else 0)
+
+
+def audios_of(found: Found) -> int:
+    """The recordings in a body."""
+    return found.audios + _items(found.items, "audio_data", "audio")
 
 
 def _items(items: Mapping[str, Items], *names: str) -> int:
@@ -143,7 +168,7 @@ def _priority(value: Any) -> int:
 def _reorders(options: Options, holders: list[Options]) -> bool:
     """Whether an engine that serves first come, first served may serve later requests before this one."""
     for holder in holders:
-        if not _WAITED_FOR.isdisjoint(holder) and any(_is_set(holder[name]) for name in _WAITED_FOR & holder.keys()):
+        if any(_is_set(holder[name]) for name in _WAITED_FOR.intersection(holder)):
             return True
     for key in FORMAT_HOLDERS:
         if isinstance(held := options.get(key), dict) and _is_set(held.get("format")):

@@ -14,7 +14,8 @@
 Rules:
 - The flow is a token bucket, refilled steadily up to `burst`. A request takes its estimate, and its settlement corrects
   it, which may leave a debt. So at every admission, the use so far is at most burst + rate * t.
-- A request larger than the burst is admitted from a full bucket; otherwise it never would be.
+- A request larger than the burst is admitted from a full bucket; otherwise it never would be. A bucket that lacks
+  less than MIN_MU is full, and so is each of a smaller burst.
 - The stock is the sum of the reservations (90th percentile) of open requests. A single request is always admitted,
   unless the limit is 0.
 """
@@ -35,6 +36,7 @@ MAX_LIMITS_FILE_BYTES: Final = 1 << 20
 MAX_TENANT_NAME_CHARS: Final = 64  # longer names are cut
 NEVER_RETRY_AFTER_S: Final = 3600.0  # for a limit of 0, which never allows a request
 _MAX_MU: Final = 1e9
+MIN_MU: Final = 1e-7  # less than any request costs: a bucket that lacks less is full but for rounding
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +102,7 @@ def check(limit: TenantLimit, bucket: TokenBucket, in_flight: float, mu: float, 
     """
     if limit.mu_per_minute is not None:
         missing = min(mu, limit.burst) - bucket.level
-        if missing > 0 or limit.mu_per_minute == 0:
+        if missing > MIN_MU or limit.mu_per_minute == 0:
             return LimitExceeded("mu_per_minute", missing / limit.rate if limit.rate > 0 else NEVER_RETRY_AFTER_S)
     stock = limit.mu_in_flight
     if stock is not None and (stock == 0 or 0 < in_flight > stock - high):

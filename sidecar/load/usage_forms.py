@@ -17,6 +17,7 @@ api/types.go (Metrics). Cohere v2: `usage.tokens` is what was processed, `billed
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import islice
@@ -26,7 +27,8 @@ import msgspec
 from msgspec.structs import replace
 
 from sidecar.events import RequestSize, Usage
-from sidecar.load.answer_scan import Members
+from sidecar.load import answer_scan
+from sidecar.load.answer_scan import Buffer, Members
 from sidecar.load.cost_model import with_audio_seconds
 
 MAX_SEQUENCES: Final = 1 << 12  # of one stream, whose running counts are kept
@@ -47,7 +49,7 @@ class UsageForm:
     """Where one form of usage is found: `holder` is the member that has it, "" the top.
 
     The other fields are paths below the holder; the first valid count is used. `beyond`: parts of the prompt that
-    its count leaves out.
+    its count leaves out, unless `total_tokens` shows that it has them.
     """
 
     name: str
@@ -93,11 +95,13 @@ FORMS: Final = (
     ),
     UsageForm("duration", "usage", seconds=_paths("seconds")),
     UsageForm("ranking", "usage", prompt=_paths("total_tokens")),
+    UsageForm("cohere ranking", "meta", prompt=_paths("tokens.input_tokens"), output=_paths("tokens.output_tokens")),
     UsageForm(
-        "cohere ranking",
+        "cohere bill",
         "meta",
-        prompt=_paths("tokens.input_tokens", "billed_units.input_tokens"),
-        output=_paths("tokens.output_tokens", "billed_units.output_tokens"),
+        prompt=_paths("billed_units.input_tokens"),
+        output=_paths("billed_units.output_tokens"),
+        beyond=_paths("billed_units.image_tokens"),
     ),
     UsageForm(
         "sglang",
@@ -128,11 +132,16 @@ FORMS: Final = (
 # Header fields of whole answers that report it if the body does not: TGI's, Text Embeddings Inference's.
 HEADER_PROMPTS: Final = (b"x-prompt-tokens", b"x-compute-tokens")
 HEADER_OUTPUT: Final = b"x-generated-tokens"
+# vLLM's vectors as bytes: the rest of their answer, as JSON.
+HEADER_ANSWER: Final = b"metadata"
 
 # Events whose usage does not cover the output yet: Anthropic's, and those of the responses API.
 _OPENING_EVENTS: Final = frozenset(("message_start", "response.created", "response.queued", "response.in_progress"))
 _FAILED_EVENTS: Final = frozenset(("error", "response.failed"))
+# Of a choice: vLLM's FinishReason, SGLang's.
+_FAILED_END: Final = re.compile(rb'"finish_reason"\s*:\s*"(?:error|abort)"')
 _TIMED_CACHE, _TIMED_PROMPT = _paths("timings.cache_n"), _paths("timings.prompt_n")
+_TOTAL: Final = _paths("total_tokens")
 _HOLDERS: Final = ("response", "message", "delta")  # of a usage in an event
 
 
@@ -168,27 +177,44 @@ class ToldUsage(msgspec.Struct, frozen=True, gc=False):
 def read(items: Iterable[Members], choices: int = 1) -> ToldUsage | None:
     """The usage of a whole answer. `choices`: how many items of a list answer one prompt."""
     told = [(form, one) for members in items if (found := _read_item(members)) for form, one in (found,)]
+    if len(told) == 1 and told[0][0].name == "tgi":
+        return _of_all(told[0][1], choices)
     return _sum(told, choices)
 
 
-def with_header(told: ToldUsage | None, field: Callable[[bytes], str]) -> ToldUsage | None:
+def with_header(told: ToldUsage | None, field: Callable[[bytes], str], choices: int = 1) -> ToldUsage | None:
     """The usage of a whole answer, completed from its header. `field`: the value of a header field, or ""."""
+    if told is None and (answer := field(HEADER_ANSWER)).startswith("{"):
+        return read(answer_scan.read(answer.encode("latin-1", "replace")))
     prompt = next((count for name in HEADER_PROMPTS if (count := _header_count(field(name))) is not None), None)
     output = _header_count(field(HEADER_OUTPUT))
     if prompt is None and output is None:
         return told
     if told is None:
-        return ToldUsage(prompt, output)
-    return replace(
-        told,
-        prompt=prompt if told.prompt is None else told.prompt,
-        output=output if told.output is None else told.output,
-    )
+        return _of_all(ToldUsage(prompt, output), choices)
+    if told.output is None and output is not None:
+        told = _of_all(replace(told, output=output), choices)
+    return replace(told, prompt=prompt) if told.prompt is None else told
+
+
+def _of_all(best: ToldUsage, choices: int) -> ToldUsage:
+    """The usage of all `choices`, where that of the best one is known (TGI's): the others are about as long."""
+    if choices == 1 or best.output is None:
+        return best
+    return replace(best, output=min(best.output * choices, MAX_COUNT), final=False)
+
+
+def has_failed_choice(text: Buffer) -> bool:
+    """Whether a choice in a JSON text, or in a part of it, ended by a failure of the engine.
+
+    Inside a JSON string the quotes would be escaped, so no text that was generated can pass for it.
+    """
+    return _FAILED_END.search(text) is not None
 
 
 def has_failed(members: Members, kind: str = "") -> bool:
     """Whether an answer or an event (`kind`: its name) reports an engine failure. `"error": null` does not."""
-    if members.get("error") or (kind or members.get("type")) in _FAILED_EVENTS:
+    if members.get("error") or members.get("object") == "error" or (kind or members.get("type")) in _FAILED_EVENTS:
         return True
     meta, delta = members.get("meta_info"), members.get("delta")
     reason = meta.get("finish_reason") if isinstance(meta, dict) else None
@@ -199,12 +225,13 @@ def has_failed(members: Members, kind: str = "") -> bool:
 
 
 class UsageMeter:
-    """The usage reported so far by the events of one answer."""
+    """The usage reported so far by the events of one answer: to `prompts` prompts, with `choices` for each."""
 
-    __slots__ = ("_choices", "_first", "_last", "_sequences")
+    __slots__ = ("_choices", "_expected", "_first", "_last", "_sequences")
 
-    def __init__(self, choices: int = 1) -> None:
+    def __init__(self, choices: int = 1, prompts: int = 1) -> None:
         self._choices = choices
+        self._expected = min(choices * prompts, MAX_SEQUENCES)
         self._first: Members | None = None
         self._last: tuple[Members, bool] | None = None  # and whether it covers the whole answer
         self._sequences: dict[int, tuple[Members, bool]] = {}  # where each event is of one of them
@@ -230,7 +257,8 @@ class UsageMeter:
         if self._sequences:
             ordered = [self._sequences[index] for index in sorted(self._sequences)]
             told = read((members for members, _ in ordered), self._choices)
-            return told and replace(told, final=all(ended for _, ended in ordered))
+            has_all = len(ordered) >= self._expected
+            return told and replace(told, final=has_all and all(ended for _, ended in ordered))
         if self._first is None or self._last is None:
             return None
         last, ended = self._last
@@ -282,7 +310,9 @@ def _read_item(members: Members) -> tuple[UsageForm, ToldUsage] | None:
 def _read_form(form: UsageForm, holder: Members, members: Members) -> ToldUsage:
     prompt, cached = _first_count(holder, form.prompt), _first_count(holder, form.cached)
     if prompt is not None and form.beyond:
-        prompt += sum(_first_count(holder, (path,)) or 0 for path in form.beyond)
+        total, output = _first_count(holder, _TOTAL), _first_count(holder, form.output)
+        if total is None or total != prompt + (output or 0):
+            prompt += sum(_first_count(holder, (path,)) or 0 for path in form.beyond)
     if cached is None and form.name == "openai":  # llama.cpp's chat, before its usage had details
         cached = _first_count(members, _TIMED_CACHE)
     elif cached is None and form.name == "llama.cpp" and prompt is not None:

@@ -13,8 +13,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from msgspec import structs
+
 from sidecar.errors import SidecarError
 from sidecar.events import Admitted, Delivered, RequestBlocked, RequestSize, Settled, State, Trace
+from sidecar.load import api_routes, request_shape
+from sidecar.load.api_routes import Api
+from sidecar.load.body_scan import BodyScan
 from sidecar.load.estimator import Estimate
 from sidecar.load.request_shape import RequestShape
 from sidecar.load.usage_forms import ToldUsage
@@ -64,6 +69,12 @@ class Admission:
     failed: bool = False  # according to its answer, whatever its status
     tokens_per_event: float = 1.0  # of its model's streams
     settled: Settled | None = None
+
+    def describe_unread(self, scan: BodyScan | None, size: int, api: Api) -> None:
+        """Take the shape of a body that is forwarded unchanged; `scan` and `size` are those of its text."""
+        api = api_routes.of_form(api, () if scan is None else scan.found.members)
+        self.route = api.route
+        self.shape = structs.replace(request_shape.describe(scan, api, size), ask_usage=False)
 
     def admit(self, estimate: Estimate, now: float) -> Admitted:
         """The engine is to get the request: hold its estimate."""

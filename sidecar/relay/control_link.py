@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import time
 from collections.abc import Callable
 from typing import Final
 
 from sidecar.events import Command, Event, RelayConnected, SettlementsAcked
 from sidecar.relay.replay_log import ReplayLog
+from sidecar.runtime import unsent_records
 from sidecar.runtime.channel import Channel
 
 CLOSE_TIMEOUT_S: Final = 2.0  # to write the last events
@@ -27,6 +29,11 @@ class ControlLink:
 
     def __init__(self, path: str, introduce: Callable[[float], RelayConnected]) -> None:
         self._path = path
+        self._unsent: unsent_records.UnsentRecords | None = None
+        try:
+            self._unsent = unsent_records.UnsentRecords(unsent_records.path(path, os.getpid()))
+        except OSError as e:
+            _log.warning("no file for unsent events (%s): a relay that is killed loses its last ones", e.strerror)
         self._introduce = introduce
         self.on_command: Callable[[Command], None] = lambda _: None
         self._replay_log = ReplayLog()
@@ -43,7 +50,7 @@ class ControlLink:
         """Stay connected until cancelled."""
         while True:
             self._lost.clear()
-            channel = await Channel.reach(self._path, self._on_record, self._lost.set)
+            channel = await Channel.reach(self._path, self._on_record, self._lost.set, self._unsent)
             channel.send(self._introduce(time.monotonic()))
             for event in self._replay_log.events():
                 channel.send(event)

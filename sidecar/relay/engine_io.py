@@ -24,8 +24,8 @@ from sidecar.relay.outcomes import engine_error
 from sidecar.signals.engine_address import EngineAddress
 from sidecar.signals.listening_socket import host_and_port, socket_path
 
-# A connection that the engine was closing breaks at once. What breaks later may have been worked on: it is not
-# repeated.
+# A connection that the engine was closing breaks at once, unless the engine is busy: one whose event loop stands still
+# closes it later, with the request unread. What was read and breaks later may have been worked on: it is not repeated.
 MAX_STALE_S: Final = 2.0
 MAX_REPEATED_BYTES: Final = 64 << 10  # a body up to this is kept until its answer begins, and may be sent twice
 _WRITE_BYTES: Final = 256 << 10  # passed to the socket at once
@@ -175,8 +175,8 @@ class EngineClient:
             reused_at = time.monotonic()
             try:
                 return await ask.over(kept)
-            except Unanswered:
-                if time.monotonic() - reused_at >= MAX_STALE_S:
+            except Unanswered as e:
+                if not e.unread and time.monotonic() - reused_at >= MAX_STALE_S:
                     raise
         return await ask.over(await self.pool.fresh())
 

@@ -16,8 +16,6 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
-from msgspec import structs
-
 from sidecar.engines.registry import KINDS
 from sidecar.errors import Draining, ImagesOff, Internal, RequestError, place_of
 from sidecar.events import AbortRequests, CanariesOver, Command, Event, LoadReport, MetricsPage
@@ -28,6 +26,7 @@ from sidecar.relay import (
     admin_paths,
     body_thread,
     client_io,
+    compression,
     engine_io,
     headers,
     metrics_page,
@@ -47,7 +46,7 @@ from sidecar.relay.http.client import ClientConnection, Request
 from sidecar.relay.http.engine import Answer, EngineError
 from sidecar.relay.http.head import Fields
 from sidecar.relay.http.server import Server
-from sidecar.relay.media import image_refusals, inline
+from sidecar.relay.media import image_refusals, inline, other_places
 from sidecar.relay.open_requests import LOAD_REPORT_STALE_S, OpenRequests
 from sidecar.relay.pricing.charge import Pricing
 from sidecar.runtime.memory_limit import memory_limit
@@ -237,7 +236,8 @@ class Relay:
         if self._settings.otlp_endpoint:
             given, state = request.fields.get(b"traceparent"), request.fields.get(b"tracestate")
             trace = parse_traceparent(given, state) or new_trace()
-        admission = Admission(self._open_requests.new_id(), api.route, tenant, trace)
+        is_clients = bool(headers.request_id(request.fields))  # then it may not be unique
+        admission = Admission(self._open_requests.new_id() if is_clients else id, api.route, tenant, trace)
         try:
             with self._budget.reading() as held, self._open_requests.settling(admission):
                 self._open_requests.check(time.monotonic())
@@ -267,17 +267,23 @@ class Relay:
             admission.shape = audio_upload.describe_upload(body, media_type, api)
         elif coding := next(filter(None, map(request.fields.get, request_body.CODING_FIELDS)), ""):
             limit = self._settings.max_body_bytes
+            held.grow(len(body) + compression.held_bytes(body, limit))
             scan, size = await body_thread.run(partial(request_body.scan_coded, coding=coding, limit=limit), body)
-            admission.shape = structs.replace(request_shape.describe(scan, api, size), ask_usage=False)
+            admission.describe_unread(scan, size, api)
+        elif wide := request_body.wide_coding(body):
+            held.grow(3 * len(body))  # its text, and that in UTF-8
+            scan, size = await body_thread.run(partial(request_body.scan_wide, coding=wide), body)
+            admission.describe_unread(scan, size, api)
         else:
             parse = partial(request_body.parse, links=self._fetch is not None)
             parsed = parse(body) if len(body) <= body_thread.MAX_INLINE_BYTES else await body_thread.run(parse, body)
             api = api_routes.of_form(api, () if parsed.scan is None else parsed.scan.found.members)
             admission.route = api.route
-            admission.shape = request_shape.describe(parsed.scan, api, len(body))
-        await self._pricing.charge(admission, parsed)
+            shape = request_shape.describe(parsed.scan, api, len(body), parsed.sounds)
+            admission.shape = other_places.with_frames(shape, parsed.frame_counts)
+        estimate = await self._pricing.charge(admission, parsed)
         if self._images is None or not parsed.images:
-            self._open_requests.admit(admission, self._pricing.estimate(admission, []))
+            self._open_requests.admit(admission, estimate or self._pricing.estimate(admission, []))
             return BodyPayload(
                 request_body.rebuild(parsed, {}, ask_usage=admission.shape.ask_usage), admission.mark_sent
             )

@@ -147,8 +147,14 @@ class OpenRequests:
     def passing(self, path_class: str) -> Iterator[UnreadCall]:
         """A call that is with the engine for a block. `path_class`: of one that may be work; control learns of it."""
         call = UnreadCall(self.new_id(), path_class)
-        if not path_class or len(self._unread) >= MAX_UNREAD:
+        if not path_class:
             yield call
+            return
+        if len(self._unread) >= MAX_UNREAD:  # it is counted, and nothing more
+            try:
+                yield call
+            finally:
+                self.emit(call.end(time.monotonic(), begun=False))
             return
         self._unread.add(call)
         self._watch_clients()

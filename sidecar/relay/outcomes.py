@@ -50,7 +50,8 @@ def outcome_of(error: BaseException | None, status: int, verdict: State, *, fail
     `failed`: the answer itself reported an engine failure. If the client then leaves, the failure is the cause.
     """
     if error is None:
-        outcome: Outcome = "engine_error" if status >= 500 else "rejected" if status >= 400 else "ok"
+        # a redirection is no answer: the client is to ask elsewhere
+        outcome: Outcome = "engine_error" if status >= 500 else "rejected" if status >= 300 else "ok"
     else:
         outcome = next((outcome for kinds, outcome in _OUTCOMES if isinstance(error, kinds)), "lost")
     if failed and outcome in ("ok", "client_cancelled"):
@@ -63,7 +64,7 @@ def reason_of(error: BaseException | None, status: int, *, failed: bool = False)
     if failed and isinstance(error, asyncio.CancelledError | ClientGone | None):
         return ERROR_IN_ANSWER
     if error is None:
-        return f"status_{status}" if status >= 400 else ""
+        return f"status_{status}" if status >= 300 else ""
     if isinstance(error, asyncio.CancelledError):
         return ClientGone.code
     return str(getattr(error, "reason", error.code)) if isinstance(error, SidecarError) else "internal"

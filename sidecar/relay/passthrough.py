@@ -29,7 +29,8 @@ from sidecar.relay.outcomes import EngineBroke
 from sidecar.relay.unread_call import UnreadCall
 from sidecar.runtime.limited_log import LimitedLog
 
-_MAX_LOGGED_CHARS: Final = 80
+_MAX_LOGGED_CHARS: Final = 40
+_LOGGED_SEGMENTS: Final = 2  # of a path: APIs are named by the first ones, keys and ids follow
 
 _pause_call_ids: Final = itertools.count(1)
 
@@ -86,8 +87,15 @@ def _class_of(method: str, path: str, log: LimitedLog) -> str:
     """The class of a call whose work is not metered, as a label. One that may be anything is logged."""
     kind = "control" if admin_paths.is_control(method, path) else api_routes.path_class(path)
     if kind == "other":
-        named = labels.printable(path, _MAX_LOGGED_CHARS)
-        log.warning("unmetered", "%s %s is not a known API: its work is not metered", method, named)
+        segments = path.split("/", _LOGGED_SEGMENTS + 1)
+        named = labels.printable("/".join(segments[: _LOGGED_SEGMENTS + 1]), _MAX_LOGGED_CHARS)
+        log.warning(
+            "unmetered",
+            "%s %s%s is not a known API: its work is not metered",
+            method,
+            named,
+            "/..." * (len(segments) > _LOGGED_SEGMENTS + 1),
+        )
     return kind
 
 

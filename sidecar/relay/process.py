@@ -56,7 +56,8 @@ class RelayContext:
     settings: Settings
     coefficients: Coefficients
     control: str
-    image_key: bytes  # names images for the engine's cache, the same in all relays
+    image_key: bytes  # names images for the engine's cache, the same in all relays, or in all replicas
+    image_cache_key: bytes  # of prepared images, the same in all relays
     image_socket: str = ""  # "" if images are off
     image_cache: str = ""  # folder of prepared images; "" if there is no cache
     image_cache_bytes: int = 0
@@ -117,7 +118,7 @@ async def _relay(context: RelayContext, emit: Callable[[Event], None]) -> AsyncI
             from sidecar.relay.media.preprocess_api import preprocess
 
             folder = context.image_cache
-            cache = ImageCache(folder, context.image_cache_bytes, context.image_key) if folder else None
+            cache = ImageCache(folder, context.image_cache_bytes, context.image_cache_key) if folder else None
             images = ImageService(context.image_socket, settings, spec, cache)
             stack.push_async_callback(images.close)
             serve_images = partial(preprocess, images=images, settings=settings, emit=emit, fetch=fetch)

@@ -9,24 +9,28 @@ from __future__ import annotations
 
 import json
 import re
-import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from sidecar.load import body_scan
+from sidecar.load import audio_parts, body_scan, request_shape
 from sidecar.load.body_scan import BodyScan, Buffer
 from sidecar.load.found import FoundPart, Span
 from sidecar.load.request_keys import PROCESSING_OPTIONS
+from sidecar.relay import compression
+from sidecar.relay.media import other_places
 
 # Fields that name the coding of a body: HTTP's, SGLang's.
 CODING_FIELDS: Final = (b"content-encoding", b"x-body-compressed")
-_WINDOW_BITS: Final = {"gzip": 31, "x-gzip": 31, "deflate": 15}
-UNREAD_FACTOR: Final = 4  # text over its compressed form, where that is not read (zstd, brotli)
 _BASE64_MARK: Final = b";base64,"
 _MAX_HEAD_BYTES: Final = 136  # of a data URL, up to its base64 text
 _EMPTY_OBJECT: Final = re.compile(rb"\{[ \t\r\n]*\}")
 _INCLUDE_USAGE: Final = b'"include_usage":true'
+# Members of an image's part, and of its `image_url`, that say nothing of how it is to be processed.
+_PLAIN_MEMBERS: Final = frozenset(("type", "image_url", "uuid", "detail", "cache_control"))
+_PLAIN_URL_MEMBERS: Final = frozenset(("url", "detail", "format"))
+_MAX_PART_BYTES: Final = 4096  # of a part, without its URL
+_DECODER: Final = json.JSONDecoder()
 
 Splice = tuple[Span, list[Buffer]]  # what is taken out, and what takes its place
 
@@ -42,6 +46,7 @@ class ImagePart:
     url: Span = (0, 0)  # of the body, without quotes
     start: int = 0  # the brace of its part
     is_named: bool = False  # the client gave it a `uuid`
+    pass_reason: str = ""  # why it cannot be prepared, a code of images.pass_reasons
     name: str = ""  # the sidecar's `uuid` for it
 
 
@@ -49,36 +54,51 @@ class ImagePart:
 class ParsedBody:
     """A body and what was found in it. `scan` is None if the body is no JSON object or was not read.
 
-    `images` are the first ones; `image_count` and `link_count` are all of them.
+    `images` are the first ones in parts, and then those in places where none is prepared; `link_count` is that of all
+    links.
     """
 
     body: bytes
     scan: BodyScan | None = None
     images: list[ImagePart] = field(default_factory=list)
-    image_count: int = 0
     link_count: int = 0
+    sounds: list[float] = field(default_factory=list)  # seconds of the recordings whose length is known
+    frame_counts: list[int] = field(default_factory=list)  # of videos that are lists of JPEGs
 
 
 def parse(body: bytes, *, links: bool = False) -> ParsedBody:
     """Scan a body. `links`: images behind http(s) links count as images, too."""
     parsed = ParsedBody(body, body_scan.scan(body))
-    if parsed.scan is None or any(parsed.scan.options.get(name) for name in PROCESSING_OPTIONS):
+    if parsed.scan is None:
         return parsed
+    if audios := request_shape.audios_of(parsed.scan.found):
+        parsed.sounds = audio_parts.seconds_in(body, audios)
+    has_options = any(parsed.scan.options.get(name) for name in PROCESSING_OPTIONS)
     found = parsed.scan.found
     parsed.link_count = found.link_parts if links else 0
-    parsed.image_count = found.image_parts + parsed.link_count
-    parsed.images = [_image(body, part) for part in found.parts if links or not part.is_link]
+    parsed.images = [_image(body, part, has_options) for part in found.parts if links or not part.is_link]
+    parsed.images += [ImagePart("", "", text, pass_reason="place") for text in other_places.find_images(body, found)]
+    parsed.frame_counts = other_places.count_frames(body, found)
     return parsed
 
 
 def scan_coded(body: bytes, coding: str, limit: int) -> tuple[BodyScan | None, int]:
     """The scan of a compressed body, which is forwarded unchanged, and its text's bytes; reads up to `limit`."""
-    bits = _WINDOW_BITS.get(coding.strip().lower())
+    text, size = compression.unpack(body, coding, limit)
+    return body_scan.scan(text) if text else None, size
+
+
+def wide_coding(body: bytes) -> str:
+    """The coding of a body in UTF-16 or UTF-32, which Python's engines read as UTF-8; "" if it is none of these."""
+    coding = json.detect_encoding(body[:4])
+    return "" if coding.startswith("utf-8") else coding
+
+
+def scan_wide(body: bytes, coding: str) -> tuple[BodyScan | None, int]:
+    """The scan of a body in another coding, which is forwarded unchanged, and its text's bytes."""
     try:
-        if bits is None:
-            return None, len(body) * UNREAD_FACTOR
-        text = zlib.decompressobj(bits).decompress(body, limit)
-    except zlib.error:
+        text = body.decode(coding).encode(errors="surrogatepass")
+    except UnicodeError:
         return None, len(body)
     return body_scan.scan(text), len(text)
 
@@ -122,16 +142,30 @@ def listed_images(body: bytes) -> tuple[int, list[str | memoryview]] | None:
     return found.source_count, [str(text, "utf-8", "replace") if part.is_link else text for part, text in pairs]
 
 
-def _image(body: bytes, part: FoundPart) -> ImagePart:
+def _image(body: bytes, part: FoundPart, has_options: bool) -> ImagePart:
     text = _text(body, part)
+    place = part.url, part.start, part.is_named, "own_options" if has_options or _has_options(body, part) else ""
     if part.is_link:
-        link = str(text, "utf-8", "replace")
-        return ImagePart(part.where, "", memoryview(b""), link, part.url, part.start, part.is_named)
+        return ImagePart(part.where, "", memoryview(b""), str(text, "utf-8", "replace"), *place)
     head = bytes(text[:_MAX_HEAD_BYTES])
     at = head.find(_BASE64_MARK)
     media_type = head[len("data:") : at].decode("latin-1").partition(";")[0].strip().lower()
     data = text[at + len(_BASE64_MARK) :]
-    return ImagePart(part.where, media_type, data, "", part.url, part.start, part.is_named)
+    return ImagePart(part.where, media_type, data, "", *place)
+
+
+def _has_options(body: bytes, part: FoundPart) -> bool:
+    """Whether a part may say how its image is to be processed; one that is too long to be read may."""
+    start, end = part.url
+    if start - part.start > _MAX_PART_BYTES:
+        return True
+    text = (body[part.start : start] + body[end : end + _MAX_PART_BYTES]).decode("utf-8", "replace")
+    try:
+        members, _ = _DECODER.raw_decode(text)
+    except (ValueError, RecursionError):
+        return True
+    url = members.get("image_url")
+    return bool(members.keys() - _PLAIN_MEMBERS or (isinstance(url, dict) and url.keys() - _PLAIN_URL_MEMBERS))
 
 
 def _text(body: bytes, part: FoundPart) -> memoryview:

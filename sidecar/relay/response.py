@@ -10,17 +10,16 @@ from __future__ import annotations
 
 import asyncio
 import time
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Final
 
 from msgspec import structs
 
 from sidecar.errors import RequestError
 from sidecar.load import answer_scan, usage_forms
 from sidecar.load.answer_scan import AnswerScan, Members
-from sidecar.relay import client_io
+from sidecar.relay import client_io, compression
 from sidecar.relay.admission import Admission
 from sidecar.relay.http.client import Request
 from sidecar.relay.http.engine import Answer, EngineError
@@ -30,8 +29,11 @@ from sidecar.relay.outcomes import EngineBroke
 from sidecar.relay.sse import JSON_LINES, SSE, add_price, error_event
 
 MAX_SHORT_BYTES: Final = 256 << 10  # an answer of known length up to this is read whole and written at once
-_WINDOW_BITS: Final = {"gzip": 31, "x-gzip": 31, "deflate": 15}
 _ERROR_EVENT_TIMEOUT_S: Final = 1.0  # for the last event to a client that may not read
+_CHOICE_ROUTES: Final = ("chat", "completions")
+# Their streams have an end of their own: one without it is no answer, however its connection ended.
+_ENDED_ROUTES: Final = (*_CHOICE_ROUTES, "messages", "responses", "ollama_chat", "ollama_generate", "cohere_chat")
+_MAX_END_BYTES: Final = 64  # of a choice: its name, its value, and spaces
 
 
 def is_stream(answer: Answer) -> bool:
@@ -40,16 +42,16 @@ def is_stream(answer: Answer) -> bool:
     return media_type == "text/event-stream" or media_type in JSON_LINES
 
 
-class Decoder(Protocol):
-    """Unpacks a compressed answer piece by piece."""
-
-    def decompress(self, data: bytes, /) -> bytes: ...
-
-
-def decoder_of(answer: Answer) -> Decoder | None:
+def decoder_of(answer: Answer) -> compression.Decoder | None:
     """What unpacks an answer; None if it is not compressed, or in a way that is not known."""
-    bits = _WINDOW_BITS.get(answer.fields.get(b"content-encoding").strip().lower())
-    return None if bits is None else zlib.decompressobj(bits)
+    return compression.decoder(answer.fields.get(b"content-encoding"))
+
+
+def _unpacked(decode: Callable[[bytes], bytes], chunk: bytes) -> bytes:
+    try:
+        return decode(chunk)
+    except compression.BROKEN:
+        raise EngineError("the engine's compressed answer is broken") from None
 
 
 def can_change(answer: Answer) -> bool:
@@ -75,7 +77,7 @@ class ResponseSender:
     _passed: list[Field]
     _admission: Admission
     _open_requests: OpenRequests
-    _decoder: Decoder | None = None  # of a stream that is compressed and must be changed
+    _decoder: compression.Decoder | None = None  # of a stream that is compressed and must be changed
 
     async def send(self) -> None:
         """Send it. Raises EngineBroke, if the answer is short before anything was sent."""
@@ -87,13 +89,13 @@ class ResponseSender:
     async def _send_stream(self) -> None:
         admission, is_lines = self._admission, self._answer.fields.media_type() in JSON_LINES
         shape = admission.shape
-        sse = SSE(shape.ask_usage, admission.price, is_lines=is_lines, choices=shape.choices)
+        sse = SSE(shape.ask_usage, admission.price, is_lines=is_lines, choices=shape.choices, prompts=shape.prompts)
         reply, deliver, feed = self._request.reply, self._open_requests.deliver, sse.feed
         decode = None if self._decoder is None else self._decoder.decompress
 
         def take(chunk: bytes) -> None:
             before = sse.tokens
-            piece = feed(chunk if decode is None else decode(chunk))
+            piece = feed(chunk if decode is None else _unpacked(decode, chunk))
             if piece:
                 reply.write(piece)
             deliver(admission, sse.tokens - before, len(chunk), started=sse.started)
@@ -102,6 +104,7 @@ class ResponseSender:
         try:
             await self._pipe(take)
             reply.write(sse.finish())
+            sse.failed = sse.failed or (admission.route in _ENDED_ROUTES and not sse.has_ended)
         finally:
             admission.told, admission.failed = sse.told, sse.failed
         await self._end()
@@ -115,9 +118,14 @@ class ResponseSender:
         # JSON means nothing before its end: its first bytes are no first token
         started = answer.ok and answer.fields.media_type() != "application/json"
 
+        has_failed, before = False, b""
+
         def take(chunk: bytes) -> None:
+            nonlocal has_failed, before
             reply.write(chunk)
             scan.feed(chunk)
+            has_failed = has_failed or self._has_failed_choice(before + chunk)
+            before = chunk[-_MAX_END_BYTES:]
             self._open_requests.deliver(admission, tokens, len(chunk), started=started)
 
         self._begin(None)
@@ -126,7 +134,7 @@ class ResponseSender:
             await self._pipe(take)
             is_whole = True
         finally:
-            self._read(scan.items(), is_whole=is_whole)
+            self._read(scan.items(), is_whole=is_whole, has_failed=has_failed)
         await self._end()
 
     async def _send_short(self) -> None:
@@ -138,17 +146,20 @@ class ResponseSender:
             self._begin(None, body=sent)
             await self._wait()
         finally:
-            self._read(answer_scan.read(body), is_whole=True)
+            self._read(answer_scan.read(body), is_whole=True, has_failed=self._has_failed_choice(body))
             self._admission.bytes += len(body)  # settled at once: nothing of it is left to report
 
-    def _read(self, items: list[Members], *, is_whole: bool) -> None:
+    def _has_failed_choice(self, text: bytes) -> bool:
+        """Whether a piece of the answer says that a choice failed."""
+        return self._admission.route in _CHOICE_ROUTES and usage_forms.has_failed_choice(text)
+
+    def _read(self, items: list[Members], *, is_whole: bool, has_failed: bool) -> None:
         """Record the usage of a non-streamed answer; for errors the status suffices."""
         if self._answer.ok:
-            admission = self._admission
-            told = usage_forms.read(items, admission.shape.choices)
-            told = usage_forms.with_header(told, self._answer.fields.get)
+            admission, choices = self._admission, self._admission.shape.choices
+            told = usage_forms.with_header(usage_forms.read(items, choices), self._answer.fields.get, choices)
             admission.told = told if told is None or is_whole else structs.replace(told, final=False)
-            admission.failed = any(map(usage_forms.has_failed, items))
+            admission.failed = has_failed or any(map(usage_forms.has_failed, items))
 
     def _begin(self, sse: SSE | None, body: bytes | None = None) -> None:
         answer = self._answer

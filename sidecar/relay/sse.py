@@ -58,11 +58,18 @@ Price = Callable[[Usage], int]  # milli-MU
 class SSE:
     """One stream of server-sent events, or of lines of JSON (`is_lines`).
 
-    `hide_usage`: remove the usage-only event; `price`: a usage's `mu_milli`; `choices`: sequences of each prompt.
+    `hide_usage`: remove the usage-only event; `price`: a usage's `mu_milli`; `choices`: sequences of each of the
+    `prompts`.
     """
 
     def __init__(
-        self, hide_usage: bool, price: Price | None = None, *, is_lines: bool = False, choices: int = 1
+        self,
+        hide_usage: bool,
+        price: Price | None = None,
+        *,
+        is_lines: bool = False,
+        choices: int = 1,
+        prompts: int = 1,
     ) -> None:
         self._hide_usage = hide_usage
         self._price = price
@@ -72,7 +79,9 @@ class SSE:
         self._open = bytearray()  # the incomplete event
         self._long: tuple[bytes, AnswerScan] | None = None  # one that is too long to be kept: its name, and its data
         self._held = 0  # bytes at the end of it that were not released
-        self._meter = UsageMeter(choices)
+        self._meter = UsageMeter(choices, prompts)
+        self._sequences = min(choices * prompts, usage_forms.MAX_SEQUENCES)
+        self._ended: set[int] = set()  # the choices that have
         self._last: bytes = b""  # the data of the last event with a usage and choices
         self._running: bytes = b""  # the data of the last event with a running count, not read yet
         self._last_choice: bytes = b""  # an event that waits for the usage after it
@@ -114,7 +123,22 @@ class SSE:
             self._read(answer_scan.read(self._running), b"")
             self._running = b""
         told = self._meter.told
-        return told if told is None or not self._last or _is_final(self._last) else structs.replace(told, final=False)
+        is_final = told is None or not self._last or self._is_final(self._last)
+        return told if is_final or told is None else structs.replace(told, final=False)
+
+    def _is_final(self, data: bytes) -> bool:
+        """Whether the usage of an event with choices covers the whole answer, not only what came so far."""
+        choices = (parse_object(data) or {}).get("choices")
+        if not isinstance(choices, list) or not choices:
+            return True
+        has_all = self._sequences == 1 or len(self._ended) >= self._sequences
+        return has_all and all(isinstance(c, dict) and c.get("finish_reason") for c in choices)
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the engine has said that the answer is complete, or why it is not."""
+        told = self._meter.told
+        return self.done or self.failed or bool(self._ended) or (told is not None and told.final)
 
     @property
     def usage(self) -> Usage | None:
@@ -183,6 +207,8 @@ class SSE:
             return False
         if not name and (match := _TYPE.match(data)):
             name = match[1]
+        if _has_last_choice(data):
+            self._end_choices(data)
         tells, is_delta = False, name.endswith(b"delta") and name != b"message_delta"
         if _is_running(data):
             self._running = data
@@ -199,6 +225,17 @@ class SSE:
         self.started = self.started or output or not name
         self.tokens += output
         return False
+
+    def _end_choices(self, data: bytes) -> None:
+        """Choices end in an event."""
+        choices = (parse_object(data) or {}).get("choices")
+        ended = (
+            [c for c in choices if isinstance(c, dict) and c.get("finish_reason")] if isinstance(choices, list) else []
+        )
+        for choice in ended:
+            if isinstance(index := choice.get("index", 0), int) and len(self._ended) < self._sequences:
+                self._ended.add(index)
+        self.failed = self.failed or (bool(ended) and usage_forms.has_failed_choice(data))
 
     def _count_long(self) -> None:
         assert self._long is not None
@@ -256,6 +293,7 @@ def _count_plain_events(chunk: bytes) -> int:
         and b"\r" not in chunk
         and b'"role"' not in chunk
         and b"{}" not in chunk
+        and not _has_last_choice(chunk)
     )
     return events if plain else 0
 
@@ -336,9 +374,3 @@ def _is_usage_only(data: bytes) -> bool:
         return False
     event = parse_object(data) or {}
     return event.get("choices") == [] and isinstance(event.get("usage"), dict)
-
-
-def _is_final(data: bytes) -> bool:
-    """Whether the usage of an event with choices covers the whole answer, not only what came so far."""
-    choices = (parse_object(data) or {}).get("choices")
-    return not isinstance(choices, list) or all(isinstance(c, dict) and c.get("finish_reason") for c in choices)

@@ -60,6 +60,6 @@ class UnreadCall:
         self.blocked = False
         return RequestBlocked(self.id, now, False)
 
-    def end(self, now: float) -> UnreadRequest:
-        """It is over."""
-        return UnreadRequest(self.id, now, False, self.status)
+    def end(self, now: float, *, begun: bool = True) -> UnreadRequest:
+        """It is over. `begun`: its beginning was reported."""
+        return UnreadRequest(self.id, now, False, self.status, "" if begun else self.path_class)

@@ -20,8 +20,8 @@ _END_TIMEOUT_S: Final = 2.0  # for the other side to end after one did
 
 
 def is_wanted(request: Request) -> bool:
-    """Whether the request asks for a WebSocket."""
-    return request.method == "GET" and "websocket" in request.fields.tokens(b"upgrade")
+    """Whether the request asks for a WebSocket. One with a body does not: servers take it as an ordinary request."""
+    return request.method == "GET" and not request.has_body and "websocket" in request.fields.tokens(b"upgrade")
 
 
 Hear = Callable[[bytes], None]

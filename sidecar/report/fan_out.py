@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 from sidecar.events import (
     AbortRequests,
@@ -23,6 +24,7 @@ from sidecar.load.client_labels import ClientLabels
 from sidecar.load.gpu_price import GpuPrice
 from sidecar.load.ledger import Settlement
 from sidecar.report.metrics import Metrics
+from sidecar.report.request_log import RequestLog
 from sidecar.report.tracing import Tracing
 from sidecar.report.usage_rows import Eviction, key_of, rate_of, sums_of
 from sidecar.report.usage_store import UsageStore
@@ -39,6 +41,7 @@ class FanOut:
     price_terms: Callable[[RequestSize], Iterable[tuple[str, float]]]
     fingerprint: str  # of the coefficients
     unit_ms: float  # milliseconds of the engine of one MU
+    request_log: RequestLog | None = None  # of what `usage` counts
 
     def on_event(self, event: Event) -> None:
         """An event of a relay, other than the end of a request."""
@@ -71,13 +74,18 @@ class FanOut:
             else (settled.at - first_at) / later_tokens,
             relay_overhead=None if settled.sent_at is None else settled.overhead,
         )
-        if self.usage is not None:
-            self.usage.add(admitted.id, key, sums)
+        is_new = self.usage is not None and self.usage.add(admitted.id, key, sums)
+        if is_new and self.request_log is not None:
+            self.metrics.requests_unlogged(self.request_log.add(settlement, key, sums, wall))
 
     def on_evictions(self, evictions: Iterable[Eviction]) -> None:
         """Usage records were dropped."""
         for eviction in evictions:
             self.metrics.evicted(eviction)
+
+    def on_database_write(self, result: Literal["ok", "failed"]) -> None:
+        """Usage records were written to the database, or could not be."""
+        self.metrics.database_written(result)
 
     def on_decision(self, record: CanaryResult | Verdict | AbortRequests) -> None:
         """A canary ended, the verdict changed, or requests are to be aborted."""

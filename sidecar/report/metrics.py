@@ -57,6 +57,7 @@ _OVERHEAD_S = (0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.0
 _IMAGE_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
 _CLIENT, _GPU = ("tenant", "model", "outcome"), ("gpu",)
 _KIND = (*_CLIENT[:2], "kind", "source")
+DATABASE_RESULTS: Final = ("ok", "failed")
 
 METRICS: Final = (
     Metric("sidecar_mu_in_flight", "Model units of admitted requests that are not settled."),
@@ -110,7 +111,7 @@ METRICS: Final = (
     Metric("sidecar_canary_tokens_total", "Tokens of passed canaries, prompts and outputs."),
     Metric("sidecar_canary_usable", "1 if a canary has passed in this process of the engine, 0 if it takes none."),
     Metric("sidecar_garbage_output", "1 while the canary's answer differs from its usual answer. Informational."),
-    Metric("sidecar_images_total", "Images by outcome.", ("format", "outcome")),
+    Metric("sidecar_images_total", "Images by outcome; `reason`: why one passed.", ("format", "outcome", "reason")),
     Metric("sidecar_image_seconds", "Time of one image by stage; `total` includes queueing.", ("stage",), _IMAGE_S),
     Metric("sidecar_image_bytes_total", "Bytes of images, received and passed on.", ("direction",)),
     Metric("sidecar_gpu_utilization_ratio", "Share of time in which a kernel ran; 1 is no proof of progress.", _GPU),
@@ -129,6 +130,10 @@ METRICS: Final = (
     Metric("sidecar_engine_gpus", "Number of the engine's GPUs, as billed."),
     Metric("sidecar_usage_evicted_rows_total", "Dropped rows of usage records.", ("why", "billable")),
     Metric("sidecar_usage_evicted_mu_total", "Model units in dropped rows of usage records.", ("why",)),
+    Metric(
+        "sidecar_requests_unlogged_total", "Requests without a line in the log of requests: it could not be written."
+    ),
+    Metric("sidecar_usage_database_writes_total", "Writes of usage records to --usage-url.", ("result",)),
     Metric("sidecar_build_info", "Always 1; the labels name version and engine.", ("version", "engine_kind")),
     # The name and unit of DCGM's exporter, for its consumers.
     Metric("DCGM_FI_DEV_GPU_UTIL", "GPU utilization (in %).", ("gpu", "UUID")),
@@ -159,6 +164,9 @@ class Metrics(Collector):
             self._count("sidecar_usage_evicted_mu_total", (why,), 0.0)
             for billable in ("yes", "no"):
                 self._count("sidecar_usage_evicted_rows_total", (why, billable), 0.0)
+        self._count("sidecar_requests_unlogged_total", (), 0.0)
+        for result in DATABASE_RESULTS:
+            self._count("sidecar_usage_database_writes_total", (result,), 0.0)
         for name in PATH_CLASSES:  # each from 0 on: rate() misses the increase of a series that begins at 1
             self._count("sidecar_unmetered_requests_total", (name,), 0)
         self._snapshot: Snapshot | None = None
@@ -172,7 +180,8 @@ class Metrics(Collector):
         """Count an image, an unread call, a canary result, a changed verdict, or a command to abort requests."""
         match record:
             case ImagePrepared():
-                self._count("sidecar_images_total", (self._formats(record.format), record.outcome))
+                labels = self._formats(record.format), record.outcome, record.reason and self._reasons(record.reason)
+                self._count("sidecar_images_total", labels)
                 self._count("sidecar_image_bytes_total", ("in",), record.bytes_in)
                 self._count("sidecar_image_bytes_total", ("out",), record.bytes_out)
                 for stage, seconds in (*record.stages, ("total", record.seconds)):
@@ -183,7 +192,7 @@ class Metrics(Collector):
             case Verdict():
                 self._count("sidecar_verdict_changes_total", (record.state, self._reasons(record.reason)))
             case UnreadRequest():
-                if record.on and record.path_class in PATH_CLASSES:
+                if record.path_class in PATH_CLASSES:
                     self._count("sidecar_unmetered_requests_total", (record.path_class,))
             case AbortRequests():
                 self._count("sidecar_streams_ended_total", (record.code,), len(record.ids))
@@ -211,6 +220,14 @@ class Metrics(Collector):
         labels = eviction.why, "yes" if eviction.is_billable else "no"
         self._count("sidecar_usage_evicted_rows_total", labels, eviction.rows)
         self._count("sidecar_usage_evicted_mu_total", labels[:1], eviction.mu)
+
+    def requests_unlogged(self, lines: int) -> None:
+        """Count lines that were dropped from the log of requests."""
+        self._count("sidecar_requests_unlogged_total", (), lines)
+
+    def database_written(self, result: Literal["ok", "failed"]) -> None:
+        """Count a write of usage records to the database."""
+        self._count("sidecar_usage_database_writes_total", (result,))
 
     def relabel(self, of: Callable[[str, str], tuple[str, str]]) -> None:
         """Add the series of clients that lost their label to those of `of`."""

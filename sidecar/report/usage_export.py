@@ -4,7 +4,8 @@ FOCUS is the FinOps Open Cost and Usage Specification (https://focus.finops.org)
 mandatory columns, of the others those that hold something here, and columns of our own that begin with `x_`. A row is
 priced by GPU hours. A tenant is a sub account, a sidecar (pod) a resource.
 
-An hour is exported once it is final, so a row is the same whenever it is exported, and so is its id.
+An hour is exported once it is final, so a row is the same whenever it is exported, and so is its id. A row of a day,
+which a file that was too full holds instead of hours, is exported as one: what its hours were is no longer known.
 """
 
 from __future__ import annotations
@@ -16,11 +17,10 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any, Final
 
-from sidecar.report.usage_query import Row
+from sidecar.report.usage_query import Provenance
 from sidecar.report.usage_rows import HOUR_S, IDLE, Rate, UsageKey, UsageSums
 from sidecar.report.usage_store import LATE_S
 
-GROUPED_BY: Final = ("hour", "tenant", "model", "outcome", "source", "fingerprint", "gpus", "dollars_per_gpu_hour")
 DIGITS: Final = 6  # of numbers that are no counts: their last bits depend on the order in which rows were summed up
 
 ExportRow = Mapping[str, Any]
@@ -32,9 +32,15 @@ class Exporter:
 
     origin: str
     pod: str
-    account: str
-    provider: str
-    currency: str
+    account: str = ""
+    provider: str = ""
+    currency: str = ""
+
+
+def exporter_of(
+    provenance: Provenance, pod: str, account: str = "", provider: str = "", currency: str = ""
+) -> Exporter:
+    return Exporter("+".join(sorted(provenance.origins)) or pod, pod, account, provider, currency)
 
 
 def final_until(now: float) -> int:
@@ -42,27 +48,29 @@ def final_until(now: float) -> int:
     return int(now - LATE_S) // HOUR_S * HOUR_S
 
 
-def record(row: Row, by: Exporter) -> ExportRow:
-    """A row of GROUPED_BY, in our own terms."""
-    names, sums = dict(zip(GROUPED_BY, row[0], strict=True)), row[1]
-    start = datetime.strptime(str(names.pop("hour")), "%Y-%m-%dT%H:00Z").replace(tzinfo=UTC)
+def record(key: UsageKey, sums: UsageSums, by: Exporter) -> ExportRow:
+    """A row of an hour or of a day, in our own terms."""
+    names = {name: getattr(key, name) for name in ("tenant", "model", "outcome", "source")} | key.rate._asdict()
     numbers = {k: round(v, DIGITS) if isinstance(v, float) else v for k, v in asdict(sums).items()}
-    identity = json.dumps([by.origin, start.timestamp(), *names.values()])
+    span = [] if key.span == HOUR_S else [key.span]
+    identity = json.dumps([by.origin, float(key.at), *names.values(), *span])
     id = hashlib.blake2b(identity.encode(), digest_size=12).hexdigest()
-    end = datetime.fromtimestamp(start.timestamp() + HOUR_S, UTC)
-    return {"id": id, "origin": by.origin, "pod": by.pod, "start": _time(start), "end": _time(end), **names, **numbers}
+    start, end = (_time(datetime.fromtimestamp(at, UTC)) for at in (key.at, key.at + key.span))
+    return {"id": id, "origin": by.origin, "pod": by.pod, "start": start, "end": end, **names, **numbers}
 
 
 def parse(raw: Any) -> tuple[str, str, UsageKey, UsageSums]:
     """Inverse of `record`: id, origin, key, sums. Raises ValueError, LookupError or TypeError."""
-    start = datetime.fromisoformat(raw["start"])
+    start, end = (int(datetime.fromisoformat(raw[name]).timestamp()) for name in ("start", "end"))
+    if end <= start:
+        raise ValueError("it ends before it starts")
     tenant, model, outcome, source = (str(raw[name]) for name in ("tenant", "model", "outcome", "source"))
     rate = Rate(str(raw["fingerprint"]), int(raw["gpus"]), float(raw["dollars_per_gpu_hour"]))
     defaults = asdict(UsageSums(joules=0.0)).items()
     numbers: dict[str, Any] = {
         k: type(default)(raw[k]) for k, default in defaults if k != "joules" or raw[k] is not None
     }
-    key = UsageKey(int(start.timestamp()), HOUR_S, tenant, model, outcome, source, rate)
+    key = UsageKey(start, end - start, tenant, model, outcome, source, rate)
     return str(raw["id"]), str(raw["origin"]), key, UsageSums(**numbers)
 
 

@@ -16,7 +16,7 @@ from datetime import UTC, datetime, tzinfo
 from pathlib import Path
 from typing import Any, Final
 
-from sidecar.report.usage_rows import NAMES, QUARTER_S, Rate, UsageKey, UsageSums, cut
+from sidecar.report.usage_rows import HOUR_S, NAMES, QUARTER_S, Rate, UsageKey, UsageSums, cut
 from sidecar.report.usage_store import V1_ROWS, connect_to_read
 
 _NAMED: Final = ("tenant", "model", "outcome", "source", "fingerprint", "gpus", "dollars_per_gpu_hour")
@@ -27,6 +27,7 @@ _TIMES: Final[Mapping[str, Callable[[datetime], str]]] = {
 GROUPS: Final = (*_NAMED, *_TIMES)  # the values of `sidecar usage --by`
 
 Row = tuple[tuple[Any, ...], UsageSums]
+EMPTY_ROW: Final = UsageKey(0, HOUR_S, "", "", "", "", Rate()), UsageSums()
 
 _COLUMNS = ", ".join(NAMES)
 _SUMMED = ", ".join(f"sum({name})" for name in NAMES)
@@ -91,12 +92,40 @@ def provenance(path: Path) -> Provenance:
 def all_rows(path: Path) -> Iterator[tuple[UsageKey, UsageSums]]:
     """Every row. Raises OSError or sqlite3.Error."""
     with _opened(path) as (db, rows):
-        names = "at, span, tenant, model, outcome, source, fingerprint, gpus, dollars_per_gpu_hour"
-        for at, span, tenant, model, outcome, source, fingerprint, gpus, price, *sums in db.execute(
-            f"SELECT {names}, {_COLUMNS} FROM {rows}"
-        ):
-            rate = Rate(fingerprint, gpus, price)
-            yield UsageKey(at, span, tenant, model, outcome, source, rate), UsageSums(*sums)
+        yield from map(_key_and_sums, db.execute(f"SELECT at, span, {', '.join(_NAMED)}, {_COLUMNS} FROM {rows}"))
+
+
+def hours(path: Path, since: int, until: int) -> list[tuple[UsageKey, UsageSums]]:
+    """The rows of [since, until), full hours of UTC, summed up to hours; a row of a day stays one, cut by the range.
+
+    Raises OSError or sqlite3.Error.
+    """
+    names = ", ".join(_NAMED)
+    hour = f"at / {HOUR_S} * {HOUR_S}, {HOUR_S}, {names}"
+    found: list[tuple[UsageKey, UsageSums]] = []
+    with _opened(path) as (db, rows):
+        query = (
+            f"SELECT {hour}, {_SUMMED} FROM {rows} WHERE at >= ? AND at < ? AND span <= {HOUR_S} GROUP BY 1, {names}"
+        )
+        found.extend(map(_key_and_sums, db.execute(query, (since, until))))
+        query = f"SELECT at, span, {names}, {_COLUMNS} FROM {rows} WHERE at < ? AND at + span > ? AND span > {HOUR_S}"
+        for row in db.execute(query, (until, since)):
+            key, sums = _key_and_sums(row)
+            start, end = max(key.at, since), min(key.at + key.span, until)
+            found.append((key._replace(at=start, span=end - start), cut(sums, key.at, key.span, start, end)))
+    return found
+
+
+def first_hour(path: Path, otherwise: int) -> int:
+    """The full hour of UTC in which the oldest row begins. Raises OSError or sqlite3.Error."""
+    with _opened(path) as (db, rows):
+        (first,) = db.execute(f"SELECT min(at) FROM {rows}").fetchone()
+    return otherwise if first is None else int(first) // HOUR_S * HOUR_S
+
+
+def _key_and_sums(row: tuple[Any, ...]) -> tuple[UsageKey, UsageSums]:
+    at, span, tenant, model, outcome, source, fingerprint, gpus, price, *sums = row
+    return UsageKey(at, span, tenant, model, outcome, source, Rate(fingerprint, gpus, price)), UsageSums(*sums)
 
 
 def _pieces(start: int, end: int, *, cut_quarters: bool) -> Iterator[tuple[int, int]]:

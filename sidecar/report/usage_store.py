@@ -109,10 +109,12 @@ class UsageStore:
         self._seen, self._until = _left_by_former(self.path)
         self._elapsed_at: float | None = None
 
-    def add(self, id: str, key: UsageKey, sums: UsageSums) -> None:
-        """Count the settlement of a request, unless it is on disk already."""
-        if id not in self._seen:
-            self._pending.count(id, key, sums)
+    def add(self, id: str, key: UsageKey, sums: UsageSums) -> bool:
+        """Count the settlement of a request, unless it is on disk already. Returns True if it was counted."""
+        if id in self._seen:
+            return False
+        self._pending.count(id, key, sums)
+        return True
 
     def elapse(self, now: float, wall: float, price: GpuPrice, fingerprint: str) -> list[Eviction]:
         """Count the GPU time until now (monotonic seconds, and seconds since 1970). Call it about once a second.

@@ -4,6 +4,7 @@
 - If the other side does not read, Delivered records are dropped first (their sums are repeated in Settled), then all.
 - Records are gathered for GATHER_INTERVAL_S and written at once: a system call for each of a short request's three
   would cost more than all of the request's own work.
+- What is gathered is kept in `UnsentRecords`, too, where a killed process must not take it along.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import cast
 
 from sidecar.events import Command, Delivered, Event
 from sidecar.runtime import codec
+from sidecar.runtime.unsent_records import UnsentRecords
 
 # Queued bytes beyond which Delivered records are dropped, and beyond which every record is.
 MAX_QUEUED_DELIVERED_BYTES = 4 * 1024 * 1024
@@ -28,27 +30,43 @@ RECONNECT_INTERVAL_S = 0.2
 class Channel(asyncio.Protocol):
     """One end. Build it with `Channel.open` or `Channel.reach`."""
 
-    def __init__(self, on_record: Callable[[Event | Command], None], on_close: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        on_record: Callable[[Event | Command], None],
+        on_close: Callable[[], None],
+        unsent: UnsentRecords | None = None,
+    ) -> None:
         self._on_record = on_record
         self._on_close = on_close
+        self._unsent = unsent
         self._buffer = bytearray()
+        self.received_bytes = 0
+        self._written_bytes = 0
         self._transport: asyncio.WriteTransport | None = None
-        self._gathered: list[Event | Command] = []
+        self._gathered: list[bytes] = []
         self._timer: asyncio.TimerHandle | None = None
 
     @classmethod
     async def open(
-        cls, sock: socket.socket, on_record: Callable[[Event | Command], None], on_close: Callable[[], None]
+        cls,
+        sock: socket.socket,
+        on_record: Callable[[Event | Command], None],
+        on_close: Callable[[], None],
+        unsent: UnsentRecords | None = None,
     ) -> Channel:
         """Take over `sock`. `on_record` is called for each record in order; `on_close` once the other side is gone."""
         sock.setblocking(False)
         loop = asyncio.get_running_loop()
-        _, channel = await loop.create_unix_connection(lambda: cls(on_record, on_close), sock=sock)
+        _, channel = await loop.create_unix_connection(lambda: cls(on_record, on_close, unsent), sock=sock)
         return channel
 
     @classmethod
     async def reach(
-        cls, path: str, on_record: Callable[[Event | Command], None], on_close: Callable[[], None]
+        cls,
+        path: str,
+        on_record: Callable[[Event | Command], None],
+        on_close: Callable[[], None],
+        unsent: UnsentRecords | None = None,
     ) -> Channel:
         """As `open`, by the Unix socket `path` of the supervisor, as soon as it accepts a connection."""
         while True:
@@ -56,7 +74,7 @@ class Channel(asyncio.Protocol):
             sock.setblocking(False)
             try:
                 await asyncio.get_running_loop().sock_connect(sock, path)
-                return await cls.open(sock, on_record, on_close)
+                return await cls.open(sock, on_record, on_close, unsent)
             except BaseException as e:
                 sock.close()
                 if not isinstance(e, OSError):
@@ -64,11 +82,19 @@ class Channel(asyncio.Protocol):
             await asyncio.sleep(RECONNECT_INTERVAL_S)
 
     def send(self, record: Event | Command) -> None:
-        """Queue one record."""
+        """Queue one record; one that cannot be encoded is skipped."""
         if self._transport is None or self._transport.is_closing():
             return
-        self._gathered.append(record)
-        if len(self._gathered) >= MAX_GATHERED:
+        queued = self._transport.get_write_buffer_size()
+        if queued > MAX_QUEUED_DELIVERED_BYTES and (queued > MAX_QUEUED_BYTES or isinstance(record, Delivered)):
+            return
+        try:
+            line = codec.encode(record)
+        except UnicodeEncodeError:
+            return
+        self._gathered.append(line)
+        kept = self._unsent is None or self._unsent.keep(line)
+        if len(self._gathered) >= MAX_GATHERED or not kept:
             self._write()
         elif self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(GATHER_INTERVAL_S, self._write)
@@ -83,21 +109,23 @@ class Channel(asyncio.Protocol):
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        records, self._gathered = self._gathered, []
-        if self._transport is None or self._transport.is_closing():
+        lines, self._gathered = b"".join(self._gathered), []
+        if not lines or self._transport is None or self._transport.is_closing():
             return
-        queued = self._transport.get_write_buffer_size()
-        if queued > MAX_QUEUED_DELIVERED_BYTES:
-            records = [] if queued > MAX_QUEUED_BYTES else [r for r in records if not isinstance(r, Delivered)]
-        if records:
-            self._transport.write(codec.encode_all(records))
+        self._transport.write(lines)
+        self._written_bytes += len(lines)
+        if self._unsent is not None and not self._transport.get_write_buffer_size():
+            self._unsent.forget(self._written_bytes)
 
     # --- asyncio.Protocol ---
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.WriteTransport", transport)  # uvloop's is one without being a subclass
+        if self._unsent is not None:
+            self._unsent.begin()
 
     def data_received(self, data: bytes) -> None:
+        self.received_bytes += len(data)
         if (end := data.rfind(b"\n") + 1) == 0:
             self._buffer += data
             if len(self._buffer) > codec.MAX_LINE_BYTES:

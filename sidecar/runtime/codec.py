@@ -1,12 +1,11 @@
 """Events and commands as lines of JSON: `["Admitted", "17-1", ...]`, the fields of a record in their order.
 
-Lines are bounded, checked against the records' field types, and decoded without pickle. Many are made and read by one
-call: at a thousand requests a second, a call for each would be a share of what they cost.
+Lines are bounded, checked against the records' field types, and decoded without pickle. Many are read by one call: at
+a thousand requests a second, a call for each would be a share of what they cost.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import suppress
 from typing import Final
 
@@ -29,18 +28,6 @@ class WireError(ValueError):
 def encode(record: Event | Command) -> bytes:
     """One record as one line, newline included. Raises UnicodeEncodeError for text with lone surrogates."""
     return _encoder.encode(record) + b"\n"
-
-
-def encode_all(records: Sequence[Event | Command]) -> bytes:
-    """Records as lines; one that cannot be encoded is skipped."""
-    try:
-        return _encoder.encode_lines(records)
-    except UnicodeEncodeError:
-        lines = []
-        for record in records:
-            with suppress(UnicodeEncodeError):
-                lines.append(encode(record))
-        return b"".join(lines)
 
 
 def decode(line: bytes) -> Event | Command:

@@ -24,6 +24,7 @@ from sidecar.signals.canary import CanarySignal
 from sidecar.signals.contact_pace import ContactPace
 from sidecar.signals.engine_address import EngineAddress
 from sidecar.signals.identify import MISSING_STATUS, ProbeAnswers, probe_engine, request_pages
+from sidecar.signals.image_support import ImageSupport
 from sidecar.signals.metrics_scrape import BATCH_TIMEOUT_S, PAGE_TIMEOUT_S, ScrapeSignal
 from sidecar.signals.sleep_state import SleepSignal
 
@@ -60,6 +61,8 @@ class EngineMonitor:
         self.kind: EngineKind | None = None if chosen.engine_kind == "auto" else KINDS[chosen.engine_kind]
         self.canary: CanarySignal | None = None
         self.identity = EngineIdentity()
+        self._identified = asyncio.Event()  # of this process of the engine
+        self._images = ImageSupport(chosen.model) if chosen.images != "off" and chosen.model else None
         self.processes = 0  # of the engine, as they followed each other
         self._missing: set[str] = set()  # paths that this process answered 404
 
@@ -106,6 +109,11 @@ class EngineMonitor:
         """Why no connection to the engine can be made: what is wrong, a colon, what to do; "" if none is known."""
         return self.scrape.trouble or self._trouble
 
+    @property
+    def images_pass(self) -> str:
+        """Why images pass unprepared to this engine: a code of engines.image_loading; "" if they are prepared."""
+        return self._images.reason if self._images is not None else ""
+
     def set_busy(self, busy: bool) -> None:
         """Whether there is work for the engine, or a doubt about it; otherwise it is soon asked less often."""
         (self._pace.busy.set if busy else self._pace.busy.clear)()
@@ -114,6 +122,8 @@ class EngineMonitor:
         """Recognise the engine again: a new process may differ in kind, model and accepted canaries."""
         if self.canary is not None:
             self.canary.forget_model()
+        if self._images is not None:
+            self._images.forget()
         self.processes += 1
         self._restarted.set()
 
@@ -128,7 +138,12 @@ class EngineMonitor:
             self._restarted.clear()
             await self._set_up()
             async with asyncio.TaskGroup() as group:
-                work = self.scrape.run(self._session), self._sleep.run(), self._identify(self.kind)
+                work = (
+                    self.scrape.run(self._session),
+                    self._sleep.run(),
+                    self._identify(self.kind),
+                    self._check_images(),
+                )
                 readers = [group.create_task(reading) for reading in work]
                 await self._restarted.wait()
                 for reader in readers:
@@ -137,6 +152,7 @@ class EngineMonitor:
     async def _set_up(self) -> None:
         """Recognise this engine process and create its signals."""
         self._missing.clear()
+        self._identified.clear()
         self.scrape.unanswered = False  # that was the process before
         if self._settings.engine_kind == "auto":
             name = await self._recognise()
@@ -180,15 +196,22 @@ class EngineMonitor:
             pages = {**pages, **(await self._request(*paths)).pages}
             identity = registry.identity(pages)
             if identity.models:
-                if not identity.prepared and self._settings.images != "off":
-                    _log.info("engine %s: %s", self._settings.engine, registry.NO_PNM)
                 self.identity = identity
+                self._identified.set()
                 break
             self._missing -= set(kind.model_paths)  # a front may have none until its models are there
             await asyncio.sleep(interval)
             interval = min(2 * interval, MAX_IDENTITY_INTERVAL_S)
         pages["/metrics"] = await self.scrape.first_page()
         self.identity = registry.identity(pages)
+
+    async def _check_images(self) -> None:
+        """Find out whether this engine process gets prepared images."""
+        await self._identified.wait()
+        if self._images is not None:
+            url, model = self._address.base, self._settings.canary_model
+            about = self.kind_name, self.identity, lambda: self.resting
+            await self._images.run(self._session, url, self._headers, model, *about)
 
     async def _recognise(self) -> str:
         """The engine's kind; `openai` after MAX_INCONCLUSIVE_ATTEMPTS."""

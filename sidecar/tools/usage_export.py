@@ -3,9 +3,14 @@
     sidecar usage export --format focus --from 2026-11-01 --until 2026-12-01 --out november.csv
     sidecar usage export --format jsonl --mark /var/lib/billing/pod-0.mark --out pod-0-$(date +%s).jsonl
 
-Rules: only hours that are final are written: those that ended more than an hour ago. So an hour exported twice is
-the same twice, and each row has an id. With --mark, only hours since the last export are written; the
-mark moves after the rows are written, so that an export that failed is repeated.
+Rules:
+- Only hours that are final are written: those that ended more than an hour ago. So an hour exported twice is the same
+  twice, and each row has an id.
+- With --mark, only hours since the last export are written; the mark moves after the rows are written, so that an
+  export that failed is repeated.
+- A file that was too full holds rows of days instead of old hours (--usage-bytes). With --mark they are written as rows
+  of a day, as they were never written as hours. Without it they are refused: an earlier export may hold their hours,
+  and what adds up rows by their ids would count them twice.
 """
 
 from __future__ import annotations
@@ -25,9 +30,9 @@ from typing import Final, TextIO
 
 from sidecar.errors import UsageError
 from sidecar.flags import directory, file_path, flag, one_of, text
-from sidecar.report.usage_export import GROUPED_BY, Exporter, ExportRow, final_until, focus, record
-from sidecar.report.usage_query import provenance, read
-from sidecar.report.usage_rows import HOUR_S, UsageSums
+from sidecar.report.usage_export import ExportRow, exporter_of, final_until, focus, record
+from sidecar.report.usage_query import EMPTY_ROW, hours, provenance
+from sidecar.report.usage_rows import HOUR_S, UsageKey
 from sidecar.report.usage_store import USAGE_FILE
 from sidecar.settings import require_writable
 from sidecar.tools.usage import NoUsageRecords, as_text, moment, seconds_of, time_zone, zone_of
@@ -62,16 +67,17 @@ def main(settings: ExportSettings) -> int:
     since, until = export_range(settings, _read_mark(settings.mark), time.time())
     path = Path(settings.state_dir) / USAGE_FILE
     try:
-        origins = provenance(path).origins
         pod = settings.pod or os.environ.get("POD_NAME") or socket.gethostname()
-        names = settings.account, settings.provider, settings.currency
-        by = Exporter("+".join(sorted(origins)) or pod, pod, *names)
-        found = [record(row, by) for row in read(path, since, until, GROUPED_BY)] if since < until else []
+        by = exporter_of(provenance(path), pod, settings.account, settings.provider, settings.currency)
+        kept = hours(path, since, until) if since < until else []
     except (OSError, sqlite3.Error) as e:
         raise NoUsageRecords(f"--state-dir: the usage records {path} cannot be read: {e}") from None
+    if not settings.mark:
+        require_hours([key for key, _ in kept])
+    found = [record(key, sums, by) for key, sums in kept]
     found.sort(key=lambda row: (row["start"], row["id"]))
     rows = [focus(row, by) for row in found] if settings.format == "focus" else found
-    empty = record((("1970-01-01T00:00Z", "", "", "", "", "", 1, 0.0), UsageSums()), by)
+    empty = record(*EMPTY_ROW, by)
     head = list(focus(empty, by) if settings.format == "focus" else empty)
     if settings.out:
         with Path(settings.out).open("w", newline="") as out:
@@ -94,6 +100,17 @@ def export_range(settings: ExportSettings, mark: int, now: float) -> tuple[int, 
     if since % HOUR_S or until % HOUR_S:
         raise UsageError("--from and --until: name full hours of UTC")
     return since, until
+
+
+def require_hours(keys: Sequence[UsageKey]) -> None:
+    """Raises UsageError where rows are sums of days: they cannot be written as the hours that they were."""
+    days = [key.at + key.span for key in keys if key.span > HOUR_S]
+    if days:
+        until = datetime.fromtimestamp(max(days), UTC)
+        raise UsageError(
+            f"the records until {until:%Y-%m-%dT%H:%MZ} are kept by the day, as the file was too full; "
+            f"use --from {until:%Y-%m-%dT%H:%M}, or --mark, which writes them once, as days"
+        )
 
 
 def as_json_lines(rows: Sequence[ExportRow], head: Sequence[str], file: TextIO) -> None:

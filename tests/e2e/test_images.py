@@ -6,7 +6,6 @@ import asyncio
 import base64
 import io
 import json
-import uuid
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -21,11 +20,13 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from PIL import Image
 
 from sidecar.client import Client, Preprocessed, PreprocessError
-from sidecar.engines.registry import NO_PNM
+from sidecar.engines.image_loading import ENGINE_REASONS
 from sidecar.images.shm_cache import FOLDER_PREFIX, SHARED_PREFIX
 from sidecar.tools.scripted_engine.server import EngineSettings, ScriptedEngine
 from sidecar.tools.synthetic_photos import photo
 
+from .. import seeing_engine
+from ..seeing_engine import prompt_tokens
 from ..waiting import PATIENCE
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -53,6 +54,7 @@ class Recorder:
         self.headers: list[Any] = []
         self.spans: list[Any] = []
         self.traced = asyncio.Event()
+        self.processor = seeing_engine.processor(CONFIG)
         self.url = ""
 
     async def chat(self, request: web.Request) -> web.Response:
@@ -60,7 +62,8 @@ class Recorder:
         if body.get("max_tokens") != 1:  # the canary's
             self.bodies.append(body)
             self.headers.append(request.headers.copy())
-        usage = {"prompt_tokens": 10, "completion_tokens": 2}
+        tokens = prompt_tokens(body, self.processor) if "image_url" in str(body) and body.get("max_tokens") == 1 else 9
+        usage = {"prompt_tokens": tokens, "completion_tokens": 2}
         return web.json_response({"choices": [{"message": {"content": "ok"}}], "usage": usage})
 
     async def collect(self, request: web.Request) -> web.Response:
@@ -76,6 +79,9 @@ class Recorder:
             await self.traced.wait()
         return found
 
+    async def version(self, _: web.Request) -> web.Response:
+        return web.json_response({"version": "0.32.0"})
+
     async def models(self, _: web.Request) -> web.Response:
         return web.json_response({"data": [{"id": "tiny", "owned_by": self.owner}]})
 
@@ -88,6 +94,7 @@ async def recording(owner: str) -> AsyncIterator[Recorder]:
     app.router.add_post("/v1/chat/completions", recorder.chat)
     app.router.add_post("/v1/completions", recorder.chat)
     app.router.add_get("/v1/models", recorder.models)
+    app.router.add_get("/version", recorder.version)
     app.router.add_post("/v1/traces", recorder.collect)
     runner = web.AppRunner(app)
     await runner.setup()
@@ -120,6 +127,7 @@ async def sidecar(recorder: Recorder, sidecars: Any, tmp_path_factory: Any, requ
             image_urls=recorder.url.removeprefix("http://"),
         )
         await sidecar.until_verdict("idle")
+        await until_prepared(sidecar)
         yield sidecar
 
 
@@ -152,12 +160,16 @@ def processor(**more: Any) -> Any:
 
 
 async def ask(sidecar: Any, body: Any, **headers: str) -> tuple[int, Any, Any]:
-    # the image workers load torch for some seconds; until then the answer is 503 with Retry-After
-    for _ in range(100):
-        async with sidecar.session.post(sidecar.relay + "/v1/chat/completions", json=body, headers=headers) as answer:
-            if answer.status != 503:
-                return answer.status, await answer.json(), answer.headers
-    raise AssertionError("images never became ready")
+    async with sidecar.session.post(sidecar.relay + "/v1/chat/completions", json=body, headers=headers) as answer:
+        return answer.status, await answer.json(), answer.headers
+
+
+async def until_prepared(sidecar: Any) -> None:
+    """Send an image until one is prepared: workers load torch for some seconds, and the engine is looked at first."""
+    body = chat(data_url(photo(400, 300, 99)))
+    async with asyncio.timeout(PATIENCE):
+        while 'sidecar_images_total{format="jpeg",outcome="ok"' not in (await sidecar.get("/metrics"))[1]:
+            assert (await ask(sidecar, body))[0] == 200
 
 
 async def test_the_engine_sees_a_lossless_image_of_the_final_size(recorder: Recorder, sidecar: Any) -> None:
@@ -198,33 +210,33 @@ async def test_an_image_is_counted_and_its_time_told_by_stage(recorder: Recorder
     snapshot = await sidecar.until(lambda s: dict(s["images"]["outcomes"]).get("ok", 0) >= before + 2)
     assert {stage for stage, _, _ in snapshot["images"]["stages"]} >= {"decode", "resize", "encode"}
     for outcome in ("ok", "passed"):
-        await sidecar.until_metrics(f'sidecar_images_total{{format="jpeg",outcome="{outcome}"}}')
+        await sidecar.until_metrics(f'sidecar_images_total{{format="jpeg",outcome="{outcome}"')
 
 
-@pytest.mark.parametrize(
-    ("data", "code"),
-    [
-        (b"\xff\xd8\xff\xe0 this is no jpeg", "image_"),
-        (photo(640, 480, 1)[:9000], "image_"),
-        (b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR\x00\x01\xff\xff\x00\x01\xff\xff\x08\x02\x00\x00\x00", "image_"),
-    ],
-)
-async def test_broken_and_hostile_images_are_a_400_that_names_the_part(
-    recorder: Recorder, sidecar: Any, data: bytes, code: str
+HOSTILE = {
+    "broken": photo(640, 480, 1)[:9000],
+    "too_many_pixels": b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR\x00\x01\xff\xff\x00\x01\xff\xff\x08\x02\x00\x00\x00",
+    "unknown_format": b"this is no image",
+}
+
+
+@pytest.mark.parametrize("reason", HOSTILE)
+async def test_broken_and_hostile_images_are_the_engines_to_refuse(
+    recorder: Recorder, sidecar: Any, reason: str
 ) -> None:
-    """Nothing crashes, the engine is not asked, the request is rejected and names no tenant; the next one is served."""
-    good = data_url(photo(480, 320, 3))
-    trace_id = uuid.uuid4().hex
-    context = {"x-tenant-id": "mallory", "traceparent": f"00-{trace_id}-{'cd' * 8}-01"}
-    status, body, _ = await ask(sidecar, chat(good, data_url(data)), **context)
-    assert status == 400, body
-    assert body["error"]["code"].startswith(code) and "messages[0].content[2]" in body["error"]["message"]
-    assert not recorder.bodies
-    _ = await sidecar.until(lambda s: any(t["tenant"] == "other" and t["requests_total"] > 0 for t in s["tenants"]))
-    await sidecar.until_metrics('outcome="rejected",tenant="other"}')
-    spans = await recorder.span_of(trace_id, 1)
-    assert any(a.value.string_value == "rejected" for s in spans for a in s.attributes if a.key == "sidecar.outcome")
-    assert (await ask(sidecar, chat(good)))[0] == 200
+    """The image reaches the engine as it came, counted with its reason, and the one next to it is prepared.
+
+    `/v1/preprocess`, which has no engine to ask, answers 400 and names the image.
+    """
+    bad = data_url(HOSTILE[reason])
+    status, body, _ = await ask(sidecar, chat(data_url(photo(480, 320, 3)), bad))
+    assert status == 200, body
+    urls = [part["image_url"]["url"] for part in recorder.bodies[-1]["messages"][0]["content"][1:]]
+    assert urls[0].startswith("data:image/x-portable-pixmap") and urls[1] == bad
+    await sidecar.until_metrics(f'outcome="passed",reason="{reason}"}}')
+    async with sidecar.session.post(sidecar.relay + "/v1/preprocess", json={"images": [bad]}) as answer:
+        error = (await answer.json())["error"]
+        assert (answer.status, error["code"]) == (400, f"image_{reason}") and "images[0]" in error["message"]
 
 
 async def test_preprocess_returns_what_the_hugging_face_processor_returns(sidecar: Any) -> None:
@@ -245,7 +257,7 @@ async def test_preprocess_returns_what_the_hugging_face_processor_returns(sideca
 
 
 async def test_an_image_server_that_dies_is_replaced(recorder: Recorder, sidecar: Any) -> None:
-    """kill -9 of the image server and its workers: the next image waits for a new one; control and relay survive."""
+    """kill -9 of the image server and its workers: images pass until there is a new one; control and relay survive."""
     assert (await ask(sidecar, chat(data_url(photo(640, 480, 3)))))[0] == 200
     control = await sidecar.control()
     supervisor = psutil.Process(sidecar.process.pid)
@@ -253,8 +265,15 @@ async def test_an_image_server_that_dies_is_replaced(recorder: Recorder, sidecar
     (server,) = [p for p in supervisor.children() if "image-server" in p.cmdline()]
     server.kill()
     await asyncio.to_thread(psutil.wait_procs, [server], 30)
-    status, _, _ = await ask(sidecar, chat(data_url(photo(640, 480, 4))))
-    assert status == 200 and await sidecar.control() == control
+    async with asyncio.timeout(PATIENCE):
+        prepared = False
+        while not prepared:
+            status, _, _ = await ask(sidecar, chat(data_url(photo(640, 480, 4))))
+            assert status == 200
+            url = recorder.bodies[-1]["messages"][0]["content"][1]["image_url"]["url"]
+            prepared = url.startswith("data:image/x-portable-pixmap")
+    await sidecar.until_metrics('outcome="passed",reason="workers_away"}')
+    assert await sidecar.control() == control
     assert (await sidecar.get("/livez"))[0] == 200
 
 
@@ -305,9 +324,11 @@ async def test_an_engine_that_reads_no_pnm_is_served_as_it_came(
         engine.faults.start("no_pnm")
         sidecar = await start(engine.url, images="inline", model=str(tmp_path), image_workers="1", kill_interval="0")
         body = chat(data_url(photo(640, 480, 3))) | {"model": "scripted"}
-        for outcome in ("ok", "passed"):
-            assert (await ask(sidecar, body))[0] == 200
-            await sidecar.until_metrics(f'sidecar_images_total{{format="jpeg",outcome="{outcome}"}} 1.0')
+        async with asyncio.timeout(PATIENCE):
+            while not any("prepared image" in line for line in sidecar.log):
+                assert (await ask(sidecar, body))[0] == 200
+        assert (await ask(sidecar, body))[0] == 200
+        await sidecar.until_metrics('sidecar_images_total{format="jpeg",outcome="passed",reason="refused"}')
         said = [line for line in sidecar.log if "prepared image" in line]
         assert len(said) == 1 and "answered 500" in said[0]
         engine.faults.clear()
@@ -333,7 +354,7 @@ async def test_an_engine_that_says_that_it_reads_no_pnm_gets_none(
         async with asyncio.timeout(PATIENCE):
             while not recorder.bodies or recorder.bodies[-1] != body:
                 assert (await ask(sidecar, body))[0] == 200
-        assert any(NO_PNM in line for line in sidecar.log)
+        assert any(ENGINE_REASONS["rust_front_end"] in line for line in sidecar.log)
 
 
 @pytest.mark.parametrize("shm", [False, True], ids=["body", "shm"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import re
 import signal
@@ -11,11 +12,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from sidecar.report.usage_query import read
 from sidecar.report.usage_rows import PendingUsage, Rate, UsageKey, UsageSums
 from sidecar.report.usage_store import USAGE_FILE, UsageStore
 from sidecar.tools.scripted_engine.server import ScriptedEngine
 
+from ..postgres_server import PostgresServer
 from ..waiting import PATIENCE
 
 
@@ -90,3 +94,35 @@ async def test_no_bill_is_dropped_silently(engine: ScriptedEngine, start: Any, t
     page = await sidecar.until_metrics('sidecar_usage_evicted_rows_total{billable="yes",why="size"}')
     [lost] = re.findall(r'sidecar_usage_evicted_mu_total\{why="size"\} (\S+)', page)
     assert float(lost) > 0
+
+
+async def test_the_end_leaves_every_request_in_the_database_and_the_log(
+    engine: ScriptedEngine, start: Any, postgres: PostgresServer
+) -> None:
+    """The database is down at the start and back before the end: its rows, the file and the log of requests agree."""
+    import psycopg
+
+    postgres.stop()
+    sidecar = await start(engine.url, usage_url=postgres.url, request_log_bytes="1M")
+    await sidecar.until_verdict("idle")
+    ids = list[str]()
+    for tenant in ("a", "a", "b"):
+        async with sidecar.chat(tokens=3, **{"x-tenant-id": tenant}) as answer:
+            await answer.read()
+            ids.append(answer.headers["x-request-id"])
+    await sidecar.until_metrics('sidecar_usage_database_writes_total{result="failed"} 1')
+    postgres.start()
+    assert await sidecar.stop() == 0
+    lines = [json.loads(line) for line in (sidecar.state / "requests.jsonl").read_text().splitlines()]
+    query = "SELECT tenant, sum(requests), sum(mu), sum(output_tokens) FROM sidecar_usage WHERE requests > 0 GROUP BY 1"
+    with psycopg.connect(postgres.url) as db:
+        found = {tenant: tuple(map(float, sums)) for tenant, *sums in db.execute(query)}
+        assert db.execute("SELECT sum(gpu_seconds) > 0 FROM sidecar_usage WHERE outcome = 'idle'").fetchone() == (True,)
+    for tenant, count in (("a", 2), ("b", 1)):
+        of = [line for line in lines if line["tenant"] == tenant]
+        assert found[tenant] == pytest.approx(
+            (count, sum(line["mu"] for line in of), sum(line["tokens"]["out"] for line in of)), abs=1e-4
+        )
+    assert [line["id"] for line in lines] == ids, "those that clients know"
+    text = "".join(sidecar.log)
+    assert "cannot write usage records to --usage-url" in text and "secret-word" not in text

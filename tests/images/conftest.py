@@ -86,6 +86,7 @@ def _tell(stdin: IO[bytes], chosen: Settings) -> None:
 def patience(monkeypatch: pytest.MonkeyPatch) -> None:
     """Machines that run tests are busy: give a starting server more time than users should wait."""
     monkeypatch.setattr("sidecar.images.worker_queue.QUEUE_TIMEOUT_S", 90.0)
+    monkeypatch.setattr("sidecar.images.worker_queue.INLINE_WAIT_S", 90.0)
 
 
 @pytest.fixture(scope="session")

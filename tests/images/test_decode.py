@@ -33,14 +33,12 @@ def engine(data: bytes) -> np.ndarray[Any, Any] | None:
         with contextlib.suppress(Exception):
             image = ImageOps.exif_transpose(image)
         image.load()
-        if image.mode == "RGB":
-            return np.asarray(image)
         if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
             rgba = image.convert("RGBA")
             flat = Image.new("RGB", rgba.size, (255, 255, 255))
             flat.paste(rgba, mask=rgba.split()[3])
             return np.asarray(flat)
-        return np.asarray(image.convert("RGB"))
+        return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
     except Exception:  # noqa: BLE001  whatever it is, the engine refuses
         return None
 

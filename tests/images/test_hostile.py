@@ -17,10 +17,8 @@ from sidecar.images.protocol import ImageLimits
 from sidecar.images.service import ImageService
 from sidecar.images.worker import tensors
 from sidecar.images.worker.worker import memory_bound
-from sidecar.images.worker_queue import WorkerQueue
 from sidecar.kernels import families
-from sidecar.kernels.grid import PatchSpec, ProcessorSpec
-from sidecar.settings import Settings
+from sidecar.kernels.grid import PatchSpec
 from sidecar.tools import synthetic_photos
 
 from . import corpus, jpegs
@@ -173,13 +171,17 @@ async def test_the_corpus_ends_as_in_the_engine(server: Server) -> None:
     ), most
 
 
-async def test_a_file_of_endless_scans_ends_by_its_deadline(server: Server, spec: ProcessorSpec) -> None:
-    """A hundred kilobytes that would take a decoder many seconds cost no more than their deadline."""
-    queue = WorkerQueue(server.path, server.settings, deadline=0.5)
-    hasty = ImageService(server.path, Settings(image_workers=2), spec, queue=queue)
+@pytest.mark.parametrize(("side", "count"), [(4400, 406), (4400, 12), (1000, 241)])
+async def test_a_file_of_endless_scans_is_not_decoded(images: ImageService, side: int, count: int) -> None:
+    """A hundred kilobytes that would hold a decoder for seconds are refused at once, by scans and pixels."""
+    data = jpegs.scans(side, side, count)
     with pytest.raises(BadImage) as refused:
-        await hasty.inline(base64.b64encode(jpegs.scans(4400, 4400, 4000)), "part")
-    assert refused.value.reason == "image_deadline"
-    assert (
-        await ImageService(server.path, server.settings, spec).inline(base64.b64encode(PHOTO), "part")
-    ).outcome == "ok"
+        await images.tensors([(data, False)])
+    assert refused.value.reason == "image_too_many_scans"
+    assert (await images.inline(base64.b64encode(PHOTO), "part")).outcome == "ok"
+
+
+@pytest.mark.parametrize(("side", "count"), [(4400, 9), (1000, 238)])
+async def test_a_file_of_many_scans_is_decoded(images: ImageService, side: int, count: int) -> None:
+    """As many scans as encoders write, at the most pixels, and more in a small image."""
+    assert (await images.tensors([(jpegs.scans(side, side, count), False)]))[0].prepared.outcome == "ok"

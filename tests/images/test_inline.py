@@ -99,15 +99,40 @@ async def test_an_image_that_would_not_shrink_is_prepared_for_shared_memory_alon
     assert torch.equal(a["pixel_values"], b["pixel_values"])
 
 
-async def test_transparent_parts_turn_white(images: ImageService) -> None:
-    """A transparent pixel reaches the engine as the white that the engine would have put there."""
-    picture = Image.new("RGBA", (560, 560), (255, 0, 0, 0))
+def png(picture: Image.Image, **options: Any) -> bytes:
     out = io.BytesIO()
-    picture.save(out, "PNG")
-    got = await images.inline(base64.b64encode(out.getvalue()), "x")
-    assert got.base64 is not None
-    pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(got.base64))))
-    assert pixels.shape == (224, 224, 3) and (pixels == 255).all()
+    picture.save(out, "PNG", **options)
+    return base64.b64encode(out.getvalue())
+
+
+TRANSPARENT = {
+    "alpha": png(Image.new("RGBA", (560, 560), (255, 0, 0, 254))),
+    "a colour key": png(Image.new("RGB", (560, 560), (255, 0, 0)), transparency=(255, 0, 0)),
+    "a grey key": png(Image.new("L", (560, 560), 9), transparency=9),
+    "a palette": png(Image.new("RGB", (560, 560), (9, 8, 7)).quantize(4), transparency=0),
+}
+
+
+@pytest.mark.parametrize("name", TRANSPARENT)
+async def test_transparent_parts_are_the_engines_matter(images: ImageService, name: str) -> None:
+    """What is put behind them depends on the engine's version, libraries and settings: nothing takes their place."""
+    with pytest.raises(BadImage) as refused:
+        await images.inline(TRANSPARENT[name], "x")
+    assert refused.value.reason == "image_transparent"
+    [made] = await images.tensors([(TRANSPARENT[name], True)])
+    assert made.prepared.outcome == "ok"
+
+
+async def test_alpha_that_hides_nothing_is_left_out(images: ImageService) -> None:
+    """An opaque image with an alpha channel, or with a key that no pixel has, is prepared like any other."""
+    for data in (
+        png(Image.new("RGBA", (560, 560), (255, 0, 0, 255))),
+        png(Image.new("RGB", (560, 560), (255, 0, 0)), transparency=(0, 0, 1)),
+    ):
+        got = await images.inline(data, "x")
+        assert got.base64 is not None
+        pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(got.base64))))
+        assert (pixels == (255, 0, 0)).all()
 
 
 @pytest.mark.parametrize("how", [1, 6])

@@ -279,6 +279,32 @@ async def test_no_server_is_busy(tmp_path: Path, spec: ProcessorSpec, monkeypatc
         await images.inline(PHOTO, "x")
 
 
+async def test_an_image_of_a_request_hardly_waits_for_a_worker(
+    tmp_path: Path, spec: ProcessorSpec, heavy: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a server the first image waits a moment, the next not at all; both are taken once a worker answers."""
+    monkeypatch.setattr("sidecar.images.worker_queue.INLINE_WAIT_S", 0.05)
+    chosen = Settings(image_workers=1, images_device="cpu", image_max_pixels=20_000_000)
+    images = ImageService(str(tmp_path / "images.sock"), chosen, spec)
+    with pytest.raises(ImagesBusy) as busy:
+        await images.inline(heavy, "x")
+    assert busy.value.why == "workers_away"
+    search = images._workers._search
+    assert search is not None and not search.done()
+    monkeypatch.setattr("sidecar.images.worker_queue.INLINE_WAIT_S", PATIENCE)
+    with pytest.raises(ImagesBusy) as busy:
+        await images.inline(heavy, "x")
+    assert busy.value.why == "workers_away" and not search.done(), "it did not wait"
+    server = Server(tmp_path, chosen)
+    try:
+        async with asyncio.timeout(PATIENCE):
+            await search
+        assert (await images.inline(heavy, "x")).outcome == "ok"
+    finally:
+        server.stop()
+        await images.close()
+
+
 async def test_a_closed_client_takes_no_more(images: ImageService) -> None:
     """After close() an image is refused as busy."""
     await images.close()

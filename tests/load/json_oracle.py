@@ -17,7 +17,7 @@ _PROMPT_KEYS: Final = (
     *("input_prefix", "input_suffix", "input_extra"),
     *("texts", "message", "chat_history", "preamble"),
     *("state", "questions", "data_1", "data_2", "instances"),
-    *("context", "template", "chat_template_kwargs"),
+    *("context", "template", "chat_template_kwargs", "text_input", "sentences"),
 )
 _PRINTED_PROMPTS: Final = ("tools", "state", "questions")
 # Limits of one choice's output tokens, by precedence; nested ones are TGI's and SGLang's.
@@ -31,6 +31,7 @@ _VIDEO_TYPES: Final = frozenset(("video_url", "input_video", "video"))
 _MEDIA_TYPES: Final = _IMAGE_TYPES | _AUDIO_TYPES | _VIDEO_TYPES
 _TEXT_KEYS: Final = ("text", "content")  # read by engines regardless of the part's type
 _PRINTED_KEYS: Final = frozenset(("tools", "tool", "arguments"))  # JSON that engines print into the prompt
+_SEALED_KEYS: Final = frozenset(("signature", "encrypted_content"))  # thoughts that only the engine's maker can read
 _BINARY_KEYS: Final = frozenset(("data", "file_data"))  # base64 in every API: documents, files, embeddings
 # Members that make a request wait for something of its own, while later ones are served: a grammar that is compiled, KV
 # blocks or weights that are fetched, a slot. Those of holders are TGI's and SGLang's.
@@ -90,7 +91,8 @@ def describe(payload: dict[str, Any] | None, route: str, body_bytes: int) -> Req
         messages=len(messages) if isinstance(messages, list) else 0,
         token_ids=token_ids,
         images=sum(media[kind] for kind in _IMAGE_TYPES) + _held(payload, "images", "image_data"),
-        audios=sum(media[kind] for kind in _AUDIO_TYPES) + _held(payload, "audio_data", "audio"),
+        audios=(audios := sum(media[kind] for kind in _AUDIO_TYPES) + _held(payload, "audio_data", "audio")),
+        audio_tokens=250 * audios,
         videos=(videos := sum(media[kind] for kind in _VIDEO_TYPES) + _held(payload, "video_data", "videos")),
         video_frames=videos * _frames(payload),
         ask_usage=stream and route in _STREAM_OPTIONS_ROUTES and _lacks_usage(payload.get("stream_options")),
@@ -271,9 +273,9 @@ def leaves(stack: list[Any], is_document: bool = False) -> Iterator[str | list[i
                 elif key in _MEDIA_TYPES:
                     if item:
                         yield {"type": key}
-                elif key == "images":
+                elif key in ("images", "multimodal_data"):
                     yield from [{"type": "image"} for _ in item] if isinstance(item, list) else ()
-                elif is_document or key not in _BINARY_KEYS or kind == "text":
+                elif is_document or (key not in _SEALED_KEYS and (key not in _BINARY_KEYS or kind == "text")):
                     stack.append(item)
 
 

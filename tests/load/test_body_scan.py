@@ -27,7 +27,9 @@ WORDS = sorted(
         *request_keys.MEDIA_TYPES,
         *request_keys.PRINTED_KEYS,
         *request_keys.BINARY_KEYS,
-        *("type", "url", "uuid", "strict", "function", "functions", "images", "tool_use", "role", "a", "b", ""),
+        *request_keys.SEALED_KEYS,
+        *request_keys.IMAGES_KEYS,
+        *("type", "url", "uuid", "strict", "function", "functions", "tool_use", "role", "a", "b", ""),
     }
 )
 URLS = (

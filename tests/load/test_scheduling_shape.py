@@ -66,6 +66,9 @@ def test_a_priority_is_a_number_of_64_bits(asked: Any, priority: int) -> None:
         {"messages": [{"content": [{"type": "image_url", "image_url": {"url": "https://x/y.png"}}]}]},
         {"messages": [{"content": [{"type": "input_image", "image_url": "HTTP://x/y.png"}]}]},
         {"messages": [{"content": [{"type": "audio_url", "audio_url": {"url": "http://x/y.wav"}}]}]},
+        {"messages": [{"content": [{"type": "input_audio", "input_audio": {"data": "AAAA", "format": "wav"}}]}]},
+        {"messages": [{"content": [{"type": "video_url", "video_url": {"url": "data:video/mp4;base64,AA"}}]}]},
+        {"text": "x", "audio_data": ["AAAA"]},
     ],
     ids=str,
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from sidecar.errors import UsageError
@@ -99,6 +99,9 @@ def test_never_more_than_rate_times_time_and_burst(
 
 
 @given(rates, st.floats(0, 100), st.floats(-50, 100), sizes)
+@example(60.0, 5e-324, 0.0, 1.0)
+@example(6000.0, 5e-324, -5e-324, 50.0)
+@example(0.6, 1e-7, -1e-7, 0.001)
 def test_the_wait_is_true(rate: float, burst: float, level: float, mu: float) -> None:
     """After the reported wait the request is admitted, and a hundredth earlier it is not."""
     limit, bucket = TenantLimit(rate, None, burst), TokenBucket(min(level, burst), 0.0)

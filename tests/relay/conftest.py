@@ -12,7 +12,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from sidecar.events import Event, Settled
+from sidecar.events import Event, LoadReport, Settled
 from sidecar.images.vllm_plugin import Handoffs
 from sidecar.load.cost_model import Coefficients
 from sidecar.load.estimator import Estimator
@@ -128,12 +128,13 @@ async def rig() -> AsyncIterator[Callable[..., Awaitable[Rig]]]:
             fetch: Any = None,
             kind: str = "vllm",
             shm: Any = None,
+            image_key: bytes = b"",
             pricing: Any = None,
             max_queued: int = MAX_QUEUED,
             client_stall: float = CLIENT_STALL_S,
             **settings: Any,
         ) -> Rig:
-            ways = {"images": images, "preprocess": preprocess, "fetch": fetch}
+            ways = {"images": images, "preprocess": preprocess, "fetch": fetch, "image_key": image_key}
             ways["handoffs"] = shm and (lambda: Handoffs(shm()))
             ways |= {"max_queued": max_queued, "client_stall": client_stall}
             own = Settings(engine=engine, engine_kind=kind, **settings)
@@ -152,6 +153,8 @@ async def emitted() -> EmittedEvents:
 async def _rig(own: Settings, pricing: Pricing, ways: dict[str, Any]) -> AsyncIterator[Rig]:
     emitted = EmittedEvents()
     relay = Relay(own, emitted, pricing, **ways)
+    if ways.get("images") is not None:  # to an engine that is not known no prepared images go
+        relay.on_command(LoadReport("{}", "", "idle", own.engine_kind))
     accepting = await asyncio.get_running_loop().create_server(relay.server, "127.0.0.1", 0)
     async with aiohttp.ClientSession(auto_decompress=False) as client:
         yield Rig(relay, accepting.sockets[0].getsockname(), client, emitted)

@@ -13,7 +13,7 @@ class Prepared:
     """What image work returns, for a test."""
 
     media_type, tokens, content_hash, format, outcome, seconds = "image/bmp", 77, "h0", "png", "ok", 0.5
-    stages, bytes_in, bytes_out, url, parameter = (("decode", 0.1),), 3, 9, "", ""
+    stages, bytes_in, bytes_out, url, reason, parameter = (("decode", 0.1),), 3, 9, "", "", ""
 
     def __init__(self, base64: bytes | None) -> None:
         self.base64 = base64
@@ -57,9 +57,9 @@ class Workers:
                 return Prepared(None)
         return Prepared(b"Qk0=")
 
-    def passed(self, data: memoryview, where: str, is_base64: bool = True) -> Prepared:
+    def passed(self, data: memoryview, reason: str, is_base64: bool = True) -> Prepared:
         came = Prepared(None)
-        came.outcome = "passed"
+        came.outcome, came.reason = "passed", reason
         return came
 
     def release(self, request: str) -> None:

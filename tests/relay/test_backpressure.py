@@ -10,6 +10,7 @@ from aiohttp import web
 from sidecar.events import RequestBlocked
 
 from ..waiting import PATIENCE
+from .metered_apis import DONE
 from .work import once
 
 BIG = b"data: " + b"x" * 65536 + b"\n\n"
@@ -71,6 +72,7 @@ async def test_a_client_that_reads_is_never_reported(rig: Any, serve: Any) -> No
         await response.write(BIG)
         async with asyncio.timeout(PATIENCE):
             await go_on.wait()
+        await response.write(DONE)
         return response
 
     r = await rig(await serve(engine), client_stall=0.1)
@@ -78,6 +80,6 @@ async def test_a_client_that_reads_is_never_reported(rig: Any, serve: Any) -> No
     reading = asyncio.create_task(got.read())
     await asyncio.wait((reading,), timeout=2.0)  # several looks of the relay
     go_on.set()
-    assert await reading == BIG
+    assert await reading == BIG + DONE
     assert not r.emitted.of(RequestBlocked)
     assert once(r.emitted)[1].outcome == "ok"

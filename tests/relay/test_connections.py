@@ -292,3 +292,31 @@ async def test_what_breaks_later_may_have_been_worked_on(
     r = await rig(await serve_raw(engine))
     assert [await get(r), await get(r)] == [200, 502]
     assert len(engine.whole) == 2
+
+
+async def test_what_a_busy_engine_closed_unread_is_sent_again(rig: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An event loop that stood still closes the idle connection before it looks at what came on it meanwhile."""
+    monkeypatch.setattr(engine_io, "MAX_STALE_S", 0.0)
+    loop = asyncio.get_running_loop()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.setblocking(False)
+
+        async def serve() -> None:
+            for ends in (True, False):
+                connection, _ = await loop.sock_accept(listener)
+                with connection:
+                    await loop.sock_recv(connection, 4096)
+                    await loop.sock_sendall(connection, OK)
+                    if ends:
+                        came = asyncio.Event()
+                        loop.add_reader(connection, came.set)
+                        await came.wait()
+                        loop.remove_reader(connection)
+                    else:
+                        await asyncio.Event().wait()
+
+        serving = asyncio.ensure_future(serve())
+        r = await rig(f"http://127.0.0.1:{listener.getsockname()[1]}")
+        assert [await get(r), await get(r)] == [200, 200]
+        serving.cancel()
+        await asyncio.wait((serving,))

@@ -108,7 +108,12 @@ async def test_what_is_not_metered_is_counted_and_logged_once(
 
     r, page = await rig(await serve(engine)), Metrics()
     caplog.set_level(logging.WARNING, "sidecar.relay.open_requests")
-    calls = [("POST", "/v9/new"), ("PUT", "/v9/new\u00e4\x01"), ("PUT", "/v9/newer"), ("POST", "/tokenize")]
+    calls = [
+        ("POST", "/v9/new/secret-key?token=secret"),
+        ("PUT", "/v9/new\u00e4\x01"),
+        ("PUT", "/v9/newer"),
+        ("POST", "/tokenize"),
+    ]
     calls += [("POST", "/v1/files"), ("POST", "/v1/load_lora_adapter"), ("GET", "/v1/models"), ("POST", "/sleep")]
     for method, path in calls:
         async with r.client.request(method, r.url + path) as answer:
@@ -125,4 +130,5 @@ async def test_what_is_not_metered_is_counted_and_logged_once(
     }
     assert counted == {"other": 3, "tokenizer": 1, "files": 1, "control": 1}
     [line] = [record.getMessage() for record in caplog.records if "not metered" in record.getMessage()]
-    assert "POST /v9/new " in line
+    assert "POST /v9/new/... " in line
+    assert "secret" not in line

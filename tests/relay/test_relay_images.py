@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import base64
 import json
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 from aiohttp import web
 
+from sidecar import images
+from sidecar.engines.image_loading import ROWS
+from sidecar.errors import UsageError
 from sidecar.events import STATES, Admitted, ImagePrepared, LoadReport
+from sidecar.images.pass_reasons import PASS_REASONS
 from sidecar.images.service import ImageService
 from sidecar.kernels import families
+from sidecar.launch.preflight import read_image_key
 from sidecar.relay.http.client import Request
+from sidecar.relay.media.image_refusals import Refusals
 from sidecar.relay.media.inline import MAX_IMAGES
 from sidecar.settings import Settings
 from sidecar.tools import synthetic_photos
@@ -79,6 +87,33 @@ async def test_the_name_of_an_image_is_one_tenants_and_cannot_be_computed(rig: A
     assert "h0" not in (first, other)
 
 
+async def test_replicas_with_one_key_file_give_an_image_one_name(rig: Any, serve: Any, tmp_path: Path) -> None:
+    """Engines that share KV blocks, and routers by prefix, find it again; tenants stay apart, and so do other keys."""
+    names: dict[str, list[str]] = {"acme": [], "umbrella": []}
+    for text in ("a secret of the whole fleet", "a secret of the whole fleet\n", "a secret of another fleet"):
+        file = tmp_path / str(len(names["acme"]))
+        file.write_text(text)
+        key = read_image_key(Settings(image_key_file=str(file)))
+        r = await rig(await serve(echo), images=Workers(), image_key=key)
+        for tenant, found in names.items():
+            headers = {"x-tenant-id": tenant}
+            async with r.client.post(r.url + "/v1/chat/completions", json=pictures("AAAA"), headers=headers) as got:
+                found.append((await got.json(content_type=None))["messages"][0]["content"][0]["uuid"])
+    for found in names.values():
+        assert found[0] == found[1] != found[2]
+    assert not set(names["acme"]) & set(names["umbrella"])
+    assert read_image_key(Settings()) != read_image_key(Settings()), "without a file each sidecar has its own"
+
+
+@pytest.mark.parametrize("content", [b"", b"short\n", b" " * 100])
+def test_a_key_that_can_be_guessed_is_refused(content: bytes, tmp_path: Path) -> None:
+    """The error says how to make one, and nothing of the file."""
+    (tmp_path / "key").write_bytes(content)
+    with pytest.raises(UsageError, match=r"--image-key-file.*urandom") as error:
+        read_image_key(Settings(image_key_file=str(tmp_path / "key")))
+    assert "short" not in str(error.value)
+
+
 async def test_a_tenant_of_any_bytes_is_served(rig: Any, serve: Any) -> None:
     """Names in UTF-8 and in Latin-1, as old clients send them, are the same tenant; others in Latin-1 are others."""
     r = await rig(await serve(echo), images=Workers())
@@ -100,37 +135,84 @@ async def test_a_uuid_of_the_client_is_kept_and_other_engines_get_none(rig: Any,
             assert (await got.json(content_type=None))["messages"][0]["content"][0].get("uuid") == uuid
 
 
-@pytest.mark.parametrize(
-    ("base64", "status", "code", "imaged"),
-    [
-        (["AAAA", "BAD/"], 400, "image_unknown_format", "rejected"),
-        (["BAD/", "BAD/", "HANG"], 400, "image_unknown_format", "rejected"),
-        (["AAAA"] * (MAX_IMAGES + 1), 400, "image_count", None),
-    ],
-)
-async def test_images_that_cannot_be_taken(
-    rig: Any, serve: Any, base64: list[str], status: int, code: str, imaged: str | None
-) -> None:
-    """A bad image or too many images end the request in OpenAI's form before the engine sees it."""
-    r = await rig(await serve(echo), images=Workers())
-    async with r.client.post(r.url + "/v1/chat/completions", json=pictures(*base64)) as got:
-        assert (got.status, (await got.json())["error"]["code"]) == (status, code)
-    admitted, settled = once(r.emitted)
-    assert (settled.outcome, settled.error, settled.sent_at, admitted.mu) == ("rejected", code, None, 0.0)
-    assert admitted.model == "m"
-    if imaged:
-        assert imaged in {i.outcome for i in r.emitted.of(ImagePrepared)}
+PASSED = {"BAD/": "unknown_format", "BUSY": "workers_busy", "DIES": "failed"}
 
 
-@pytest.mark.parametrize("trouble", ["BUSY", "DIES"])
-async def test_images_pass_as_they_came_while_no_worker_can_take_them(rig: Any, serve: Any, trouble: str) -> None:
-    """Workers that are full, away, or killed with an image cost no request: the engine can decode it itself."""
+@pytest.mark.parametrize("trouble", PASSED)
+async def test_what_cannot_be_prepared_passes_as_it_came(rig: Any, serve: Any, trouble: str) -> None:
+    """Workers that are full, or killed, and an image that they refuse, cost no request; the others are prepared."""
     r = await rig(await serve(echo), images=Workers())
-    async with r.client.post(r.url + "/v1/chat/completions", json=pictures(trouble)) as got:
+    async with r.client.post(r.url + "/v1/chat/completions", json=pictures(trouble, "AAAA")) as got:
         content = (await got.json(content_type=None))["messages"][0]["content"]
-    assert content[0]["image_url"]["url"] == f"data:image/png;base64,{trouble}"
+    assert content[0] == pictures(trouble)["messages"][0]["content"][0]
+    assert content[1]["image_url"]["url"] == "data:image/bmp;base64,Qk0="
     assert once(r.emitted)[1].outcome == "ok"
-    assert [i.outcome for i in r.emitted.of(ImagePrepared)] == ["passed"]
+    done = {(event.outcome, event.reason) for event in r.emitted.of(ImagePrepared)}
+    assert done == {("passed", PASSED[trouble]), ("ok", "")}
+
+
+async def test_images_beyond_a_number_pass(rig: Any, serve: Any) -> None:
+    """Engines take any number of images: the first are prepared, the others pass, and all are counted."""
+    workers, count = Workers(), 3 * MAX_IMAGES
+    r = await rig(await serve(echo), images=workers)
+    async with r.client.post(r.url + "/v1/chat/completions", json=pictures(*["AAAA"] * count)) as got:
+        content = (await got.json(content_type=None))["messages"][0]["content"]
+    urls = [part["image_url"]["url"] for part in content]
+    assert urls == ["data:image/bmp;base64,Qk0="] * MAX_IMAGES + ["data:image/png;base64,AAAA"] * (count - MAX_IMAGES)
+    assert len(workers.handed_over) == MAX_IMAGES
+    reasons = [event.reason for event in r.emitted.of(ImagePrepared)]
+    assert sorted(reasons) == [""] * MAX_IMAGES + ["count"] * (count - MAX_IMAGES)
+    assert once(r.emitted)[0].expected.images == count
+
+
+OWN_OPTIONS: dict[str, dict[str, Any]] = {
+    "a part": {"max_pixels": 50176},
+    "its URL": {"image_url": {"url": "data:image/png;base64,AAAA", "min_pixels": 3136}},
+    "a long part": {"note": "x" * 10_000},
+}
+
+
+@pytest.mark.parametrize("place", OWN_OPTIONS)
+async def test_a_part_that_sets_its_own_processing_passes(rig: Any, serve: Any, place: str) -> None:
+    """Sizes in an image's part are the engine's to read; the part next to it is prepared."""
+    r = await rig(await serve(echo), images=Workers())
+    body = pictures("AAAA", "AAAA", detail="low")
+    body["messages"][0]["content"][0] |= OWN_OPTIONS[place]
+    sent = json.loads(json.dumps(body))["messages"][0]["content"][0]
+    async with r.client.post(r.url + "/v1/chat/completions", json=body) as got:
+        first, second = (await got.json(content_type=None))["messages"][0]["content"]
+    assert first == sent and second["image_url"]["url"] == "data:image/bmp;base64,Qk0="
+    assert {event.reason for event in r.emitted.of(ImagePrepared)} == {"own_options", ""}
+
+
+async def test_a_request_that_sets_its_own_processing_is_counted(rig: Any, serve: Any) -> None:
+    """With mm_processor_kwargs the body goes on as it came, and its images are counted as passed."""
+    r = await rig(await serve(echo), images=Workers())
+    body = json.dumps(pictures("AAAA") | {"mm_processor_kwargs": {"max_pixels": 50176}}).encode()
+    async with r.client.post(r.url + "/v1/chat/completions", data=body) as got:
+        assert await got.read() == body
+    assert [event.reason for event in r.emitted.of(ImagePrepared)] == ["own_options"]
+
+
+async def test_images_pass_to_an_engine_that_is_not_known(rig: Any, serve: Any) -> None:
+    """Until control says what the engine is, and where it says that images are to pass, no worker is asked."""
+    workers = Workers()
+    r = await rig(await serve(echo), images=workers)
+    for reason in ("engine_unknown", "size_differs"):
+        r.relay.on_command(LoadReport("{}", "", "idle", "vllm", images_pass=reason))
+        async with r.client.post(r.url + "/v1/chat/completions", json=pictures("AAAA")) as got:
+            assert await got.json(content_type=None) == pictures("AAAA")
+    assert workers.handed_over == []
+    assert [event.reason for event in r.emitted.of(ImagePrepared)] == ["engine_unknown", "size_differs"]
+    assert Refusals().passing == "engine_unknown"
+
+
+def test_every_reason_is_said_in_words() -> None:
+    """What a worker or the queue refuses an image with has a text, and so has each reason of an engine."""
+    source = "".join(path.read_text() for path in Path(images.__file__).parent.rglob("*.py"))
+    refused = set(re.findall(r'ImageRejected\(\s*"image_(\w+)"', source)) | set(re.findall(r'"image_(\w+)"', source))
+    assert refused - {"url", "invalid", "unsupported"} <= set(PASS_REASONS)
+    assert {row.reason for row in ROWS} - {""} <= set(PASS_REASONS)
 
 
 async def test_shared_memory_is_for_a_vllm_that_reads_it(rig: Any, serve: Any) -> None:
@@ -165,7 +247,6 @@ async def test_no_gpu_beside_an_engine_that_starts(rig: Any, serve: Any) -> None
     """Images may use a GPU only under verdicts of an engine whose start is over and not about to come again."""
     workers = Workers()
     r = await rig(await serve(echo), images=workers)
-    assert not workers.gpu
     allowed = []
     for verdict in STATES:
         r.relay.on_command(LoadReport("{}", "", verdict))

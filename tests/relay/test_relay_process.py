@@ -39,10 +39,11 @@ RUN = """
 import socket, sys
 from sidecar import settings; from sidecar.load.cost_model import Coefficients
 from sidecar.relay.process import RelayContext, main
-context = RelayContext(settings.from_json(sys.argv[1]), Coefficients(), sys.argv[2], b"", index=3, restarts=2)
+context = RelayContext(settings.from_json(sys.argv[1]), Coefficients(), sys.argv[2], b"", b"", index=3, restarts=2)
 sys.exit(main(context, socket.socket(fileno=int(sys.argv[3]))))
 """
 EVENT = b'data: {"choices":[{"delta":{"content":"x"}}]}\n\n'
+DONE = b"data: [DONE]\n\n"
 
 
 class Control:
@@ -139,7 +140,7 @@ async def two_step_engine(serve: Any) -> tuple[str, asyncio.Event]:
         await response.write(EVENT)
         async with asyncio.timeout(PATIENCE):
             await go_on.wait()
-        await response.write(EVENT)
+        await response.write(EVENT + DONE)
         return response
 
     return await serve(engine), go_on
@@ -162,7 +163,7 @@ async def test_a_drain_lets_open_streams_finish(relay_process: Any, serve: Any, 
         process.process.send_signal(number)
         await process.refused()
         go_on.set()
-        assert await got.read() == EVENT
+        assert await got.read() == EVENT + DONE
     assert await process.ended() == (0, b"")
     await process.control.left.wait()
     assert process.emitted.of(Settled)[0].outcome == "ok"
@@ -178,15 +179,15 @@ async def test_it_outlives_its_control_process(relay_process: Any, serve: Any, e
         await process.control.die()
         process.path.unlink()
         go_on.set()
-        assert await streams[0].read() == EVENT  # without a control process
+        assert await streams[0].read() == EVENT + DONE  # without a control process
         async with client.post(process.url + "/v1/completions", json={"prompt": "x"}) as new:
-            assert await new.read() == EVENT * 2
+            assert await new.read() == EVENT * 2 + DONE
         later = type(emitted)()
         process.control = await Control.open(process.path, later)
         await later.wait(Settled, 2)
         assert isinstance(later.all[0], RelayConnected)
         assert (later.all[0].index, later.all[0].pid, later.all[0].restarts) == (3, process.process.pid, 2)
-        assert await streams[1].read() == EVENT
+        assert await streams[1].read() == EVENT + DONE
         await later.wait(Settled, 3)
     replayed = {event.id: event for event in later.of(Admitted)}
     assert set(replayed) == {event.id for event in later.of(Settled)} and len(replayed) == 3
@@ -207,7 +208,7 @@ async def test_the_next_control_process_learns_of_open_calls(relay_process: Any,
         process.control = await Control.open(process.path, later)
         assert await later.wait(UnreadRequest) == [open_call]
         go_on.set()
-        assert await got.read() == EVENT * 2
+        assert await got.read() == EVENT * 2 + DONE
         over = (await later.wait(UnreadRequest, 2))[1]
     assert (over.id, over.on, over.status) == (open_call.id, False, 200)
 

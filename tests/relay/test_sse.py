@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from sidecar.events import Usage
 from sidecar.load import answer_scan, usage_forms
+from sidecar.load.usage_forms import ToldUsage
 from sidecar.relay.sse import SSE, add_price
 
 PAGES = Path(__file__).parents[1] / "engines" / "pages" / "answers"
@@ -155,6 +156,16 @@ def test_anthropic_events_count_deltas_and_merge_usage() -> None:
         ("llamacpp-b10434-completion-two.sse", Usage(39, 6, 37)),
         ("llamacpp-b10434-completion-two.json", Usage(39, 8, 37)),
         ("llamacpp-b10434-embeddings", Usage(19, 0)),
+        ("sglang-0.5.23-chat", Usage(69, 6, 68)),
+        ("sglang-0.5.23-chat-two", Usage(69, 12, 68)),
+        ("sglang-0.5.23-completions.json", Usage(131, 10, 0)),
+        ("sglang-0.5.23-completions.sse", Usage(59, 5, 58)),
+        ("sglang-0.5.23-generate", Usage(59, 5, 58)),
+        ("sglang-0.5.23-generate-two.json", Usage(125, 10, 118)),
+        ("sglang-0.5.23-generate-two.sse", Usage(125, 10, 123)),
+        ("sglang-0.5.23-messages", Usage(69, 6, 68)),
+        ("sglang-0.5.23-ollama-chat.json", Usage(69, 5)),
+        ("sglang-0.5.23-responses", Usage(69, 4, 68)),  # of 6: its own count
     ],
 )
 def test_what_engines_answer_is_read_as_they_mean_it(page: str, usage: Usage) -> None:
@@ -170,6 +181,22 @@ def test_the_events_of_a_recorded_stream_are_its_tokens() -> None:
     """Neither the opening role, nor `null`, nor an end without text is one: what a client leaves is counted right."""
     for page, tokens in (("chat", 3), ("completion", 4), ("completion-two", 6), ("messages", 20), ("responses", 3)):
         assert run([(PAGES / f"llamacpp-b10434-{page}.sse").read_bytes()], hide=False)[1].tokens == tokens, page
+    for page, tokens in (("completions", 5), ("generate", 5), ("generate-two", 10)):
+        assert run([(PAGES / f"sglang-0.5.23-{page}.sse").read_bytes()], hide=False)[1].tokens == tokens, page
+
+
+def test_an_item_for_each_choice_counts_their_prompt_once() -> None:
+    """Recorded from SGLang: two choices of one prompt."""
+    read = usage_forms.read(answer_scan.read((PAGES / "sglang-0.5.23-generate-n.json").read_bytes()), 2)
+    assert read == ToldUsage(59, 10, 58)
+
+
+def test_a_stream_without_counts_is_counted() -> None:
+    """Recorded from SGLang's form of Ollama's API: five tokens, a line each, some without text yet."""
+    for page in ("chat", "generate"):
+        sse = SSE(False, is_lines=True)
+        sse.feed((PAGES / f"sglang-0.5.23-ollama-{page}.sse").read_bytes())
+        assert (sse.tokens, sse.told) == (5, None), page
 
 
 FAILURES = [

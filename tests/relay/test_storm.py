@@ -23,6 +23,7 @@ from sidecar.relay.pricing.quota import Quota
 from sidecar.relay.pricing.tenant_accounts import TenantAccounts, TenantCharge
 
 from ..waiting import PATIENCE
+from .metered_apis import DONE
 from .work import CHAT, TOKEN, sse
 
 
@@ -42,6 +43,7 @@ async def test_a_storm_leaves_nothing_behind(
         for event in sse(*[TOKEN] * dice.randrange(5)):
             await asyncio.sleep(dice.random() * 0.01)
             await response.write(event)
+        await response.write(DONE)
         return response
 
     limits, accounts = tmp_path / "limits.toml", TenantAccounts("", 1, 0)

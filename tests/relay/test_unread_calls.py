@@ -16,6 +16,7 @@ from sidecar.events import Admitted, Delivered, FirstToken, RequestBlocked, Unre
 from sidecar.relay import open_requests
 from sidecar.relay.engine_io import MAX_REPEATED_BYTES
 from sidecar.relay.unread_call import UnreadCall
+from sidecar.report.metrics import Metrics
 
 from ..waiting import PATIENCE
 from .test_relief import soon
@@ -317,7 +318,7 @@ async def test_what_a_drain_cuts_off_ends(rig: Any, serve: Any) -> None:
 
 
 async def test_the_calls_that_are_reported_are_bounded(rig: Any, serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Beyond the bound a call is served and not reported; the open ones end as before."""
+    """Beyond the bound a call is served and only counted, when it is over; the open ones end as before."""
     monkeypatch.setattr(open_requests, "MAX_UNREAD", 1)
     engine = HeldEngine()
     r = await rig(await serve(engine))
@@ -330,5 +331,20 @@ async def test_the_calls_that_are_reported_are_bounded(rig: Any, serve: Any, mon
     for asked in (first, second):
         async with await asked as got:
             assert got.status == 200
-    await r.emitted.wait(UnreadRequest, 2)
-    assert marks(r) == [(True, 0), (False, 200)]
+    await r.emitted.wait(UnreadRequest, 3)
+    begun, *over = r.emitted.of(UnreadRequest)
+    assert begun.on and not any(event.on for event in over)
+    assert sorted((event.id == begun.id, event.status, event.path_class) for event in over) == [
+        (False, 200, "other"),
+        (True, 200, ""),
+    ]
+    page = Metrics()
+    for event in r.emitted.of(UnreadRequest):
+        page.observe(event)
+    samples = [sample for family in page.collect() for sample in family.samples]
+    [counted] = [
+        sample.value
+        for sample in samples
+        if sample.name == "sidecar_unmetered_requests_total" and sample.labels["path_class"] == "other"
+    ]
+    assert counted == 2

@@ -43,7 +43,7 @@ def test_a_request_reaches_metrics_and_usage_records_once(tmp_path: Path) -> Non
     mu = sample("sidecar_mu_total", labels)
     assert sample("sidecar_requests_total", labels) == 1 and mu
     assert sample("sidecar_time_per_output_token_seconds_sum") == 1.0
-    assert sample("sidecar_images_total", {"format": "jpeg", "outcome": "ok"}) == 1
+    assert sample("sidecar_images_total", {"format": "jpeg", "outcome": "ok", "reason": ""}) == 1
     paid = sample("sidecar_cost_dollars_total", {"tenant": "t", "model": "m"})
     gpu_seconds = 8 * mu * unit_ms(CO) / 1000
     assert paid == pytest.approx(gpu_seconds / 1000), "$3.60 an hour are a tenth of a cent a second, of each GPU"

@@ -117,6 +117,29 @@ def test_a_mark_goes_on_from_the_last_export(export: Callable[..., str], tmp_pat
     assert out.read_text() == ""
 
 
+def test_days_are_not_exported_as_hours(export: Callable[..., str], capsys: Any, tmp_path: Path) -> None:
+    """Hours that a full file summed up to days are written once, as days, and only where no export had their hours."""
+    pod, mark, again = tmp_path / "pod", tmp_path / "mark", tmp_path / "again"
+    path = fill(pod, hours=200)
+    end = FINAL // DAY_S * DAY_S
+    whole = sum(sums.gpu_seconds for key, sums in all_rows(path) if key.at < end)
+    half, until = (time.strftime("%Y-%m-%dT%H:00", time.gmtime(at)) for at in (end - 30 * HOUR_S, end))
+    first = [json.loads(row) for row in export(pod, "--mark", str(mark), "--until", half).splitlines()]
+    UsageStore(pod, 60, 64 << 10).write(PendingUsage(), FINAL + 40 * DAY_S)  # too full, in 40 days
+    assert DAY_S in {key.span for key, _ in all_rows(path)}
+    assert run(["usage", "export", "--state-dir", str(pod)]) == 2
+    assert "kept by the day" in capsys.readouterr().err
+    second = [json.loads(row) for row in export(pod, "--mark", str(mark), "--until", until).splitlines()]
+    assert first and second and not {row["id"] for row in first} & {row["id"] for row in second}
+    ends = {row["end"] for row in first} & {row["start"] for row in second}
+    assert len(ends) == 1, "the second begins where the first ended"
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in (*first, *second)))
+    assert run(["usage", "merge", "--into", str(again), str(rows)]) == 0
+    merged = sum(sums.gpu_seconds for sums in total(again / USAGE_FILE).values())
+    assert merged == pytest.approx(whole)
+
+
 def test_focus_rows_are_whole(export: Callable[..., str], tmp_path: Path) -> None:
     """Every mandatory column of FOCUS 1.4, quantities times prices are costs, and the sum is the invoice."""
     fill(tmp_path / "pod")

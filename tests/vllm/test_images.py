@@ -58,7 +58,8 @@ def see_through(width: int, height: int) -> bytes:
     return out.getvalue()
 
 
-PASSES = "small, enlarged"  # the one that would not lose half of its pixels
+PASSES = "small, enlarged"  # it would not lose half of its pixels
+TRANSPARENT = "alpha"  # what is put behind it is the engine's setting
 BODIES: dict[str, dict[str, Any]] = {
     "1080p": chat(photo(1920, 1080, 1)),
     "720p": chat(photo(1280, 720, 2)),
@@ -70,7 +71,7 @@ BODIES: dict[str, dict[str, Any]] = {
     "grey": chat(encoded("JPEG", 800, 500)),
     "PNG": chat(encoded("PNG", 500, 400), media_type="image/png"),
     "WebP": chat(encoded("WEBP", 640, 480, quality=80), media_type="image/webp"),
-    "alpha": chat(see_through(640, 480), media_type="image/png"),
+    TRANSPARENT: chat(see_through(640, 480), media_type="image/png"),
     "two": chat(photo(1280, 720, 20), photo(600, 800, 21, exif_orientation=6)),
 }
 
@@ -85,7 +86,7 @@ class Recorder:
 
     async def handle(self, request: web.Request) -> web.Response:
         body = await request.read()
-        if request.path == PATH:
+        if request.path == PATH and b"logprobs" in body:  # not the image canary's
             self.bodies.append(json.loads(body))
         passed = {name: value for name, value in request.headers.items() if name.lower() in ("content-type", "accept")}
         async with self._http.request(
@@ -112,17 +113,26 @@ async def recording(engine_url: str, http: Http) -> AsyncIterator[tuple[str, Rec
 async def sidecar_for(
     start_sidecar: Callable[..., Sidecar], engine_url: str, model: Path, http: Http, **more: str
 ) -> Sidecar:
-    """A sidecar that prepares images for `model`, once its workers do; until then it answers 503."""
+    """A sidecar that prepares images for `model`, once its workers do and the engine has shown its image sizes."""
     sidecar = start_sidecar(engine_url, **({"model": str(model), "images": "inline"} | more))
 
-    async def prepares() -> bool:
-        image = io.BytesIO(encoded("PNG", 64, 64))
-        headers = {"content-type": "image/png", "accept": "application/json"}
-        async with http.post(f"{sidecar.url}/v1/preprocess", data=image, headers=headers) as answer:
-            return answer.status == 200
+    url = f"data:image/png;base64,{base64.b64encode(encoded('PNG', 640, 480)).decode()}"
+    parts = [{"type": "image_url", "image_url": {"url": url}}]
+    body = client.completion(max_tokens=1) | {"messages": [{"role": "user", "content": parts}]}
 
-    await client.until(prepares, "image workers")
+    async def prepares() -> bool:
+        await client.ask(http, sidecar.url + PATH, body)
+        return await prepared_images(sidecar, http) > 0
+
+    await client.until(prepares, "image workers and the engine's image sizes")
     return sidecar
+
+
+async def prepared_images(sidecar: Sidecar, http: Http, **labels: str) -> float:
+    """How many images the sidecar has prepared, or found in its cache."""
+    page = f"{sidecar.admin}/metrics"
+    found = [await client.sample(http, page, "sidecar_images_total", outcome=o, **labels) for o in ("ok", "cached")]
+    return sum(found)
 
 
 def formats(body: dict[str, Any]) -> list[str]:
@@ -157,7 +167,8 @@ async def test_the_pixels_are_the_same(
 ) -> None:
     """vLLM feeds the vision tower the same bits from the prepared image as from the original.
 
-    Over sizes, all EXIF orientations, formats and modes. Every image was really prepared but one, which would grow.
+    Over sizes, all EXIF orientations, formats and modes. Every image was really prepared but two: one that would grow,
+    and one with transparent parts.
     """
     async with recording(engine.url, http) as (url, recorder):
         sidecar = await sidecar_for(start_sidecar, url, engine.model, http)
@@ -173,7 +184,7 @@ async def test_the_pixels_are_the_same(
     prepared = {
         name: all(kind in LOSSLESS for kind in formats(sent)) for name, (_, sent) in zip(BODIES, pairs, strict=True)
     }
-    assert [name for name, made in prepared.items() if not made] == [PASSES]
+    assert [name for name, made in prepared.items() if not made] == [PASSES, TRANSPARENT]
     assert len({json.dumps(made) for made in seen}) == len(BODIES)
 
 
@@ -202,7 +213,7 @@ async def test_images_are_counted(engine: Engine, start_sidecar: Callable[..., S
     page = f"{sidecar.admin}/metrics"
 
     async def counted() -> bool:
-        images = await client.sample(http, page, "sidecar_images_total", format="jpeg", outcome="ok")
+        images = await prepared_images(sidecar, http, format="jpeg")
         requests = await client.sample(http, page, "sidecar_requests_total", tenant="acme", outcome="ok")
         return (images, requests) == (2, 1)
 

@@ -153,12 +153,13 @@ def open_image(job: ImageJob, payload: Data, spec: ProcessorSpec) -> DecodedImag
         check_size(header.height, header.width, job.limits)
         stages.end("unpack")
         size = turned(header.height, header.width, orientation(data) if header.tagged else 1)
-        return _passed(job, header, "", len(data), stages, predict(spec, *size))
+        reason = "not_smaller" if spec.inline else "processor"
+        return _passed(job, reason, header, "", len(data), stages, predict(spec, *size))
     digest = hashlib.blake2b(data, digest_size=16, key=spec.fingerprint.encode()).hexdigest()
     stages.end("unpack")
     if header.format not in file_headers.DECODED_FORMATS:
-        return _passed(job, header, digest, len(data), stages)
-    pixels = decode(data, header, job.limits)
+        return _passed(job, "format", header, digest, len(data), stages)
+    pixels = decode(data, header, job.limits, flatten=job.want not in INLINE)
     height, width = pixels.shape[-2:]
     stages.end("decode")
     try:
@@ -169,7 +170,7 @@ def open_image(job: ImageJob, payload: Data, spec: ProcessorSpec) -> DecodedImag
         check_size(*size, job.limits)
     too_large = job.want == PIXELS and not is_worth_resizing(height * width, geometry, client_chars)
     if too_large or (job.want in INLINE and not spec.keeps(geometry)):
-        return _passed(job, header, digest, len(data), stages, geometry)
+        return _passed(job, "not_smaller" if too_large else "processor", header, digest, len(data), stages, geometry)
     return DecodedImage(pixels, geometry, header, digest, len(data), stages)
 
 
@@ -215,11 +216,18 @@ def _done(image: DecodedImage, media_type: str) -> ImageDone:
 
 
 def _passed(
-    job: ImageJob, header: file_headers.Header, digest: str, size: int, stages: StageTimer, made: Geometry | None = None
+    job: ImageJob,
+    reason: str,
+    header: file_headers.Header,
+    digest: str,
+    size: int,
+    stages: StageTimer,
+    made: Geometry | None = None,
 ) -> ImageDone:
     """The reply for an image that the engine gets untouched; raises ImageRejected for jobs that need its pixels."""
     if job.want not in INLINE:
         raise ImageRejected("image_unsupported", f"{header.format} is not supported here; send JPEG, PNG or WebP")
     g = made or Geometry(0, 0)
     grid = (g.grid_t, g.grid_h, g.grid_w)
-    return ImageDone("passed", header.format, "", *g.size, grid, g.tokens, digest, tuple(stages.taken), size)
+    taken = tuple(stages.taken)
+    return ImageDone("passed", header.format, "", *g.size, grid, g.tokens, digest, taken, size, reason=reason)

@@ -73,9 +73,10 @@ class Body:
         self._wake()
 
     def end(self) -> None:
-        """All of it has come."""
-        self.ended = True
-        self._wake()
+        """All of it has come; too late, if it is broken already."""
+        if self.error is None:
+            self.ended = True
+            self._wake()
 
     def fail(self, error: BaseException) -> None:
         """The rest will not come. What came before can still be read."""

@@ -41,7 +41,15 @@ class NoTls(NotConnected):
 
 
 class Unanswered(EngineError):
-    """The connection broke before a byte of the answer came."""
+    """The connection broke before a byte of the answer came.
+
+    `unread`: by a reset, which is how the kernel ends a connection whose owner closes it and has not read all of it. So
+    the engine never saw the whole request.
+    """
+
+    def __init__(self, *, unread: bool = False) -> None:
+        super().__init__()
+        self.unread = unread
 
 
 class Answer:
@@ -166,7 +174,8 @@ class EngineConnection(Connection):
             self._tunnel(b"")
         if self._answer is not None and self._until_close and exc is None:
             self._answer.body.end()
-        self._break(Unanswered() if self._head_bytes == 0 else EngineError("the connection closed"))
+        unread = isinstance(exc, ConnectionResetError | BrokenPipeError)
+        self._break(Unanswered(unread=unread) if self._head_bytes == 0 else EngineError("the connection closed"))
 
     # --- llhttp ---
 

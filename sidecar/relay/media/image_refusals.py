@@ -1,8 +1,9 @@
-"""Whether the engine takes prepared images: what its load report states, and how it answers one.
+"""Whether the engine gets prepared images: what its load report states, and how it answers one.
 
-Rules: a prepared body that is larger than any that the engine accepted is a trial, and the original is kept until the
-answer begins. If a refusal mentions formats or size, the engine gets the original, once. If it accepts that, images
-pass unprepared from then on, until the engine is another process. The text of a refusal is matched and never logged.
+Rules: before the first load report nothing is known of the engine, and images pass. A prepared body that is larger
+than any that the engine accepted is a trial, and the original is kept until the answer begins. If a refusal mentions
+formats or size, the engine gets the original, once. If it accepts that, images pass unprepared from then on, until the
+engine is another process. The text of a refusal is matched and never logged.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import logging
 import re
 from typing import Final
 
+from sidecar.engines.image_loading import ENGINE_UNKNOWN
 from sidecar.events import LoadReport
 from sidecar.relay import response
 from sidecar.relay.engine_io import BodyPayload
@@ -33,15 +35,15 @@ class Refusals:
     """What one relay process knows of the engine that it sends prepared images to."""
 
     def __init__(self) -> None:
-        self._takes_none = False  # by its load report, the engine takes none
+        self._reason = ENGINE_UNKNOWN  # why the engine gets none, by its load report
         self._refused = False  # it refused one, and accepted the original
         self._accepted: dict[str, int] = {}  # by form: bytes of the largest prepared body that it accepted
         self._process: int | None = None
 
     @property
-    def passing(self) -> bool:
-        """Whether images pass unprepared."""
-        return self._takes_none or self._refused
+    def passing(self) -> str:
+        """Why images pass unprepared; "" if they need not."""
+        return self._reason or ("refused" if self._refused else "")
 
     def is_trial(self, form: str, size: int) -> bool:
         """Whether a prepared body in this form, of `size` bytes, is a trial, whose original is kept."""
@@ -49,7 +51,7 @@ class Refusals:
 
     def on_load_report(self, load: LoadReport) -> None:
         """Take from a load report which process the engine is, and whether its kind takes prepared images."""
-        self._takes_none = not load.prepared
+        self._reason = load.images_pass
         if load.process != self._process:
             if self._refused:
                 _log.info("the engine restarted: it gets prepared images again")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from sidecar.errors import BadImage, ImagesBusy, RequestError
 from sidecar.events import Event, ImagePrepared
+from sidecar.images import pass_reasons
 from sidecar.images.header_geometry import MAX_SMALL_CHARS
 from sidecar.images.protocol import Data
 from sidecar.images.vllm_plugin import Handoffs
@@ -23,8 +24,10 @@ if TYPE_CHECKING:  # a relay without images does not load them
 Fetch = Callable[[str, str], Awaitable[Data]]  # a link and the part that has it -> the image
 T = TypeVar("T")
 
-# Images of one request. All of them are prepared at once, and four such requests fill the queue of the workers.
+# Images that are prepared or fetched for one request; further ones pass. All are prepared at once, and four such
+# requests fill the queue of the workers.
 MAX_IMAGES: Final = 16
+UNKNOWN_MEDIA_TYPE: Final = "application/octet-stream"  # of fetched bytes in no known format
 
 # While an engine starts it measures the GPU's memory, and fails if another process's use changes. A stalled or dead
 # engine will start again.
@@ -39,20 +42,20 @@ async def prepare(
     *,
     handoffs: Handoffs,
     fetch: Fetch | None,
-    passing: bool,
+    passing: str,
 ) -> list[PreparedImage]:
-    """The images of a request, in order. Raises BadImage or ImagesBusy, and cancels the others.
+    """The images of a request, in order; what cannot be prepared passes, with the reason.
 
     `handoffs`: what the engine takes through shared memory; `fetch`: for those behind links, which are kept for
-    `originals`; `passing`: only fetch and count them.
+    `originals`; `passing`: why they are only fetched and counted. Raises BadImage or ImagesBusy for a link that cannot
+    be fetched, and cancels the others: the sidecar was made the only one that follows links.
     """
     parts = body.images
-    # a body bounds the images that it holds, but not those that are to be fetched
-    check_count(body.link_count if passing else body.image_count)
+    check_count(body.link_count)
     id = admission.id
     max_small_chars = MAX_SMALL_CHARS // max(len(parts), 1)  # all of them together stay within it
 
-    async def prepare_one(part: ImagePart) -> PreparedImage:
+    async def prepare_one(index: int, part: ImagePart) -> PreparedImage:
         started = time.monotonic()
         fetched: tuple[tuple[str, float], ...] = ()
         try:
@@ -60,8 +63,9 @@ async def prepare(
             if part.link and fetch is not None:
                 data = await fetch(part.link, part.where)
                 fetched = (("fetch", time.monotonic() - started),)
-            if passing:
-                image = images.passed(data, part.where, not part.link)
+            reason = passing or part.pass_reason or ("count" if index >= MAX_IMAGES else "")
+            if reason:
+                image = images.passed(data, reason, not part.link)
             else:
                 image = await _try(images, data, part, admission, handoffs, max_small_chars)
         except RequestError as e:
@@ -69,27 +73,28 @@ async def prepare(
             raise
         now, stages = time.monotonic(), (*fetched, *image.stages)
         seconds = now - started if fetched else image.seconds
-        emit(ImagePrepared(id, now, image.format, image.outcome, seconds, stages, image.bytes_in, image.bytes_out))
+        sizes = image.bytes_in, image.bytes_out
+        emit(ImagePrepared(id, now, image.format, image.outcome, seconds, stages, *sizes, image.reason))
         if part.link:
             part.data = memoryview(await asyncio.to_thread(base64.b64encode, data))
         return image
 
     if len(parts) == 1:  # the usual request needs no task
-        return [await prepare_one(parts[0])]
-    return await all_of(map(prepare_one, parts))
+        return [await prepare_one(0, parts[0])]
+    return await all_of(prepare_one(index, part) for index, part in enumerate(parts))
 
 
 async def _try(
     images: ImageService, data: Data, part: ImagePart, admission: Admission, handoffs: Handoffs, max_small_chars: int
 ) -> PreparedImage:
-    """One image, prepared; as it came where the workers are full, away or die: the engine can do it itself."""
+    """One image, prepared; as it came where that is not possible: the engine can prepare or refuse it itself."""
     id, tenant, is_base64 = admission.id, admission.tenant, not part.link
     try:
         return await images.hand_over(data, part.where, tenant, id, handoffs, is_base64, max_small_chars)
-    except (ImagesBusy, BadImage) as e:
-        if isinstance(e, BadImage) and e.reason != "image_failed":  # the worker died
-            raise
-        return images.passed(data, part.where, is_base64)
+    except ImagesBusy as e:
+        return images.passed(data, e.why, is_base64)
+    except BadImage as e:
+        return images.passed(data, pass_reasons.of_refusal(e.reason), is_base64)
 
 
 async def all_of(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
@@ -109,9 +114,10 @@ def failure(id: str, error: RequestError, started: float, bytes_in: int) -> Imag
 
 
 def check_count(count: int) -> None:
-    """Raises BadImage if a request has too many images."""
+    """Raises BadImage if a request has too many images for `/v1/preprocess`, or too many links."""
     if count > MAX_IMAGES:
-        raise BadImage(f"{count} images in one request; at most {MAX_IMAGES} are accepted", "image_count")
+        text = f"{count} images to prepare or links to fetch in one request; at most {MAX_IMAGES} are accepted"
+        raise BadImage(text, "image_count")
 
 
 def replacements(
@@ -127,7 +133,7 @@ def replacements(
         elif image.base64 is not None:
             replaced[index] = (image.media_type, image.base64)
         elif part.link:  # the engine need not fetch it again
-            replaced[index] = (f"image/{image.format}", part.data)
+            replaced[index] = (_media_type(image), part.data)
             continue
         else:
             continue
@@ -150,7 +156,12 @@ def originals(parts: list[ImagePart], prepared: list[PreparedImage]) -> dict[int
     for part in parts:
         part.name = ""
     pairs = enumerate(zip(parts, prepared, strict=True))
-    return {index: (f"image/{image.format}", part.data) for index, (part, image) in pairs if part.link}
+    return {index: (_media_type(image), part.data) for index, (part, image) in pairs if part.link}
+
+
+def _media_type(image: PreparedImage) -> str:
+    """The media type of a fetched image as it came."""
+    return UNKNOWN_MEDIA_TYPE if image.format == "unknown" else f"image/{image.format}"
 
 
 def cache_name(key: bytes, tenant: str, content_hash: str) -> str:

@@ -37,17 +37,22 @@ class Pricing:
         if self.quota is not None:
             self.quota.on_load_report(load)
 
-    async def charge(self, admission: Admission, body: ParsedBody) -> None:
-        """Charge the request to its tenant, before any work is done for it. Raises TenantLimited."""
+    async def charge(self, admission: Admission, body: ParsedBody) -> Estimate | None:
+        """Charge the request to its tenant, before any work is done for it. Raises TenantLimited.
+
+        Returns what it charged for; None where tenants have no limits.
+        """
         admission.tokens_per_event = self.event_tokens.get(admission.tenant, admission.shape.model)
         if self.counter is not None and body.scan is not None:
             admission.token_count = await self.counter.count(body.scan.found)
         if self.spec is not None and body.images:
             admission.image_tokens = tokens_of(body.images, self.spec)
-        if self.quota is not None:
-            estimate = self.estimate(admission, [])
-            reserved = self.estimator.reserved_mu(admission.tenant, admission.shape, estimate.work)
-            admission.charge = self.quota.take(admission.tenant, estimate.mu, reserved)
+        if self.quota is None:
+            return None
+        estimate = self.estimate(admission, [])
+        reserved = self.estimator.reserved_mu(admission.tenant, admission.shape, estimate.work)
+        admission.charge = self.quota.take(admission.tenant, estimate.mu, reserved)
+        return estimate
 
     def estimate(self, admission: Admission, image_tokens: Sequence[int]) -> Estimate:
         """What the request is expected to take. `image_tokens`: those of prepared images, which are exact."""
@@ -87,6 +92,9 @@ class Pricing:
             counted = admission.token_count
             exact = counted.tokens if counted is not None and counted.exact else None
             self.estimator.learn(admission.tenant, admission.shape, end.usage, exact)
+        elif (told := admission.told) is not None and told.prompt and told.cached is not None:
+            # the client left, but the engine had already said how much of the prompt it knew
+            self.estimator.learn_cached(admission.tenant, admission.shape, told.prompt, told.cached)
 
 
 def tokens_of(parts: Iterable[ImagePart], spec: ProcessorSpec) -> list[int]:

@@ -13,16 +13,18 @@ import psutil
 
 from sidecar.engines import metrics_parser, model_list, registry
 from sidecar.engines.engine_type import MODELS, EngineKind
+from sidecar.engines.image_loading import RUST_FRONT_END, SIZE_DIFFERS, UNKNOWN_ROW, ImageModel, row_of
 from sidecar.images import vllm_plugin
 from sidecar.images.shm_cache import SHM_DIR
 from sidecar.kernels import families
-from sidecar.readings import EngineSample
+from sidecar.readings import EngineIdentity, EngineSample
 from sidecar.runtime import cpu_quota
 from sidecar.settings import Settings
-from sidecar.signals import engine_processes
+from sidecar.signals import engine_processes, image_support
 from sidecar.signals.canary import CanarySignal
 from sidecar.signals.engine_address import EngineAddress
 from sidecar.signals.identify import ProbeAnswers, probe_engine, request_pages
+from sidecar.signals.image_canary import check_images
 from sidecar.signals.listening_socket import host_and_port
 from sidecar.tools.doctor.finding import DoctorFinding, Level
 
@@ -60,7 +62,7 @@ async def check(chosen: Settings) -> dict[str, DoctorFinding]:
             "canary": await _canary(session, address.base, chosen.canary_model, kind),
             "engine-rest": await _rest(session, address.base, kind),
             "images-shm": shared_memory(chosen, kind.name),
-            "images-engine": prepared(chosen, met),
+            "images-engine": await _images(session, address.base, chosen, kind.name, met),
             "engine-threads": threads(chosen.engine, kind.name),
         }
 
@@ -181,14 +183,41 @@ def _offered(chosen: Settings, kind: str) -> DoctorFinding:
     return DoctorFinding("ok", f"vLLM takes finished tensors as {offer.dtype} with plugin {seen.version}")
 
 
-def prepared(chosen: Settings, met: ProbeAnswers) -> DoctorFinding:
-    """Whether the engine takes prepared images, as far as it says; an engine that refuses one gets the original."""
+async def _images(
+    session: aiohttp.ClientSession, engine: str, chosen: Settings, kind: str, met: ProbeAnswers
+) -> DoctorFinding:
+    """Whether the engine gets prepared images: by its row, and by the image canary."""
+    files, spec = image_support.read_model(chosen.model) if chosen.model else (ImageModel(), None)
+    identity = registry.identity(met.pages)
+    found, needs_canary = prepared(chosen, kind, identity, files)
+    if not needs_canary or spec is None or not spec.inline:
+        return found
+    model = chosen.canary_model or next(iter(identity.models), "")
+    check = await check_images(session, engine, {}, model, spec)
+    if not check.reason:
+        return DoctorFinding(found.level, f"{found.what}; it resizes as the model's files say")
+    remedy = "write the engine's image sizes into preprocessor_config.json, in a directory that both read"
+    text = f"images pass as they came: {image_support.text_of(check.reason, check.detail)}"
+    return DoctorFinding("warn", text, remedy if check.reason == SIZE_DIFFERS else "")
+
+
+def prepared(chosen: Settings, kind: str, identity: EngineIdentity, model: ImageModel) -> tuple[DoctorFinding, bool]:
+    """Whether the engine gets prepared images by what it is; and whether an image canary must show that sizes agree."""
     if chosen.images == "off":
-        return DoctorFinding("absent", "not used with --images off")
-    if not registry.identity(met.pages).prepared:
+        return DoctorFinding("absent", "not used with --images off"), False
+    if not chosen.model:
+        return DoctorFinding("absent", "not used without --model"), False
+    reason, needs_canary = image_support.engine_reason(kind, identity, model)
+    row = row_of(kind, identity.engine, model)
+    of = f"{row.kind} {row.versions}, tokenizer {row.tokenizer}, architecture {row.architecture}"
+    if not reason:
+        return DoctorFinding("ok", f"it opens images as the sidecar does ({of})"), needs_canary
+    remedy = ""
+    if reason == RUST_FRONT_END:
         remedy = "serve with vLLM's Python front end (without VLLM_USE_RUST_FRONTEND), or --images off"
-        return DoctorFinding("warn", registry.NO_PNM, remedy)
-    return DoctorFinding("ok", "it says nothing against prepared images; one that it refuses goes on as it came")
+    level: Level = "warn" if remedy or chosen.images != "auto" else "absent"
+    said = f"images pass as they came: {image_support.text_of(reason)}"
+    return DoctorFinding(level, said if remedy or row is UNKNOWN_ROW else f"{said} ({of})", remedy), False
 
 
 def threads(engine: str, kind: str) -> DoctorFinding:

@@ -26,6 +26,7 @@ from sidecar.load import body_scan
 from sidecar.load.tenant_limits import TenantLimit
 from sidecar.readings import Absent, Failed
 from sidecar.relay.pricing import tokenizer as counting
+from sidecar.report.usage_database import UsageDatabase
 from sidecar.runtime import cpu_quota, open_files
 from sidecar.settings import Settings
 from sidecar.signals import limits_file
@@ -101,6 +102,22 @@ def limits(chosen: Settings) -> DoctorFinding:
         return DoctorFinding("fail", str(e), "correct the file, or leave --tenant-limits away")
     others = "each other one has the default" if found.default != TenantLimit() else "others have no limit"
     return DoctorFinding("ok", f"tenants with limits of their own: {len(found.tenants)}; {others}")
+
+
+def usage_database(chosen: Settings) -> DoctorFinding:
+    """The database of usage records, if there is one: whether it answers, and has or lets make the tables."""
+    if not chosen.usage_url:
+        return DoctorFinding("absent", "no --usage-url: usage records are kept in the state directory only")
+    try:
+        preflight.check_usage(chosen)
+    except SidecarError as e:
+        return DoctorFinding("fail", str(e))
+    database = UsageDatabase(chosen.usage_url, "")
+    try:
+        database.check()
+    except Exception as e:  # noqa: BLE001  psycopg.Error, of a module that may not be there to name it
+        return DoctorFinding("fail", database.explain(e), "until it answers, rows wait in the state directory")
+    return DoctorFinding("ok", "the database takes usage records")
 
 
 def bodies(chosen: Settings) -> DoctorFinding:

@@ -22,6 +22,7 @@ CHECKS: Final[dict[str, Check]] = {
     "coefficients": machine.coefficients,
     "tenant-limits": machine.limits,
     "state-dir": machine.state_dir,
+    "usage-database": machine.usage_database,
     "ports": machine.ports,
     "model": machine.model,
     "bodies": machine.bodies,

@@ -89,6 +89,21 @@ async def test_an_error_of_the_sink_is_raised_where_the_body_is_awaited() -> Non
         await piping
 
 
+async def test_an_end_after_an_error_is_none() -> None:
+    """A sink raised, and the message then ended before anyone had read the error: it is raised all the same."""
+    body = Body()
+
+    def sink(_: bytes) -> None:
+        raise ValueError("broken")
+
+    piped = asyncio.ensure_future(body.pipe(sink))
+    await asyncio.sleep(0)  # it waits for a piece
+    body.feed(b"piece")
+    body.end()
+    with pytest.raises(ValueError, match="broken"):
+        await piped
+
+
 async def test_what_is_discarded_is_not_kept() -> None:
     """The rest of an unwanted body runs through."""
     connection = Connection()

@@ -69,6 +69,7 @@ async def test_a_refused_image_goes_on_as_it_came_and_so_do_all_others(
     assert await asyncio.gather(*(ask(r, BODY) for _ in range(3))) == [(200, OK)] * 3
     assert engine.bodies[2:] == [BODY] * 3
     assert [event.outcome for event in r.emitted.of(ImagePrepared)] == ["ok", "passed", "passed", "passed"]
+    assert {event.reason for event in r.emitted.of(ImagePrepared)} == {"", "refused"}
     logged = [record.getMessage() for record in caplog.records if "prepared image" in record.getMessage()]
     assert len(logged) == 1 and "500" in logged[0] and "Pnm" not in logged[0]
 
@@ -214,14 +215,14 @@ async def test_an_engine_that_says_what_it_is_gets_none(rig: Any, serve: Any) ->
     """With vLLM's Rust front end images pass from the first on, however many; no form is tried."""
     engine, workers = Picky(), Workers()
     r = await rig(await serve(engine), images=workers, shm=lambda: True)
-    r.relay.on_command(LoadReport("{}", "", "idle", "vllm", prepared=False))
+    r.relay.on_command(LoadReport("{}", "", "idle", "vllm", images_pass="rust_front_end"))
     body = json.dumps(pictures(*["AAAA"] * (MAX_IMAGES + 1))).encode()
     assert await ask(r, body) == (200, OK)
     assert engine.bodies == [body] and workers.handed_over == []
     admitted, _ = once(r.emitted)
     assert admitted.expected.images == MAX_IMAGES + 1
-    assert {event.outcome for event in r.emitted.of(ImagePrepared)} == {"passed"}
-    r.relay.on_command(LoadReport("{}", "", "idle", "vllm", prepared=True))
+    assert {(e.outcome, e.reason) for e in r.emitted.of(ImagePrepared)} == {("passed", "rust_front_end")}
+    r.relay.on_command(LoadReport("{}", "", "idle", "vllm"))
     await ask(r, BODY)
     assert workers.handed_over == [True]
 
@@ -253,7 +254,7 @@ async def test_images_behind_links_stay_fetched(rig: Any, serve: Any, refuses: b
     engine = Picky()
     r = await rig(await serve(engine), images=Workers(), fetch=fetch)
     if not refuses:
-        r.relay.on_command(LoadReport("{}", "", "idle", "vllm", prepared=False))
+        r.relay.on_command(LoadReport("{}", "", "idle", "vllm", images_pass="rust_front_end"))
     body = pictures("AAAA")
     body["messages"][0]["content"][0]["image_url"]["url"] = "https://img.example.com/a.png"
     assert await ask(r, json.dumps(body).encode()) == (200, OK)
@@ -278,7 +279,7 @@ async def test_links_are_counted_though_images_pass(rig: Any, serve: Any) -> Non
 
     engine = Picky()
     r = await rig(await serve(engine), images=Workers(), fetch=fetch)
-    r.relay.on_command(LoadReport("{}", "", "idle", "vllm", prepared=False))
+    r.relay.on_command(LoadReport("{}", "", "idle", "vllm", images_pass="rust_front_end"))
     body = pictures(*["AAAA"] * (MAX_IMAGES + 1))
     for part in body["messages"][0]["content"]:
         if "image_url" in part:

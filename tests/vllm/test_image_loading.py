@@ -1,0 +1,196 @@
+"""Each row of engines/image_loading.py against the engine's own loading code: bytes in, `pixel_values` out.
+
+A prepared image must give, through the engine's loader and the Hugging Face processor behind it, what the original
+gives. Where a row says "pass", it must be seen that some would not.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from sidecar.engines.image_loading import ImageModel, row_of
+from sidecar.images.protocol import RAW, ImageDone, ImageJob, ImageLimits
+from sidecar.kernels import families
+from sidecar.tools.synthetic_photos import photo, pixels
+
+from ..images import corpus
+from ..images.published import settings as published
+from . import engine_sources
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
+
+LOADING = Path(__file__).with_name("loading.py")
+LIMITS = ImageLimits(20 << 20, 20_000_000)
+QWEN: dict[str, Any] = {
+    "image_processor_type": "Qwen2VLImageProcessor",
+    "size": {"shortest_edge": 3136, "longest_edge": 224 * 224},
+    "patch_size": 14,
+    "temporal_patch_size": 2,
+    "merge_size": 2,
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+}
+SIGLIP = {
+    "image_processor_type": "SiglipImageProcessor",
+    "size": {"height": 224, "width": 224},
+    "resample": 3,
+    "image_mean": [0.5, 0.5, 0.5],
+    "image_std": [0.5, 0.5, 0.5],
+}
+PIXTRAL = {name: value for name, value in published("PixtralImageProcessor").items() if value is not None}
+
+
+def saved(image: Image.Image, kind: str, **options: Any) -> bytes:
+    out = io.BytesIO()
+    image.save(out, kind, **options)
+    return out.getvalue()
+
+
+def key(image: Image.Image) -> Any:
+    return image.getpixel((0, 0))
+
+
+PICTURE = Image.fromarray(pixels(640, 480, 7))
+MADE: dict[str, bytes] = {
+    **{f"EXIF {turn}": photo(900, 600, turn, exif_orientation=turn) for turn in range(1, 9)},
+    "1080p": photo(1920, 1080, 20),
+    "progressive": saved(PICTURE, "JPEG", progressive=True),
+    "grey": saved(PICTURE.convert("L"), "JPEG"),
+    "cmyk": saved(PICTURE.convert("CMYK"), "JPEG"),
+    "png": saved(PICTURE, "PNG"),
+    "webp": saved(PICTURE, "WEBP", quality=80),
+    "gif": saved(PICTURE.quantize(64), "GIF"),
+    "colour key": saved(PICTURE, "PNG", transparency=key(PICTURE)),
+    "grey key": saved(PICTURE.convert("L"), "PNG", transparency=128),
+    "opaque alpha": saved(PICTURE.convert("RGBA"), "PNG"),
+}
+PREPARED = {*(f"EXIF {turn}" for turn in range(1, 9)), "1080p", "progressive", "grey", "cmyk", "png", "opaque alpha"}
+
+
+def write_pairs(config: dict[str, Any], folder: Path, files: dict[str, bytes]) -> list[str]:
+    """Write each image that is prepared, and what it is prepared to; returns their names."""
+    from sidecar.images.worker.pipeline import prepare_image
+
+    spec = families.from_config(config)
+    assert spec is not None
+    names: list[str] = []
+    for name, data in files.items():
+        done, rows = prepare_image(ImageJob(RAW, spec.to_json(), False, LIMITS, 60.0), data)
+        if isinstance(done, ImageDone) and done.outcome == "ok":
+            file = re.sub(r"\W+", "_", name) + f".{len(names)}"
+            (folder / f"{file}.original").write_bytes(data)
+            (folder / f"{file}.prepared").write_bytes(b"P6\n%d %d\n255\n" % (done.width, done.height) + bytes(rows))
+            names.append(name)
+    return names
+
+
+def different(
+    python: Path, sources: tuple[str, ...], engine: str, config: dict[str, Any], folder: Path, names: list[str]
+) -> tuple[str, set[str]]:
+    """The engine's version, and the images that it would see in another way if they were prepared."""
+    missing = [name for name in sources if not engine_sources.complete(name)]
+    if missing:
+        pytest.skip(f"not installed: {', '.join(missing)} (python tests/vllm/engine_sources.py)")
+    (folder.parent / "processor.json").write_text(json.dumps(config))
+    done = engine_sources.run(python, sources, str(LOADING), engine, str(folder.parent / "processor.json"), str(folder))
+    if "ModuleNotFoundError" in done.stderr or "ImportError" in done.stderr:
+        pytest.skip(f"its code does not load here: {done.stderr.strip().splitlines()[-1][:200]}")
+    assert done.returncode == 0, done.stderr[-2000:]
+    said = json.loads(done.stdout.splitlines()[-1])
+    made = said["made"]
+    assert len(made) == 2 * len(names)
+    found = set()
+    for at, name in enumerate(names):
+        original = next(value for file, value in made.items() if file.endswith(f".{at}.original"))
+        prepared = next(value for file, value in made.items() if file.endswith(f".{at}.prepared"))
+        if original != prepared:
+            found.add(name)
+    return said["engine"], found
+
+
+@pytest.fixture(scope="session")
+def files() -> dict[str, bytes]:
+    return MADE | corpus.all_files()
+
+
+@pytest.fixture
+def pairs(tmp_path: Path) -> Path:
+    (tmp_path / "pairs").mkdir()
+    return tmp_path / "pairs"
+
+
+IMITATED = {
+    "0.24, the oldest": ("vllm-0.24.0",),
+    "0.32": (),
+    "0.32 with transformers 5.23": ("transformers-5.23.0",),
+    "0.33, the newest": ("vllm-0.33.0",),
+    "0.33 with transformers 5.24": ("vllm-0.33.0", "transformers-5.24.0"),
+}
+
+
+@pytest.mark.parametrize("config", [QWEN, SIGLIP, PIXTRAL], ids=lambda config: str(config["image_processor_type"]))
+@pytest.mark.parametrize("name", IMITATED)
+def test_a_prepared_image_is_what_vllm_sees(
+    vllm_python: Path, pairs: Path, files: dict[str, bytes], name: str, config: dict[str, Any]
+) -> None:
+    """For the oldest and the newest vLLM of the row, and each transformers: not one image differs, of some hundred."""
+    names = write_pairs(config, pairs, files)
+    assert set(names) >= PREPARED and len(names) > 300 and not {"colour key", "grey key"} & set(names)
+    version, found = different(vllm_python, IMITATED[name], "vllm", config, pairs, names)
+    assert found == set()
+    assert row_of("vllm", version, ImageModel("hf", "", str(config["image_processor_type"]))).reason == ""
+
+
+def test_an_older_vllm_turns_no_photograph(vllm_python: Path, pairs: Path) -> None:
+    """Before 0.24 EXIF orientations are ignored: the row lets images pass."""
+    names = write_pairs(QWEN, pairs, MADE)
+    version, found = different(vllm_python, ("vllm-0.23.0",), "vllm", QWEN, pairs, names)
+    assert found >= {f"EXIF {turn}" for turn in range(2, 9)}
+    assert row_of("vllm", version, ImageModel("hf")).reason == "engine_version"
+
+
+def test_sglang_turns_no_photograph(vllm_python: Path, pairs: Path) -> None:
+    """SGLang, by its own loader on the CPU: photographs that are turned differ, so images pass."""
+    names = write_pairs(QWEN, pairs, MADE)
+    version, found = different(vllm_python, ("sglang-0.5.23",), "sglang", QWEN, pairs, names)
+    assert found >= {f"EXIF {turn}" for turn in range(2, 9)}
+    assert row_of("sglang", version, ImageModel("hf")).reason == "engine_loading"
+
+
+def test_mistrals_tokenizer_resizes_in_another_way(vllm_python: Path, pairs: Path) -> None:
+    """vLLM with Mistral's tokenizer has mistral_common resize: nearly every image differs, so images pass."""
+    names = write_pairs(PIXTRAL, pairs, MADE)
+    config = {"patch_size": 16, "size": {"longest_edge": 1024}}
+    version, found = different(vllm_python, (), "mistral", config, pairs, names)
+    assert "1080p" in found
+    assert row_of("vllm", version, ImageModel("mistral")).reason == "mistral_tokenizer"
+
+
+def test_a_row_without_a_test_lets_images_pass() -> None:
+    """Only vLLM is imitated, in the versions above; llama.cpp's loader needs a build of its own and was not run."""
+    for kind in ("llamacpp", "ollama", "tgi", "tei", "openai", "sglang"):
+        assert row_of(kind, "1.0.0", ImageModel("hf")).reason != ""
+    for version in ("0.34.0", "1.0.0", "0.23.9", "", "main"):
+        assert row_of("vllm", version, ImageModel("hf")).reason != ""
+
+
+def test_the_files_of_a_model_choose_the_tokenizer(vllm_python: Path, tmp_path: Path) -> None:
+    """vLLM's own choice for a model with Mistral's files is the one that the sidecar assumes."""
+    from sidecar.engines.image_loading import tokenizer_mode
+
+    code = "import sys; from vllm.tokenizers.registry import resolve_tokenizer_args as r; print(r(sys.argv[1])[0])"
+    for names in (("tokenizer.json",), ("consolidated.safetensors", "tekken.json"), ("consolidated.safetensors",)):
+        folder = tmp_path / str(len(names)) / names[-1]
+        folder.mkdir(parents=True)
+        for name in names:
+            (folder / name).write_text("{}")
+        done = engine_sources.run(vllm_python, (), "-c", code, str(folder))
+        assert done.returncode == 0, done.stderr[-1000:]
+        assert done.stdout.split()[-1] == tokenizer_mode(names)
