@@ -1,4 +1,4 @@
-# make run | test | test-slow | check | matrix | test-vllm | test-clients | compiled | test-compiled | sanitize | soak | fuzz | bench | docs | clean
+# make run | test | test-slow | check | matrix | test-vllm | test-clients | test-charts | compiled | test-compiled | sanitize | soak | fuzz | bench | docs | clean
 #
 # Needs GNU make, Python 3.11-3.13 with pip and venv, and C and C++ compilers for the kernel and a test. Everything else
 # is installed into .venv, pinned by constraints.txt, again only when pyproject.toml or constraints.txt changes.
@@ -15,7 +15,7 @@ PINS := pyproject.toml constraints.txt
 # Without bytecode on disk, every start of a test or a worker would compile torch's thousands of modules again.
 INSTALL := env -u PYTHONDONTWRITEBYTECODE $(BIN)/uv pip install --quiet --python $(BIN)/python --compile-bytecode -c constraints.txt
 
-.PHONY: help run test test-slow check matrix test-vllm test-clients compiled test-compiled sanitize soak fuzz bench docs constraints clean
+.PHONY: help run test test-slow check matrix test-vllm test-clients test-charts compiled test-compiled sanitize soak fuzz bench docs constraints clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
@@ -23,8 +23,8 @@ help: ## List the targets
 run: .venv/.installed ## The demo: scripted engine, traffic, a stall and its recovery; ARGS="--seconds 60" limits its duration
 	@exec $(BIN)/sidecar demo $(ARGS)
 
-test: check ## All checks, and all tests except those of test-slow, matrix, test-vllm and test-clients; ARGS go to pytest
-	$(BIN)/pytest -m "not vllm and not clients and not matrix and not slow" --durations 15 $(ARGS)
+test: check ## All checks, and all tests except those of test-slow, matrix, test-vllm, test-clients and test-charts; ARGS go to pytest
+	$(BIN)/pytest -m "not vllm and not clients and not charts and not matrix and not slow" --durations 15 $(ARGS)
 
 check: .venv/.installed-test ## Format, lint, layers, types
 	$(BIN)/ruff format --check .
@@ -45,6 +45,10 @@ test-vllm: .venv/.installed-test ## Tests against a real vLLM on the CPU; instal
 test-clients: .venv/.installed-test ## The openai, anthropic, litellm and langchain clients through the relay; installs them first
 	$(BIN)/python tests/e2e/clients/environment.py
 	$(BIN)/pytest tests/e2e/test_clients.py -m clients $(ARGS)
+
+test-charts: .venv/.installed-test ## The Helm chart and the Kustomize component by real helm and kubectl; installs them first (36 MB)
+	$(BIN)/python tests/tools/kubernetes_tools.py
+	$(BIN)/pytest tests/tools/test_charts.py -m charts $(ARGS)
 
 compiled: .venv/.installed-test ## The sidecar with its hot path compiled (COMPILE=1), in build/compiled
 	@if [ ! -e build/compiled/.made ] || [ -n "$$(find setup.py pyproject.toml sidecar kernels -newer build/compiled/.made -name '*.[pch]*' -print -quit)" ]; then

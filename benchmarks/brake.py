@@ -24,9 +24,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from sidecar.events import State
 from sidecar.health.kill_policy import KillPolicy, kill_limits
+from sidecar.health.probe_policy import Backoff
 from sidecar.readings import Absent
 from sidecar.settings import Settings
-from sidecar.tools.demo.probe_policy import Backoff
 
 DAY_S: Final = 86_400
 NO_GPU: Final = Absent("not read")

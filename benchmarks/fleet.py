@@ -1,7 +1,8 @@
 """Fleet replay: real traces on simulated replicas; routing and autoscaling with the production ledger and prices.
 
-    python benchmarks/fleet.py [--replicas N] [--seed N] [--seeds N] [--trace NAME] [--only HALF] [--traces DIR]
+    python benchmarks/fleet.py [--replicas N] [--seed N] [--seeds N] [--trace NAME] [--only PART] [--traces DIR]
                                [--processes N] [--quick] [--write]
+    python benchmarks/fleet.py --only weeks [--seeds N] [--quick] [--write]
 
 Simulated, not measured. The cost model does not know the formulas of the engines (benchmarks/replay/engine.py); its
 coefficients come from the fit of `sidecar.tools.calibrate`. Prints p99 of the time to first token, SLO attainment and
@@ -19,7 +20,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-from replay import jobs, plot, report
+from replay import jobs, plot, report, weeks
 from replay.jobs import Routed, Scaled
 
 HERE = Path(__file__).resolve().parent
@@ -33,6 +34,9 @@ def main() -> None:
         print(f"skipped: no traces in {args.traces}; name their folder with --traces", file=sys.stderr)
         return
     began = time.monotonic()
+    if args.only == "weeks":
+        two_weeks(args)
+        return
     seeds = range(args.seed, args.seed + args.seeds)
     routing = [] if args.only == "scaling" else jobs.routing(args.replicas, seeds, args.trace, quick=args.quick)
     scaling = [] if args.only == "routing" else jobs.scaling(args.seed, args.trace, quick=args.quick)
@@ -47,6 +51,20 @@ def main() -> None:
         (HERE / "results" / f"{stem}-scaling.svg").write_text(plot.scaling(scaled))
 
 
+def two_weeks(args: argparse.Namespace) -> None:
+    """Two weeks of production clients, and chosen hours of them as discrete events."""
+    seeds = range(args.seed, args.seed + args.seeds)
+    windows = range(weeks.WINDOWS // 2, weeks.WINDOWS) if args.quick else range(weeks.WINDOWS)
+    rows = weeks.simulate(args.traces, seeds, windows, lambda done: print(done, file=sys.stderr))
+    found = [] if args.quick else list(weeks.pieces(args.traces, args.seed))
+    text = weeks.page(rows, found, args.seeds, windows)
+    print(text)
+    if args.write:
+        stem = f"fleet-weeks-{datetime.datetime.now(datetime.UTC):%Y-%m-%d}"
+        (HERE / "results" / f"{stem}.md").write_text(text + "\n")
+        (HERE / "results" / f"{stem}.svg").write_text(plot.weeks(rows))
+
+
 def parsed() -> argparse.Namespace:
     """The command line; `--quick` is one seed, one load and few targets."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -54,7 +72,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--seeds", type=int, default=3, help="each with another third of the hour; for routing")
     parser.add_argument("--trace", default="", choices=("", *jobs.SERVICES), help="one trace only")
-    parser.add_argument("--only", default="", choices=("", "routing", "scaling"), help="one half only")
+    parser.add_argument("--only", default="", choices=("", "routing", "scaling", "weeks"), help="one part only")
     parser.add_argument("--traces", type=Path, default=TRACES, help="their folder")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--quick", action="store_true")

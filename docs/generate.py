@@ -36,6 +36,7 @@ from sidecar.relay.media import preprocess_api
 from sidecar.report.metrics import METRICS
 from sidecar.settings import Settings, format_key
 from sidecar.tools import cel
+from sidecar.tools.manifests import chart, component, llm_d
 from sidecar.tools.manifests.render import render
 from sidecar.tools.manifests.settings import ManifestSettings
 from sidecar.tools.scripted_engine import hang_catalogue
@@ -508,7 +509,12 @@ def outputs() -> dict[Path, str]:
         DOCS / "verdict.md": verdict_page(),
         **{DOCS / "assets" / name: drawing for name, drawing in pictures()["drawings"]().items()},
         GATEWAY: re.sub(r'(?<= cel: )".*"', f'"{cel.expression(Coefficients())}"', GATEWAY.read_text()),
+        **{kubernetes.parent / "helm" / name: text for name, text in chart.files(safe).items()},
+        **{kubernetes.parent / "kustomize" / name: text for name, text in component.files(safe).items()},
+        kubernetes.parent / "llm-d" / "modelservice-values.yaml": llm_d.render_values(replace(safe, container="vllm")),
         kubernetes / "vllm.yaml": render(safe),
+        kubernetes / "vllm-restart-rules.yaml": render(replace(safe, probe="restart-rules")),
+        kubernetes / "vllm-dra.yaml": render(replace(safe, gpu_access="dra")),
         kubernetes / "vllm-http-probe.yaml": render(replace(safe, probe="http")),
     }
 

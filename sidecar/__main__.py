@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import fields
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import click
 
@@ -53,6 +53,7 @@ def run_to_exit_code(job: Callable[[], int]) -> int:
 LAZY_COMMANDS: Final = {
     "engine": ("sidecar.tools.scripted_engine.server", "EngineSettings"),
     "demo": ("sidecar.tools.demo.command", "DemoSettings"),
+    "inject": ("sidecar.tools.manifests.inject", "InjectSettings"),
     "manifests": ("sidecar.tools.manifests.render", "ManifestSettings"),
     "usage": ("sidecar.tools.usage", "UsageSettings"),
     "forecast": ("sidecar.tools.forecast", "ForecastSettings"),
@@ -124,7 +125,8 @@ def add_options(cls: type) -> Callable[[Callable[..., Any]], Callable[..., Any]]
                 command = click.argument(field.name, nargs=-1, metavar=parser.metavar)(command)
                 continue
             name = settings.format_key(field.name)
-            command = click.option(name, field.name, default=None, metavar=parser.metavar, help=text)(command)
+            names = [name, "-f"] if field.name == "file" else [name]
+            command = click.option(*names, field.name, default=None, metavar=parser.metavar, help=text)(command)
         return click.option("--config", default=None, metavar="FILE", help="TOML file of settings [none]")(command)
 
     return wrap
@@ -132,22 +134,37 @@ def add_options(cls: type) -> Callable[[Callable[..., Any]], Callable[..., Any]]
 
 @cli.command("run")
 @add_options(Settings)
-def run_command(config: str | None, **flags: str | None) -> int:
-    """Run the sidecar next to an engine."""
+@click.argument("command", nargs=-1, metavar="[-- COMMAND]")
+def run_command(command: tuple[str, ...], config: str | None, **flags: str | None) -> int:
+    """Run the sidecar next to an engine. With -- COMMAND, start the engine, and restart it when it hangs or ends."""
     chosen = settings.load(Settings, flags, os.environ, config)
+    if command:
+        from sidecar.launch import preflight
+
+        chosen = preflight.with_command(chosen, command)
     if not chosen.engine:
         raise UsageError("--engine is missing; expected the engine's base URL, e.g. --engine http://127.0.0.1:8000")
     logs.setup(chosen.log_level)
     from sidecar.launch import process_tree  # here, so that `sidecar probe` starts quickly
 
-    return process_tree.main(chosen, run_to_exit_code)
+    return process_tree.main(chosen, run_to_exit_code, command)
 
 
 @cli.command("probe")
-@click.argument("kind", type=click.Choice(probes.KINDS))
+@click.argument("kind", type=click.Choice((*probes.KINDS, "self")))
 @click.option("--state-dir", default=None, metavar="DIR", help="Directory shared with the sidecar [/run/sidecar]")
-def probe_command(kind: probes.Kind, state_dir: str | None) -> int:
-    """Exec probe: reads the verdict file, needs no network. Passes if the file is missing or stale."""
+@click.option("--admin", default=None, metavar="HOST:PORT", help="Of `self`: the sidecar's admin port [0.0.0.0:9400]")
+def probe_command(kind: Literal["self"] | probes.Kind, state_dir: str | None, admin: str | None) -> int:
+    """Exec probe: reads the verdict file, needs no network. Passes if the file is missing or stale.
+
+    `self` asks the sidecar's own /healthz instead, for containers without curl, and fails without an answer.
+    """
+    if kind == "self":
+        from sidecar.tools import self_probe
+
+        passed, text = self_probe.ask(admin or os.environ.get("SIDECAR_ADMIN") or "")
+        click.echo(text)
+        return 0 if passed else 1
     path = state_dir or os.environ.get("SIDECAR_STATE_DIR") or str(Settings().state_dir)
     passed, text = probes.exec_answer(kind, *statefile.read(path))
     click.echo(text)

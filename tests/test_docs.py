@@ -215,6 +215,7 @@ def test_every_flag_in_a_document_exists() -> None:
         ),  # vLLM
         *("--nonblocking", "--locals"),  # py-spy
         "--cache-ram",  # llama.cpp
+        "--set",  # helm
     }
     context = click.Context(__main__.cli)
     commands = [__main__.cli.get_command(context, name) for name in __main__.cli.list_commands(context)]

@@ -18,7 +18,7 @@ from replay.engine import Engine, Hardware, Sequence
 from replay.pricing import SLO_S, calibrated
 from replay.requests import Request
 from replay.routing import Policy, Report, Router
-from replay.scaling import Scaler, Scaling, Signal
+from replay.scaling import Scaler, Scaling
 from sidecar.events import Admitted, Delivered, FirstToken, RequestSize, Settled, Usage
 from sidecar.load import cost_model
 from sidecar.load.estimator import Estimator
@@ -250,7 +250,7 @@ class Fleet:
         p = self._scaler.policy
         serving = self._serving(now)
         kept = [r for r in self._live if not r.draining]
-        wanted = self._scaler.wanted(len(kept), sum(signal_of(r, p.signal, now) for r in serving), now)
+        wanted = self._scaler.wanted(len(kept), sum(signal_of(r, p, now) for r in serving), now)
         for _ in range(wanted - len(kept)):
             self._start(now)
         for replica in sorted(serving, key=lambda r: r.open)[: max(0, min(len(kept) - wanted, len(serving) - 1))]:
@@ -279,11 +279,17 @@ class Fleet:
         return self.outcome
 
 
-def signal_of(replica: Replica, signal: Signal, now: float) -> float:
+def signal_of(replica: Replica, policy: Scaling, now: float) -> float:
     """One replica's part of the autoscaler's signal."""
+    signal = policy.signal
     if signal == "requests":
         return float(replica.open)
     load = replica.load(now)
     if signal == "utilization":
         return load.utilization
+    if signal == "flow and queue":
+        parts = dict(load.parts)
+        waits = (parts["queue"] or 0.0) * OBJECTIVES.ttft
+        flow = max(parts["flow"] or 0.0, load.recent_mu_per_second * 60 / load.mu_max_per_minute)
+        return flow + policy.target * waits / policy.drain
     return max(load.mu_in_flight / load.mu_max_in_flight, load.mu_per_minute / load.mu_max_per_minute)

@@ -10,10 +10,12 @@ from xml.sax.saxutils import escape
 from replay.jobs import MIN_KEPT_SHARE, Routed, Scaled
 from replay.report import groups, title
 from replay.routing import OURS, POLICIES
+from replay.weeks import Weeks
 
 FONT = 'font-family="sans-serif" font-size="11"'
 LEFT, WIDTH, ROW, TOP = 170, 520, 16, 44
 OUR, THEIRS, STATIC = "#1b6ca8", "#888888", "#c0392b"
+WEEK_COLOURS = {"ours": OUR, "ours, with forecast": "#2e9e6b", "clairvoyant": STATIC}
 COLOURS = {"utilization": OUR, "stock and flow": "#2e9e6b"}
 
 
@@ -83,6 +85,36 @@ def scaling(scaled: Sequence[Scaled]) -> str:
             "red square: smallest static fleet that keeps the SLO",
         )
     )
+    return _svg(parts, LEFT + WIDTH + 80, y + 20)
+
+
+def weeks(rows: Sequence[Weeks]) -> str:
+    """One panel per kind of arrivals and start time: each client and policy a point. Right and low is better."""
+    parts, y = (
+        [_text(10, 18, "Two weeks of 17 clients: share beyond the SLO against replica hours saved", bold=True)],
+        TOP,
+    )
+    for gaps, start in dict.fromkeys((r.gaps, r.start_s) for r in rows):
+        mine = [r for r in rows if (r.gaps, r.start_s) == (gaps, start)]
+        parts.append(_text(10, y + 10, f"{gaps} arrivals, start {start:g} s", bold=True))
+        for miss in (0.001, 0.01, 0.1, 1.0):
+            at = y + 20 + _height(miss)
+            parts.append(f'<line x1="{LEFT}" x2="{LEFT + WIDTH}" y1="{at:.1f}" y2="{at:.1f}" stroke="#e4e4e4"/>')
+            parts.append(_text(LEFT - 8, at + 4, f"{miss:.1%}", anchor="end"))
+        for r in sorted(mine, key=lambda r: r.policy in WEEK_COLOURS):
+            x, at = LEFT + max(0.0, r.saved) * WIDTH, y + 20 + _height(1 - r.kept)
+            name = escape(f"{r.client}, {r.policy}: {r.kept:.2%} kept, {r.saved:.0%} saved")
+            colour = WEEK_COLOURS.get(r.policy, THEIRS)
+            parts.append(
+                f'<circle cx="{x:.1f}" cy="{at:.1f}" r="3.5" fill="{colour}" fill-opacity="0.75">'
+                f"<title>{name}</title></circle>"
+            )
+        y += 150
+        parts += [
+            _text(LEFT + share * WIDTH, y + 4, f"{share:.0%}", anchor="middle") for share in (0, 0.2, 0.4, 0.6, 0.8, 1)
+        ]
+        y += 24
+    parts.append(_text(10, y + 8, "blue: ours; green: ours with forecast; grey: KEDA and WVA; red: clairvoyant"))
     return _svg(parts, LEFT + WIDTH + 80, y + 20)
 
 

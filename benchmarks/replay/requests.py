@@ -34,7 +34,7 @@ class Request:
 def load(folder: Path) -> dict[str, list[Request]]:
     """The traces of `folder` by name. Raises ValueError if it contains none."""
     found = {
-        name: [_request(a.at, a.prompt, a.output, ()) for a in trace] for name, trace in traces.load(folder).items()
+        name: [request(a.at, a.prompt, a.output, ()) for a in trace] for name, trace in traces.load(folder).items()
     }
     if (folder / BLOCKED).is_file():
         found[BLOCKED.split(".")[0]] = _blocked(folder / BLOCKED)
@@ -51,7 +51,7 @@ def synthetic(seconds: float, per_second: float, seed: int = 0) -> list[Request]
         blocks = [rng.getrandbits(40) for _ in range(prompt // BLOCK)]
         if found and rng.random() < 1 / 3:
             blocks[: prompt // BLOCK // 2] = found[-1].blocks[: prompt // BLOCK // 2]
-        found.append(_request(at, prompt, output, tuple(blocks)))
+        found.append(request(at, prompt, output, tuple(blocks)))
     return found
 
 
@@ -82,13 +82,14 @@ def _blocked(path: Path) -> list[Request]:
         rows = [json.loads(line) for line in file]
     rows.sort(key=lambda row: row["timestamp"])
     return [
-        _request(
+        request(
             row["timestamp"] / 1000, max(1, row["input_length"]), max(1, row["output_length"]), tuple(row["hash_ids"])
         )
         for row in rows
     ]
 
 
-def _request(at: float, prompt: int, output: int, blocks: tuple[int, ...]) -> Request:
+def request(at: float, prompt: int, output: int, blocks: tuple[int, ...] = ()) -> Request:
+    """A request whose text has about the usual number of bytes per token."""
     ratio = random.Random(f"{at}:{prompt}").lognormvariate(0.0, BYTES[1]) * BYTES[0]
     return Request(at, prompt, output, max(1, round(prompt * ratio)), blocks)

@@ -11,20 +11,24 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Literal
 
-Signal = Literal["utilization", "stock and flow", "requests"]
+Signal = Literal["utilization", "stock and flow", "requests", "flow and queue"]
 SIGNALS: tuple[Signal, ...] = ("utilization", "stock and flow", "requests")
 
 
 @dataclass(frozen=True, slots=True)
 class Scaling:
-    """A policy. `signal`: the headline utilisation; its two terms in MU; open requests. `target`: per replica."""
+    """A policy. `signal`: the headline utilisation; its two terms in MU; open requests; its parts `flow` and `queue`.
+
+    `target`: per replica; of the last one, of the flow. `drain`: seconds to work off what waits, in addition.
+    """
 
     signal: Signal
     target: float
     every: float = 15.0  # seconds between decisions
     calm: float = 600.0
     startup: float = 30.0  # seconds until a new replica serves
-    doubling: float = 30.0
+    doubling: float = 30.0  # 0: as many as are desired
+    drain: float = 0.0
     least: int = 1
     most: int = 64
 
@@ -48,5 +52,6 @@ class Scaler:
             self._there.popleft()
         fewest = min(n for _, n in self._there)
         if self._wanted[-1][1] > there:
-            return max(there, min(self._wanted[-1][1], 2 * fewest, p.most))
+            limit = 2 * fewest if p.doubling else p.most
+            return max(there, min(self._wanted[-1][1], limit, p.most))
         return min(there, max(n for _, n in self._wanted))

@@ -126,6 +126,12 @@ class ControlLoop:
             due = max(due + TICK_S, loop.time())
             await asyncio.sleep(due - loop.time())
 
+    @property
+    def status(self) -> str:
+        """The verdict as one line."""
+        verdict = self.control.health.verdict
+        return f"{verdict.state} ({verdict.reason}): {verdict.detail}"
+
     async def close(self) -> None:
         """Await what is under way, and write the last usage. Not a part of `run`, which may be cancelled twice."""
         await self._tasks.close()

@@ -10,6 +10,7 @@ import asyncio
 import logging
 import signal
 import socket
+import time
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack, suppress
 from typing import Final
@@ -23,11 +24,15 @@ from sidecar.control.loop import ControlLoop
 from sidecar.control.state_dir import StateDir
 from sidecar.load.cost_model import Coefficients
 from sidecar.runtime import open_files
+from sidecar.runtime.service_manager import ServiceManager
 from sidecar.settings import Settings
 from sidecar.signals.engine_address import EngineAddress
 from sidecar.signals.engine_monitor import open_session
 
 CANCEL_AGAIN_S: Final = 0.5
+BEAT_S: Final = 5.0
+# Without a beat for so long, this process hangs. A starved one still has its ticks.
+HANG_ALARM_S: Final = 60
 
 _log = logging.getLogger("sidecar")
 
@@ -48,13 +53,21 @@ async def run(
         stack.callback(state_dir.clear)
         session = await stack.enter_async_context(open_session(EngineAddress(settings.engine, settings.engine_ca)))
         loop = build(settings, co, state_dir, session, stack)
-        handle_signals(lambda: drain(loop, settings.drain_seconds), ended.set)
+        manager = ServiceManager()
+        handle_signals(lambda: drain(loop, settings.drain_seconds, manager), ended.set)
         await serve_admin(loop, admin, stack)
         serving()
+        manager.ready(loop.status)
         _log.info("relay on %s:%d, admin on %s:%d, engine %s", *settings.listen, *settings.admin, settings.engine)
         try:
             async with asyncio.TaskGroup() as group:
-                work = loop.pool.run(joining), loop.port.run(), loop.run(), loop.engine.run(loop.port.opened)
+                work = (
+                    loop.pool.run(joining),
+                    loop.port.run(),
+                    loop.run(),
+                    loop.engine.run(loop.port.opened),
+                    beat(loop, manager),
+                )
                 tasks = [group.create_task(part) for part in work]
                 await ended.wait()
                 await _end(tasks)
@@ -83,9 +96,26 @@ def handle_signals(draining: Callable[[], None], ended: Callable[[], None]) -> N
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
 
-def drain(loop: ControlLoop, seconds: float) -> None:
+async def beat(loop: ControlLoop, manager: ServiceManager) -> None:
+    """Until cancelled, show the kernel and the service manager that this process works.
+
+    If it hangs, the kernel ends it and the supervisor starts another, long before a service manager's watchdog would
+    restart the whole unit with the engine in it.
+    """
+    try:
+        while True:
+            if time.monotonic() - loop.ticked_at < BEAT_S:
+                signal.alarm(HANG_ALARM_S)
+                manager.alive(loop.status)
+            await asyncio.sleep(BEAT_S)
+    finally:
+        signal.alarm(0)
+
+
+def drain(loop: ControlLoop, seconds: float, manager: ServiceManager) -> None:
     """Withdraw readiness, so that new requests go elsewhere while the relays finish their streams."""
     if not loop.control.health.draining:
+        manager.stopping()
         _log.info("draining: readiness off, open streams have %.0f s", seconds)
         loop.control.health.draining = True
 

@@ -53,10 +53,16 @@ def _jpeg(data: bytes) -> Header:
     return Header("jpeg", *(frame[1:3] if frame else (0, 0)))
 
 
+def first_scan(data: bytes) -> int | None:
+    """Where a JPEG's first scan begins; None if it has none, or too much or damaged data before it."""
+    return next((at for marker, at in _segments(data) if marker == SCAN), None)
+
+
 SCAN, APP1, APP2 = 0xDA, 0xE1, 0xE2
 FRAMES: Final = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 HUFFMAN_FRAMES: Final = frozenset((0xC0, 0xC1, 0xC2))  # baseline, extended, progressive
 MAX_SEGMENTS: Final = 1000  # cameras and editors write tens; each costs 1 µs, also on the relay's event loop
+MAX_FILL_BYTES: Final = 1 << 16  # in a row; decoders in Python read them one by one
 _NO_FILL: Final = re.compile(rb"[^\xff]")
 
 
@@ -68,7 +74,7 @@ def _segments(data: bytes) -> Iterator[tuple[int, int]]:
             return
         marker, length = struct.unpack_from("!BH", data, at + 1)
         if marker == 0xFF:  # fill bytes
-            found = _NO_FILL.search(data, at)
+            found = _NO_FILL.search(data, at, at + MAX_FILL_BYTES)
             at = found.start() - 1 if found else len(data)
         elif marker == 0x01 or 0xD0 <= marker <= 0xD8:  # markers without content
             at += 2
@@ -150,4 +156,5 @@ FORMATS: Final[tuple[tuple[str, Callable[[bytes], Header] | None, int, tuple[byt
     ("sgi", None, 0, (b"\x01\xda",)),
     ("fits", None, 0, (b"SIMPLE  =",)),
 )
+MAGICS: Final = {name: magics for name, _, offset, magics in FORMATS if offset == 0}
 DECODED_FORMATS: Final = frozenset(name for name, reader, *_ in FORMATS if reader)

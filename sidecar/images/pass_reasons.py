@@ -30,6 +30,7 @@ IMAGE_REASONS: Final[Mapping[str, str]] = {
     "too_many_pixels": "it has more pixels than --image-max-pixels",
     "too_long": "one of its sides is too long",
     "too_many_scans": "it is a progressive JPEG with so many scans that decoding takes seconds",
+    "too_many_parts": "it has so many chunks, blocks, strips or run lengths that decoding takes seconds",
     "deadline": "a worker had not finished it in time",
     "failed": "its worker died, or needed more memory than one image may use",
     "workers_busy": "no image worker was free in time",

@@ -205,7 +205,7 @@ class ImageService:
             return replace(prepared, parameter=engine_tensors.parameter(sent, offer.dtype, None))
         job = ImageJob(TENSORS, spec.to_json(), is_base64, self._limits, self._workers.deadline_s, self.gpu, size)
         async with self._handoff.open_file(request, size) as (file, fd):
-            done, _ = await self._workers.run(job, data, where, urgent=True, file=fd)
+            done, _ = await self._workers.run(job, data, where, tenant=tenant, urgent=True, file=fd)
             made = engine_tensors.bytes_of(spec, spec.geometry(*done.original))
             if made < size:  # it was turned
                 os.ftruncate(fd, made)
@@ -311,7 +311,8 @@ class ImageService:
             return _prepared_image(done, payload, time.monotonic() - start, cached=True), payload, key
         job = ImageJob(want, spec_json, is_base64, self._limits, self._workers.deadline_s, self.gpu)
         # the engine can prepare an image of a request itself; `/v1/preprocess` has only the workers
-        answer, result = await self._workers.run(job, data, where, reserve, urgent=want in INLINE_JOBS)
+        urgent = want in INLINE_JOBS
+        answer, result = await self._workers.run(job, data, where, reserve, tenant=tenant, urgent=urgent)
         if answer.outcome == "ok":
             await self._keep(key, answer, result, at_once=want == RAW)
         return _prepared_image(answer, result, time.monotonic() - start), result, key

@@ -2,7 +2,7 @@
 
 Rules: one connection per job (see protocol.py), so a cancelled, late or broken job affects nothing else. Until a worker
 has replied WorkerReady, a job is retried; after that, a broken connection means that the image killed its worker. The
-number of waiting jobs and every wait are bounded.
+number of waiting jobs and every wait are bounded. Tenants share the slots fairly (fair_slots.py).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Final
 
 from sidecar.errors import BadImage, ImagesBusy
 from sidecar.images import protocol
+from sidecar.images.fair_slots import LONG_JOB_S, FairSlots, SlotsFull
 from sidecar.images.protocol import Data, Frame, FrameError, ImageDone, ImageJob, ImageRefused, WorkerReady
 from sidecar.images.tensor_budget import Reserve
 from sidecar.runtime import cpu_quota
@@ -38,14 +39,19 @@ class WorkerQueue:
     """Slots of the image workers behind the Unix socket `socket_path`."""
 
     def __init__(
-        self, socket_path: str, settings: Settings, *, deadline: float = DEADLINE_S, max_waiting: int = MAX_WAITING
+        self,
+        socket_path: str,
+        settings: Settings,
+        *,
+        deadline: float = DEADLINE_S,
+        max_waiting: int = MAX_WAITING,
+        long_job: float = LONG_JOB_S,
     ) -> None:
         self.deadline_s = deadline
         self._path = socket_path
         self._queue_timeout_s = max(QUEUE_TIMEOUT_S, deadline)
-        self._max_waiting = max_waiting
-        self._slots = asyncio.Semaphore(JOBS_PER_WORKER * (settings.image_workers or cpu_quota.quota()))
-        self._waiting = 0
+        workers = settings.image_workers or cpu_quota.quota()
+        self._slots = FairSlots(JOBS_PER_WORKER * workers, workers, max_waiting, long_job_s=long_job)
         self._closed = False
         self._search: asyncio.Task[None] | None = None  # for a worker, while none answers
 
@@ -62,17 +68,18 @@ class WorkerQueue:
         where: str,
         reserve: Reserve | None = None,
         *,
+        tenant: str = "",
         urgent: bool = False,
         file: int = -1,
     ) -> tuple[ImageDone, bytearray]:
-        """Run one job on a worker. Raises BadImage or ImagesBusy; `where` names the image in them.
+        """Run one job of a tenant on a worker. Raises BadImage or ImagesBusy; `where` names the image in them.
 
         `reserve` is called with the reply's size before it is read. `urgent`: a worker is hardly waited for. `file`: an
         open file for the payload.
         """
         if urgent and self._search is not None:
             raise ImagesBusy("no image worker answers", "workers_away")
-        async with self._connection(urgent) as connection:
+        async with self._connection(tenant, urgent) as connection:
             sent = time.monotonic()
             try:
                 async with asyncio.timeout(self.deadline_s + DEADLINE_SLACK_S):
@@ -90,24 +97,25 @@ class WorkerQueue:
         return answer, payload
 
     @contextlib.asynccontextmanager
-    async def _connection(self, urgent: bool) -> AsyncIterator[socket.socket]:
+    async def _connection(self, tenant: str, urgent: bool) -> AsyncIterator[socket.socket]:
         """A connection whose worker is ready. Raises ImagesBusy if the queue is full or the wait too long."""
         patience = min(INLINE_WAIT_S, self._queue_timeout_s) if urgent else self._queue_timeout_s
-        if self._closed or (self._slots.locked() and self._waiting >= self._max_waiting):
-            raise ImagesBusy("all image workers are busy and their queue is full; try again shortly")
-        self._waiting += 1
         try:
+            if self._closed:
+                raise SlotsFull
             async with asyncio.timeout(patience):
-                await self._slots.acquire()
+                await self._slots.acquire(tenant)
+        except SlotsFull:
+            raise ImagesBusy("all image workers are busy and their queue is full; try again shortly") from None
         except TimeoutError:
             raise ImagesBusy("no image worker became free in time; try again shortly") from None
-        finally:
-            self._waiting -= 1
+        ready = None
         try:
             with await self._connect_worker(patience) as connection:
+                ready = time.monotonic()
                 yield connection
         finally:
-            self._slots.release()
+            self._slots.release(tenant, time.monotonic() - ready if ready is not None else None)
 
     async def _find_worker(self) -> None:
         """Try until a worker answers; the image server is restarted until it does."""

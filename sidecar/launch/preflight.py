@@ -6,10 +6,13 @@ import hashlib
 import importlib.util
 import json
 import logging
+import re
 import secrets
+import shutil
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Final
 
@@ -26,8 +29,30 @@ BACKLOG_CONNECTIONS: Final = 1024
 IMAGE_KEY_BYTES: Final = 32
 MIN_KEY_FILE_BYTES: Final = 16
 MAX_KEY_FILE_BYTES: Final = 4096
+# Where an engine listens whose command line names no port.
+DEFAULT_PORTS: Final = {"vllm": "8000"}
 
 _log = logging.getLogger("sidecar")
+
+
+def with_command(chosen: Settings, command: Sequence[str]) -> Settings:
+    """The settings next to an engine that COMMAND starts: its address, unless --engine names it. Raises UsageError."""
+    if shutil.which(command[0]) is None:
+        raise UsageError(f"COMMAND: {command[0][:200]!r} is not a program on PATH; give the engine's after --")
+    if chosen.engine:
+        return chosen
+    port = _port_of(command)
+    if not port:
+        raise UsageError("--engine is missing, and the command names no --port; e.g. --engine http://127.0.0.1:8000")
+    return replace(chosen, engine=f"http://127.0.0.1:{port}")
+
+
+def _port_of(command: Sequence[str]) -> str:
+    """The port that a command line names, else the default of an engine that its first word names."""
+    for word, following in zip_longest(command, command[1:], fillvalue=""):
+        if found := re.fullmatch(r"--port[= ]([1-9][0-9]{0,4})", f"{word} {following}" if word == "--port" else word):
+            return found[1]
+    return DEFAULT_PORTS.get(Path(command[0]).name, "")
 
 
 def choose_coefficients(chosen: Settings) -> cost_model.Coefficients:

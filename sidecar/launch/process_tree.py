@@ -1,6 +1,6 @@
 """The process tree of one sidecar: all startup checks, then the role of each process.
 
-    supervisor ── control, relay 0 .. N-1, image server, load reports
+    supervisor ── control, relay 0 .. N-1, image server, load reports, the engine's runner
 
 - A fault that can be found before the first process starts ends the startup.
 - The sockets and the directory of the Unix sockets belong to the supervisor and outlive every other process. A relay
@@ -19,7 +19,7 @@ import signal
 import socket
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -34,6 +34,7 @@ from sidecar.control.state_dir import StateDir
 from sidecar.errors import StartError
 from sidecar.images.shm_cache import SHM_DIR, CacheFolder
 from sidecar.launch import engine_plugin
+from sidecar.launch.engine_runner import STOP_GRACE_S, EngineRunner
 from sidecar.launch.preflight import (
     bind,
     bind_unix,
@@ -56,6 +57,12 @@ from sidecar.signals import limits_file
 _log = logging.getLogger("sidecar")
 
 SOCKETS_PREFIX: Final = "sidecar-sockets-"
+# What the interpreter, the linker, torch, CUDA and Triton read. Other variables, which may hold secrets, are left out.
+IMAGE_SERVER_VARIABLES: Final = (
+    "PATH", "HOME", "TMPDIR", "TZ", "LANG", "LC_", "LD_", "PYTHON", "VIRTUAL_ENV", "MALLOC_",
+    "GLIBC_TUNABLES", "XDG_CACHE_HOME", "CUDA", "NVIDIA_", "TRITON_", "TORCH", "PYTORCH_", "ATEN_",
+    "OMP_", "GOMP_", "KMP_", "MKL_",
+)  # fmt: skip
 IMAGE_SERVER_NICE: Final = 5  # the longest and least urgent work: where cores are scarce, probes and streams go first
 STOP_MARGIN_S: Final = 10.0  # beyond the drain, in which every process must have ended
 
@@ -63,8 +70,11 @@ STOP_MARGIN_S: Final = 10.0  # beyond the drain, in which every process must hav
 ExitCodeRunner = Callable[[Callable[[], int]], int]
 
 
-def main(chosen: Settings, run_to_exit_code: ExitCodeRunner) -> int:
-    """Serve until SIGTERM or SIGINT, drain, return the exit code. Raises UsageError and StartError at startup."""
+def main(chosen: Settings, run_to_exit_code: ExitCodeRunner, command: Sequence[str] = ()) -> int:
+    """Serve until SIGTERM or SIGINT, drain, return the exit code. Raises UsageError and StartError at startup.
+
+    `command` starts the engine; without one, it runs elsewhere.
+    """
     open_files.raise_limit()  # of all processes: many shells and runtimes allow 1024
     check_certificate(chosen)
     check_usage(chosen)
@@ -111,7 +121,10 @@ def main(chosen: Settings, run_to_exit_code: ExitCodeRunner) -> int:
         for index in range(chosen.workers):
             run = guarded(partial(_run_relay, replace(context, index=index), listener))
             roles.append(Role("relay", f"relay {index}", run, (listener,)))
-        return Supervisor(roles, chosen.drain_seconds + STOP_MARGIN_S).run()
+        if command:
+            runner = EngineRunner(command, chosen.state_dir)
+            roles.append(Role("engine", "engine runner", guarded(runner.run), ()))
+        return Supervisor(roles, chosen.drain_seconds + STOP_MARGIN_S, STOP_GRACE_S if command else 0.0).run()
 
 
 @contextmanager
@@ -146,11 +159,12 @@ def _run_relay(context: relay_process.RelayContext, listener: socket.socket, res
 
 
 def _exec_image_server(chosen: Settings, jobs: socket.socket, restarts: int) -> int:
-    """Become the image server. It reads the settings from stdin: they contain a key, and arguments are public."""
+    """Become the image server. It reads the settings from stdin, and no secret is among what it gets."""
     reading, writing = os.pipe()
-    os.write(writing, settings.to_json(chosen).encode() + b"\n")  # far less than the capacity of a pipe
+    os.write(writing, settings.to_json(replace(chosen, engine_key="")).encode() + b"\n")  # less than a pipe holds
     os.close(writing)
     os.dup2(reading, 0)
     jobs.set_inheritable(True)
     os.nice(IMAGE_SERVER_NICE)
-    os.execv(sys.executable, [sys.executable, "-m", "sidecar", "image-server", "--listen-fd", str(jobs.fileno())])
+    command = [sys.executable, "-m", "sidecar", "image-server", "--listen-fd", str(jobs.fileno())]
+    os.execve(sys.executable, command, {k: v for k, v in os.environ.items() if k.startswith(IMAGE_SERVER_VARIABLES)})

@@ -14,8 +14,8 @@ from sidecar.load.tenant_means import Prior, TenantMeans
 MAX_KEYS: Final = 1024  # of tenants and models
 MAX_WEIGHT: Final = 512  # events of one stream, so that no stream dominates
 MAX_RATIO: Final = 64.0
-# One token, which counts as eight events.
-PRIOR: Final = Prior(1.0, 8.0, (1 / MAX_RATIO, MAX_RATIO))
+# One token, which counts as one event, so that after one stream the next is counted within 2 %.
+PRIOR: Final = Prior(1.0, 1.0, (1 / MAX_RATIO, MAX_RATIO))
 
 
 class EventTokens:

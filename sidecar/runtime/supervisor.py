@@ -5,7 +5,8 @@
     death     a process that ends is restarted: at once, then with pauses that double while it keeps dying young; one
               that cannot be forked is tried again in the same way
     SIGTERM   (or SIGINT) to control, which withdraws readiness, and the relays, which finish their streams; after the
-              last relay SIGUSR1 ends control, and with it the container; a control that dies before is still replaced
+              last relay SIGUSR1 ends control, and with it the container; a control that dies before is still replaced;
+              an engine that the sidecar started (engine_runner.py) gets its SIGTERM then, too
 
 - One thread, no event loop, no file, no network: it waits in one place, for a signal. So forking it is sound, and
   little can kill it.
@@ -41,9 +42,13 @@ END_TIMEOUT_S: Final = 5.0  # control and the image server get so long to end
 
 _log = logging.getLogger(__name__)
 
-Kind = Literal["control", "relay", "images", "reports"]
+Kind = Literal["control", "relay", "images", "reports", "engine"]
 # These accept nothing new while the container drains, and end by themselves.
 SERVING: Final = ("relay", "reports")
+# These are needed until the last relay has ended.
+NEEDED: Final = ("images", "engine")
+# What ends a process at the very end; SIGKILL unless it has children to end.
+LAST_SIGNALS: Final[dict[Kind, signal.Signals]] = {"images": signal.SIGTERM, "engine": signal.SIGQUIT}
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,12 +79,16 @@ def pause_after(lived: float, before: float) -> float:
 
 
 class Supervisor:
-    """Keeps `roles` alive; the first is control. `grace`: seconds from SIGTERM until whatever still lives is killed."""
+    """Keeps `roles` alive; the first is control. `grace`: seconds from SIGTERM until whatever still lives is killed.
 
-    def __init__(self, roles: Iterable[Role], grace: float) -> None:
+    `engine_grace`: seconds more for a role of the kind `engine`, once nothing needs the engine any more.
+    """
+
+    def __init__(self, roles: Iterable[Role], grace: float, engine_grace: float = 0.0) -> None:
         self._children = [_Child(role) for role in roles]
         self._control = self._children[0]
         self._grace = grace
+        self._engine_grace = engine_grace
         self._served = False
         self._deadline: float | None = None  # set by SIGTERM
         self._is_ending = False
@@ -125,7 +134,7 @@ class Supervisor:
                 child.due = None
                 for sock in child.role.sockets:
                     sock.close()  # the relays close theirs; these would keep new connections waiting in the kernel
-            if child.role.kind != "images":
+            if child.role.kind not in NEEDED:
                 _kill(child, signal.SIGTERM)
         if self._control.due is not None:
             self._control.due = 0.0
@@ -158,12 +167,18 @@ class Supervisor:
                 self._status = 1
         elif not self._is_ending:
             self._is_ending = True
-            self._control.due, self._deadline = None, now + END_TIMEOUT_S
+            self._control.due, self._deadline = None, now + END_TIMEOUT_S + self._engine_grace
             _kill(self._control, signal.SIGUSR1)
-        if self._is_ending and not self._control.pid:
+            for child in self._engines():
+                child.due = None
+                _kill(child, signal.SIGTERM)
+        if self._is_ending and not self._control.pid and not any(child.pid for child in self._engines()):
             self._status = 0
         elif self._is_ending and now > self._deadline:
             self._status = 1
+
+    def _engines(self) -> list[_Child]:
+        return [child for child in self._children if child.role.kind == "engine"]
 
     def _next(self) -> float | None:
         """When something is due even if no signal comes."""
@@ -213,10 +228,10 @@ class Supervisor:
             os._exit(status)
 
     def _end_all(self) -> None:
-        """The image server may end by itself; the others are killed."""
+        """The image server may end by itself, and the engine's runner kills its engine; the others are killed."""
         for child in self._children:
             child.due = None
-            _kill(child, signal.SIGTERM if child.role.kind == "images" else signal.SIGKILL)
+            _kill(child, LAST_SIGNALS.get(child.role.kind, signal.SIGKILL))
         until = time.monotonic() + END_TIMEOUT_S
         while any(child.pid for child in self._children):
             if time.monotonic() > until:

@@ -8,7 +8,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -154,7 +154,9 @@ async def starter(folder: Path) -> AsyncIterator[Start]:
         session = await stack.enter_async_context(aiohttp.ClientSession())
         count = 0
 
-        async def run(engine: str, environ: Mapping[str, str] | None = None, **chosen: str) -> Sidecar:
+        async def run(
+            engine: str, environ: Mapping[str, str] | None = None, after: Sequence[str] = (), **chosen: str
+        ) -> Sidecar:
             nonlocal count
             count += 1
             relay, admin, state = free_port(), free_port(), folder / chosen.pop("state", f"state{count}")
@@ -164,6 +166,7 @@ async def starter(folder: Path) -> AsyncIterator[Start]:
             flags |= {"engine": engine, "listen": f"{host}:{relay}", "admin": f"127.0.0.1:{admin}"}
             flags |= {"state-dir": str(state)}
             command = [sys.executable, "-m", "sidecar", "run", *(x for k, v in flags.items() for x in (f"--{k}", v))]
+            command += ["--", *after] if after else []  # the engine's own command
             if files:
                 command = ["sh", "-c", f'ulimit -n {files} && exec "$@"', "sh", *command]
             env = {k: v for k, v in os.environ.items() if not k.startswith("SIDECAR_")} | dict(environ or {})

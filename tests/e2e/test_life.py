@@ -69,6 +69,8 @@ def test_a_taken_port_ends_with_1_and_names_the_port(flag: str, tmp_path: Path) 
         (["run", "--engine", "x"], "--engine: 'x' is not an http(s) URL"),
         (["run", "--engin", "x"], "--engine"),
         (["run", "--engine", "http://h", "--coefficients", "/nowhere"], "--coefficients"),
+        (["run", "--", "no-such-engine"], "COMMAND: 'no-such-engine' is not a program"),
+        (["run", "--", "sleep", "9"], "--engine is missing, and the command names no --port"),
         (["nonsense"], "nonsense"),
     ],
 )

@@ -61,6 +61,12 @@ async def test_the_file_holds_the_processors_tensor(
     assert files(tmp_path) == []
 
 
+async def test_a_worker_measures_the_costs(images: ImageService) -> None:
+    """Within its sandbox and its CPU limit, a worker of a running server answers with the costs of this machine."""
+    await images.calibrate()
+    assert images.costs is not None and images.costs.by_step["decode_jpeg"] > 0
+
+
 async def test_what_was_sent_is_not_made_again(images: ImageService, tmp_path: Path) -> None:
     """A repeat names no file, until the engine's cache has had to give it up, or the engine is another process."""
     data = base64.b64encode(PHOTOS["landscape"])

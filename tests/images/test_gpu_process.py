@@ -9,9 +9,9 @@ import asyncio
 import contextlib
 import io
 import os
+import select
 import signal
 import socket
-import struct
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -32,6 +32,7 @@ from sidecar.settings import Settings
 
 from . import published
 from .conftest import Server
+from .test_workers import gone
 
 LIMITS = ImageLimits(1 << 20, 1 << 20)
 LONG = 100.0  # seconds: the interpreter is slow, and more so on a busy machine
@@ -59,9 +60,21 @@ def stages(answer: pipeline.Answer) -> list[str]:
     return [name for name, _ in answer[0].stages]
 
 
-def peer(connection: socket.socket) -> int:
-    """The process behind a connection."""
-    return int(struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0])
+def gpu_process(server: Server) -> int:
+    """The process that owns the GPU: the one child that keeps its environment. Workers that start have theirs yet."""
+    deadline = time.monotonic() + LONG
+    while True:
+        processes = server.workers()
+        found = [pid for pid in processes if Path(f"/proc/{pid}/environ").read_bytes().strip(b"\0")]
+        if len(processes) == server.settings.image_workers + 1 and len(found) == 1:
+            return found[0]
+        assert time.monotonic() < deadline, found
+        time.sleep(0.01)  # a process that starts gives no event
+
+
+def door(server: Server) -> str:
+    """Where a server's GPU process listens."""
+    return server.path + gpu_channel.GPU_SOCKET_SUFFIX
 
 
 def connected(path: str) -> socket.socket:
@@ -81,13 +94,12 @@ def connected(path: str) -> socket.socket:
 
 
 @pytest.fixture(scope="module")
-def gpu(start_server: Callable[..., Server], requires: Any) -> Iterator[str]:
-    """Where a server's GPU process listens."""
+def gpu(start_server: Callable[..., Server], requires: Any) -> Iterator[Server]:
+    """A server with a GPU process."""
     requires("python:triton")
     server = start_server({"TRITON_INTERPRET": "1"}, images_device="cuda", image_workers=1)
-    path = server.path + gpu_channel.GPU_SOCKET_SUFFIX
-    connected(path).close()
-    yield path
+    connected(door(server)).close()
+    yield server
     server.stop()
 
 
@@ -99,34 +111,40 @@ def enter() -> Iterator[Callable[..., GpuChannel]]:
         def made(*args: Any) -> GpuChannel:
             one = GpuChannel(*args)
             stack.callback(one.close)
+            one.open()
+            if args[1:] and args[1] == LONG:  # until it is greeted
+                assert select.select(one.descriptors[1:], (), (), LONG)[0]
             return one
 
         yield made
 
 
 @pytest.mark.parametrize("want", [PIXELS, RAW, TENSORS])
-def test_the_gpu_gives_what_the_cpu_gives(gpu: str, want: str, enter: Callable[..., GpuChannel]) -> None:
+def test_the_gpu_gives_what_the_cpu_gives(gpu: Server, want: str, enter: Callable[..., GpuChannel]) -> None:
     """Inline pixels and tensors are the same bytes, and the stages say where they were made."""
     data = png(140, 180)
-    there, here = pipeline.prepare_image(job(want), data, enter(gpu, LONG)), pipeline.prepare_image(job(want), data)
+    there, here = (
+        pipeline.prepare_image(job(want), data, enter(door(gpu), LONG)),
+        pipeline.prepare_image(job(want), data),
+    )
     assert "resize_gpu" in stages(there) and "resize_gpu" not in stages(here)
     assert bytes(there[1]) == bytes(here[1]) and len(here[1]) > 0
 
 
-def test_planes_and_crops_come_back_whole(gpu: str, enter: Callable[..., GpuChannel]) -> None:
+def test_planes_and_crops_come_back_whole(gpu: Server, enter: Callable[..., GpuChannel]) -> None:
     """CLIP's processor, whose crop is cut on the GPU."""
     data = png(40, 52)
     config = {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 32}, "crop_size": 28}
     clip = families.from_config(config)
     assert clip is not None
-    there = pipeline.prepare_image(job(TENSORS, clip), data, enter(gpu, LONG))
+    there = pipeline.prepare_image(job(TENSORS, clip), data, enter(door(gpu), LONG))
     assert "resize_gpu" in stages(there)
     assert bytes(there[1]) == bytes(pipeline.prepare_image(job(TENSORS, clip), data)[1])
 
 
-def test_one_door_serves_many_images(gpu: str, enter: Callable[..., GpuChannel]) -> None:
+def test_one_door_serves_many_images(gpu: Server, enter: Callable[..., GpuChannel]) -> None:
     """An arena is used again and again, by images of different sizes."""
-    one = enter(gpu, LONG)
+    one = enter(door(gpu), LONG)
     for seed, size in enumerate([(160, 180), (130, 140), (190, 161)]):
         data = png(*size, seed)
         assert (
@@ -144,8 +162,29 @@ def test_a_job_that_may_not_use_the_gpu_does_not(tmp_path: Path, enter: Callable
         listening.setblocking(False)
         answer = pipeline.prepare_image(job(PIXELS, gpu=False), png(120, 120), enter(str(tmp_path / "door")))
         assert "resize" in stages(answer)
-        with pytest.raises(BlockingIOError):
-            listening.accept()
+        with listening.accept()[0] as accepted:
+            accepted.setblocking(False)
+            assert accepted.recv(100) == b"arena"
+            with pytest.raises(BlockingIOError):
+                accepted.recv(100)
+
+
+def test_a_gpu_process_that_has_not_accepted_is_not_asked(tmp_path: Path, enter: Callable[..., GpuChannel]) -> None:
+    """While it starts, the connection waits in its backlog; the first request follows its greeting."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listening:
+        listening.bind(str(tmp_path / "door"))
+        listening.listen()
+        one = enter(str(tmp_path / "door"), 0.01)
+        request = GpuRequest(2, 2, "", True)
+        assert one.process(memoryview(b"\0" * 12), request, 12) is None
+        with listening.accept()[0] as accepted:
+            accepted.setblocking(False)
+            assert accepted.recv(100) == b"arena"
+            with pytest.raises(BlockingIOError):
+                accepted.recv(100)
+            accepted.send(gpu_channel.READY)
+            assert one.process(memoryview(b"\0" * 12), request, 12) is None
+            assert accepted.recv(1000) == request.to_json()
 
 
 def test_without_a_gpu_process_the_cpu_does_it_and_asks_again_later(
@@ -173,21 +212,20 @@ def test_a_full_budget_leaves_the_image_to_the_cpu(
     """What does not fit into --gpu-memory-budget is refused, and the process goes on."""
     requires("python:triton")
     server = start_server({"TRITON_INTERPRET": "1"}, images_device="cuda", image_workers=1, gpu_memory_budget=120_000)
-    connected(server.path + gpu_channel.GPU_SOCKET_SUFFIX).close()
-    one = enter(server.path + gpu_channel.GPU_SOCKET_SUFFIX, LONG)
+    connected(door(server)).close()
+    one = enter(door(server), LONG)
     large = png(240, 240)
     answer = pipeline.prepare_image(job(PIXELS), large, one)
     assert "resize" in stages(answer) and bytes(answer[1]) == bytes(pipeline.prepare_image(job(PIXELS), large)[1])
     assert "resize_gpu" in stages(pipeline.prepare_image(job(PIXELS), png(80, 80), one))
 
 
-def test_a_late_gpu_is_not_waited_for_and_never_mixes_images(gpu: str, enter: Callable[..., GpuChannel]) -> None:
+def test_a_late_gpu_is_not_waited_for_and_never_mixes_images(gpu: Server, enter: Callable[..., GpuChannel]) -> None:
     """While the process stands still the CPU does the work; until the late answer is there, the arena is left alone."""
     data = [png(120 + i, 130, i) for i in range(3)]
     here = [bytes(pipeline.prepare_image(job(PIXELS), d)[1]) for d in data]
-    with connected(gpu) as connection:
-        process = peer(connection)
-    one = enter(gpu, 0.05)
+    process = gpu_process(gpu)
+    one = enter(door(gpu), 0.05)
     os.kill(process, signal.SIGSTOP)
     try:
         for d, wanted in zip(data, here, strict=True):
@@ -240,29 +278,39 @@ def nonsense() -> dict[str, Callable[[socket.socket], Any]]:
 
 
 @pytest.mark.parametrize("what", nonsense())
-def test_a_worker_that_lies_is_hung_up_on(gpu: str, what: str) -> None:
+def test_a_worker_that_lies_is_hung_up_on(gpu: Server, what: str) -> None:
     """Nothing a worker sends ends the GPU's process."""
-    with connected(gpu) as connection:
-        process = peer(connection)
+    with connected(door(gpu)) as connection:
+        process = gpu_process(gpu)
         nonsense()[what](connection)
         with contextlib.suppress(ConnectionResetError):
-            assert connection.recv(100) == b""
-    with connected(gpu) as connection:
-        assert peer(connection) == process
+            assert connection.recv(100) in (b"", gpu_channel.READY) and connection.recv(100) == b""
+    with connected(door(gpu)) as connection:
+        assert gpu_process(gpu) == process
 
 
 async def test_a_lost_gpu_costs_nothing(start_server: Callable[..., Server], requires: Any) -> None:
     """The process is killed: images go on through the server's workers, on the CPU."""
     requires("python:triton")
     server = start_server({"TRITON_INTERPRET": "1"}, images_device="auto", image_workers=1)
-    with connected(server.path + gpu_channel.GPU_SOCKET_SUFFIX) as connection:
-        os.kill(peer(connection), signal.SIGKILL)
+    images = ImageService(server.path, server.settings, small())
+    data = png(50, 60)
+    wanted = bytes(pipeline.prepare_image(job(TENSORS), data)[1])
+    await images.tensors([(data, False)])  # a worker serves, so it has connected
+    images.gpu = True
+    with connected(door(server)) as connection:
+        socket.send_fds(connection, [b"arena"], [arena := gpu_channel.make_arena()])
+        os.close(arena)
+        assert connection.recv(100) == gpu_channel.READY  # and was accepted before this connection
+        process = gpu_process(server)
+        (worker,) = set(server.workers()) - {process}
+        os.kill(process, signal.SIGKILL)
         with contextlib.suppress(ConnectionResetError):
             assert connection.recv(1) == b""
-    images = ImageService(server.path, server.settings, small())
-    images.gpu = True
-    tensors = await images.tensors([(png(50, 60), False)])
-    assert bytes(tensors[0].values) == bytes(pipeline.prepare_image(job(TENSORS), png(50, 60))[1])
+    for _ in range(3):
+        (prepared,) = await images.tensors([(data, False)])
+        assert bytes(prepared.values) == wanted
+        await gone(worker)  # it cannot connect again; its successor waits for the next GPU process
     await asyncio.to_thread(server.stop)
 
 
@@ -278,9 +326,9 @@ async def test_auto_without_a_gpu_is_the_cpu(start_server: Callable[..., Server]
 @pytest.mark.parametrize(
     ("device", "status", "again"), [("auto", NO_CUDA_STATUS, None), ("auto", 1, GPU_RETRY_S), ("cuda", 1, GPU_RETRY_S)]
 )
-def test_when_a_gpu_is_tried_again(device: str, status: int, again: float | None) -> None:
+def test_when_a_gpu_is_tried_again(tmp_path: Path, device: str, status: int, again: float | None) -> None:
     """A lost GPU after a while; one that was never there is not looked for again."""
-    owner = GpuProcess(worker_plan(Settings(images_device=device), 1))
+    owner = GpuProcess(worker_plan(Settings(images_device=device), 1), str(tmp_path / "gpu"))
     assert owner.is_due(0.0)
     owner.pid = os.posix_spawn("/bin/sh", ["sh", "-c", f"exit {status}"], {})
     os.waitid(os.P_PID, owner.pid, os.WEXITED | os.WNOWAIT)
@@ -288,3 +336,4 @@ def test_when_a_gpu_is_tried_again(device: str, status: int, again: float | None
     owner.reap(10.0)
     assert not owner.is_due(10.0)
     assert owner.is_due(10.0 + GPU_RETRY_S) is (again is not None)
+    owner.listening.close()

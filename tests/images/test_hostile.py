@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
+import os
 import struct
 import warnings
+import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,15 +21,18 @@ from sidecar.images.protocol import ImageLimits
 from sidecar.images.service import ImageService
 from sidecar.images.worker import tensors
 from sidecar.images.worker.worker import memory_bound
+from sidecar.images.worker_queue import WorkerQueue
 from sidecar.kernels import families
-from sidecar.kernels.grid import PatchSpec
+from sidecar.kernels.grid import PatchSpec, ProcessorSpec
 from sidecar.tools import synthetic_photos
+from tests.waiting import PATIENCE
 
 from . import corpus, jpegs
 from .conftest import Server
 from .corpus import png, saved
 from .published import settings
 from .test_decode import engine
+from .test_workers import both, ticks
 
 
 def jpeg_that_says(width: int, height: int) -> bytes:
@@ -36,6 +43,28 @@ def jpeg_that_says(width: int, height: int) -> bytes:
 
 
 PHOTO = synthetic_photos.photo(640, 480, 3)
+
+
+def tiff(*entries: tuple[int, int, int, int]) -> bytes:
+    """A TIFF of these tags: number, kind, count, value or offset."""
+    return b"II*\0\x08\0\0\0" + struct.pack("<H", len(entries)) + b"".join(struct.pack("<HHII", *e) for e in entries)
+
+
+def comments(blocks: int) -> bytes:
+    """A GIF of 9 x 9 pixels with a comment of so many blocks."""
+    whole = saved(Image.new("P", (9, 9)), "GIF")
+    at = whole.index(b",")
+    return whole[:at] + b"!\xfe" + b"\1x" * blocks + b"\0" + whole[at:]
+
+
+def runs(width: int, height: int, extra: bytes = b"") -> bytes:
+    """A BMP of run lengths, of one colour; `extra`: commands that do nothing."""
+    body = extra + (b"\xff\1" * -(-width // 255) + b"\0\0") * height
+    head = struct.pack("<IiiHHIIiiII", 40, width, height, 1, 8, 1, len(body), 0, 0, 2, 0)
+    return b"BM" + struct.pack("<IHHI", 62 + len(body), 0, 0, 62) + head + b"\0\0\0\0\xff\xff\xff\0" + body
+
+
+SIDES = (256, 4, 1, 100), (257, 4, 1, 100)
 
 REFUSED: dict[str, tuple[bytes, str]] = {
     "empty": (b"", "image_empty"),
@@ -69,6 +98,31 @@ REFUSED: dict[str, tuple[bytes, str]] = {
 }
 
 
+# Few bytes, much work: none of these is begun.
+COSTLY: dict[str, tuple[bytes, str]] = {
+    "jpeg of 406 scans": (jpegs.scans(4400, 4400, 406), "image_too_many_scans"),
+    "jpeg of 80 scans": (jpegs.scans(2000, 2000, 80), "image_too_many_scans"),
+    "jpeg of fill bytes": (PHOTO[:2] + b"\xff" * (2 << 20) + PHOTO[2:], "image_too_many_parts"),
+    "jpeg of empty comments": (PHOTO[:2] + b"\xff\xfe\0\2" * (1 << 18) + PHOTO[2:], "image_too_many_parts"),
+    "jpeg of junk": (PHOTO[:2] + b"\xff\xe0\0\2" + bytes(2 << 20) + PHOTO[2:], "image_too_many_parts"),
+    "png of chunks": (png(9, 9, extra=corpus.chunk(b"tEXt", b"a\0b") * 40_000), "image_too_many_parts"),
+    "png of profiles": (
+        png(9, 9, extra=corpus.chunk(b"iCCP", b"a\0\0" + zlib.compress(bytes(1 << 20))) * 5),
+        "image_too_many_parts",
+    ),
+    "gif of comments": (comments(5000), "image_too_many_parts"),
+    "gif of junk": (b"GIF89a\x09\0\x09\0\0\0\0" + b"\1" * (2 << 20), "image_too_many_parts"),
+    "tiff of strips": (tiff(*SIDES, (273, 4, 100_000, 8)), "image_too_many_parts"),
+    "tiff of tags over each other": (
+        tiff(*SIDES, *((900 + n, 1, 4 << 20, 8) for n in range(100))) + bytes(4 << 20),
+        "image_too_many_parts",
+    ),
+    "bmp of runs": (runs(4000, 4000), "image_too_many_parts"),
+    "bmp of empty runs": (runs(9, 9, b"\0\2\0\0" * (1 << 19)), "image_too_many_parts"),
+    "bmp that is also a webp": (runs(4000, 4000)[:8] + b"WEBP" + runs(4000, 4000)[12:], "image_too_many_parts"),
+}
+
+
 @pytest.mark.parametrize("name", REFUSED)
 async def test_hostile_bytes_are_refused_with_a_reason(images: ImageService, name: str) -> None:
     """A broken, forged or oversized image gets its own reason code without its content, and the next one works."""
@@ -78,6 +132,20 @@ async def test_hostile_bytes_are_refused_with_a_reason(images: ImageService, nam
     assert refused.value.reason == reason
     assert len(str(refused.value)) < 200 and "hello" not in str(refused.value)
     assert (await images.inline(base64.b64encode(PHOTO), "part")).outcome == "ok"
+
+
+@pytest.mark.parametrize("name", COSTLY)
+async def test_what_would_cost_far_more_than_its_size_is_refused(
+    server: Server, images: ImageService, name: str
+) -> None:
+    """An image whose structure would hold a worker for seconds is refused with its reason, and no worker dies of it."""
+    data, reason = COSTLY[name]
+    await images.tensors([(PHOTO, False)])
+    workers = await asyncio.to_thread(both, server)
+    with pytest.raises(BadImage) as refused:
+        await images.tensors([(data, False)])
+    assert refused.value.reason == reason and refused.value.status == 400
+    assert server.workers() == workers
 
 
 @pytest.mark.parametrize("text", [b"%%%%", b"abc", b"ab=c", base64.b64encode(PHOTO) + b"!", b"\xff\xfe\xfd\xfc"])
@@ -112,6 +180,9 @@ ODD: dict[str, bytes] = {
     "file after the file": PHOTO + PHOTO,
     # Pillow, and with it the engine, fills in what is missing or wrong here
     "jpeg that lies a little": jpeg_that_says(4000, 4000),
+    "jpeg of 200 scans": jpegs.scans(64, 64, 200),
+    "gif of 4000 blocks": comments(4000),
+    "bmp of some runs": runs(300, 200),
     "png with damaged rows": png(64, 64, b"\x09" * 64 * 193),
     "png with wrong crc": saved(Image.new("RGB", (64, 64)), "PNG")[:-30] + b"\0" * 30,
 }
@@ -185,3 +256,41 @@ async def test_a_file_of_endless_scans_is_not_decoded(images: ImageService, side
 async def test_a_file_of_many_scans_is_decoded(images: ImageService, side: int, count: int) -> None:
     """As many scans as encoders write, at the most pixels, and more in a small image."""
     assert (await images.tensors([(jpegs.scans(side, side, count), False)]))[0].prepared.outcome == "ok"
+
+
+def laborious() -> bytes:
+    """A small CMYK JPEG behind 58 MB of Photoshop's blocks, which Pillow reads in Python: many seconds."""
+    block = b"8BIM" + struct.pack("!HBxI", 0x3ED, 0, 14) + bytes(14)
+    body = b"Photoshop 3.0\0" + block * ((65_533 - 14) // len(block))
+    whole = saved(Image.new("CMYK", (64, 64)), "JPEG")
+    return whole[:2] + jpegs.segment(0xED, body) * 900 + whole[2:]
+
+
+@pytest.mark.parametrize(("deadline", "reason"), [(PATIENCE, "image_failed"), (0.2, "image_deadline")])
+async def test_an_image_of_endless_work_ends(
+    start_server: Callable[..., Server], spec: ProcessorSpec, deadline: float, reason: str
+) -> None:
+    """What no bound foresees ends by its CPU time, long before a deadline of minutes; or by a shorter deadline."""
+    server = start_server(image_workers=1, image_max_bytes=64 << 20, image_max_pixels=1 << 20)
+    queue = WorkerQueue(server.path, server.settings, deadline=deadline)
+    images = ImageService(server.path, server.settings, spec, queue=queue)
+    with pytest.raises(BadImage) as refused:
+        await images.tensors([(laborious(), False)])
+    assert refused.value.reason == reason
+    calm = ImageService(server.path, server.settings, spec)
+    assert (await calm.inline(base64.b64encode(PHOTO), "part")).outcome == "ok"
+
+
+async def test_the_cpu_time_of_one_image_is_not_the_next_ones(
+    start_server: Callable[..., Server], spec: ProcessorSpec
+) -> None:
+    """A worker that has used more time in all than one image may use goes on."""
+    lone = start_server(image_workers=1)
+    images = ImageService(lone.path, lone.settings, spec)
+    data = saved(Image.effect_noise((4000, 4000), 90), "PNG")
+    await images.tensors([(data, False)])
+    (worker,) = lone.workers()
+    used = ticks(worker)
+    while ticks(worker) - used < 4 * os.sysconf("SC_CLK_TCK"):
+        await images.tensors([(data, False)])
+    assert lone.workers() == [worker]

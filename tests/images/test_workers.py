@@ -84,7 +84,7 @@ def _at_work(pid: int, until: int) -> None:
         time.sleep(0.001)  # the kernel's accounts give no event
 
 
-def _both(server: Server) -> list[int]:
+def both(server: Server) -> list[int]:
     """A server's two workers: the first may serve before the second is forked."""
     deadline = time.monotonic() + PATIENCE
     while len(workers := server.workers()) < 2:
@@ -254,7 +254,7 @@ async def test_a_restarted_server_is_waited_for(start_server: Callable[..., Serv
     server = start_server()
     images = ImageService(server.path, server.settings, spec)
     await images.inline(PHOTO, "x")
-    workers = await asyncio.to_thread(_both, server)
+    workers = await asyncio.to_thread(both, server)
     server.restart()
     for worker in workers:
         await gone(worker)

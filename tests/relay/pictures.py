@@ -45,6 +45,8 @@ class Workers:
                 raise BadImage(f"{where} is no image", "image_unknown_format")
             case b"DIES":
                 raise BadImage(f"{where} could not be decoded", "image_failed")
+            case b"SCAN":
+                raise BadImage(f"{where} has too many scans", "image_too_many_scans")
             case b"BUSY":
                 raise ImagesBusy("all image workers are busy")
             case b"HANG":

@@ -135,7 +135,7 @@ async def test_a_uuid_of_the_client_is_kept_and_other_engines_get_none(rig: Any,
             assert (await got.json(content_type=None))["messages"][0]["content"][0].get("uuid") == uuid
 
 
-PASSED = {"BAD/": "unknown_format", "BUSY": "workers_busy", "DIES": "failed"}
+PASSED = {"BAD/": "unknown_format", "BUSY": "workers_busy", "DIES": "failed", "SCAN": "too_many_scans"}
 
 
 @pytest.mark.parametrize("trouble", PASSED)

@@ -395,7 +395,7 @@ def test_usage_is_asked_only_where_the_client_did_not(options: Any, asked: bool)
         ),
         (
             {"messages": [{"content": [{"type": "input_audio", "input_audio": {"data": "A" * 99}}]}]},
-            RequestShape(messages=1, audios=1, audio_tokens=250),
+            RequestShape(messages=1, audios=1, audio_tokens=250, reorders=True),
         ),
         (
             {

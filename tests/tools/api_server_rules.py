@@ -181,6 +181,64 @@ def deployment(document: dict[str, Any]) -> Refusals:
     yield from pod(template["spec"], "spec.template.spec")
 
 
+def stateful_set(document: dict[str, Any]) -> Refusals:
+    """ValidateStatefulSetSpec."""
+    spec = document["spec"]
+    wanted, template = spec["selector"].get("matchLabels", {}), spec["template"]
+    has = template["metadata"].get("labels") or {}
+    if not wanted or not wanted.items() <= has.items():
+        yield f"spec.selector: {wanted} does not match the template's labels {has}"
+    claims = [claim["metadata"]["name"] for claim in spec.get("volumeClaimTemplates", [])]
+    yield from labels(has, "spec.template.metadata.labels")
+    yield from annotations(template["metadata"].get("annotations"), "spec.template.metadata.annotations")
+    yield from pod(template["spec"], "spec.template.spec", claims)
+
+
+def bare_pod(document: dict[str, Any]) -> Refusals:
+    """ValidatePod."""
+    yield from pod(document["spec"], "spec", always=False)
+
+
+def disruption_budget(document: dict[str, Any]) -> Refusals:
+    """ValidatePodDisruptionBudgetSpec: one of two amounts."""
+    spec = document["spec"]
+    if len({"minAvailable", "maxUnavailable"} & set(spec)) != 1:
+        yield "spec: minAvailable and maxUnavailable are mutually exclusive, and one is needed"
+    yield from selected(spec, "spec")
+
+
+def network_policy(document: dict[str, Any]) -> Refusals:
+    """ValidateNetworkPolicySpec."""
+    spec = document["spec"]
+    yield from selected(spec, "spec")
+    if set(spec.get("policyTypes", [])) - {"Ingress", "Egress"}:
+        yield f"spec.policyTypes: {spec['policyTypes']}"
+    for n, rule in enumerate(spec.get("ingress", [])):
+        for port in rule.get("ports", []):
+            if port.get("protocol", "TCP") not in ("TCP", "UDP", "SCTP") or not port_reference(port.get("port", 1)):
+                yield f"spec.ingress[{n}].ports: {port}"
+        for peer in rule.get("from", []):
+            if not peer or ("ipBlock" in peer and len(peer) > 1):
+                yield f"spec.ingress[{n}].from: {peer}"
+
+
+def claim_template(document: dict[str, Any]) -> Refusals:
+    """validateResourceClaimTemplateSpec, of pkg/apis/resource/validation."""
+    for n, request in enumerate(document["spec"]["spec"]["devices"].get("requests", [])):
+        at = f"spec.spec.devices.requests[{n}]"
+        exactly = request.get("exactly")
+        if not dns_label(request.get("name")) or len({"exactly", "firstAvailable"} & set(request)) != 1:
+            yield f"{at}: {request}"
+        if exactly is not None and not dns_subdomain(exactly.get("deviceClassName")):
+            yield f"{at}.exactly.deviceClassName: {exactly.get('deviceClassName')!r}"
+        if (
+            exactly is not None
+            and exactly.get("allocationMode", "ExactCount") == "ExactCount"
+            and exactly.get("count", 1) < 1
+        ):
+            yield f"{at}.exactly.count: {exactly['count']}"
+
+
 def strategy(given: dict[str, Any]) -> Refusals:
     """ValidateDeploymentStrategy."""
     rolling = given.get("rollingUpdate")
@@ -196,13 +254,14 @@ def strategy(given: dict[str, Any]) -> Refusals:
         yield "spec.strategy.rollingUpdate.maxUnavailable: more than 100%"
 
 
-def pod(spec: dict[str, Any], at: str) -> Refusals:
+def pod(spec: dict[str, Any], at: str, more_volumes: Iterable[str] = (), *, always: bool = True) -> Refusals:
     """ValidatePodTemplateSpec, and the validation of its pods."""
     volumes = spec.get("volumes", [])
+    yield from scheduling(spec, at)
     yield from unique(volumes, f"{at}.volumes", "name")
     for n, volume in enumerate(volumes):
         yield from source(volume, f"{at}.volumes[{n}]", account=bool(spec.get("serviceAccountName")))
-    if spec.get("restartPolicy", "Always") != "Always":
+    if always and spec.get("restartPolicy", "Always") != "Always":
         yield f"{at}.restartPolicy: a Deployment's pods restart always"
     if spec.get("terminationGracePeriodSeconds", 30) < 0:
         yield f"{at}.terminationGracePeriodSeconds: negative"
@@ -215,10 +274,54 @@ def pod(spec: dict[str, Any], at: str) -> Refusals:
     if not rest:
         yield f"{at}.containers: required"
     yield from unique([*first, *rest], f"{at}.containers", "name")
-    names = {volume.get("name") for volume in volumes}
+    names = {*more_volumes, *(volume.get("name") for volume in volumes)}
+    claims = {claim.get("name") for claim in spec.get("resourceClaims", [])}
+    for n, c in enumerate([*first, *rest]):
+        for claim in c.get("resources", {}).get("claims", []):
+            if claim.get("name") not in claims:
+                yield f"{at}: container {n} claims {claim.get('name')!r}, which is no resourceClaim of the pod"
     for kind, containers in (("initContainers", first), ("containers", rest)):
         for n, c in enumerate(containers):
             yield from container(c, f"{at}.{kind}[{n}]", names, init=kind == "initContainers")
+
+
+def scheduling(spec: dict[str, Any], at: str) -> Refusals:
+    """ValidateTolerations, validateImagePullSecrets, validatePodResourceClaims, ValidateNodeSelector's labels."""
+    for n, toleration in enumerate(spec.get("tolerations", [])):
+        operator, value = toleration.get("operator", "Equal"), toleration.get("value", "")
+        if toleration.get("key") and not qualified_name(toleration["key"]):
+            yield f"{at}.tolerations[{n}].key: {toleration['key']!r}"
+        if operator == "Exists" and value:
+            yield f"{at}.tolerations[{n}]: Exists with a value"
+        if operator not in ("Exists", "Equal") or not label_value(value):
+            yield f"{at}.tolerations[{n}]: {operator} {value!r}"
+        if toleration.get("effect", "") not in ("", "NoSchedule", "PreferNoSchedule", "NoExecute"):
+            yield f"{at}.tolerations[{n}].effect: {toleration['effect']!r}"
+    for n, secret in enumerate(spec.get("imagePullSecrets", [])):
+        if not secret.get("name"):
+            yield f"{at}.imagePullSecrets[{n}]: required"
+    yield from labels(spec.get("nodeSelector"), f"{at}.nodeSelector")
+    yield from unique(spec.get("resourceClaims", []), f"{at}.resourceClaims", "name")
+    for n, claim in enumerate(spec.get("resourceClaims", [])):
+        if len({"resourceClaimName", "resourceClaimTemplateName"} & set(claim)) != 1 or not dns_label(
+            claim.get("name")
+        ):
+            yield f"{at}.resourceClaims[{n}]: {claim}"
+
+
+def restart_rules(c: dict[str, Any], at: str) -> Refusals:
+    """validateContainerRestartPolicy."""
+    rules = c.get("restartPolicyRules", [])
+    if rules and "restartPolicy" not in c:
+        yield f"{at}.restartPolicy: required with rules"
+    if len(rules) > 20:
+        yield f"{at}.restartPolicyRules: more than 20"
+    for n, rule in enumerate(rules):
+        codes = rule.get("exitCodes") or {}
+        if rule.get("action") not in ("Restart", "RestartAllContainers"):
+            yield f"{at}.restartPolicyRules[{n}].action: {rule.get('action')!r}"
+        if codes.get("operator") not in ("In", "NotIn") or not 1 <= len(codes.get("values", [])) <= 255:
+            yield f"{at}.restartPolicyRules[{n}].exitCodes: {codes}"
 
 
 def source(volume: dict[str, Any], at: str, *, account: bool) -> Refusals:
@@ -259,6 +362,10 @@ def container(c: dict[str, Any], at: str, volumes: set[Any], *, init: bool) -> R
     sidecar = init and c.get("restartPolicy") == "Always"
     if "restartPolicy" in c and not sidecar:
         yield f"{at}.restartPolicy: {c['restartPolicy']!r}"
+    yield from restart_rules(c, at)
+    for n, origin in enumerate(c.get("envFrom", [])):
+        if len({"secretRef", "configMapRef"} & set(origin)) != 1:
+            yield f"{at}.envFrom[{n}]: {origin}"
     yield from ports(c.get("ports", []), f"{at}.ports")
     yield from environment(c.get("env", []), f"{at}.env")
     yield from unique(c.get("volumeMounts", []), f"{at}.volumeMounts", "mountPath")
@@ -471,6 +578,11 @@ FIELDS: Final = {
 KINDS: Final[dict[str, tuple[Callable[[Any], bool], Callable[[dict[str, Any]], Refusals]]]] = {
     "Deployment": (dns_subdomain, deployment),
     "Service": (dns_1035_label, service),
+    "StatefulSet": (dns_subdomain, stateful_set),
+    "Pod": (dns_subdomain, bare_pod),
+    "PodDisruptionBudget": (dns_subdomain, disruption_budget),
+    "NetworkPolicy": (dns_subdomain, network_policy),
+    "ResourceClaimTemplate": (dns_subdomain, claim_template),
     "ServiceAccount": (dns_subdomain, custom),
     "Role": (path_segment, role),
     "RoleBinding": (path_segment, role_binding),

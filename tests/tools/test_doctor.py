@@ -15,17 +15,19 @@ import pytest
 from aiohttp import web
 
 from sidecar import __main__
+from sidecar.engines import registry
+from sidecar.engines.image_loading import ImageModel
 from sidecar.load import body_scan
 from sidecar.settings import Settings
-from sidecar.signals.identify import ProbeAnswers
 from sidecar.tools.doctor import engine as engine_checks
 from sidecar.tools.doctor import machine
 from sidecar.tools.doctor.finding import DoctorFinding
 from sidecar.tools.doctor.report import CHECKS, examine, text
 from sidecar.tools.scripted_engine.server import EngineSettings, ScriptedEngine
 
-from ..engines.engine_faces import OnDemand, shown
+from ..engines.engine_faces import OnDemand, Shown, models, said, shown
 from ..images.published import settings
+from ..seeing_engine import processor, prompt_tokens
 from ..waiting import PATIENCE
 
 TOKEN = 'data: {"choices": [{"delta": {"content": "1"}, "finish_reason": "length"}]}\n\ndata: [DONE]\n\n'
@@ -70,19 +72,57 @@ async def servers() -> AsyncIterator[list[web.AppRunner]]:
         await runner.cleanup()
 
 
+HF = ImageModel("hf", "Qwen2VLForConditionalGeneration", "Qwen2VLImageProcessor")
+
+
 @pytest.mark.parametrize(
-    ("chosen", "page", "level"),
+    ("chosen", "kind", "page", "model", "level", "words"),
     [
-        ("auto", {"version": "0.33.0", "rust_frontend_version": "0.33.0"}, "warn"),
-        ("auto", {"version": "0.33.0"}, "ok"),
-        ("off", {"version": "0.33.0", "rust_frontend_version": "0.33.0"}, "absent"),
+        ("auto", "vllm", {"version": "0.33.0"}, HF, "ok", "vllm >=0.24,<0.34, tokenizer hf"),
+        ("auto", "vllm", {"version": "0.33.0", "rust_frontend_version": "0.33.0"}, HF, "warn", "Rust front end"),
+        ("auto", "vllm", {"version": "0.23.0"}, HF, "absent", "<0.24"),
+        ("inline", "vllm", {"version": "0.23.0"}, HF, "warn", "<0.24"),
+        ("auto", "vllm", {"version": "0.32.0"}, ImageModel("mistral"), "absent", "Mistral's tokenizer"),
+        ("auto", "sglang", {"version": "0.5.23"}, HF, "absent", "sglang"),
+        ("auto", "openai", {}, HF, "absent", "not known"),
+        ("off", "vllm", {"version": "0.33.0", "rust_frontend_version": "0.33.0"}, HF, "absent", "--images off"),
     ],
     ids=str,
 )
-def test_an_engine_that_takes_no_prepared_images_is_said(chosen: str, page: dict[str, str], level: str) -> None:
-    """Images pass with vLLM's Rust front end, and what to do is said; with others nothing speaks against them."""
-    met = ProbeAnswers({"/version": json.dumps(page).encode()})
-    found = engine_checks.prepared(Settings(images=chosen), met)
+def test_whether_the_engine_gets_prepared_images_is_said(
+    chosen: str, kind: str, page: dict[str, str], model: ImageModel, level: str, words: str, tmp_path: Path
+) -> None:
+    """The row that decides is shown, with why images pass; what can be mended is said."""
+    identity = registry.identity({"/version": json.dumps(page).encode()})
+    found, needs_canary = engine_checks.prepared(Settings(images=chosen, model=str(tmp_path)), kind, identity, model)
+    assert found.level == level and words in found.what
+    assert needs_canary is (level == "ok")
+    assert bool(found.remedy) == ("rust_frontend_version" in page and chosen != "off")
+
+
+@pytest.mark.parametrize(("largest", "level"), [(448 * 448, "ok"), (224 * 224, "warn")])
+async def test_image_sizes_that_differ_are_found(
+    largest: int, level: str, tmp_path: Path, requires: Callable[[str], Path]
+) -> None:
+    """The engine is sent the image canary; where its sizes are others than the files', the remedy is said."""
+    requires("python:transformers")
+    config = {
+        "image_processor_type": "Qwen2VLImageProcessor",
+        "size": {"shortest_edge": 3136, "longest_edge": 448 * 448},
+        "patch_size": 14,
+        "temporal_patch_size": 2,
+        "merge_size": 2,
+    }
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(config))
+    sees = processor(config | {"size": {"shortest_edge": 3136, "longest_edge": largest}})
+
+    async def chat(request: web.Request) -> web.StreamResponse:
+        tokens = prompt_tokens(await request.json(), sees)
+        return web.json_response({"choices": [{}], "usage": {"prompt_tokens": tokens}})
+
+    answers = {"/v1/models": models("vllm"), "/version": said(version="0.32.0")}
+    async with Shown(answers, handlers={"/v1/chat/completions": chat}) as engine:
+        found = (await engine_checks.check(Settings(engine=engine.url, model=str(tmp_path))))["images-engine"]
     assert found.level == level and bool(found.remedy) == (level == "warn")
 
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 
+from sidecar.health.probe_policy import Backoff, Kind, Probe, ProbeSpec
 from sidecar.tools.demo.kubelet import Container, Kubelet, KubeletEvent
-from sidecar.tools.demo.probe_policy import Backoff, Kind, Probe, ProbeSpec
 
 from ..waiting import PATIENCE
 

@@ -27,13 +27,22 @@ from sidecar.events import Verdict
 from sidecar.health.probes import VERDICT_STALE_S, ProbeState
 from sidecar.settings import Settings, load
 from sidecar.tools.manifests import shell
-from sidecar.tools.manifests.render import ADMIN_PORT, DRAIN_S, ENDPOINT_REMOVAL_S, RELAY_PORT, STATE_DIR, render
+from sidecar.tools.manifests.render import (
+    ADMIN_PORT,
+    DRAIN_S,
+    ENDPOINT_REMOVAL_S,
+    RELAY_PORT,
+    RESTART_CODE,
+    STATE_DIR,
+    render,
+)
 from sidecar.tools.manifests.settings import KINDS, ManifestSettings
 
 from ..waiting import PATIENCE
 from . import api_server_rules
 
 Requires = Callable[[str], Path]
+VERSIONS = ("1.33", "1.34", "1.35", "1.36", "1.37")
 CLAIM = {"claim": "models", "model": "/models/qwen"}
 
 
@@ -54,24 +63,117 @@ def containers(**chosen: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     ("kind", "probe", "monitor", "more"),
     [
         *itertools.product(KINDS, ("safe", "http"), ("annotations",), ({},)),
+        ("vllm", "safe", "servicemonitor", {"monitor_labels": "release=kps", "qos": "burstable"}),
+        (
+            "vllm",
+            "safe",
+            "none",
+            {"env": "A=1 B='x y'", "env_secret": "hf", "key_secret": "key", "pull_secrets": "a b"},
+        ),
+        ("vllm", "safe", "none", {"node_selector": "gpu=h100 a.b/c=", "tolerations": "nvidia.com/gpu:NoSchedule"}),
         ("vllm", "safe", "podmonitor", {"namespace": "models", "gpus": 8, "replicas": 3}),
         ("vllm", "safe", "none", CLAIM | {"gpus": 0, "stack_dumps": "on"}),
         ("vllm", "safe", "none", CLAIM | {"images": "shm"}),
     ],
 )
-def test_kubernetes_takes_every_document(kind: str, probe: str, monitor: str, more: dict[str, Any]) -> None:
-    """Each document passes Kubernetes' schema, strictly; of a PodMonitor, only some fields are checked."""
+@pytest.mark.parametrize("version", VERSIONS)
+def test_kubernetes_takes_every_document(
+    kind: str, probe: str, monitor: str, more: dict[str, Any], version: str
+) -> None:
+    """Each document passes the schema of each supported Kubernetes, strictly; of monitors, some fields are checked."""
     chosen = replace(ManifestSettings(), engine_kind=kind, probe=probe, monitor=monitor, image="engine:1", **more)
     for document in yaml.safe_load_all(render(chosen)):
         if document["kind"] == "PodMonitor":
             assert document["spec"]["podMetricsEndpoints"][0]["port"] == "relay"
+        elif document["kind"] == "ServiceMonitor":
+            assert document["spec"]["endpoints"][0]["port"] == "http"
+            assert document["metadata"]["labels"] == {"release": "kps"}
         else:
-            kubernetes_validate.validate(document, kubernetes_validate.latest_version(), strict=True)
+            kubernetes_validate.validate(document, version, strict=True)
+
+
+@pytest.mark.parametrize(("chosen", "since"), [({"gpu_access": "dra"}, "1.34"), ({"probe": "restart-rules"}, "1.34")])
+def test_newer_features_are_valid_where_they_are(chosen: dict[str, Any], since: str) -> None:
+    """Valid by the schema from a version on, and not before: rules are of 1.34, and their action of 1.35."""
+    for version in VERSIONS:
+        try:
+            for document in yaml.safe_load_all(render(replace(ManifestSettings(), **chosen))):
+                kubernetes_validate.validate(document, version, strict=True)
+            valid = True
+        except (kubernetes_validate.ValidationError, kubernetes_validate.SchemaNotFoundError):
+            valid = False
+        assert valid == (version >= since), version
+
+
+def test_the_pod_is_guaranteed_unless_it_is_chosen_otherwise() -> None:
+    """Every container's requests are its limits, for CPU and memory: Kubernetes' rule for the class."""
+    for chosen, guaranteed in (
+        ({}, True),
+        ({"probe": "restart-rules", "gpu_access": "dra", "stack_dumps": "on"}, True),
+        ({"qos": "burstable"}, False),
+    ):
+        spec = made(**chosen)
+        resources = [c["resources"] for c in (*spec["initContainers"], *spec["containers"])]
+        same = (r["requests"] == r["limits"] and {"cpu", "memory"} <= set(r["limits"]) for r in resources)
+        assert all(same) is guaranteed
+
+
+def test_a_shared_claim_gives_both_containers_the_gpus() -> None:
+    """With --gpu-access dra there is one claim with the engine's number of GPUs, which both containers name."""
+    text = render(replace(ManifestSettings(), gpu_access="dra", gpus=4))
+    template = next(d for d in yaml.safe_load_all(text) if d["kind"] == "ResourceClaimTemplate")
+    (request,) = template["spec"]["spec"]["devices"]["requests"]
+    assert request["exactly"] == {"deviceClassName": "gpu.nvidia.com", "count": 4}
+    spec = made(gpu_access="dra", gpus=4)
+    (claim,) = spec["resourceClaims"]
+    assert claim["resourceClaimTemplateName"] == template["metadata"]["name"]
+    for container in containers(gpu_access="dra", gpus=4):
+        assert container["resources"]["claims"] == [{"name": claim["name"]}]
+        assert "nvidia.com/gpu" not in container["resources"]["limits"]
+    assert "nvidia.com/gpu" in containers()[1]["resources"]["limits"] and "resourceClaims" not in made()
+
+
+def test_a_network_policy_leaves_relay_and_metrics_reachable() -> None:
+    """The relay's port from everywhere; the admin port from the namespace and the monitoring's only; no other port."""
+    policy = next(d for d in yaml.safe_load_all(render(ManifestSettings())) if d["kind"] == "NetworkPolicy")
+    relay, admin = policy["spec"]["ingress"]
+    assert [p["port"] for p in relay["ports"]] == [RELAY_PORT] and "from" not in relay
+    assert [p["port"] for p in admin["ports"]] == [ADMIN_PORT] and len(admin["from"]) == 2
+    kinds = {d["kind"] for d in yaml.safe_load_all(render(replace(ManifestSettings(), network_policy="off")))}
+    assert kinds == {"Deployment", "Service", "PodDisruptionBudget"}
+
+
+def test_secrets_are_named_and_never_held() -> None:
+    """Engine and sidecar get vLLM's key by a reference; for other engines the flag is refused."""
+    sidecar, engine = containers(key_secret="keys", env_secret="hf")
+    key = {"secretKeyRef": {"name": "keys", "key": "api-key"}}
+    assert {"name": "SIDECAR_ENGINE_KEY", "valueFrom": key} in sidecar["env"]
+    assert {"name": "VLLM_API_KEY", "valueFrom": key} in engine["env"]
+    assert engine["envFrom"] == [{"secretRef": {"name": "hf"}}]
+    with pytest.raises(UsageError, match="--key-secret is for vLLM"):
+        made(key_secret="keys", engine_kind="scripted")
+
+
+def test_lists_are_kubernetes_own() -> None:
+    """Words of flags become variables, tolerations, selectors and pull secrets."""
+    spec = made(env="A='x: y' B=", tolerations="a:NoSchedule b=c:NoExecute", node_selector="d=e", pull_secrets="f g")
+    assert spec["containers"][0]["env"][1:3] == [{"name": "A", "value": "x: y"}, {"name": "B", "value": ""}]
+    assert spec["tolerations"] == [
+        {"key": "a", "operator": "Exists", "effect": "NoSchedule"},
+        {"key": "b", "operator": "Equal", "value": "c", "effect": "NoExecute"},
+    ]
+    assert spec["nodeSelector"] == {"d": "e"} and spec["imagePullSecrets"] == [{"name": "f"}, {"name": "g"}]
 
 
 MODELS = ["--claim", "models", "--model", "/models/qwen"]
 MATRIX = [
     *itertools.product(KINDS, ("safe", "http"), ("annotations", "podmonitor", "none"), ([], MODELS)),
+    *itertools.product(
+        ("vllm", "scripted"),
+        ("restart-rules",),
+        ("servicemonitor", "podmonitor"),
+        (["--gpu-access", "dra", "--monitor-labels", "release=kps a.b/c="], ["--qos", "burstable", *MODELS]),
+    ),
     *itertools.product(
         ("vllm",),
         ("safe",),
@@ -81,6 +183,8 @@ MATRIX = [
             ["--stack-dumps", "on", "--gpus", "64", *MODELS],
             ["--images", "shm", "--stack-dumps", "on", "--gpus", "0", *MODELS],
             ["--cpus", "1", "--sidecar-cpus", "128", "--memory", "1", "--sidecar-memory", "1T", "--replicas", "10000"],
+            ["--env", "A='b c' D=", "--env-secret", "hf", "--key-secret", "k.l", "--pull-secrets", "a b"],
+            ["--node-selector", "gpu=h100 a.b/c=", "--tolerations", "nvidia.com/gpu:NoSchedule a=b:NoExecute"],
             ["--memory", "64000000Ki", "--sidecar-memory", "512Mi"],
             ["--max-surge", "10000", "--startup-seconds", "60"],
             ["--startup-seconds", "86400"],
@@ -120,6 +224,8 @@ def test_prometheus_finds_the_pods_by_annotations() -> None:
     [
         ("vllm", []),
         ("vllm-http-probe", ["--probe", "http"]),
+        ("vllm-restart-rules", ["--probe", "restart-rules"]),
+        ("vllm-dra", ["--gpu-access", "dra"]),
     ],
 )
 def test_what_lies_in_deploy_is_what_the_command_prints(
@@ -278,6 +384,13 @@ def test_settings_that_do_not_fit_are_refused(chosen: dict[str, Any], words: str
         ["--engine-args", "'open"],
         ["--engine-kind", "auto"],
         ["--gpus", "-1"],
+        ["--env", "A"],
+        ["--env", "A='open"],
+        ["--tolerations", "gpu"],
+        ["--tolerations", "gpu:Sometimes"],
+        ["--node-selector", "a=b/c"],
+        ["--pull-secrets", "Not_A_Name"],
+        ["--key-secret", "a b"],
     ],
 )
 def test_bad_values_exit_with_2(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -353,6 +466,31 @@ def test_the_safe_probe_passes_where_tools_are_missing(
         (tmp_path / tool).symlink_to(shutil.which(tool) or "")
     (tmp_path / "stalled").touch()
     assert sh([name], shell.safe_liveness(str(tmp_path)), str(tmp_path)) == 0
+
+
+@pytest.mark.parametrize(("age", "code"), [(0.0, 88), (None, 0), (3600.0, 0)])
+def test_the_restarter_exits_only_while_the_engine_is_stalled(
+    interpreter: list[str], tmp_path: Path, age: float | None, code: int
+) -> None:
+    """Three rounds with a fresh file end it with the code of its rule; without one it goes on until SIGTERM."""
+    if age is not None:
+        (tmp_path / "stalled").touch()
+        os.utime(tmp_path / "stalled", (time.time() - age,) * 2)
+    # `sleep` is replaced by a count, which ends the loop after ten rounds.
+    line = f"r=0; sleep() {{ r=$((r+1)); [ $r -le 10 ]; }}; {shell.restart(str(tmp_path), RESTART_CODE)}"
+    assert sh(interpreter, line) == code
+
+
+def test_the_restarters_code_is_its_rules() -> None:
+    """The container's rule names the code that its line exits with, and restarts all containers."""
+    _, restarter = made(probe="restart-rules")["initContainers"]
+    (rule,) = restarter["restartPolicyRules"]
+    assert rule == {"action": "RestartAllContainers", "exitCodes": {"operator": "In", "values": [RESTART_CODE]}}
+    assert f"exit {RESTART_CODE};" in restarter["command"][-1] and restarter["restartPolicy"] == "Always"
+    engine = made(probe="restart-rules")["containers"][0]
+    assert "livenessProbe" not in engine and engine["lifecycle"]["preStop"] == {
+        "sleep": {"seconds": ENDPOINT_REMOVAL_S}
+    }
 
 
 def stand(state: Any, outstanding: int) -> ProbeState:

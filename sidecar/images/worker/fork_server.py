@@ -18,11 +18,12 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Final
 
 from sidecar.errors import StartError
 from sidecar.images.protocol import ImageLimits
-from sidecar.images.worker import worker
+from sidecar.images.worker import sandbox, worker
 from sidecar.images.worker.gpu_channel import GPU_SOCKET_SUFFIX
 from sidecar.runtime import cpu_quota, logs
 from sidecar.runtime.limited_log import LimitedLog
@@ -34,7 +35,12 @@ WATCHED: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)
 PARENT_POLL_INTERVAL_S: Final = 1.0
 MIN_LIFE_S: Final = 1.0
 RESTART_PAUSE_S: Final = 0.25
-SIGNAL_TEXTS: Final[dict[int, str]] = {signal.SIGALRM: "past its deadline", signal.SIGKILL: "killed"}
+SIGNAL_TEXTS: Final[dict[int, str]] = {
+    signal.SIGALRM: "past its deadline",
+    signal.SIGPROF: "past its CPU time",
+    signal.SIGXCPU: "past its CPU time",
+    signal.SIGKILL: "killed",
+}
 NO_CUDA_STATUS: Final = 78  # exit status of a GPU process that found no CUDA device (EX_CONFIG)
 NO_CUDA_TEXT: Final = "--images-device cuda: no CUDA device is visible to the image worker; use --images-device cpu"
 GPU_RETRY_S: Final = 60.0  # pause before a lost GPU is retried
@@ -71,18 +77,19 @@ def main(listen_fd: int, settings_json: str) -> int:
     start = time.monotonic()
     preimport()
     _log.info("image workers: %d, ready after %.1f s of loading", plan.workers, time.monotonic() - start)
+    if missing := sandbox.probe():
+        _log.warning("image workers are confined less than they could be: %s", "; ".join(missing))
     listening = socket.socket(fileno=listen_fd)
     listening.setblocking(True)
-    gpu_socket = f"{listening.getsockname()}{GPU_SOCKET_SUFFIX}" if plan.device != "cpu" else ""
     workers: dict[int, float] = {}
-    gpu, limited = GpuProcess(plan), LimitedLog(_log)
+    gpu, limited = GpuProcess(plan, f"{listening.getsockname()}{GPU_SOCKET_SUFFIX}"), LimitedLog(_log)
     try:
         while os.getppid() == parent:
             try:
                 while len(workers) < plan.workers:
-                    workers[_fork(partial(_serve_images, listening, plan, gpu_socket))] = time.monotonic()
+                    workers[_fork(partial(_serve_images, listening, plan, gpu.path))] = time.monotonic()
                 if gpu.is_due(time.monotonic()):
-                    gpu.pid = _fork(partial(_serve_gpu, gpu_socket, plan))
+                    gpu.pid = _fork(partial(_serve_gpu, gpu.listening, plan))
             except OSError as e:  # too many processes, or too little memory: that can pass
                 limited.error("fork", "cannot start an image worker (%s); trying again", e.strerror)
             received = signal.sigtimedwait(WATCHED, PARENT_POLL_INTERVAL_S)
@@ -97,12 +104,22 @@ def main(listen_fd: int, settings_json: str) -> int:
 
 
 class GpuProcess:
-    """Starts and restarts the process that owns the GPU, if one is configured."""
+    """Starts and restarts the process that owns the GPU, if one is configured. Its socket outlives it.
 
-    def __init__(self, plan: WorkerPlan) -> None:
+    `path` is where workers connect; "" if there is no GPU.
+    """
+
+    def __init__(self, plan: WorkerPlan, path: str) -> None:
         self._device = plan.device
-        self._start_at = 0.0 if plan.device != "cpu" else math.inf
-        self.pid = 0
+        self._start_at = 0.0
+        self.pid, self.path = 0, path
+        self.listening = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        if plan.device == "cpu":
+            self._give_up()
+        else:
+            Path(path).unlink(missing_ok=True)
+            self.listening.bind(path)
+            self.listening.listen()
 
     def is_due(self, now: float) -> bool:
         """True if the process must be started now."""
@@ -118,9 +135,14 @@ class GpuProcess:
         if code == NO_CUDA_STATUS and self._device == "cuda":
             raise StartError(NO_CUDA_TEXT)
         if code == NO_CUDA_STATUS:
-            self._start_at = math.inf
+            self._give_up()
         else:
             _log.warning("GPU process ended (%s); retrying in %g s", _describe_exit(code), GPU_RETRY_S)
+
+    def _give_up(self) -> None:
+        """Close the socket: workers that are connected see it, and later ones do without."""
+        self._start_at, self.path = math.inf, ""
+        self.listening.close()
 
 
 def preimport() -> None:
@@ -134,6 +156,9 @@ def preimport() -> None:
     Image.init()
     Image.MAX_IMAGE_PIXELS = None  # the sidecar's own limit is checked first
     import sidecar.images.worker.pipeline  # noqa: F401
+    from sidecar.images.worker import warm_up
+
+    warm_up.preimport()
 
 
 def _fork(serve: Callable[[], int]) -> int:
@@ -153,28 +178,33 @@ def _fork(serve: Callable[[], int]) -> int:
         os._exit(status)
 
 
-def _serve_images(listening: socket.socket, plan: WorkerPlan, gpu_socket: str) -> int:
+def _serve_images(listening: socket.socket, plan: WorkerPlan, gpu_path: str) -> int:
     """Run a worker, in its own process."""
     import torch
 
-    from sidecar.images.worker import pipeline
+    from sidecar.images.worker import pipeline, warm_up
     from sidecar.images.worker.gpu_channel import GpuChannel
 
-    torch.set_num_threads(plan.threads)
+    torch.set_num_threads(1)
     torch.set_grad_enabled(False)
-    prepare = partial(pipeline.run_job, gpu=GpuChannel(gpu_socket) if gpu_socket else None)
-    worker.confine(plan.limits)
-    return worker.serve(listening, prepare, plan.limits)
+    warm_up.run(pipeline.run_job, plan.limits)
+    gpu = GpuChannel(gpu_path) if gpu_path else None
+    if gpu is not None:
+        gpu.open()
+    worker.confine(plan.limits, (listening.fileno(), *(gpu.descriptors if gpu else ())))
+    torch.set_num_threads(plan.threads)  # they start within the sandbox
+    prepare = partial(pipeline.run_job, gpu=gpu, on_size=worker.limit_cpu)
+    return worker.serve(listening, prepare, plan.limits, lambda: gpu is not None and gpu.lost)
 
 
-def _serve_gpu(gpu_socket: str, plan: WorkerPlan) -> int:
+def _serve_gpu(listening: socket.socket, plan: WorkerPlan) -> int:
     """Run the process that owns the GPU."""
     import torch
 
     from sidecar.images.worker import gpu_server as gpu
 
     torch.set_grad_enabled(False)
-    return gpu.serve(gpu_socket, plan.limits, plan.gpu_memory) if gpu.is_available() else NO_CUDA_STATUS
+    return gpu.serve(listening, plan.limits, plan.gpu_memory) if gpu.is_available() else NO_CUDA_STATUS
 
 
 def _reap(workers: dict[int, float]) -> None:

@@ -5,10 +5,15 @@ memory that the worker created and sealed, so that it cannot shrink under a read
 request. Any request may be refused, and a refusal costs only time: the worker then resizes the image itself. A full
 budget and a lost, starting or missing GPU are therefore the same case: None. After a timeout the worker stops asking
 for a while, and leaves the shared memory alone until the answer has come: the GPU may still be writing.
+
+A worker connects before it is confined, since it cannot connect later. The GPU process may come afterwards: it greets
+whom it accepts, and no request is sent before. A worker whose connection is lost ends after its job, and its successor
+connects again.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import mmap
@@ -25,7 +30,7 @@ ARENA_BYTES: Final = 64 << 20  # 12 MP take 36 MB; larger ones are resized on th
 GPU_TIMEOUT_S: Final = 0.25  # ten times what the CPU needs for 1080p
 GPU_BACKOFF_S: Final = (1.0, 30.0)  # first and longest pause after a failed request
 MAX_REQUEST_BYTES: Final = 8192
-OK, FULL = b"ok", b"full"
+OK, FULL, READY = b"ok", b"full", b"ready"
 SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 GPU_SOCKET_SUFFIX: Final = ".gpu"  # appended to the image server's socket name: the socket of the GPU process
 
@@ -77,7 +82,7 @@ def map_arena(fd: int) -> mmap.mmap:
 
 
 class GpuChannel:
-    """A worker's connection to the GPU process at the socket `path`. Create it before the worker is confined."""
+    """A worker's connection to the GPU process at the socket `path`."""
 
     def __init__(self, path: str, timeout_s: float = GPU_TIMEOUT_S, now: Callable[[], float] = time.monotonic) -> None:
         self._path = path
@@ -86,9 +91,21 @@ class GpuChannel:
         self._fd = make_arena()
         self._memory = mmap.mmap(self._fd, ARENA_BYTES)
         self._connection: socket.socket | None = None
+        self._greeted = False
         self._answer_pending = False
+        self.lost = False
         self._backoff_s = GPU_BACKOFF_S[0]
         self._retry_at = 0.0
+
+    def open(self) -> None:
+        """Connect if the socket is there. Later calls do so, too, but a confined process cannot."""
+        with contextlib.suppress(OSError):
+            self._connect()
+
+    @property
+    def descriptors(self) -> tuple[int, ...]:
+        """The open files that it needs."""
+        return (self._fd, self._connection.fileno()) if self._connection is not None else (self._fd,)
 
     def process(self, pixels: memoryview, request: GpuRequest, size: int) -> memoryview | None:
         """Process `pixels` on the GPU: `size` bytes, valid until the next call; None if the CPU must do it."""
@@ -96,6 +113,8 @@ class GpuChannel:
             return None
         try:
             connection = self._connect()
+            if not self._is_greeted(connection):
+                return None
             self._memory[: len(pixels)] = pixels
             connection.send(request.to_json())
             self._answer_pending = True
@@ -121,6 +140,15 @@ class GpuChannel:
         socket.send_fds(self._connection, [b"arena"], [self._fd])
         return self._connection
 
+    def _is_greeted(self, connection: socket.socket) -> bool:
+        """Whether the GPU process has accepted the connection. Raises OSError if it never will."""
+        if not self._greeted:
+            try:
+                self._greeted = self._receive_answer(connection, 0) == READY
+            except TimeoutError:
+                return False
+        return self._greeted
+
     def _receive_answer(self, connection: socket.socket, seconds: float) -> bytes:
         """The pending answer. Raises TimeoutError if it is late, OSError if it will never come."""
         connection.settimeout(seconds)
@@ -137,7 +165,8 @@ class GpuChannel:
     def _disconnect(self) -> None:
         if self._connection is not None:
             self._connection.close()
-        self._connection, self._answer_pending = None, False
+            self.lost = True
+        self._connection, self._greeted, self._answer_pending = None, False, False
 
     def close(self) -> None:
         """Disconnect and free the memory, once the last answer in it is no longer used."""

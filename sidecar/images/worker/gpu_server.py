@@ -22,7 +22,7 @@ from typing import Any, Final
 import torch
 
 from sidecar.images.protocol import FrameError, ImageLimits
-from sidecar.images.worker.gpu_channel import FULL, MAX_REQUEST_BYTES, OK, GpuRequest, map_arena, parse_request
+from sidecar.images.worker.gpu_channel import FULL, MAX_REQUEST_BYTES, OK, READY, GpuRequest, map_arena, parse_request
 from sidecar.images.worker.tensors import table
 from sidecar.images.worker.worker import deadline
 from sidecar.kernels import families
@@ -128,14 +128,10 @@ def is_available() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1" or bool(torch.cuda.is_available())
 
 
-def serve(path: str, limits: ImageLimits, memory_budget: int) -> int:
+def serve(listening: socket.socket, limits: ImageLimits, memory_budget: int) -> int:
     """Serve requests until the GPU is lost; logs the reason and returns 1."""
-    os.environ.setdefault("TRITON_CACHE_DIR", f"{path}-kernels")  # a home may be read-only
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(path)  # noqa: PTH108
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listening, selectors.DefaultSelector() as waiting:
-        listening.bind(path)
-        listening.listen()
+    os.environ.setdefault("TRITON_CACHE_DIR", f"{listening.getsockname()}-kernels")  # a home may be read-only
+    with selectors.DefaultSelector() as waiting:
         waiting.register(listening, selectors.EVENT_READ)
         try:
             _loop(listening, waiting, limits, memory_budget)
@@ -189,6 +185,7 @@ def _receive(connection: socket.socket, arenas: dict[socket.socket, Any], limits
             if not fds:
                 raise FrameError("no arena")
             arenas[connection] = torch.frombuffer(map_arena(fds[0]), dtype=torch.uint8)
+            connection.send(READY)
         finally:
             for fd in fds:
                 os.close(fd)

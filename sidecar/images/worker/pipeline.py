@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
@@ -15,6 +16,7 @@ import pybase64
 import torch
 
 from sidecar.images import file_headers
+from sidecar.images.decode_bounds import find_excess
 from sidecar.images.header_geometry import base64_chars, is_worth_resizing, predict
 from sidecar.images.protocol import COSTS, INLINE, LAYOUT, PIXELS, Data, ImageDone, ImageJob, ImageRefused
 from sidecar.images.tensor_layout import ELEMENT_BYTES
@@ -26,9 +28,11 @@ from sidecar.kernels import families
 from sidecar.kernels.grid import Geometry, PatchSpec, ProcessorSpec, TileSpec
 
 Answer = tuple[ImageDone | ImageRefused, Data]
+OnSize = Callable[[int], None]
 
 PPM_MEDIA_TYPE: Final = "image/x-portable-pixmap"
 BINARY_MEDIA_TYPE: Final = "application/octet-stream"
+UNKNOWN_PIXELS: Final = 8 << 20  # what an image whose header has no size is taken for
 UNKNOWN_FORMAT: Final = "it is in no known format; send JPEG, PNG, WebP, GIF, BMP or TIFF"
 
 
@@ -58,11 +62,18 @@ class DecodedImage:
     stages: StageTimer
 
 
-def run_job(job: ImageJob, payload: Data, into: memoryview | None = None, *, gpu: GpuChannel | None = None) -> Answer:
+def run_job(
+    job: ImageJob,
+    payload: Data,
+    into: memoryview | None = None,
+    *,
+    gpu: GpuChannel | None = None,
+    on_size: OnSize = lambda _: None,
+) -> Answer:
     """Run one job; `into` is the memory of the file that came with it, which then receives the answer's payload."""
     if job.want == COSTS:
         return ImageDone("ok", "", "", 0, 0, (0, 0, 0), 0, "", calibration.measure(), 0), b""
-    answer, made = prepare_image(job, payload, gpu, into)
+    answer, made = prepare_image(job, payload, gpu, on_size, into)
     if into is None or not isinstance(answer, ImageDone) or answer.outcome != "ok":
         return answer, made
     if len(made) > len(into):
@@ -78,13 +89,20 @@ def _is_same_memory(made: Data, into: memoryview) -> bool:
 
 
 def prepare_image(
-    job: ImageJob, payload: Data, gpu: GpuChannel | None = None, into: memoryview | None = None
+    job: ImageJob,
+    payload: Data,
+    gpu: GpuChannel | None = None,
+    on_size: OnSize = lambda _: None,
+    into: memoryview | None = None,
 ) -> Answer:
-    """Run one job; resize on `gpu` if there is one and the job allows it, else here. Patches may be made in `into`."""
+    """Run one job; resize on `gpu` if there is one and the job allows it, else here. Patches may be made in `into`.
+
+    `on_size` is called with the number of pixels to decode and to make, before either.
+    """
     spec = families.from_json(job.spec)
     name = "unknown"
     try:
-        image = open_image(job, payload, spec)
+        image = open_image(job, payload, spec, on_size)
         if isinstance(image, ImageDone):
             return image, b""
         name = image.header.format
@@ -139,18 +157,23 @@ def _tensor_bytes(geometry: Geometry, spec: ProcessorSpec) -> int:
     return 3 * height * width * copies * ELEMENT_BYTES[spec.dtype]
 
 
-def open_image(job: ImageJob, payload: Data, spec: ProcessorSpec) -> DecodedImage | ImageDone:
+def open_image(
+    job: ImageJob, payload: Data, spec: ProcessorSpec, on_size: OnSize = lambda _: None
+) -> DecodedImage | ImageDone:
     """Unpack, check and decode; ImageDone if the image must pass through untouched. Raises ImageRejected."""
     stages = StageTimer()
     data = _unpack(job, payload)
     header = file_headers.read(data)
     if header is None:
         raise ImageRejected("image_unknown_format", UNKNOWN_FORMAT)
+    check_size(header.height, header.width, job.limits)
+    if (excess := find_excess(data, header, job.limits)) is not None:
+        raise ImageRejected(*excess)
+    on_size(_pixels(header.height, header.width, spec))
     client_chars = base64_chars(payload, job.base64)
     if job.want in INLINE and (
         not spec.inline or (job.want == PIXELS and _is_passed_early(header, spec, client_chars))
     ):
-        check_size(header.height, header.width, job.limits)
         stages.end("unpack")
         size = turned(header.height, header.width, orientation(data) if header.tagged else 1)
         reason = "not_smaller" if spec.inline else "processor"
@@ -198,6 +221,15 @@ def _unpack(job: ImageJob, payload: Data) -> bytes:
     if len(data) > job.limits.max_bytes:
         raise ImageRejected("image_too_large", f"it has {len(data)} bytes and the limit is {job.limits.max_bytes}")
     return data
+
+
+def _pixels(height: int, width: int, spec: ProcessorSpec) -> int:
+    """The pixels to decode and those to make, as far as the header tells."""
+    geometry = predict(spec, height, width)
+    if geometry is None:
+        return height * width or UNKNOWN_PIXELS
+    sizes = [view.canvas for view in geometry.views] or [(geometry.height, geometry.width)]
+    return height * width + sum(height * width for height, width in sizes)
 
 
 def _is_passed_early(header: file_headers.Header, spec: ProcessorSpec, client_chars: int) -> bool:

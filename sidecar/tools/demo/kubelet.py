@@ -23,7 +23,7 @@ from typing import Final, Literal, Self
 
 import aiohttp
 
-from sidecar.tools.demo.probe_policy import Backoff, Kind, Probe, ProbeSpec
+from sidecar.health.probe_policy import Backoff, Kind, Probe, ProbeSpec
 
 EventKind = Literal["started", "probe_failed", "ready", "unready", "killing", "exited", "backing_off"]
 

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Final
 
 from sidecar.errors import StartError
+from sidecar.health.probe_policy import Kind, ProbeSpec
 from sidecar.settings import ENV_PREFIX, Settings, format_key
 from sidecar.tools.demo.kubelet import Container
-from sidecar.tools.demo.probe_policy import Kind, ProbeSpec
 
 Address = tuple[str, int]
 

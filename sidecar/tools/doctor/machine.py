@@ -20,6 +20,7 @@ from typing import Final
 from sidecar.control.state_dir import StateDir
 from sidecar.errors import SidecarError
 from sidecar.health.probes import VERDICT_STALE_S
+from sidecar.images.worker import landlock, sandbox
 from sidecar.kernels import families
 from sidecar.launch import preflight
 from sidecar.load import body_scan
@@ -191,6 +192,18 @@ def images(chosen: Settings) -> DoctorFinding:
         text += f": its {refused} form gives other bits on this CPU and is not used"
         return DoctorFinding("warn", text, "please report the CPU's name; results are right, only slower")
     return DoctorFinding("ok", text)
+
+
+def images_sandbox(chosen: Settings) -> DoctorFinding:
+    """Whether this machine's kernel can confine the image workers."""
+    if preflight.explain_images_off(chosen):
+        return DoctorFinding("absent", "images are off")
+    if missing := sandbox.probe():
+        remedy = "take a kernel with Landlock (5.13), and a container runtime that permits nested seccomp filters"
+        return DoctorFinding(
+            "warn", f"image workers are confined less than they could be: {'; '.join(missing)}", remedy
+        )
+    return DoctorFinding("ok", f"seccomp filter, Landlock version {landlock.version()}")
 
 
 def gpu(chosen: Settings) -> DoctorFinding:

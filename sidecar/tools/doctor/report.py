@@ -29,6 +29,7 @@ CHECKS: Final[dict[str, Check]] = {
     "tokenizer": machine.tokenizer,
     "images": machine.images,
     "images-cost": image_costs.check,
+    "images-sandbox": machine.images_sandbox,
     "gpu": machine.gpu,
     "cpu": machine.cpu,
     "open-files": machine.files,

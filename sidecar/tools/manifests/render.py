@@ -1,18 +1,22 @@
 """Print Kubernetes YAML for an engine Deployment with the sidecar.
 
-Pure text; only `main` prints. User input is quoted, including names, because YAML reads some words as true or null.
-Every choice that may surprise is explained by a comment in the YAML.
+The YAML is in parts/, with the reason for every choice that may surprise; here the pieces are put together. User input
+is quoted, including names, because YAML reads some words as true or null.
 """
 
 from __future__ import annotations
 
-from textwrap import indent
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
 from typing import Final
 
+from sidecar.errors import UsageError
 from sidecar.health.probes import VERDICT_STALE_S
-from sidecar.images.vllm_plugin import PLUGIN_FOLDER
 from sidecar.tools.manifests import shell
-from sidecar.tools.manifests.settings import ENGINE_PORT, SIDECAR_MEMORY, ManifestSettings, quote, start
+from sidecar.tools.manifests.answers import Answers, SettingsAnswers
+from sidecar.tools.manifests.parts import fill
+from sidecar.tools.manifests.settings import ENGINE_PORT, ManifestSettings, quote
 
 RELAY_PORT, ADMIN_PORT = 8080, 9400
 STATE_DIR: Final = "/run/sidecar"
@@ -23,279 +27,228 @@ STARTUP_PERIOD_S: Final = 5
 DRAIN_S: Final = 120
 # Until no client sends requests to a deleted pod.
 ENDPOINT_REMOVAL_S: Final = 10
+POD_GRACE_S: Final = ENDPOINT_REMOVAL_S + DRAIN_S + 40
+# What the container `restarter` exits with, as in Kubernetes' own examples.
+RESTART_CODE: Final = 88
 
-ANNOTATIONS: Final = f"""\
-annotations:
-  # The relay's page holds the engine's series and the sidecar's.
-  prometheus.io/scrape: "true"
-  prometheus.io/port: "{RELAY_PORT}"
-  prometheus.io/path: /metrics
-"""
-# For --stack-dumps.
-SHARED_PROCESSES: Final = """\
-# The sidecar sees the engine's processes, which py-spy needs.
-shareProcessNamespace: true
-"""
-ROOT: Final = """\
-# Set by --stack-dumps: root, as in the engines' images, because no other user receives an added capability. An
-# attacker who takes over the sidecar, e.g. with a malicious image, can then read the engine's memory with prompts and
-# keys.
-runAsUser: 0
-"""
-SIDECAR_GROUP: Final = 65532
-NOT_ROOT: Final = f"runAsNonRoot: true\nrunAsUser: {SIDECAR_GROUP}\nrunAsGroup: {SIDECAR_GROUP}\n"
-POD_ENV: Final = """\
-- {name: POD_NAME, valueFrom: {fieldRef: {fieldPath: metadata.name}}}
-- {name: POD_UID, valueFrom: {fieldRef: {fieldPath: metadata.uid}}}
-- {name: POD_NAMESPACE, valueFrom: {fieldRef: {fieldPath: metadata.namespace}}}
-- {name: NODE_NAME, valueFrom: {fieldRef: {fieldPath: spec.nodeName}}}
-- name: OTEL_RESOURCE_ATTRIBUTES
-  value: k8s.pod.name=$(POD_NAME),k8s.namespace.name=$(POD_NAMESPACE),k8s.node.name=$(NODE_NAME)
-"""
-PLUGIN: Final = f"""\
-# The sidecar writes its plug-in for vLLM there: images come as finished tensors, and vLLM's own processor does not run.
-# A version of vLLM that it does not know is left as it is.
-- {{name: PYTHONPATH, value: {STATE_DIR}/{PLUGIN_FOLDER}}}
-"""
-CONNECTOR: Final = """\
-- {name: VLLM_MEDIA_CONNECTOR, value: inference_sidecar}
-"""
-LIVENESS_PROBES: Final = {
-    "safe": f"""\
-# Fails only while the sidecar keeps reporting "stalled": it touches the file every second, and a file older than
-# {VERDICT_STALE_S:.0f} s passes. So neither a missing sidecar nor an image without stat kills an engine; only
-# three commands in a row that exceed timeoutSeconds would.
-livenessProbe:
-  exec: {{command: [sh, -c, {quote(shell.safe_liveness(STATE_DIR))}]}}
-  timeoutSeconds: 10
-  failureThreshold: 3
-""",
-    "http": f"""\
-# This fails closed: when the sidecar does not answer for periodSeconds * failureThreshold, a healthy engine is killed.
-# Use it only if the engine's image has no shell, and keep the threshold high enough for a restart of the sidecar.
-livenessProbe:
-  httpGet: {{path: /livez, port: {ADMIN_PORT}}}
-  timeoutSeconds: 5
-  failureThreshold: 6
-""",
-}
 MODELS_MOUNT: Final = "- {name: models, mountPath: /models, readOnly: true}\n"
-VOLUMES: Final = """\
-# In memory, so that a full disk cannot suppress the verdict. Room for the usage records (64 MiB, twice during
-# compaction) and ten diagnoses: a pod that exceeds the size is evicted.
-- {name: sidecar-state, emptyDir: {medium: Memory, sizeLimit: 192Mi}}
-- {name: sidecar-tmp, emptyDir: {medium: Memory, sizeLimit: 64Mi}}
-# The default of 64 MiB is too small for engines that share tensors between processes.
-- {name: engine-shm, emptyDir: {medium: Memory, sizeLimit: 8Gi}}
-"""
+NO_MODEL_NOTE: Final = (
+    "# No SIDECAR_MODEL, so images pass through unchanged: preparing them needs the model's directory (--claim).\n"
+)
+MONITOR_LABELS: Final = "# By which the operator's Prometheus selects monitors.\nlabels: {}\n"
+CAPABILITIES: Final = 'capabilities: {drop: ["ALL"]}\n'
+PTRACE: Final = 'capabilities: {drop: ["ALL"], add: ["SYS_PTRACE"]}\n'
+
+ports = partial(fill, admin_port=str(ADMIN_PORT), relay_port=str(RELAY_PORT))
 
 
 def main(settings: ManifestSettings) -> int:
-    """Print the manifests."""
-    print(render(settings), end="")
+    """Print the manifests, or write the files of a chart or component."""
+    from sidecar.tools.manifests import chart, component, llm_d  # they use this module
+
+    if settings.format in ("helm", "kustomize"):
+        if not settings.out:
+            raise UsageError(f"--out is missing; {settings.format} is several files, so name a directory")
+        write(Path(settings.out), (chart if settings.format == "helm" else component).files(settings))
+        return 0
+    text = llm_d.render_values(settings) if settings.format == "llm-d" else render(settings)
+    if settings.out:
+        write(Path(settings.out), {f"{settings.name}.yaml": text})
+    else:
+        print(text, end="")
     return 0
+
+
+def write(folder: Path, contents: Mapping[str, str]) -> None:
+    """Write files below a directory, over those of the same name. Raises UsageError."""
+    try:
+        for name, text in contents.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(text, "utf-8")
+    except OSError as e:
+        raise UsageError(f"--out: cannot write to {folder} ({e.strerror}); name another directory") from None
 
 
 def render(settings: ManifestSettings) -> str:
     """The YAML documents as text. Raises UsageError if two settings contradict each other."""
-    monitor = [_pod_monitor(settings)] if settings.monitor == "podmonitor" else []
-    return "---\n".join([_deployment(settings), _service(settings), *monitor])
+    return "---\n".join(filter(None, documents(SettingsAnswers(settings), settings.namespace).values()))
 
 
-def _deployment(settings: ManifestSettings) -> str:
-    return f"""\
-apiVersion: apps/v1
-kind: Deployment
-{_metadata(settings)}
-spec:
-  replicas: {settings.replicas}
-{_lines(2, _strategy(settings))}  # Longer than a start: {settings.startup_seconds} s of the startupProbe, after the
-  # old pod's end and the pulling of images. The default, 600 s, reports every slow start as failed.
-  progressDeadlineSeconds: {settings.startup_seconds + ROLLOUT_MARGIN_S}
-  selector: {{matchLabels: {_labels(settings)}}}
-  template:
-    metadata:
-      labels: {_labels(settings)}
-{_lines(6, ANNOTATIONS if settings.monitor == "annotations" else "")}    spec:
-      # {ENDPOINT_REMOVAL_S} s until clients stop sending, {DRAIN_S} s for open requests, then the sidecar's shutdown.
-      terminationGracePeriodSeconds: {ENDPOINT_REMOVAL_S + DRAIN_S + 40}
-      enableServiceLinks: false
-      automountServiceAccountToken: false
-{_lines(6, SHARED_PROCESSES if settings.stack_dumps == "on" else "")}\
-{_lines(6, _pod_security(settings))}      initContainers:
-{_lines(8, _sidecar(settings))}      containers:
-{_lines(8, _engine(settings))}      volumes:
-{_lines(8, _volumes(settings))}"""
-
-
-def _pod_security(settings: ManifestSettings) -> str:
-    profile = "seccompProfile: {type: RuntimeDefault}"
-    if not settings.claim:
-        return f"securityContext: {{{profile}}}\n"
-    return (
-        "# The group of the volumes, and so of both containers: by it the engine reads what the sidecar hands over.\n"
-        f"securityContext: {{{profile}, fsGroup: {SIDECAR_GROUP}, fsGroupChangePolicy: OnRootMismatch}}\n"
+def documents(answers: Answers, namespace: str = "") -> dict[str, str]:
+    """The documents by the names of their files; empty where one is not wanted."""
+    labels = f"{{app.kubernetes.io/name: {answers.value('name')}}}"
+    place = f", namespace: {quote(namespace)}" if namespace else ""
+    metadata = f"{{name: {answers.value('name')}{place}, labels: {labels}}}"
+    monitor = partial(
+        fill,
+        name=answers.value("name"),
+        namespace=f"namespace: {quote(namespace)}\n" if namespace else "",
+        monitor_labels=answers.items("monitor_labels", MONITOR_LABELS),
+        labels=labels,
     )
-
-
-def _strategy(settings: ManifestSettings) -> str:
-    """How a rollout replaces pods."""
-    note = """\
-# Spare GPUs are rare, and without one an additional pod stays pending. So an old pod is deleted first: with one
-# replica, nothing serves until the new pod is ready. With spare GPUs, use --max-surge 1.
-"""
-    if settings.max_surge:
-        note = "# Set by --max-surge: new pods need more GPUs, and an old pod is deleted when a new one is ready.\n"
-    rolling = f"{{maxSurge: {settings.max_surge}, maxUnavailable: {0 if settings.max_surge else 1}}}"
-    return f"{note}strategy: {{type: RollingUpdate, rollingUpdate: {rolling}}}\n"
-
-
-def _service(settings: ManifestSettings) -> str:
-    return f"""\
-apiVersion: v1
-kind: Service
-{_metadata(settings)}
-spec:
-  selector: {_labels(settings)}
-  ports:
-    # A number: before Kubernetes 1.33, the port name of a native sidecar resolves to no endpoint.
-    - {{name: http, port: 80, targetPort: {RELAY_PORT}}}
-"""
-
-
-def _pod_monitor(settings: ManifestSettings) -> str:
-    return f"""\
-apiVersion: monitoring.coreos.com/v1
-kind: PodMonitor
-{_metadata(settings)}
-spec:
-  selector: {{matchLabels: {_labels(settings)}}}
-  podMetricsEndpoints:
-    # The relay's page holds the engine's series and the sidecar's.
-    - {{port: relay, path: /metrics}}
-"""
-
-
-def _metadata(settings: ManifestSettings) -> str:
-    namespace = f", namespace: {quote(settings.namespace)}" if settings.namespace else ""
-    return f"metadata: {{name: {quote(settings.name)}{namespace}, labels: {_labels(settings)}}}"
-
-
-def _labels(settings: ManifestSettings) -> str:
-    """The label that selects the objects."""
-    return f"{{app.kubernetes.io/name: {quote(settings.name)}}}"
-
-
-def _sidecar(settings: ManifestSettings) -> str:
-    dumps = settings.stack_dumps == "on"
-    # The engine's /dev/shm for prepared images, which the engine can read there; the default has only 64 MiB.
-    images = "- {name: engine-shm, mountPath: /dev/shm}\n" if settings.claim else ""
-    return f"""\
-# A native sidecar (Kubernetes 1.29 or later): it starts before the engine, is restarted on its own, and ends after it.
-- name: sidecar
-  image: {quote(settings.sidecar_image)}
-  restartPolicy: Always
-  args: ["run"]
-  env:
-{_lines(4, _sidecar_env(settings))}  ports:
-    - {{name: relay, containerPort: {RELAY_PORT}}}
-    - {{name: admin, containerPort: {ADMIN_PORT}}}
-  # The engine's container starts once this passes. /healthz covers the sidecar only.
-  startupProbe: {{{_get("/healthz")}, periodSeconds: 1, failureThreshold: 60}}
-  livenessProbe: {{{_get("/healthz")}, periodSeconds: 10, timeoutSeconds: 5, failureThreshold: 6}}
-  # The pod is ready when the engine can serve. Load alone never makes it unready.
-  readinessProbe: {{{_get("/readyz")}, periodSeconds: 2, timeoutSeconds: 2, failureThreshold: 1}}
-  resources:
-    # The CPU limit is the number of images prepared concurrently.
-    requests: {{cpu: "{settings.sidecar_cpus}", memory: {SIDECAR_MEMORY}}}
-    limits: {{cpu: "{settings.sidecar_cpus}", memory: {settings.sidecar_memory}}}
-  securityContext:
-{_lines(4, ROOT if dumps else NOT_ROOT)}    readOnlyRootFilesystem: true
-    allowPrivilegeEscalation: false
-    capabilities: {{drop: ["ALL"]{', add: ["SYS_PTRACE"]' if dumps else ""}}}
-  volumeMounts:
-    - {{name: sidecar-state, mountPath: {STATE_DIR}}}
-    - {{name: sidecar-tmp, mountPath: /tmp}}
-{_lines(4, images + (MODELS_MOUNT if settings.claim else ""))}"""
-
-
-def _sidecar_env(settings: ManifestSettings) -> str:
-    values = {
-        "SIDECAR_ENGINE": f"http://127.0.0.1:{ENGINE_PORT}",
-        "SIDECAR_ENGINE_KIND": settings.engine_kind,
-        "SIDECAR_LISTEN": f"0.0.0.0:{RELAY_PORT}",
-        "SIDECAR_ADMIN": f"0.0.0.0:{ADMIN_PORT}",
-        "SIDECAR_STATE_DIR": STATE_DIR,
+    return {
+        "deployment": deployment(answers, metadata, labels),
+        "service": fill(
+            "service",
+            metadata=metadata,
+            labels=labels,
+            relay_port=str(RELAY_PORT),
+        ),
+        "disruption-budget": fill("disruption-budget", metadata=metadata, labels=labels),
+        "network-policy": answers.when("policy", ports("network-policy", metadata=metadata, labels=labels)),
+        "pod-monitor": answers.when("podmonitor", monitor("pod-monitor")),
+        "service-monitor": answers.when("servicemonitor", monitor("service-monitor")),
+        "claim-template": answers.when("dra", fill("claim-template", metadata=metadata, gpus=answers.value("gpus"))),
     }
-    note = (
-        "# No SIDECAR_MODEL, so images pass through unchanged: preparing them needs the model's directory (--claim).\n"
+
+
+def deployment(answers: Answers, metadata: str, labels: str) -> str:
+    """The Deployment."""
+    surge = fill("strategy-surge", max_surge=answers.value("max_surge"))
+    claim = answers.when("dra", fill("scheduling-claim", name=answers.value("name")))
+    return fill(
+        "deployment",
+        metadata=metadata,
+        labels=labels,
+        replicas=answers.value("replicas"),
+        strategy=answers.when("surge", surge, fill("strategy-replace")),
+        startup_seconds=answers.bare("startup_seconds"),
+        progress_deadline=answers.sum("startup_seconds", ROLLOUT_MARGIN_S),
+        annotations=answers.when("annotations", fill("annotations", relay_port=str(RELAY_PORT))),
+        endpoint_removal=str(ENDPOINT_REMOVAL_S),
+        drain=str(DRAIN_S),
+        pod_grace=str(POD_GRACE_S),
+        shared_processes=answers.when("dumps", fill("shared-processes")),
+        scheduling=answers.items("pull_secrets", "imagePullSecrets: {}\n")
+        + answers.items("node_selector", "nodeSelector: {}\n")
+        + answers.items("tolerations", "tolerations: {}\n")
+        + claim,
+        sidecar=sidecar(answers),
+        restarter=answers.when("rules", restarter(answers)),
+        engine=engine(answers),
+        volumes=fill("volumes")
+        + fill("volumes-engine")
+        + answers.when("claim", fill("models-claim", claim=answers.value("claim")), fill("models-download")),
     )
-    if settings.claim:
-        values["SIDECAR_MODEL"], note = settings.model, ""
-    if settings.gpus:
-        values["SIDECAR_GPUS"] = str(settings.gpus)
-    if settings.images == "shm":
-        values["SIDECAR_IMAGES"] = "shm"
-    lines = (f"- {{name: {name}, value: {quote(value)}}}\n" for name, value in values.items())
-    return "".join(lines) + note + POD_ENV
 
 
-def _engine(settings: ManifestSettings) -> str:
-    image, command, args = start(settings)
-    tries = -(-settings.startup_seconds // STARTUP_PERIOD_S)
-    gpu = f', nvidia.com/gpu: "{settings.gpus}"' if settings.gpus else ""
-    size = f'{{cpu: "{settings.cpus}", memory: {settings.memory}{gpu}}}'
-    models = MODELS_MOUNT if settings.claim else "- {name: models, mountPath: /root/.cache/huggingface}\n"
-    return f"""\
-- name: engine
-  image: {image}
-  command: {command}
-  # On 127.0.0.1 nothing can bypass the relay: work that the sidecar does not see looks like silence.
-  args:
-{_lines(4, args)}  env:
-    # By default, libraries start one thread per core of the node; this is the container's CPU limit.
-    - name: OMP_NUM_THREADS
-      valueFrom: {{resourceFieldRef: {{containerName: engine, resource: limits.cpu, divisor: "1"}}}}
-{_lines(4, _plugin_env(settings))}  # Liveness does not count before the first token.
-  # This probe may fail closed for its {settings.startup_seconds} s: without the sidecar nothing serves either.
-  # The port is a number because a name refers to the same container only.
-  startupProbe: {{{_get("/startupz")}, periodSeconds: {STARTUP_PERIOD_S}, timeoutSeconds: 5, failureThreshold: {tries}}}
-{_lines(2, LIVENESS_PROBES[settings.probe])}    periodSeconds: 5
-    # A stalled engine does not exit by itself: it is killed after this time, regardless of the pod's own.
-    terminationGracePeriodSeconds: 10
-  lifecycle:
-    # On deletion, new requests stop first, then open ones finish while engine and sidecar still serve. A stalled engine
-    # terminates at once.
-    preStop:
-      exec: {{command: [sh, -c, {quote(shell.drain(STATE_DIR, ENDPOINT_REMOVAL_S, DRAIN_S))}]}}
-  resources:
-    requests: {size}
-    limits: {size}
-  # The engines' images run as root and write to their home; if yours does not, add runAsNonRoot: true.
-  securityContext: {{allowPrivilegeEscalation: false, capabilities: {{drop: ["ALL"]}}}}
-  volumeMounts:
-    - {{name: sidecar-state, mountPath: {STATE_DIR}, readOnly: true}}
-    - {{name: engine-shm, mountPath: /dev/shm}}
-{_lines(4, models)}"""
+def sidecar(answers: Answers) -> str:
+    """The sidecar's container in the Deployment."""
+    fixed = {
+        "SIDECAR_ENGINE": quote(f"http://127.0.0.1:{ENGINE_PORT}"),
+        "SIDECAR_ENGINE_KIND": answers.value("engine_kind"),
+        "SIDECAR_LISTEN": quote(f"0.0.0.0:{RELAY_PORT}"),
+    }
+    model = answers.when("claim", _variable("SIDECAR_MODEL", answers.value("model")), NO_MODEL_NOTE)
+    gpus = answers.when("gpus", _variable("SIDECAR_GPUS", f'"{answers.bare("gpus")}"'))
+    images = answers.when("shm", _variable("SIDECAR_IMAGES", '"shm"'))
+    key = answers.when("key", _key("SIDECAR_ENGINE_KEY", answers))
+    # The engine's /dev/shm for prepared images, which the engine can read there; the default has only 64 MiB.
+    mounts = answers.when("claim", "- {name: engine-shm, mountPath: /dev/shm}\n" + MODELS_MOUNT)
+    env = "".join(_variable(name, value) for name, value in fixed.items())
+    return container(
+        answers,
+        env + _admin() + model + gpus + images + key,
+        f"- {{name: relay, containerPort: {RELAY_PORT}}}\n",
+        mounts,
+        answers.when("dra", "claims: [{name: gpus}]\n"),
+    )
 
 
-def _plugin_env(settings: ManifestSettings) -> str:
-    if settings.engine_kind != "vllm" or not settings.claim:
-        return ""
-    return PLUGIN + (CONNECTOR if settings.images == "shm" else "")
+def container(answers: Answers, env: str, own_ports: str, mounts: str = "", claims: str = "") -> str:
+    """The sidecar's container in any pod. `env`: its variables, in addition to the pod."""
+    amounts = {name: answers.bare(name) for name in ("sidecar_cpus", "sidecar_memory")}
+    resources = (fill(f"sidecar-resources-{qos}", **amounts) for qos in ("guaranteed", "burstable"))
+    return fill(
+        "sidecar",
+        sidecar_image=answers.value("sidecar_image"),
+        sidecar_env=env,
+        sidecar_ports=own_ports,
+        admin_port=str(ADMIN_PORT),
+        sidecar_resources=answers.when("guaranteed", *resources) + claims,
+        sidecar_user=answers.when("dumps", fill("user-root"), fill("user-sidecar")),
+        sidecar_capabilities=answers.when("dumps", PTRACE, CAPABILITIES),
+        state_dir=STATE_DIR,
+        sidecar_mounts=mounts,
+    )
 
 
-def _volumes(settings: ManifestSettings) -> str:
-    models = "# Each pod downloads the models; with --claim they come from a volume.\n- {name: models, emptyDir: {}}\n"
-    if settings.claim:
-        claim = f"{{claimName: {quote(settings.claim)}, readOnly: true}}"
-        models = f"- {{name: models, persistentVolumeClaim: {claim}}}\n"
-    return VOLUMES + models
+def restarter(answers: Answers) -> str:
+    """The container whose exit code restarts all others."""
+    return fill(
+        "restarter",
+        sidecar_image=answers.value("sidecar_image"),
+        restart_code=str(RESTART_CODE),
+        restart_line=quote(shell.restart(STATE_DIR, RESTART_CODE)),
+        state_dir=STATE_DIR,
+    )
 
 
-def _get(path: str) -> str:
-    return f"httpGet: {{path: {path}, port: {ADMIN_PORT}}}"
+def engine(answers: Answers) -> str:
+    """The engine's container."""
+    image, command, args = answers.engine()
+    gpus = answers.pick("plugin_gpus", f', nvidia.com/gpu: "{answers.bare("gpus")}"')
+    return fill(
+        "engine",
+        engine_image=image,
+        engine_command=command,
+        engine_args=args,
+        engine_env=answers.each("env")
+        + answers.when("shm", fill("connector"))
+        + answers.when("key", _key("VLLM_API_KEY", answers)),
+        engine_env_from=answers.when(
+            "env_from", f"envFrom: [{{secretRef: {{name: {answers.value('env_secret')}}}}}]\n"
+        ),
+        engine_probes=probes(answers),
+        engine_size=f'{{cpu: "{answers.bare("cpus")}", memory: {answers.bare("memory")}{gpus}}}',
+        engine_claims=answers.when("dra", "claims: [{name: gpus}]\n"),
+        state_dir=STATE_DIR,
+        engine_mounts=answers.when("claim", MODELS_MOUNT, "- {name: models, mountPath: /root/.cache/huggingface}\n"),
+    )
 
 
-def _lines(spaces: int, block: str) -> str:
-    return indent(block, " " * spaces)
+def probes(answers: Answers, replace: str = "") -> str:
+    """The engine's probes and preStop. `replace`: a line for patches, which would merge probes otherwise."""
+    stale, line = f"{VERDICT_STALE_S:.0f}", quote(shell.safe_liveness(STATE_DIR))
+    safe = fill("liveness-safe", stale=stale, liveness_line=line, replace=replace)
+    http = fill("liveness-http", admin_port=str(ADMIN_PORT), replace=replace)
+    drain = quote(shell.drain(STATE_DIR, ENDPOINT_REMOVAL_S, DRAIN_S))
+    return fill(
+        "engine-probes",
+        startup_seconds=answers.bare("startup_seconds"),
+        admin_port=str(ADMIN_PORT),
+        startup_period=str(STARTUP_PERIOD_S),
+        startup_tries=answers.sum("startup_seconds", STARTUP_PERIOD_S - 1, STARTUP_PERIOD_S),
+        liveness=answers.when("safe", safe)
+        + answers.when("http", http)
+        + answers.when("rules", fill("liveness-none") + ("livenessProbe: null\n" if replace else "")),
+        pre_stop=answers.when(
+            "safe",
+            fill("pre-stop-drain", drain_line=drain),
+            fill("pre-stop-sleep", endpoint_removal=str(ENDPOINT_REMOVAL_S)),
+        ),
+    )
+
+
+def added_env(engine_kind: str, port: int, engine_port: int) -> str:
+    """The variables of a sidecar that takes over the port of an engine that exists."""
+    values = {
+        "SIDECAR_ENGINE": f"http://127.0.0.1:{engine_port}",
+        "SIDECAR_ENGINE_KIND": engine_kind,
+        "SIDECAR_LISTEN": f"0.0.0.0:{port}",
+    }
+    return "".join(_variable(name, quote(value)) for name, value in values.items()) + _admin()
+
+
+def _admin() -> str:
+    return _variable("SIDECAR_ADMIN", quote(f"0.0.0.0:{ADMIN_PORT}")) + _variable("SIDECAR_STATE_DIR", quote(STATE_DIR))
+
+
+def _variable(name: str, value: str) -> str:
+    return f"- {{name: {name}, value: {value}}}\n"
+
+
+def _key(name: str, answers: Answers) -> str:
+    """The engine's API key, which its container and the sidecar's get from one Secret."""
+    source = f"{{secretKeyRef: {{name: {answers.value('key_secret')}, key: api-key}}}}"
+    return f"- {{name: {name}, valueFrom: {source}}}\n"

@@ -10,7 +10,7 @@ from typing import Final
 
 from sidecar import __version__
 from sidecar.errors import UsageError
-from sidecar.flags import Parser, checked, flag, integer, matching, one_of, parser, text
+from sidecar.flags import Parser, checked, directory, flag, integer, matching, one_of, parser, text
 
 ENGINE_PORT: Final = 8000
 # The memory request of the sidecar; a lower limit is rejected.
@@ -46,6 +46,22 @@ def arguments(value: str) -> str:
 def quote(value: str) -> str:
     """A quoted YAML string: JSON, but with YAML's escapes beyond ASCII, as YAML has no surrogate pairs."""
     return re.sub(r"[^ -~]", lambda m: f"\\U{ord(m[0]):08x}", json.dumps(value, ensure_ascii=False))
+
+
+def words(pattern: str, expected: str) -> Parser:
+    """A parser of words as in a shell, each of which matches a whole pattern."""
+    one = re.compile(pattern, re.S)
+    return checked(lambda text: all(map(one.fullmatch, shlex.split(text))), expected, "WORDS")
+
+
+_SUBDOMAIN: Final = r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?"
+_KEY: Final = rf"({_SUBDOMAIN}/)?[A-Za-z0-9]([-A-Za-z0-9_.]{{0,61}}[A-Za-z0-9])?"
+_VALUE: Final = r"([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?"
+labels = words(f"{_KEY}={_VALUE}", "words KEY=VALUE, each a label")
+variables = words(r"[A-Za-z_][A-Za-z0-9_]*=.*", "words NAME=VALUE, quoted as in a shell")
+taints = words(f"{_KEY}(={_VALUE})?:(NoSchedule|PreferNoSchedule|NoExecute)", "words KEY[=VALUE]:EFFECT")
+names = words(_SUBDOMAIN, "names of Secrets")
+optional_name = matching(f"({_SUBDOMAIN})?", "a Secret's name")
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +102,16 @@ KINDS: Final[dict[str, EngineCommand]] = {
 class ManifestSettings:
     """Settings of `sidecar manifests`."""
 
+    format: str = flag(
+        "yaml",
+        one_of("yaml", "helm", "kustomize", "llm-d"),
+        "What is printed: manifests, or values for llm-d's chart; a Helm chart and a Kustomize component are several "
+        "files, in the directory --out",
+    )
+    out: str = flag("", directory, "Directory to write the files to; default: standard output")
+    container: str = flag("engine", label, "Kustomize and llm-d: name of the engine's container, the first of its pod")
+    port: int = flag(8000, integer(1, 65_535), "Kustomize and llm-d: port of the engine, which the relay takes over")
+
     name: str = flag("llm", label, "Name of the Deployment and its Service")
     namespace: str = flag("", optional_label, "Namespace; default: kubectl's own")
     engine_kind: str = flag(
@@ -116,14 +142,37 @@ class ManifestSettings:
     images: str = flag(
         "auto",
         one_of("auto", "shm"),
-        "How the engine gets its images; auto: the cheapest way; shm: vLLM, pixels in shared memory; needs --claim",
+        "How the engine gets prepared images; shm: through shared memory, by the plugin in vLLM's image; needs --claim",
     )
     probe: str = flag(
         "safe",
-        one_of("safe", "http"),
-        "The engine's livenessProbe: safe cannot kill a healthy engine, http fails closed",
+        one_of("safe", "http", "restart-rules"),
+        "How a stalled engine is restarted: safe cannot kill a healthy one; for images without a shell, restart-rules "
+        "cannot either (Kubernetes 1.36 or later), and http fails closed",
     )
-    monitor: str = flag("annotations", one_of("annotations", "podmonitor", "none"), "How Prometheus finds the pods")
+    monitor: str = flag(
+        "annotations",
+        one_of("annotations", "podmonitor", "servicemonitor", "none"),
+        "How Prometheus finds the pods",
+    )
+    monitor_labels: str = flag("", labels, "Labels of the monitor, as the Prometheus of an operator selects them")
+    network_policy: str = flag("on", one_of("on", "off"), "Whether only relay and metrics can be reached from outside")
+    qos: str = flag(
+        "guaranteed",
+        one_of("guaranteed", "burstable"),
+        "Class of the pod; guaranteed: all that the sidecar may use is reserved, so the engine keeps exclusive CPUs",
+    )
+    gpu_access: str = flag(
+        "none",
+        one_of("none", "dra"),
+        "How the sidecar sees the engine's GPUs; dra: both share a claim (Kubernetes 1.34, NVIDIA's DRA driver)",
+    )
+    env: str = flag("", variables, "Variables of the engine")
+    env_secret: str = flag("", optional_name, "Secret whose keys become variables of the engine, such as HF_TOKEN")
+    key_secret: str = flag("", optional_name, "Secret with vLLM's API key under `api-key`, for engine and sidecar")
+    pull_secrets: str = flag("", names, "Secrets to pull the images with")
+    node_selector: str = flag("", labels, "Labels of the nodes")
+    tolerations: str = flag("", taints, "Taints of the nodes that the pods tolerate")
     stack_dumps: str = flag(
         "off",
         one_of("off", "on"),
@@ -142,7 +191,15 @@ def start(settings: ManifestSettings) -> tuple[str, str, str]:
         raise UsageError("--claim and a --model below /models, where that claim is mounted, go together")
     if settings.images == "shm" and not (settings.claim and settings.engine_kind == "vllm"):
         raise UsageError("--images shm needs vLLM and the model's directory: --claim and a --model below /models")
-    flags = f"{kind.flags} {kind.many_gpus if settings.gpus > 1 else ''}".split()
-    args = [flag.format(model=settings.model, port=ENGINE_PORT, gpus=settings.gpus) for flag in flags]
-    lines = (f"- {quote(arg)}\n" for arg in [*args, *shlex.split(settings.engine_args)])
+    if settings.key_secret and settings.engine_kind != "vllm":
+        raise UsageError("--key-secret is for vLLM; give other engines their key with --env-secret")
+    lines = (f"- {quote(arg)}\n" for arg in arguments_of(settings, settings.model))
     return quote(image), json.dumps(kind.command.split()), "".join(lines)
+
+
+def arguments_of(settings: ManifestSettings, model: str) -> list[str]:
+    """The engine's arguments, the model as it is to be called there."""
+    kind = KINDS[settings.engine_kind]
+    flags = f"{kind.flags} {kind.many_gpus if settings.gpus > 1 else ''}".split()
+    args = [flag.format(model=model, port=ENGINE_PORT, gpus=settings.gpus) for flag in flags]
+    return [*args, *shlex.split(settings.engine_args)]

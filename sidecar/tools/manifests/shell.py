@@ -15,6 +15,14 @@ def safe_liveness(state: str) -> str:
     return f"t=$(stat -c %Y {state}/stalled 2>/dev/null) || exit 0; {age}; {stale}"
 
 
+def restart(state: str, code: int, failures: int = 3, period: int = 5) -> str:
+    """The shell line of the container `restarter`: exit with `code` after so many failures of liveness in a row."""
+    return (
+        f"trap 'exit 0' TERM; n=0; while sleep {period}; do "
+        f"if ( {safe_liveness(state)} ); then n=0; else n=$((n+1)); fi; [ $n -lt {failures} ] || exit {code}; done"
+    )
+
+
 def drain(state: str, endpoints: int, seconds: int) -> str:
     """The shell line of the engine's preStop: wait until nothing is outstanding; exit at once if it is stalled or dead.
 

@@ -19,9 +19,9 @@ Kind = Literal["startup", "readiness", "liveness"]
 
 @dataclass(frozen=True, slots=True)
 class ProbeSpec:
-    """A probe by GET as in a pod's spec, with Kubernetes' defaults. Seconds and counts."""
+    """A probe as in a pod's spec, with Kubernetes' defaults. Seconds and counts. `url` is empty if it is no GET."""
 
-    url: str
+    url: str = ""
     period: float = 10
     timeout: float = 1
     failure_threshold: int = 3
