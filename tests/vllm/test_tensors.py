@@ -22,11 +22,12 @@ from sidecar.kernels import families
 from sidecar.launch import engine_plugin
 from sidecar.settings import Settings
 from sidecar.tools.doctor import engine as doctor
+from sidecar.tools.synthetic_photos import photo
 
 from . import client, processes, tensor_files
 from .client import Http
 from .processes import Engine, Sidecar
-from .test_images import BODIES, PATH, recording, sidecar_for
+from .test_images import BODIES, PATH, Recorder, chat, prepared_images, recording
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(500)]
 
@@ -68,24 +69,45 @@ def _spec(engine: Engine) -> Any:
     return families.from_dir(str(engine.model))
 
 
+async def prepares(
+    start_sidecar: Callable[..., Sidecar], recorder: Recorder, url: str, model: Path, http: Http
+) -> Sidecar:
+    """A sidecar that has prepared an image: its workers do, and the engine has shown its image sizes."""
+    sidecar = start_sidecar(url, model=str(model), images="auto")
+    body = chat(photo(1280, 720, 99)) | {"max_tokens": 1}
+
+    async def has_prepared() -> bool:
+        await client.ask(http, sidecar.url + PATH, body)
+        return await prepared_images(sidecar, http) > 0
+
+    await client.until(has_prepared, "image workers and the engine's image sizes", 120)
+    recorder.bodies.clear()
+    return sidecar
+
+
 # The first two have engines of their own, and come before the others' is started.
 
 
 async def test_an_engine_with_other_sizes_gets_its_images_as_they_came(
     model: Any, start_sidecar: Callable[..., Sidecar], http: Http, tmp_path: Path
 ) -> None:
-    """Pixels in the size of the model's files would be resized once more: all passes, and the log says so once."""
+    """Pixels in the size of the model's files would be resized once more: all passes, and the reason is counted."""
     kwargs = json.dumps({"size": {"shortest_edge": 56 * 56, "longest_edge": 140 * 140}})
-    log = tmp_path / "engine.log"
-    environ = site(tmp_path)
+    log, environ, body = tmp_path / "engine.log", site(tmp_path), BODIES["PNG"]
     with processes.engine(model("small"), log, environ=environ, more=("--mm-processor-kwargs", kwargs)) as other:
-        without = await client.ask(http, other.url + PATH, BODIES["PNG"])
+        without = await client.ask(http, other.url + PATH, body)
+        assert read_offer(SHM_DIR, _spec(other)).differs
         async with recording(other.url, http) as (url, recorder):
-            sidecar = await sidecar_for(start_sidecar, url, other.model, http, images="auto")
-            assert await client.ask(http, sidecar.url + PATH, BODIES["PNG"]) == without
-    assert [url for body in recorder.bodies for url in urls(body)] == urls(BODIES["PNG"])
-    text = (sidecar.state.parent / "sidecar.log").read_text()
-    assert text.count("other settings than the model's files: max_pixels") == 1
+            sidecar = start_sidecar(url, model=str(other.model), images="auto")
+
+            async def differs() -> float:
+                assert await client.ask(http, sidecar.url + PATH, body) == without
+                page, of = f"{sidecar.admin}/metrics", {"outcome": "passed", "reason": "size_differs"}
+                return await client.sample(http, page, "sidecar_images_total", **of)
+
+            await client.until(differs, "an image that passes for its engine's sizes", 120)
+    chats = [body for body in recorder.bodies if any(part.startswith("data:image/png") for part in urls(body))]
+    assert chats and all(urls(seen) == urls(body) for seen in chats)
 
 
 async def test_an_unknown_version_is_left_as_it_is(
@@ -98,7 +120,7 @@ async def test_an_unknown_version_is_left_as_it_is(
     log = tmp_path / "engine.log"
     with processes.engine(model("small"), log, environ=environ) as other:
         async with recording(other.url, http) as (url, recorder):
-            sidecar = await sidecar_for(start_sidecar, url, other.model, http, images="auto")
+            sidecar = await prepares(start_sidecar, recorder, url, other.model, http)
             through = await client.ask(http, sidecar.url + PATH, BODIES["PNG"])
         assert through == await client.ask(http, other.url + PATH, BODIES["PNG"])
         assert read_offer(SHM_DIR, _spec(other)).why == NO_OFFER.why
@@ -111,7 +133,7 @@ async def test_equal_answers(engine: Engine, start_sidecar: Callable[..., Sideca
     bodies, before = [BODIES[name] for name in NAMES], waiting()
     without = [await client.ask(http, engine.url + PATH, body) for body in bodies]
     async with recording(engine.url, http) as (url, recorder):
-        sidecar = await sidecar_for(start_sidecar, url, engine.model, http, images="auto")
+        sidecar = await prepares(start_sidecar, recorder, url, engine.model, http)
         through = [await client.ask(http, sidecar.url + PATH, body) for body in bodies]
     assert through == without
     sent = [url for body in recorder.bodies for url in urls(body)]
@@ -181,7 +203,7 @@ async def test_a_request_with_its_own_processing_is_left_alone(
     """Other sizes of one request, in its own words: the same answer as without the sidecar, and no tensors."""
     own = {"mm_processor_kwargs": {"size": {"shortest_edge": 56 * 56, "longest_edge": 112 * 112}}}
     async with recording(engine.url, http) as (url, recorder):
-        sidecar = await sidecar_for(start_sidecar, url, engine.model, http, images="auto")
+        sidecar = await prepares(start_sidecar, recorder, url, engine.model, http)
         body = BODIES["720p"] | own
         assert await client.ask(http, sidecar.url + PATH, body) == await client.ask(http, engine.url + PATH, body)
     assert not any(PARAMETER in url for body in recorder.bodies for url in urls(body))
