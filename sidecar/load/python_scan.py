@@ -174,7 +174,7 @@ def leaves(stack: list[Any], binary: frozenset[str] = BINARY_KEYS | SEALED_KEYS)
                 stack.extend(value[key] for key in TEXT_KEYS if key in value)
                 continue
             for key, item in value.items():
-                if isinstance(key, Again) and str(key) in _LAST_COUNTS:
+                if isinstance(key, Again) and (str(key) in _LAST_COUNTS or (binary and str(key) in SEALED_KEYS)):
                     continue
                 if key in PRINTED_KEYS or (key == "input" and kind == "tool_use"):
                     yield printed(item)
