@@ -34,7 +34,7 @@ ROWS: Final[dict[str, tuple[str, str, dict[str, Any]]]] = {
     "Qwen2.5-VL": (
         "Qwen2VLImageProcessor",
         "qwen2_vl.image_processing_qwen2_vl",
-        {"size": {"shortest_edge": 3136, "longest_edge": 1_003_520}, **PATCHES},
+        {"size": {"shortest_edge": 3136, "longest_edge": 12_845_056}, **PATCHES},
     ),
     "GLM-4V": (
         "Glm4vImageProcessor",

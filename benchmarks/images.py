@@ -1,6 +1,8 @@
 """Images on one core: the sidecar's chain against decoding alone and Hugging Face's processors, of all families.
 
-    python benchmarks/images.py [--rounds N] [--write] [--pillow-simd PYTHON] [--no-families]
+    python benchmarks/images.py [--rounds N] [--models NAMES] [--write] [--pillow-simd PYTHON] [--no-families]
+
+Sizes are those that the models' published settings allow.
 
 Rules: one core (affinity and one thread). The chains of a size alternate in every round; a row is the median over the
 rounds, so that noise affects all alike. Before anything is timed, the sidecar's tensors are compared with the
@@ -28,7 +30,7 @@ import torch
 import torchvision
 import transformers
 from families import report as families_report
-from one_core import DECODE, cpu_name, decoded, measure, pin
+from one_core import DECODE, cpu_name, decoded, measure, pin, screenshot
 from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
@@ -38,14 +40,28 @@ from sidecar.kernels import families, fused
 from sidecar.kernels.grid import PatchSpec
 from sidecar.tools import synthetic_photos
 
-SIZES = {"720p": (1280, 720), "1080p": (1920, 1080), "12 MP": (4000, 3000)}
-CONFIG = {
-    "image_processor_type": "Qwen2VLImageProcessor",
-    "min_pixels": 3136,
-    "max_pixels": 1_003_520,  # the class's own bounds
-    "patch_size": 14,
-    "merge_size": 2,
-    "temporal_patch_size": 2,
+SCREENSHOT = "1080p PNG"
+SIZES = {"720p": (1280, 720), "1080p": (1920, 1080), "12 MP": (4000, 3000), SCREENSHOT: (1920, 1080)}
+# as the models publish them
+MODELS: dict[str, dict[str, Any]] = {
+    "Qwen2.5-VL": {
+        "image_processor_type": "Qwen2VLImageProcessor",
+        "size": {"shortest_edge": 3136, "longest_edge": 12_845_056},
+        "patch_size": 14,
+        "merge_size": 2,
+        "temporal_patch_size": 2,
+        "image_mean": [0.48145466, 0.4578275, 0.40821073],
+        "image_std": [0.26862954, 0.26130258, 0.27577711],
+    },
+    "Qwen3-VL": {
+        "image_processor_type": "Qwen2VLImageProcessor",
+        "size": {"shortest_edge": 65_536, "longest_edge": 16_777_216},
+        "patch_size": 16,
+        "merge_size": 2,
+        "temporal_patch_size": 2,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+    },
 }
 
 PIXELS = "decode + resize + PPM"
@@ -55,12 +71,20 @@ HF_PIL, HF_TV = "HF PIL processor", "HF torchvision processor, PIL decode"
 ATEN, KERNEL, COPY = "ATen resize + torch ops to fp32 patches", "our kernel to fp32 patches", "copy of as many bytes"
 
 
-def chains(data: bytes, spec: PatchSpec) -> dict[str, Callable[[], Any]]:
+def processor(kind: Any, config: dict[str, Any]) -> Any:
+    """Hugging Face's processor with these settings."""
+    return kind(**{name: value for name, value in config.items() if name != "image_processor_type"})
+
+
+def file_of(size: str) -> bytes:
+    """A photograph, or a screenshot."""
+    width, height = SIZES[size]
+    return synthetic_photos.photo(width, height, seed=1) if size != SCREENSHOT else screenshot(width, height)
+
+
+def chains(data: bytes, config: dict[str, Any], spec: PatchSpec) -> dict[str, Callable[[], Any]]:
     """What is compared, each from the file's bytes."""
-    pil, torchv = (
-        Qwen2VLImageProcessorPil(max_pixels=spec.max_pixels),
-        Qwen2VLImageProcessor(max_pixels=spec.max_pixels),
-    )
+    pil, torchv = (processor(kind, config) for kind in (Qwen2VLImageProcessorPil, Qwen2VLImageProcessor))
 
     def sized() -> tuple[Any, Any]:
         pixels = decoded(data)
@@ -95,8 +119,8 @@ def traffic(h: int, w: int, height: int, width: int) -> int:
 class Simd:
     """The Pillow processor in an interpreter with Pillow-SIMD: a line with a size in, a line out when it is done."""
 
-    def __init__(self, python: str) -> None:
-        command = [python, __file__, "--serve"]
+    def __init__(self, python: str, model: str) -> None:
+        command = [python, __file__, "--serve", "--models", model]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
         self.version = self._answer()
         if ".post" not in self.version:
@@ -116,10 +140,10 @@ class Simd:
         return line
 
 
-def serve() -> None:
+def serve(model: str) -> None:
     """The other side of Simd."""
-    pil = Qwen2VLImageProcessorPil(max_pixels=CONFIG["max_pixels"])
-    files = {name: synthetic_photos.photo(*size, seed=1) for name, size in SIZES.items()}
+    pil = processor(Qwen2VLImageProcessorPil, MODELS[model])
+    files = {name: file_of(name) for name in SIZES}
     print(PIL.__version__, flush=True)
     for line in sys.stdin:
         image = Image.open(io.BytesIO(files[line.strip()])).convert("RGB")
@@ -127,16 +151,16 @@ def serve() -> None:
         print("done", flush=True)
 
 
-def report(rounds: int, simd: Simd | None) -> str:
-    """The whole table as Markdown."""
-    spec = families.from_config(CONFIG)
+def report(model: str, rounds: int, simd: Simd | None) -> str:
+    """One model's tables as Markdown."""
+    spec = families.from_config(MODELS[model])
     assert isinstance(spec, PatchSpec)
     rows: dict[str, dict[str, float]] = {}
     sizes: dict[str, int] = {}
     moved: dict[str, int] = {}
     for name, (width, height) in SIZES.items():
-        data = synthetic_photos.photo(width, height, seed=1)
-        todo = chains(data, spec)
+        data = file_of(name)
+        todo = chains(data, MODELS[model], spec)
         assert torch.equal(todo[TENSORS](), todo[HF_TV]()), "not exact: nothing is timed"
         if simd is not None:
             todo[HF_SIMD] = partial(simd.process, name)
@@ -147,16 +171,16 @@ def report(rounds: int, simd: Simd | None) -> str:
         final = spec.geometry(height, width)
         moved[name] = traffic(height, width, final.height, final.width)
     lines = [
-        f"# Images, one core: {cpu_name()}, {datetime.datetime.now(datetime.UTC):%Y-%m-%d}",
+        f"# {model}'s images, one core: {cpu_name()}, {datetime.datetime.now(datetime.UTC):%Y-%m-%d}",
         "",
         f"torch {torch.__version__}, torchvision {torchvision.__version__}, Pillow {PIL.__version__}, "
         f"{f'Pillow-SIMD {simd.version}, ' if simd else ''}"
         f"transformers {transformers.__version__}, Python {platform.python_version()}, "
         f"ATen {torch.backends.cpu.get_cpu_capability()}, our kernel {fused.level()}; median of {rounds} "
         "interleaved rounds, ms of CPU per image; "
-        "Qwen2-VL, at most 1003520 pixels; our fp32 patches equal the torchvision processor's to the last bit.",
+        f"at most {spec.max_pixels} pixels; our fp32 patches equal the torchvision processor's to the last bit.",
         "",
-        "| size (JPEG bytes) | " + " | ".join(rows["1080p"]) + " |",
+        "| size (bytes of the file) | " + " | ".join(rows["1080p"]) + " |",
         "|---" * (len(rows["1080p"]) + 1) + "|",
         *(
             f"| {name} ({sizes[name]}) | " + " | ".join(f"{ms:.1f}" for ms in row.values()) + " |"
@@ -199,12 +223,16 @@ def main() -> None:
     parser.add_argument("--pillow-simd", metavar="PYTHON")
     parser.add_argument("--no-families", action="store_true")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--models", default=",".join(MODELS), help="separated by commas")
     chosen = parser.parse_args()
     pin()
     if chosen.serve:
-        serve()
+        serve(chosen.models)
         return
-    text = report(chosen.rounds, Simd(chosen.pillow_simd) if chosen.pillow_simd else None)
+    text = "\n".join(
+        report(model, chosen.rounds, Simd(chosen.pillow_simd, model) if chosen.pillow_simd else None)
+        for model in chosen.models.split(",")
+    )
     if not chosen.no_families:
         text += "\n" + families_report(chosen.rounds)
     print(text)

@@ -9,6 +9,7 @@ before.
 from __future__ import annotations
 
 import ctypes
+import io
 import os
 import platform
 import re
@@ -18,7 +19,9 @@ from collections.abc import Callable, Container
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
 import torch
+from PIL import Image
 
 from sidecar.images import file_headers
 from sidecar.images.protocol import ImageLimits
@@ -49,9 +52,9 @@ def cpu_name() -> str:
 
 
 def decoded(data: bytes) -> Any:
-    """The pixels of a plain file."""
+    """The pixels of a file."""
     header = file_headers.read(data)
-    assert header is not None and header.plain
+    assert header is not None
     return decode(data, header, LIMITS)
 
 
@@ -65,3 +68,16 @@ def measure(todo: dict[str, Chain], rounds: int, elsewhere: Container[str] = ())
             chain()
             taken[name].append((clock() - start) * 1e3)
     return {name: statistics.median(times) for name, times in taken.items()}
+
+
+def screenshot(width: int, height: int) -> bytes:
+    """A PNG of areas of one colour, and lines of something like text."""
+    rng = np.random.default_rng(1)
+    screen = np.full((height, width, 3), 245, np.uint8)
+    screen[:, : width // 5] = (40, 44, 52)
+    for top in range(20, height - 20, 22):
+        line = np.repeat(rng.integers(0, 2, (12, width // 6), np.uint8), 2, axis=1)
+        screen[top : top + 12, width // 4 : width // 4 + line.shape[1]] -= 200 * line[..., None]
+    out = io.BytesIO()
+    Image.fromarray(screen).save(out, "PNG")
+    return out.getvalue()

@@ -1,16 +1,17 @@
-"""The sidecar's gain with a real vLLM: photographs sent directly, and through the sidecar inline and by shared memory.
+"""Images next to a real vLLM, at the limits that models publish: by itself, and with each hand-off of the sidecar.
 
-    python benchmarks/vllm_images.py [--rounds N] [--executor uni|mp] [--own-cores] [--write]
+    python benchmarks/vllm_images.py [--rounds N] [--own-cores] [--models NAMES] [--cases NAMES] [--write]
 
-The environment is that of `make test-vllm`, or tests/vllm/environment.py. One vLLM on a CPU has a tiny Qwen2-VL whose
-images are limited to 448 x 448, so that the vision tower is cheap and preprocessing shows; its image cache is off. Its
-worker runs in the core's process, as on one GPU: the CPU's default, a separate worker, polls for a second after each
-step, which occupies a core and counts as the engine's CPU time (`--executor mp` shows that). Engine, sidecar and client
-share this machine's cores; with `--own-cores` the engine always has one to itself, and sidecar and client the rest.
+The environment is that of `make test-vllm`, or tests/vllm/environment.py. vLLM runs on the CPU with tiny models that
+have the image processors of Qwen2.5-VL and Qwen3-VL, sizes included. Their towers have no layers, because a tower of
+any size on a CPU would hide everything else: what is left is what an API process does with an image, and the way of its
+tensors to the core. The cache of processed images is off; each request has other files. The plug-in comes by PYTHONPATH
+from a state directory. Engine, sidecar and client share this machine's cores; with `--own-cores` the engine has one to
+itself, and sidecar and client the rest.
 
 Rules: the ways alternate in every round, and a row is the median over the rounds. Answers with log-probabilities are
-compared before anything is timed. Every photograph of a block is another file (a comment is inserted), so that no cache
-helps unless a row says so. CPU seconds are those of the process tree. `--write` keeps the table in benchmarks/results/.
+compared before anything is timed. CPU seconds are those of vLLM's API process, of its core, and of the sidecar's
+processes, without what these take when nothing is asked of them. `--write` keeps the table in benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -26,18 +27,19 @@ import json
 import os
 import platform
 import re
-import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import aiohttp
+import one_core
 import psutil
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -45,52 +47,55 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from sidecar.images import vllm_plugin
 from sidecar.images.shm_cache import SHM_DIR
 from sidecar.kernels import families
+from sidecar.launch import engine_plugin
 from sidecar.tools import synthetic_photos
 from tests.vllm import client, environment, processes
 
 PATH = "/v1/chat/completions"
-LIMIT = {"shortest_edge": 56 * 56, "longest_edge": 448 * 448}
-PROCESSOR = {
-    "image_processor_type": "Qwen2VLImageProcessor",
-    "size": LIMIT,
-    "patch_size": 14,
-    "merge_size": 2,
-    "temporal_patch_size": 2,
+# processor settings of published models, on a tiny model of the same kind
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "Qwen2.5-VL": ("vision", {"min_pixels": 3136, "max_pixels": 12_845_056}),
+    "Qwen3-VL": ("qwen3", {"size": {"shortest_edge": 65_536, "longest_edge": 16_777_216}}),
 }
-SIZES = {"1080p": (1920, 1080), "12 MP": (4000, 3000)}
-REPEATED = {"720p": (1280, 720), **SIZES}
-REQUESTS = {"1080p": 32, "12 MP": 24}  # of one block
-AT_ONCE = 8
-DIRECT, INLINE, SHM = "vLLM alone", "sidecar, inline", "sidecar, shm"
-SIDECARS = {INLINE: "inline", SHM: "shm"}
-SMALL, TEXT = "vLLM alone, image already resized", "vLLM alone, no image"
+# case -> files of one request: format, width, height
+CASES: dict[str, list[tuple[str, int, int]]] = {
+    "720p": [("JPEG", 1280, 720)],
+    "1080p": [("JPEG", 1920, 1080)],
+    "12 MP": [("JPEG", 4000, 3000)],
+    "screenshot, 1080p PNG": [("PNG", 1920, 1080)],
+    "4 x 720p": [("JPEG", 1280, 720)] * 4,
+    "16 x 720p": [("JPEG", 1280, 720)] * 16,
+}
+REQUESTS = {"720p": 24, "1080p": 16, "12 MP": 4, "screenshot, 1080p PNG": 12, "4 x 720p": 6, "16 x 720p": 3}
+AT_ONCE = 4
+CALIBRATED_S, IDLE_S = 30.0, 10.0
+DIRECT, INLINE, SHM, AUTO = "vLLM alone", "inline", "shm, pixels", "auto, with the plug-in"
+SIDECARS = {INLINE: "inline", SHM: "shm", AUTO: "auto"}
 FLAGS = {"canary-interval": "300", "silence-floor": "60", "log-level": "warning"}
-DECODE = """
-import sys, time, statistics, torch
-from sidecar.images import file_headers as headers
-from sidecar.images.worker.decode import decode
-from sidecar.images.protocol import ImageLimits
-torch.set_num_threads(1)
-data, limits, taken = open(sys.argv[1], "rb").read(), ImageLimits(20 << 20, 50_000_000), []
-for _ in range(9):
-    start = time.thread_time()
-    decode(data, headers.read(data), limits)
-    taken.append(time.thread_time() - start)
-print(statistics.median(taken))
-"""
+TOWER = {"depth": 0, "deepstack_visual_indexes": []}
+LAYERS = {"num_hidden_layers": 1, "layer_types": ["full_attention"], "max_position_embeddings": 32_768}
+ENGINE = (
+    *("--load-format", "dummy", "--max-model-len", "24576", "--max-num-batched-tokens", "24576"),
+    *("--mm-processor-cache-gb", "0", "--distributed-executor-backend", "uni"),
+)
 # vLLM refuses "uni" on a CPU, for the sake of OMP settings that ENGINE_ENV makes itself, unless this is said.
-EXECUTORS = {"uni": {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}, "mp": {}}
+EXECUTOR = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 _names = itertools.count()
 
 
 @dataclass
 class Row:
-    """One way's blocks: requests per second, and CPU seconds per request of engine, sidecar and client."""
+    """One way's blocks: requests per second, and CPU seconds per request of API process, core and sidecar."""
 
     rate: list[float] = field(default_factory=list)
-    engine: list[float] = field(default_factory=list)
+    api: list[float] = field(default_factory=list)
+    core: list[float] = field(default_factory=list)
     sidecar: list[float] = field(default_factory=list)
-    client: list[float] = field(default_factory=list)
+
+    @property
+    def outside_the_core(self) -> list[float]:
+        """API process and sidecar: what the hand-off can change."""
+        return [a + b for a, b in zip(self.api, self.sidecar, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -125,39 +130,35 @@ class Way:
 
     url: str
     sidecar: psutil.Process | None = None
+    idle: float = 0.0  # CPU seconds per second that it takes anyway
 
 
-def another(jpeg: bytes) -> bytes:
-    """The same photograph as another file: with a comment that no other has."""
+def another(file: bytes) -> bytes:
+    """The same picture as another file: with a comment or a text that no other has."""
     note = b"%016d" % next(_names)
-    return jpeg[:2] + b"\xff\xfe" + (2 + len(note)).to_bytes(2) + note + jpeg[2:]
+    if file[:2] == b"\xff\xd8":
+        return file[:2] + b"\xff\xfe" + (2 + len(note)).to_bytes(2) + note + file[2:]
+    chunk = b"tEXt" + b"Comment\0" + note
+    return file[:33] + (len(chunk) - 4).to_bytes(4) + chunk + zlib.crc32(chunk).to_bytes(4) + file[33:]
 
 
-def body(image: bytes | None, media: str = "image/jpeg", **more: Any) -> bytes:
-    """A chat request for one token about one image."""
-    content: list[dict[str, Any]] = [{"type": "text", "text": "What is in this picture?"}]
-    if image is not None:
-        url = f"data:{media};base64,{base64.b64encode(image).decode()}"
-        content.insert(0, {"type": "image_url", "image_url": {"url": url}})
+def body(files: list[bytes], **more: Any) -> bytes:
+    """A chat request for one token about some images."""
+    content: list[dict[str, Any]] = []
+    for file in files:
+        media = "jpeg" if file[:2] == b"\xff\xd8" else "png"
+        url = f"data:image/{media};base64,{base64.b64encode(file).decode()}"
+        content.append({"type": "image_url", "image_url": {"url": url}})
+    content.append({"type": "text", "text": "What is in this picture?"})
     asked = client.completion(**({"max_tokens": 1} | more)) | {"messages": [{"role": "user", "content": content}]}
     return json.dumps(asked).encode()
 
 
-def resized(jpeg: bytes) -> bytes:
-    """What the sidecar hands over inline: the image in its final size, as PPM."""
-    import torch
-
-    from sidecar.images import file_headers
-    from sidecar.images.protocol import ImageLimits
-    from sidecar.images.worker.decode import decode
-    from sidecar.images.worker.tensors import ppm, resize
-
-    torch.set_num_threads(1)
-    spec = families.from_config(PROCESSOR)
-    header = file_headers.read(jpeg)
-    assert spec is not None and header is not None
-    pixels = decode(jpeg, header, ImageLimits(20 << 20, 50_000_000))
-    return bytes(ppm(resize(pixels, spec.geometry(*pixels.shape[-2:]), spec)))
+def picture(kind: str, width: int, height: int) -> bytes:
+    """A photograph as JPEG, or a screenshot as PNG."""
+    if kind == "JPEG":
+        return synthetic_photos.photo(width, height, seed=1)
+    return one_core.screenshot(width, height)
 
 
 async def ask(http: aiohttp.ClientSession, url: str, data: bytes) -> dict[str, Any]:
@@ -173,19 +174,24 @@ async def ask(http: aiohttp.ClientSession, url: str, data: bytes) -> dict[str, A
     raise SystemExit("the sidecar's image workers never became ready")
 
 
-def cpu(root: psutil.Process | None) -> float:
-    """CPU seconds of a process and all below it."""
+def cpu(processes: list[psutil.Process]) -> float:
+    """CPU seconds of some processes."""
     total = 0.0
-    for process in [root, *root.children(recursive=True)] if root else []:
+    for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess):
             times = process.cpu_times()
             total += times.user + times.system
     return total
 
 
+def tree(root: psutil.Process | None) -> list[psutil.Process]:
+    return [root, *root.children(recursive=True)] if root else []
+
+
 async def block(http: aiohttp.ClientSession, way: Way, engine: psutil.Process, bodies: list[bytes], row: Row) -> None:
     """All requests of one block, AT_ONCE at a time."""
-    before, start = (cpu(engine), cpu(way.sidecar), time.process_time()), time.perf_counter()
+    groups = [engine], engine.children(recursive=True), tree(way.sidecar)
+    before, start = [cpu(group) for group in groups], time.perf_counter()
     waiting = iter(bodies)
 
     async def client_loop() -> None:
@@ -195,218 +201,116 @@ async def block(http: aiohttp.ClientSession, way: Way, engine: psutil.Process, b
     await asyncio.gather(*(client_loop() for _ in range(AT_ONCE)))
     took = time.perf_counter() - start
     row.rate.append(len(bodies) / took)
-    row.engine.append((cpu(engine) - before[0]) / len(bodies))
-    row.sidecar.append((cpu(way.sidecar) - before[1]) / len(bodies))
-    row.client.append((time.process_time() - before[2]) / len(bodies))
+    spent = [(cpu(group) - earlier) / len(bodies) for group, earlier in zip(groups, before, strict=True)]
+    spent[-1] -= way.idle * took / len(bodies)
+    for column, seconds in zip((row.api, row.core, row.sidecar), spent, strict=True):
+        column.append(seconds)
 
 
 async def throughput(
-    http: aiohttp.ClientSession, ways: dict[str, Way], engine: psutil.Process, rounds: int
+    http: aiohttp.ClientSession, ways: dict[str, Way], engine: psutil.Process, cases: list[str], rounds: int
 ) -> dict[str, dict[str, Row]]:
-    """Size -> way -> its blocks."""
+    """Case -> way -> its blocks."""
     rows: dict[str, dict[str, Row]] = {}
-    for size, (width, height) in SIZES.items():
-        jpeg = synthetic_photos.photo(width, height, seed=1)
-        small = body(resized(jpeg), "image/x-portable-pixmap")
-        asked = body(jpeg, max_tokens=8, logprobs=True, top_logprobs=3)
+    for case in cases:
+        files = [picture(*numbers) for numbers in CASES[case]]
+        asked = body(files, max_tokens=4, logprobs=True, top_logprobs=3)
         checks = [await ask(http, way.url, asked) for way in ways.values()]
         assert all(answer == checks[0] for answer in checks), "the answers differ: nothing is timed"
-        rows[size] = {way: Row() for way in (*ways, SMALL, TEXT)}
+        rows[case] = {way: Row() for way in ways}
         for turn in range(rounds + 1):
-            for way, row in rows[size].items():
-                count = REQUESTS[size] if turn else AT_ONCE  # the first turn warms up
-                fixed = {SMALL: small, TEXT: body(None)}.get(way)
-                bodies = [fixed or body(another(jpeg)) for _ in range(count)]
-                await block(http, ways.get(way, ways[DIRECT]), engine, bodies, row if turn else Row())
+            for way, row in rows[case].items():
+                count = REQUESTS[case] if turn else min(AT_ONCE, REQUESTS[case])  # the first turn warms up
+                bodies = [body([another(file) for file in files]) for _ in range(count)]
+                await block(http, ways[way], engine, bodies, row if turn else Row())
     return rows
 
 
-async def repeated(
-    http: aiohttp.ClientSession, sidecar: processes.Sidecar, rounds: int
-) -> dict[str, tuple[float, float]]:
-    """Size -> mean seconds of the sidecar for an image that is new to it, and for one that it has cached."""
-    found: dict[str, tuple[float, float]] = {}
-    for size, (width, height) in REPEATED.items():
-        jpeg = synthetic_photos.photo(width, height, seed=2)
-        taken: tuple[list[float], list[float]] = ([], [])
-        for _ in range(rounds):
-            bodies = [body(another(jpeg)) for _ in range(6)]
-            for seconds in taken:
-                seconds.append(await _image_seconds(http, sidecar, bodies))
-        found[size] = (statistics.median(taken[0]), statistics.median(taken[1]))
-    return found
-
-
-async def _image_seconds(http: aiohttp.ClientSession, sidecar: processes.Sidecar, bodies: list[bytes]) -> float:
-    """Mean time of an image in the sidecar, queueing included, by its own metrics; one request at a time."""
-    page, labels = f"{sidecar.admin}/metrics", {"stage": "total"}
-
-    async def reported() -> tuple[float, float]:
-        name = "sidecar_image_seconds"
-        return (
-            await client.sample(http, page, f"{name}_count", **labels),
-            await client.sample(http, page, f"{name}_sum", **labels),
-        )
-
-    count, total = await reported()
-    for data in bodies:
-        await ask(http, sidecar.url, data)
-    await client.until(lambda: _reached(reported, count + len(bodies)), "all images reported")
-    return ((await reported())[1] - total) / len(bodies)
-
-
-async def _reached(reported: Any, count: float) -> bool:
-    return bool((await reported())[0] >= count)
-
-
-def decode_seconds(jpeg: bytes) -> float:
-    """Decoding alone on one core, in a process of its own."""
-    with tempfile.NamedTemporaryFile(suffix=".jpg") as file:
-        file.write(jpeg)
-        file.flush()
-        run = [sys.executable, "-c", DECODE, file.name]
-        return float(subprocess.run(run, check=True, capture_output=True, text=True, cwd=processes.ROOT).stdout)
-
-
-def limited(model: Path, folder: Path) -> Path:
-    """The tiny model with small images, for engine and sidecar alike."""
-    shutil.copytree(model, folder)
-    for name in ("preprocessor_config.json", "video_preprocessor_config.json"):
-        config = json.loads((folder / name).read_text())
-        config |= {"size": LIMIT, "min_pixels": LIMIT["shortest_edge"], "max_pixels": LIMIT["longest_edge"]}
-        (folder / name).write_text(json.dumps(config))
-    return folder
-
-
-def tiny(folder: Path) -> Path:
-    """The tiny Qwen2-VL of the tests, newly made."""
+def model_of(name: str, folder: Path) -> Path:
+    """A tiny model with the processor of a published one, and a tower without layers."""
+    kind, limits = MODELS[name]
     script = processes.ROOT / "tests/vllm/tiny_models.py"
     environ = os.environ | processes.ENGINE_ENV
     subprocess.run(
-        [str(environment.python()), str(script), "vision", str(folder)],
-        check=True,
-        env=environ,
-        stderr=subprocess.DEVNULL,
+        [str(environment.python()), str(script), kind, str(folder)], check=True, env=environ, stderr=subprocess.DEVNULL
     )
+    for file in ("preprocessor_config.json", "video_preprocessor_config.json"):
+        config = json.loads((folder / file).read_text())
+        if file.startswith("pre"):
+            config = {key: value for key, value in config.items() if key not in ("size", "min_pixels", "max_pixels")}
+            config |= limits
+            edges = {"shortest_edge": limits.get("min_pixels"), "longest_edge": limits.get("max_pixels")}
+            config.setdefault("size", edges)
+        (folder / file).write_text(json.dumps(config))
+    config = json.loads((folder / "config.json").read_text())
+    config["vision_config"] |= {key: value for key, value in TOWER.items() if key in config["vision_config"]}
+    config["text_config"] |= LAYERS
+    (folder / "config.json").write_text(json.dumps(config))
     return folder
 
 
 @contextlib.asynccontextmanager
-async def running(
-    folder: Path, executor: str, cores: Cores
-) -> AsyncIterator[tuple[dict[str, Way], psutil.Process, processes.Sidecar]]:
+async def running(name: str, folder: Path, cores: Cores) -> AsyncIterator[tuple[dict[str, Way], psutil.Process]]:
     """The engine and the sidecars next to it, each on its cores."""
-    model = limited(tiny(folder / "made"), folder / "model")
-    environ = processes.with_plugin(folder / "site") | EXECUTORS[executor]
-    more = ("--mm-processor-cache-gb", "0", "--distributed-executor-backend", executor)
+    model = model_of(name, folder / "model")
+    environ = {"PYTHONPATH": engine_plugin.write(str(folder))} | EXECUTOR
     with contextlib.ExitStack() as stack:
         os.sched_setaffinity(0, cores.engine)  # inherited by what is started now
-        engine = stack.enter_context(processes.engine(model, folder / "engine.log", environ=environ, more=more))
+        engine = stack.enter_context(processes.engine(model, folder / "engine.log", environ=environ, more=ENGINE))
         os.sched_setaffinity(0, cores.others)
-        assert not vllm_plugin.read_status(SHM_DIR).why, "images would go inline in the rows of shm"
+        spec = families.from_dir(str(model))
+        assert spec is not None and not vllm_plugin.read_offer(SHM_DIR, spec).why, "no tensors would be handed over"
         sidecars = {
-            name: stack.enter_context(
+            way: stack.enter_context(
                 processes.sidecar(
-                    engine.url,
-                    folder / kind,
-                    folder / f"{kind}.log",
-                    model=str(model),
-                    images=kind,
-                    **FLAGS,
+                    engine.url, folder / kind, folder / f"{kind}.log", model=str(model), images=kind, **FLAGS
                 )
             )
-            for name, kind in SIDECARS.items()
+            for way, kind in SIDECARS.items()
         }
-        ways = {DIRECT: Way(engine.url)} | {
-            name: Way(sidecar.url, psutil.Process(sidecar.process.pid)) for name, sidecar in sidecars.items()
-        }
-        yield ways, engine.root, sidecars[INLINE]
+        await asyncio.sleep(CALIBRATED_S)  # the image workers load and measure
+        roots = {way: psutil.Process(sidecar.process.pid) for way, sidecar in sidecars.items()}
+        before, start = {way: cpu(tree(root)) for way, root in roots.items()}, time.perf_counter()
+        await asyncio.sleep(IDLE_S)
+        took = time.perf_counter() - start
+        idle = {way: (cpu(tree(root)) - before[way]) / took for way, root in roots.items()}
+        ways = {way: Way(sidecar.url, roots[way], idle[way]) for way, sidecar in sidecars.items()}
+        yield {DIRECT: Way(engine.url)} | ways, engine.root
 
 
-def report(
-    rows: dict[str, dict[str, Row]],
-    again: dict[str, tuple[float, float]],
-    loads: list[float],
-    rounds: int,
-    executor: str,
-    cores: Cores,
-) -> str:
+def report(tables: dict[str, dict[str, dict[str, Row]]], loads: list[float], rounds: int, cores: Cores) -> str:
     """Everything as Markdown."""
     lines = [
-        "# A real vLLM and the sidecar on "
+        "# Images next to a real vLLM, on "
         f"{'the same cores' if cores.engine == cores.others else 'cores of their own'}: {cpu_name()}, "
         f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}",
         "",
-        f"vLLM {environment.VERSION} on the CPU, tiny Qwen2-VL, images limited to 448 x 448, its image cache "
-        f"off, executor {executor}; {cores}; "
-        f"{AT_ONCE} requests at once, one token each, median of {rounds} interleaved rounds; "
-        f"Python {platform.python_version()}. Load average before and after: {loads[0]:.1f}, {loads[1]:.1f} "
-        "(the benchmark itself is "
-        "about 3). The answers of all ways are equal, log-probabilities included.",
+        f"vLLM {environment.VERSION} on the CPU, tiny models whose towers have no layers, image processors with the "
+        f"settings of the models named, its cache of processed images off; {cores}; {AT_ONCE} requests at once, one "
+        f"token each, every file another one, median of {rounds} interleaved rounds; Python "
+        f"{platform.python_version()}. Load average before and after: {loads[0]:.1f}, {loads[1]:.1f}. The answers of "
+        "all ways are equal, log-probabilities included.",
         "",
     ]
-    for size, ways in rows.items():
-        jpeg = synthetic_photos.photo(*SIZES[size], seed=1)
+    for name, rows in tables.items():
         lines += [
-            f"## {size} JPEG, each another file",
+            f"## {name}",
             "",
-            "| | requests/s | over vLLM alone | engine CPU ms/request | less engine CPU | sidecar CPU "
-            "ms/request | client CPU ms/request |",
+            "| | requests/s | over vLLM alone | CPU ms/request: API process | core | sidecar | API process and sidecar "
+            "over without |",
             "|---|---|---|---|---|---|---|",
-            *(_line(name, row, ways[DIRECT]) for name, row in ways.items()),
-            "",
-            limit(SHM, decode_seconds(jpeg), len(cores.others), ways[DIRECT]),
-            *([bounds(ways, len(cores.others))] if cores.engine != cores.others else []),
-            "",
         ]
-    lines += [
-        "## Repeated images: time in the sidecar, by its own metrics (inline, one request at a time)",
-        "",
-        "| | first, ms | repeated, ms | faster |",
-        "|---|---|---|---|",
-        *(f"| {size} | {a * 1e3:.2f} | {b * 1e3:.2f} | {a / b:.0f}x |" for size, (a, b) in again.items()),
-        "",
-    ]
+        for case, ways in rows.items():
+            lines += [_line(f"{case}: {way}", row, ways[DIRECT]) for way, row in ways.items()]
+        lines.append("")
     return "\n".join(lines)
 
 
 def _line(name: str, row: Row, base: Row) -> str:
-    rate, engine, sidecar = (statistics.median(values) for values in (row.rate, row.engine, row.sidecar))
     faster = statistics.median(a / b for a, b in zip(row.rate, base.rate, strict=True))
-    less = statistics.median(b / a if a else float("nan") for a, b in zip(row.engine, base.engine, strict=True))
-    client = statistics.median(row.client)
-    times = f"{engine * 1e3:.1f} | {less:.1f}x | {sidecar * 1e3:.1f} | {client * 1e3:.1f} |"
-    return f"| {name} | {rate:.1f} | {faster:.2f}x | {times}"
-
-
-def limit(way: str, seconds: float, cores: int, direct: Row) -> str:
-    """What decoding alone allows, as an item of a list."""
-    most = cores / seconds
-    return (
-        f"- Limit of {way}: decoding alone takes {seconds * 1e3:.1f} ms on one core, so {most:.0f} images/s "
-        f"on {cores} that do nothing "
-        f"else: {most / statistics.median(direct.rate):.1f}x vLLM alone."
-    )
-
-
-def bounds(ways: dict[str, Row], cores: int) -> str:
-    """With --own-cores: the rates that CPU times alone allow, which other work on the machine disturbs less."""
-
-    def seconds(way: str) -> tuple[float, float]:
-        row = ways[way]
-        return statistics.median(row.engine), (statistics.median(row.sidecar) + statistics.median(row.client)) / cores
-
-    alone, resized = seconds(DIRECT)[0], seconds(SMALL)[0]
-    found = ", ".join(
-        f"{1 / max(seconds(way)):.1f} ({alone / max(seconds(way)):.1f}x, bound by the "
-        f"{'engine' if seconds(way)[0] > seconds(way)[1] else 'sidecar'}) {way}"
-        for way in SIDECARS
-    )
-    return (
-        f"- By CPU time alone: the engine's core takes {1 / alone:.1f} requests/s by itself, and "
-        f"{1 / resized:.1f} ({alone / resized:.1f}x) whose images come resized, "
-        f"the most that any sidecar can give; with sidecar and client on {cores} core{'s' * (cores > 1)}: {found}."
-    )
+    total = statistics.median(a / b for a, b in zip(row.outside_the_core, base.api, strict=True))
+    times = " | ".join(f"{statistics.median(column) * 1e3:.0f}" for column in (row.api, row.core, row.sidecar))
+    return f"| {name} | {statistics.median(row.rate):.1f} | {faster:.2f} | {times} | {total:.2f} |"
 
 
 def cpu_name() -> str:
@@ -415,25 +319,26 @@ def cpu_name() -> str:
     return found[1] if found else platform.processor() or platform.machine()
 
 
-async def measure(rounds: int, executor: str, cores: Cores) -> str:
-    loads = [os.getloadavg()[0]]
-    with tempfile.TemporaryDirectory() as folder:
-        kept = aiohttp.TCPConnector(keepalive_timeout=2)  # vLLM closes idle connections after 5 s
-        async with (
-            running(Path(folder), executor, cores) as (ways, engine, sidecar),
-            aiohttp.ClientSession(connector=kept) as http,
-        ):
-            rows = await throughput(http, ways, engine, rounds)
-            again = await repeated(http, sidecar, rounds)
+async def measure(names: list[str], cases: list[str], rounds: int, cores: Cores) -> str:
+    loads, tables = [os.getloadavg()[0]], {}
+    for name in names:
+        with tempfile.TemporaryDirectory() as folder:
+            kept = aiohttp.TCPConnector(keepalive_timeout=2)  # vLLM closes idle connections after 5 s
+            async with (
+                running(name, Path(folder), cores) as (ways, engine),
+                aiohttp.ClientSession(connector=kept, timeout=aiohttp.ClientTimeout(total=300)) as http,
+            ):
+                tables[name] = await throughput(http, ways, engine, cases, rounds)
     loads.append(os.getloadavg()[0])
-    return report(rows, again, loads, rounds, executor, cores)
+    return report(tables, loads, rounds, cores)
 
 
 def main() -> None:
     """Print the tables; write them where asked."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--executor", choices=EXECUTORS, default="uni")
+    parser.add_argument("--models", default=",".join(MODELS), help="separated by commas")
+    parser.add_argument("--cases", default=";".join(CASES), help="separated by semicolons")
     parser.add_argument(
         "--own-cores", action="store_true", help="one core for the engine, the rest for sidecar and client"
     )
@@ -445,7 +350,8 @@ def main() -> None:
             "is measured"
         )
         return
-    text = asyncio.run(measure(chosen.rounds, chosen.executor, Cores.own() if chosen.own_cores else Cores.shared()))
+    cores = Cores.own() if chosen.own_cores else Cores.shared()
+    text = asyncio.run(measure(chosen.models.split(","), chosen.cases.split(";"), chosen.rounds, cores))
     print(text)
     if chosen.write:
         slug = re.sub(r"[^a-z0-9]+", "-", cpu_name().lower()).strip("-")

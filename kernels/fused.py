@@ -61,19 +61,36 @@ def resize(
     return made
 
 
-def patches(image: Pixels, geometry: Geometry, spec: PatchSpec, kind: Kind, level: int = FASTEST) -> NDArray[Any]:
-    """`pixel_values` of uint8 (h, w, 3), contiguous: (grid_h * grid_w, 3 * temporal * patch * patch) of `kind`."""
+def patches(
+    image: Pixels,
+    geometry: Geometry,
+    spec: PatchSpec,
+    kind: Kind,
+    level: int = FASTEST,
+    into: Pixels | None = None,
+) -> NDArray[Any]:
+    """`pixel_values` of uint8 (h, w, 3), contiguous: (grid_h * grid_w, 3 * temporal * patch * patch) of `kind`.
+
+    `into`: the memory to write them to, of exactly their bytes, which begins where a page does.
+    """
     layout = (spec.patch_size, spec.merge_size, spec.temporal_patch_size)
-    return cut(image, (geometry.height, geometry.width), layout, spec, kind, level)
+    return cut(image, (geometry.height, geometry.width), layout, spec, kind, level, into)
 
 
 def cut(
-    image: Pixels, size: Size, layout: tuple[int, int, int], spec: ProcessorSpec, kind: Kind, level: int = FASTEST
+    image: Pixels,
+    size: Size,
+    layout: tuple[int, int, int],
+    spec: ProcessorSpec,
+    kind: Kind,
+    level: int = FASTEST,
+    into: Pixels | None = None,
 ) -> NDArray[Any]:
     """`patches` for any size and `layout`: side of a patch in pixels, side of a merged block in patches, copies."""
     number, dtype = KINDS[kind]
     patch, merge, temporal = layout
-    out = _aligned((size[0] // patch * (size[1] // patch), 3 * temporal * patch**2), dtype)
+    shape = (size[0] // patch * (size[1] // patch), 3 * temporal * patch**2)
+    out = _aligned(shape, dtype) if into is None else into.view(dtype).reshape(shape)
     plan = _plan(*_size(image), *size, spec.resample)
     _fused.patches(plan, image, out, level, patch, merge, temporal, number, *_values(spec))
     return out

@@ -71,7 +71,7 @@ class Settings:
     images: str = flag(
         "auto",
         one_of("auto", "off", "inline", "shm"),
-        "How prepared images reach the engine; auto: inline if the model's processor is known, else off",
+        "How prepared images reach the engine; auto: what costs least, if the model's processor is known, else off",
     )
     images_device: str = flag(
         "auto", one_of("auto", "cpu", "cuda"), "Where images are resized; auto: on a visible GPU, else on the CPU"

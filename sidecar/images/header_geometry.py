@@ -55,8 +55,10 @@ def _base64_chars(size: int) -> int:
     return -(-size // 3) * 4
 
 
-def is_worth_resizing(pixels: int, geometry: Geometry, client_chars: int) -> bool:
+def is_worth_resizing(
+    pixels: int, geometry: Geometry, client_chars: int, max_small_chars: int = MAX_SMALL_CHARS
+) -> bool:
     """True if resizing an image of `pixels` pixels and `client_chars` base64 characters saves more than it costs."""
     height, width = geometry.size
     made = _base64_chars(len(b"P6\n%d %d\n255\n" % (width, height)) + 3 * height * width)
-    return MIN_SHRINK * height * width <= pixels and (made <= MAX_SMALL_CHARS or made <= MAX_GROWTH * client_chars)
+    return MIN_SHRINK * height * width <= pixels and (made <= max_small_chars or made <= MAX_GROWTH * client_chars)

@@ -13,6 +13,8 @@ from sidecar.engines.image_loading import ENGINE_REASONS
 
 IMAGE_REASONS: Final[Mapping[str, str]] = {
     "not_smaller": "it would not lose half of its pixels, or its prepared form would be far larger than the file",
+    "costs_more": "no other way would cost engine and sidecar clearly less CPU time, by what was measured at the start",
+    "too_many_bytes": "256 MiB of prepared text are in flight in this relay process",
     "processor": "tiles or grid follow from the original's size, or the processor would change the prepared form again",
     "count": "the request has more images than are prepared for one",
     "own_options": "its part, or the request, sets how it is to be processed",

@@ -4,7 +4,8 @@
     relay -> worker   ImageJob + the image                 base64 text, or raw bytes
     worker -> relay   ImageDone or ImageRefused + payload  then the connection closes
 
-A frame is two big-endian lengths (header, payload), a JSON header and the payload.
+A frame is two big-endian lengths (header, payload), a JSON header and the payload. With a job whose `file_bytes` are
+not 0 comes an open file in shared memory (SCM_RIGHTS): the payload is written there, and none is sent back.
 
 Rules: both lengths are bounded. No pickle. A connection that closes without a reply means that the worker was killed:
 the image broke it or took too long. With one connection per job, the listening socket's backlog is one fair queue for
@@ -28,6 +29,7 @@ RAW: Final = "raw"  # the resized image's RGB bytes
 INLINE: Final = (PIXELS, RAW)  # what replaces the image in a request
 TENSORS: Final = "tensors"  # the processor's output
 LAYOUT: Final = "layout"  # sizes only, no payload; the image is decoded all the same
+COSTS: Final = "costs"  # no image: the unit costs of cost_rule.py, measured by this worker, as the answer's stages
 
 Data = bytes | bytearray | memoryview
 
@@ -47,7 +49,7 @@ class ImageLimits:
 
 @dataclass(frozen=True, slots=True)
 class ImageJob:
-    """What to do with one image. `spec` is ProcessorSpec.to_json(); `want` is PIXELS, RAW, TENSORS or LAYOUT."""
+    """What to do with one image. `spec` is ProcessorSpec.to_json(); `want` is PIXELS, RAW, TENSORS, LAYOUT or COSTS."""
 
     want: str
     spec: str
@@ -55,6 +57,7 @@ class ImageJob:
     limits: ImageLimits
     seconds: float  # deadline, from when the worker has received the whole image
     gpu: bool = False  # whether an available GPU may be used now
+    file_bytes: int = 0  # size of the open file that comes with the job, for the payload; 0: the payload is sent back
 
 
 @dataclass(frozen=True, slots=True)

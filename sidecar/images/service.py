@@ -7,22 +7,40 @@ errors say what was wrong. With a cache, a result is kept for the tenant that se
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
+from sidecar.engines.image_loading import SIZE_DIFFERS
 from sidecar.errors import BadImage, ImagesBusy
-from sidecar.images import file_headers, header_geometry
-from sidecar.images.protocol import INLINE, PIXELS, RAW, TENSORS, Data, ImageDone, ImageJob, ImageLimits
+from sidecar.images import cost_rule, engine_tensors, file_headers, header_geometry
+from sidecar.images.cost_rule import INLINE, SHM, ImageSize, UnitCosts
+from sidecar.images.engine_tensors import SentTensors
+from sidecar.images.protocol import (
+    COSTS,
+    PIXELS,
+    RAW,
+    TENSORS,
+    Data,
+    ImageDone,
+    ImageJob,
+    ImageLimits,
+)
+from sidecar.images.protocol import INLINE as INLINE_JOBS
 from sidecar.images.shm_cache import ImageCache, SharedFile
 from sidecar.images.shm_handoff import ShmHandoff
 from sidecar.images.tensor_budget import Reserve, TensorBudget
+from sidecar.images.tensor_layout import ELEMENT_BYTES
+from sidecar.images.vllm_plugin import Handoffs, TensorOffer
 from sidecar.images.worker_queue import WorkerQueue
 from sidecar.kernels.grid import Geometry, ProcessorSpec
 from sidecar.settings import Settings
 
 # Hashing this much takes 0.3 ms. More is hashed in a thread, which costs 0.1 ms, and more on busy cores.
 MAX_HASHED_ON_LOOP_BYTES = 512 * 1024
+MAX_INLINE_BYTES = 256 << 20  # of plain pixels as text in flight in one relay; images that come then pass
+CALIBRATION_RETRY_S = (5.0, 10.0, 20.0, 40.0, 60.0)  # an image server needs about 5 s to load its libraries
 MAX_CACHE_WRITES = 4  # at once; further results are not cached
 
 
@@ -31,13 +49,15 @@ class PreparedImage(ImageDone):
     """One prepared image. Sizes and tokens are 0 if unknown.
 
     Outcome "passed": the client's own bytes go on untouched, `base64` and `url` are empty. Outcome "cached": the image
-    had been prepared before. `url` locates its pixels in shared memory.
+    had been prepared before. `url` locates its pixels in shared memory. `parameter` is that of a data URL of the
+    client's own bytes by which the engine finds finished tensors.
     """
 
     seconds: float = 0.0
     bytes_out: int = 0
     base64: Data | None = None
     url: str = ""
+    parameter: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,18 +90,28 @@ class ImageService:
         self._cache_writes: set[asyncio.Task[None]] = set()
         self._handoff = ShmHandoff(cache) if cache is not None else None
         self.tensor_budget = TensorBudget()
+        self._sent = SentTensors()
+        self.costs: UnitCosts | None = None
+        self.inline_bytes = 0  # base64 text of plain pixels that is in flight
+        self._held: dict[str, int] = {}
 
     async def inline(
-        self, data: Data, where: str, tenant: str = "", handoff_request: str = "", is_base64: bool = True
+        self,
+        data: Data,
+        where: str,
+        tenant: str = "",
+        handoff_request: str = "",
+        is_base64: bool = True,
+        max_small_chars: int = header_geometry.MAX_SMALL_CHARS,
     ) -> PreparedImage:
         """Prepare one image, base64 text or bytes, as a resized lossless image. Raises BadImage or ImagesBusy.
 
         `where` names the image in errors. An image that would cost more than it saves passes through, see
         header_geometry.is_worth_resizing. `handoff_request`: the request whose engine reads the pixels from shared
-        memory; call `release` with it when it ends.
+        memory; call `release` with it when it ends. `max_small_chars`: what is sent whatever the size of the original.
         """
         if not handoff_request or self._handoff is None:
-            if (passed := self._pass_early(data, is_base64)) is not None:
+            if (passed := self._pass_early(data, is_base64, max_small_chars)) is not None:
                 return passed
             prepared, payload, _ = await self._prepare(PIXELS, data, where, is_base64, tenant)
             return replace(prepared, base64=payload) if payload else prepared
@@ -91,7 +121,101 @@ class ImageService:
         file = await self._handoff.pixels(handoff_request, payload, key)
         return replace(prepared, url=file.url(prepared.height, prepared.width))
 
-    def _pass_early(self, data: Data, is_base64: bool) -> PreparedImage | None:
+    async def calibrate(self) -> None:
+        """Have a worker measure what each way of an image costs on this machine; until then, bounds alone decide."""
+        job = ImageJob(COSTS, self._spec_json, False, self._limits, self._workers.deadline_s)
+        for pause in CALIBRATION_RETRY_S:
+            try:
+                done, _ = await self._workers.run(job, b"", "calibration")
+                self.costs = UnitCosts(dict(done.stages))
+                return
+            except (ImagesBusy, BadImage, KeyError):  # its workers are loading, or one was stopped
+                await asyncio.sleep(pause)
+
+    async def hand_over(
+        self,
+        data: Data,
+        where: str,
+        tenant: str,
+        request: str,
+        handoffs: Handoffs,
+        is_base64: bool = True,
+        max_small_chars: int = header_geometry.MAX_SMALL_CHARS,
+    ) -> PreparedImage:
+        """One image of a request for an engine that takes `handoffs`, in the way that costs least.
+
+        What it holds is held until `release(request)`. Raises BadImage or ImagesBusy.
+        """
+        way, reason = self._choose_way(data, handoffs, is_base64, max_small_chars)
+        if way == cost_rule.PASS:
+            return self.passed(data, reason, is_base64)
+        if way == cost_rule.TENSORS and handoffs.tensors is not None:
+            made = await self.engine_tensors(data, where, tenant, request, handoffs.tensors, is_base64)
+            return made or self.passed(data, "processor", is_base64)
+        image = await self.inline(data, where, tenant, request if way == SHM else "", is_base64, max_small_chars)
+        if image.base64 is not None:
+            self.inline_bytes += len(image.base64)
+            self._held[request] = self._held.get(request, 0) + len(image.base64)
+        return image
+
+    def _choose_way(self, data: Data, handoffs: Handoffs, is_base64: bool, max_small_chars: int) -> tuple[str, str]:
+        """How an image had best reach an engine that takes `handoffs`, by its header and the costs; why it passes."""
+        if handoffs.passes:
+            return cost_rule.PASS, SIZE_DIFFERS
+        other = SHM if handoffs.pixels and self._handoff is not None else INLINE
+        header, client_chars = header_geometry.read_size(data, is_base64), header_geometry.base64_chars(data, is_base64)
+        known = header is not None and header.format in file_headers.DECODED_FORMATS
+        if header is None or not known or not self._allowed(header.height, header.width, client_chars):
+            return other, ""  # a worker says what it is
+        geometry = header_geometry.predict(self.spec, header.height, header.width)
+        if geometry is None:
+            return other, ""
+        pixels, (height, width) = header.height * header.width, geometry.size
+        offered = {SHM} if other == SHM and self.spec.inline else set()
+        if handoffs.tensors is not None and self._handoff is not None:
+            offered.add(cost_rule.TENSORS)
+        is_smaller = header_geometry.is_worth_resizing(pixels, geometry, client_chars, max_small_chars)
+        if self.spec.inline and is_smaller and self.inline_bytes < MAX_INLINE_BYTES:
+            offered.add(INLINE)
+        element_bytes = ELEMENT_BYTES[handoffs.tensors.dtype] if handoffs.tensors is not None else 1
+        size = ImageSize(header.format, pixels, height * width, client_chars, element_bytes)
+        reason = "costs_more" if offered else "processor" if not self.spec.inline else "not_smaller"
+        if not offered and self.spec.inline and is_smaller:
+            reason = "too_many_bytes"
+        return cost_rule.choose(size, offered, self.costs), reason
+
+    async def engine_tensors(
+        self, data: Data, where: str, tenant: str, request: str, offer: TensorOffer, is_base64: bool = True
+    ) -> PreparedImage | None:
+        """Finished tensors of one image in a file for an engine, until `release(request)`; None if it gets none.
+
+        Raises BadImage or ImagesBusy.
+        """
+        start = time.monotonic()
+        spec = engine_tensors.spec_for(self.spec, offer.dtype)
+        header, client_chars = header_geometry.read_size(data, is_base64), header_geometry.base64_chars(data, is_base64)
+        if self._handoff is None or header is None or not self._allowed(header.height, header.width, client_chars):
+            return None
+        size = engine_tensors.file_bytes(spec, header.height, header.width)
+        if not size:
+            return None
+        key = await self._key(data, TENSORS, str(is_base64), spec.to_json(), tenant) if offer.cache_bytes else ""
+        if key and (sent := self._sent.find(key, offer)) is not None:
+            prepared = _prepared_image(sent, b"", time.monotonic() - start, cached=True)
+            return replace(prepared, parameter=engine_tensors.parameter(sent, offer.dtype, None))
+        job = ImageJob(TENSORS, spec.to_json(), is_base64, self._limits, self._workers.deadline_s, self.gpu, size)
+        async with self._handoff.open_file(request, size) as (file, fd):
+            done, _ = await self._workers.run(job, data, where, tenant=tenant, urgent=True, file=fd)
+            made = engine_tensors.bytes_of(spec, spec.geometry(*done.original))
+            if made < size:  # it was turned
+                os.ftruncate(fd, made)
+        self._sent.add(key, offer, done, made)
+        prepared = _prepared_image(done, b"", time.monotonic() - start)
+        return replace(prepared, bytes_out=made, parameter=engine_tensors.parameter(done, offer.dtype, file))
+
+    def _pass_early(
+        self, data: Data, is_base64: bool, max_small_chars: int = header_geometry.MAX_SMALL_CHARS
+    ) -> PreparedImage | None:
         """The image as passed through if its header shows that preparing it costs more than it saves; else None."""
         start = time.monotonic()
         header, client_chars = header_geometry.read_size(data, is_base64), header_geometry.base64_chars(data, is_base64)
@@ -99,7 +223,8 @@ class ImageService:
             return None
         geometry = header_geometry.predict(self.spec, header.height, header.width)
         # without one, the worker reports what is wrong with it
-        if geometry is None or header_geometry.is_worth_resizing(header.height * header.width, geometry, client_chars):
+        pixels = header.height * header.width
+        if geometry is None or header_geometry.is_worth_resizing(pixels, geometry, client_chars, max_small_chars):
             return None
         return _passed_image("not_smaller", header.format, geometry, client_chars, time.monotonic() - start)
 
@@ -127,6 +252,7 @@ class ImageService:
 
     def release(self, request: str) -> None:
         """Unlink the files of a request that has ended."""
+        self.inline_bytes -= self._held.pop(request, 0)
         if self._handoff is not None:
             self._handoff.release(request)
 
@@ -185,7 +311,8 @@ class ImageService:
             return _prepared_image(done, payload, time.monotonic() - start, cached=True), payload, key
         job = ImageJob(want, spec_json, is_base64, self._limits, self._workers.deadline_s, self.gpu)
         # the engine can prepare an image of a request itself; `/v1/preprocess` has only the workers
-        answer, result = await self._workers.run(job, data, where, reserve, tenant=tenant, urgent=want in INLINE)
+        urgent = want in INLINE_JOBS
+        answer, result = await self._workers.run(job, data, where, reserve, tenant=tenant, urgent=urgent)
         if answer.outcome == "ok":
             await self._keep(key, answer, result, at_once=want == RAW)
         return _prepared_image(answer, result, time.monotonic() - start), result, key

@@ -20,6 +20,7 @@ import mmap
 import os
 import secrets
 import shutil
+import stat
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -60,6 +61,9 @@ class ImageCache:
         self._folder = Path(folder)
         self._max_bytes = max_bytes
         self._secret = secret
+        self._mode = 0o600
+        with contextlib.suppress(OSError):  # a folder that is gone is a miss at each use
+            self._mode |= self._folder.stat().st_mode & 0o040
         # by key and inode, as a file never changes: its record, and where its payload starts
         self._parsed: dict[tuple[str, int], tuple[ImageDone, int]] = {}
 
@@ -115,7 +119,7 @@ class ImageCache:
         try:
             with self._exclusive():
                 self._evict(size)
-                fd = _create(scratch, size)
+                fd = _create(scratch, size, self._mode)
             _fill(fd, scratch, first, payload)
             with self._exclusive():
                 scratch.rename(self._folder / key)
@@ -131,7 +135,7 @@ class ImageCache:
             whole = path.stat().st_size
         except OSError:
             whole = size
-            _fill(_create(path, size), path, *pieces)
+            _fill(_create(path, size, self._mode), path, *pieces)
         return SharedFile(self._folder.name, path.name, whole - size, whole)
 
     def share(self, *pieces: Data) -> SharedFile:
@@ -142,9 +146,27 @@ class ImageCache:
             unread = sum(s.st_size for s, name in self._files() if name.startswith(SHARED_PREFIX) and s.st_nlink == 1)
             if unread + size > MAX_UNREAD_BYTES or size > shutil.disk_usage(self._folder).free // 2:
                 raise OSError(errno.ENOSPC, "too many unread bytes")
-            fd = _create(path, size)
+            fd = _create(path, size, self._mode)
         _fill(fd, path, *pieces)
         return SharedFile(self._folder.name, path.name, 0, size)
+
+    def reserve(self, size: int) -> tuple[SharedFile, int]:
+        """A new file of `size` bytes whose memory is allocated, and its open descriptor. Raises OSError if too little.
+
+        A worker that wrote to a file without memory behind it would die of SIGBUS where shared memory is full.
+        """
+        path = self._folder / (SHARED_PREFIX + secrets.token_hex(16))
+        if size > shutil.disk_usage(self._folder).free // 2:
+            raise OSError(errno.ENOSPC, "too little shared memory")
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        try:
+            os.fchmod(fd, self._mode)
+            os.posix_fallocate(fd, 0, size)
+        except OSError:
+            os.close(fd)
+            path.unlink(missing_ok=True)
+            raise
+        return SharedFile(self._folder.name, path.name, 0, size), fd
 
     def unlink_shared(self, file: SharedFile) -> None:
         """Unlink a shared file if its reader has not done so."""
@@ -166,23 +188,23 @@ class ImageCache:
         with os.scandir(self._folder) as found:
             for entry in found:
                 try:
-                    stat = entry.stat()
+                    status = entry.stat()
                 except FileNotFoundError:  # another worker renamed it, or its reader removed it
                     continue
-                if entry.name.startswith(SHARED_PREFIX) and now - stat.st_ctime > UNREAD_TIMEOUT_S:
+                if entry.name.startswith(SHARED_PREFIX) and now - status.st_ctime > UNREAD_TIMEOUT_S:
                     Path(entry.path).unlink(missing_ok=True)
                 elif entry.name != locked_folder.LOCK_NAME:
-                    yield stat, entry.name
+                    yield status, entry.name
 
     def _evict(self, incoming: int) -> None:
-        entries = [(stat, name) for stat, name in self._files() if not name.startswith(SHARED_PREFIX)]
-        used = sum(stat.st_size for stat, _ in entries) + incoming
+        entries = [(found, name) for found, name in self._files() if not name.startswith(SHARED_PREFIX)]
+        used = sum(found.st_size for found, _ in entries) + incoming
         if used <= self._max_bytes:
             return
-        for stat, name in sorted(entries, key=lambda entry: entry[0].st_mtime):
+        for found, name in sorted(entries, key=lambda entry: entry[0].st_mtime):
             if used > self._max_bytes * EVICTION_TARGET:
                 (self._folder / name).unlink(missing_ok=True)
-                used -= stat.st_size
+                used -= found.st_size
 
 
 class CacheFolder:
@@ -200,6 +222,8 @@ class CacheFolder:
             self.bytes = min(max_bytes, free // 2)  # engines need shared memory, too
             if self.bytes > 0 or needed:
                 self.path, self._lock = locked_folder.make(shm, FOLDER_PREFIX)
+                if shared_group(shm) >= 0:  # the folder has it already; its members read files, and unlink them
+                    Path(self.path).chmod(0o2770)
         except OSError as e:
             self.path, self.bytes, self.why = "", 0, e.strerror or type(e).__name__
 
@@ -209,10 +233,18 @@ class CacheFolder:
             locked_folder.remove(self.path, self._lock)
 
 
-def _create(path: Path, size: int) -> int:
+def shared_group(shm: str) -> int:
+    """The group that may read what is handed over: that of a volume with a group of its own (fsGroup); else -1."""
+    found = Path(shm).stat()
+    is_member = found.st_gid in {os.getegid(), *os.getgroups()}
+    return found.st_gid if found.st_mode & stat.S_ISGID and is_member else -1
+
+
+def _create(path: Path, size: int, mode: int) -> int:
     """Create a file of `size` bytes; its memory is allocated as it is written."""
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
+        os.fchmod(fd, mode)  # regardless of the umask
         os.ftruncate(fd, size)
     except OSError:
         os.close(fd)

@@ -70,10 +70,12 @@ class WorkerQueue:
         *,
         tenant: str = "",
         urgent: bool = False,
+        file: int = -1,
     ) -> tuple[ImageDone, bytearray]:
         """Run one job of a tenant on a worker. Raises BadImage or ImagesBusy; `where` names the image in them.
 
-        `reserve` is called with the reply's size before it is read. `urgent`: a worker is hardly waited for.
+        `reserve` is called with the reply's size before it is read. `urgent`: a worker is hardly waited for. `file`: an
+        open file for the payload.
         """
         if urgent and self._search is not None:
             raise ImagesBusy("no image worker answers", "workers_away")
@@ -81,7 +83,7 @@ class WorkerQueue:
             sent = time.monotonic()
             try:
                 async with asyncio.timeout(self.deadline_s + DEADLINE_SLACK_S):
-                    await _send(connection, job, data)
+                    await _send(connection, job, data, file)
                     answer, payload = await _receive(connection, reserve)
             except (OSError, EOFError, FrameError):  # it died without a reply: at its deadline, or because of the image
                 if time.monotonic() - sent >= self.deadline_s:
@@ -151,9 +153,12 @@ class WorkerQueue:
             raise ImagesBusy("no image worker accepted the image in time; try again shortly", "workers_away") from None
 
 
-async def _send(connection: socket.socket, job: ImageJob, data: Data) -> None:
+async def _send(connection: socket.socket, job: ImageJob, data: Data, file: int = -1) -> None:
     loop = asyncio.get_running_loop()
-    await loop.sock_sendall(connection, protocol.encode_head(job, len(data)))
+    head = protocol.encode_head(job, len(data))
+    if file >= 0:  # nothing was sent before, so there is room for it
+        head = head[socket.send_fds(connection, [head], [file]) :]
+    await loop.sock_sendall(connection, head)
     if data:  # an empty send to a worker that has already replied would raise an error
         await loop.sock_sendall(connection, data)
 

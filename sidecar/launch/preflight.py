@@ -100,9 +100,8 @@ def _roofline(chosen: Settings) -> cost_model.Coefficients:
 
 
 def choose_image_mode(chosen: Settings, shm: str = SHM_DIR) -> str:
-    """The mode: inline, shm or off. Raises StartError if inline or shm was requested and is not possible."""
-    reason = explain_images_off(chosen, shm)
-    mode = "shm" if chosen.images == "shm" else "inline"
+    """The mode: that chosen, or off. Raises StartError if inline or shm was requested and is not possible."""
+    reason, mode = explain_images_off(chosen, shm), chosen.images
     _log.info("images: %s", f"off ({reason})" if reason else mode)
     if reason and chosen.images not in ("auto", "off"):
         raise StartError(f"--images {chosen.images}: {reason}")

@@ -30,8 +30,10 @@ import uvloop
 
 from sidecar import settings
 from sidecar.control import process as control_process
+from sidecar.control.state_dir import StateDir
 from sidecar.errors import StartError
 from sidecar.images.shm_cache import SHM_DIR, CacheFolder
+from sidecar.launch import engine_plugin
 from sidecar.launch.engine_runner import STOP_GRACE_S, EngineRunner
 from sidecar.launch.preflight import (
     bind,
@@ -100,7 +102,9 @@ def main(chosen: Settings, run_to_exit_code: ExitCodeRunner, command: Sequence[s
             os.truncate(folder / "accounts", tenant_accounts.table_bytes(chosen.workers))
             context = replace(context, accounts=str(folder / "accounts"), limits=limits)
         if chosen.images != "off":
-            cache = CacheFolder(SHM_DIR, chosen.image_cache_bytes, needed=chosen.images == "shm")
+            if chosen.engine_kind in ("auto", "vllm"):
+                engine_plugin.write(str(StateDir(chosen.state_dir).path))
+            cache = CacheFolder(SHM_DIR, chosen.image_cache_bytes, needed=chosen.images in ("auto", "shm"))
             stack.callback(cache.close)
             if cache.why:
                 _log.warning("%s: prepared images are neither cached nor handed over there: %s", SHM_DIR, cache.why)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from sidecar.engines.registry import KINDS
 from sidecar.errors import Draining, ImagesOff, Internal, RequestError, place_of
 from sidecar.events import AbortRequests, CanariesOver, Command, Event, LoadReport, MetricsPage
+from sidecar.images.vllm_plugin import NO_HANDOFFS, Handoffs
 from sidecar.load import api_routes, audio_upload, request_shape
 from sidecar.load.api_routes import REALTIME, Api
 from sidecar.relay import (
@@ -66,8 +67,8 @@ BODY_SHARE = 0.25  # of the container's memory, for request bodies: each is held
 class Relay:
     """Handles every request of relay process `index`.
 
-    `preprocess` serves /v1/preprocess if images are on, `fetch` fetches images behind links, and `is_shm_ready` returns
-    whether vLLM takes images from shared memory now.
+    `preprocess` serves /v1/preprocess if images are on, `fetch` fetches images behind links, and `handoffs` returns
+    what vLLM takes through shared memory now.
     """
 
     def __init__(
@@ -81,7 +82,7 @@ class Relay:
         images: ImageService | None = None,
         preprocess: Callable[[Request], Awaitable[None]] | None = None,
         fetch: inline.Fetch | None = None,
-        is_shm_ready: Callable[[], bool] | None = None,
+        handoffs: Callable[[], Handoffs] | None = None,
         max_queued: int = MAX_QUEUED,
         client_stall: float = client_io.CLIENT_STALL_S,
     ) -> None:
@@ -89,7 +90,7 @@ class Relay:
         self._images = images
         self._preprocess = preprocess
         self._fetch = fetch if images is not None else None
-        self._is_shm_ready = is_shm_ready
+        self._handoffs = handoffs
         self._engine_kind = settings.engine_kind if settings.engine_kind != "auto" else ""
         self._image_key = image_key or secrets.token_bytes(32)
         self._load_report: LoadReport | None = None
@@ -297,10 +298,14 @@ class Relay:
     ) -> list[PreparedImage]:
         """The request's images, prepared."""
         passing = self._refusals.passing
-        shm = not passing and self._is_shm_ready is not None and self._engine_kind == "vllm" and self._is_shm_ready()
+        handoffs = NO_HANDOFFS
+        if self._handoffs is not None and not passing and self._engine_kind == "vllm":
+            handoffs = self._handoffs()
         emit, started = self._open_requests.emit, time.monotonic()
         try:
-            return await inline.prepare(images, parsed, emit, admission, shm=shm, fetch=self._fetch, passing=passing)
+            return await inline.prepare(
+                images, parsed, emit, admission, handoffs=handoffs, fetch=self._fetch, passing=passing
+            )
         finally:
             admission.image_seconds = time.monotonic() - started
 

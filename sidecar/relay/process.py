@@ -122,6 +122,11 @@ async def _relay(context: RelayContext, emit: Callable[[Event], None]) -> AsyncI
             images = ImageService(context.image_socket, settings, spec, cache)
             stack.push_async_callback(images.close)
             serve_images = partial(preprocess, images=images, settings=settings, emit=emit, fetch=fetch)
+        watch: PluginWatch | None = None
+        if images is not None and settings.images in ("auto", "shm"):
+            watch = PluginWatch(images.spec, required=settings.images == "shm")
+            if settings.images == "auto":
+                await stack.enter_async_context(_background(images.calibrate))
         quota: Quota | None = None
         if settings.tenant_limits:
             accounts = TenantAccounts(context.accounts, settings.workers, context.index)
@@ -140,7 +145,7 @@ async def _relay(context: RelayContext, emit: Callable[[Event], None]) -> AsyncI
             images=images,
             preprocess=serve_images,
             fetch=fetch,
-            is_shm_ready=PluginWatch() if settings.images == "shm" else None,
+            handoffs=watch,
         )
         stack.push_async_callback(relay.close)
         yield relay

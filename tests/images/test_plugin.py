@@ -14,11 +14,23 @@ from typing import Any
 
 import pytest
 
-from sidecar.images.vllm_plugin import CHECK_INTERVAL_S, MARK_PREFIX, PluginWatch, check_mark, read_status
+from sidecar.images.shm_cache import CacheFolder, ImageCache, shared_group
+from sidecar.images.vllm_plugin import (
+    CHECK_INTERVAL_S,
+    MARK_PREFIX,
+    NO_HANDOFFS,
+    PluginWatch,
+    check_mark,
+    check_offer,
+    read_status,
+)
+from sidecar.kernels import families
 from tests.waiting import PATIENCE
 
+from .conftest import QWEN2_VL
 from .test_imagecache import plugin
 
+QWEN: Any = families.from_config(QWEN2_VL)
 NO_PLUGIN = "no vLLM with the sidecar's plugin"
 ENGINE = (
     "import sys; sys.path.insert(0, sys.argv[1]); import sidecar_vllm, pathlib; "
@@ -75,6 +87,7 @@ JUDGED: dict[str, tuple[Any, str]] = {
     "the same user": (GOOD, ""),
     "one who may read all": (GOOD | {"user": 0, "reads_all": True}, ""),
     "root without capabilities": (GOOD | {"user": 0}, "may not read"),
+    "a group that has none here": (GOOD | {"user": 0, "groups": [0, 9]}, "may not read"),
     "another form": (GOOD | {"form": 2}, "does not match this sidecar's version"),
     "another connector": (GOOD | {"connector": ""}, "VLLM_MEDIA_CONNECTOR is ''"),
     "too little": ({"form": 1}, "cannot be read"),
@@ -89,6 +102,99 @@ def test_what_a_mark_says(case: str) -> None:
     said, why = JUDGED[case]
     found = check_mark(json.dumps(said).encode().ljust(512), user=5).why
     assert why in found and bool(why) == bool(found)
+
+
+SETTINGS = {
+    "do_resize": True,
+    "do_convert_rgb": True,
+    "resample": 3,
+    "patch_size": 14,
+    "temporal_patch_size": 2,
+    "merge_size": 2,
+    "min_pixels": QWEN.min_pixels,
+    "max_pixels": 224 * 224,
+    "do_rescale": False,
+    "do_normalize": False,
+    "rescale_factor": 1 / 255,
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+}
+OFFER = GOOD | {"processor": "Qwen2VLImageProcessor", "settings": SETTINGS, "dtype": "U8", "cache_bytes": 9}
+FLOATS = OFFER | {"settings": SETTINGS | {"do_rescale": True, "do_normalize": True}, "dtype": "BF16"}
+OFFERS: dict[str, tuple[Any, str]] = {
+    "bytes": (OFFER, ""),
+    "halves": (FLOATS, ""),
+    "another size": (OFFER | {"settings": SETTINGS | {"max_pixels": 1}}, "max_pixels"),
+    "no size": (OFFER | {"settings": {}}, "do_resize, resample, patch_size"),
+    "other means": (FLOATS | {"settings": FLOATS["settings"] | {"image_mean": [0.5] * 3}}, "image_mean"),
+    "bytes that are floats": (OFFER | {"dtype": "F32"}, "'F32'"),
+    "floats that are bytes": (FLOATS | {"dtype": "U8"}, "'U8'"),
+    "another processor": (OFFER | {"processor": "CLIPImageProcessor"}, "not made here"),
+    "another user": (OFFER | {"user": 6}, "may not read"),
+    "no settings": (OFFER | {"settings": None}, "cannot be read"),
+    "nothing": ({}, "cannot be read"),
+}
+
+
+@pytest.mark.parametrize("case", OFFERS)
+def test_what_an_offer_says(case: str) -> None:
+    """Tensors go only to a vLLM whose processor has each of the settings that the model's files give here."""
+    said, why = OFFERS[case]
+    found = check_offer(json.dumps(said).encode().ljust(2048), 5, QWEN)
+    assert why in found.why and bool(why) == bool(found.why)
+    assert found.why or (found.dtype, found.cache_bytes, found.pid) == (said["dtype"], 9, 7)
+
+
+def test_a_group_of_the_volume_may_read(tmp_path: Path) -> None:
+    """As another user without privileges, in the volume's group: it reads and removes what the sidecar handed over."""
+    if os.geteuid():
+        pytest.skip("only root can become two users")
+    shm = tmp_path / "shm"
+    shm.mkdir()
+    os.chown(shm, 0, 4242)
+    shm.chmod(0o2777)
+    for folder in (tmp_path, tmp_path.parent, tmp_path.parent.parent):
+        folder.chmod(0o755)
+
+    def sidecar() -> bytes:
+        folder = CacheFolder(str(shm), 1 << 20)
+        cache = ImageCache(folder.path, folder.bytes, b"secret")
+        handed, fd = cache.reserve(5)
+        os.pwrite(fd, b"bytes", 0)
+        assert check_mark(json.dumps(GOOD | {"groups": [4242]}).encode(), 65532, shared_group(str(shm))).why == ""
+        assert check_mark(json.dumps(GOOD | {"groups": [4243]}).encode(), 65532, shared_group(str(shm))).why != ""
+        return f"{handed.folder}/{handed.name}".encode()
+
+    def engine() -> bytes:
+        return bytes(plugin().tensors.map_file(shm / name.decode()))
+
+    def stranger() -> bytes:
+        with pytest.raises(ValueError, match="may not be read"):
+            plugin().tensors.map_file(shm / name.decode())
+        return b"refused"
+
+    name = as_user(65532, 4242, sidecar)
+    assert as_user(1234, 4343, stranger) == b"refused"
+    assert as_user(1234, 4242, engine) == b"bytes"
+    assert not (shm / name.decode()).exists()
+
+
+def as_user(user: int, group: int, run: Callable[[], bytes]) -> bytes:
+    """What `run` returns in a process of another user, who is in one more group."""
+    plugin()
+    reading, writing = os.pipe()
+    if not (pid := os.fork()):
+        try:
+            os.setgroups([group])
+            os.setgid(user)
+            os.setuid(user)
+            os.write(writing, run())
+        finally:
+            os._exit(0)
+    os.close(writing)
+    os.waitpid(pid, 0)
+    with os.fdopen(reading, "rb") as answer:
+        return answer.read()
 
 
 def test_strange_files_are_no_marks(tmp_path: Path, start: Start) -> None:
@@ -117,14 +223,14 @@ def test_the_log_names_each_change_once(start: Start, tmp_path: Path, caplog: py
     """Looks are at least a second apart; what was said is said again only when it has changed."""
     caplog.set_level(logging.INFO, "sidecar")
     now = [0.0]
-    watch = PluginWatch(str(tmp_path), lambda: now[0])
-    assert [watch(), watch()] == [False, False]
+    watch = PluginWatch(QWEN, str(tmp_path), lambda: now[0])
+    assert [watch(), watch()] == [NO_HANDOFFS, NO_HANDOFFS]
     process = start()
-    assert not watch(), "it looked a moment ago"
+    assert watch() == NO_HANDOFFS, "it looked a moment ago"
     for alive in (True, True, False, False):
         if not alive:
             end(process)
         now[0] += CHECK_INTERVAL_S
-        assert watch() is alive
+        assert watch().pixels is alive
     said = [record.levelname for record in caplog.records]
     assert said == ["WARNING", "INFO", "WARNING"] and "images go inline" in caplog.records[0].message

@@ -13,6 +13,7 @@ import pytest
 from aiohttp import web
 
 from sidecar.events import Event, LoadReport, Settled
+from sidecar.images.vllm_plugin import Handoffs
 from sidecar.load.cost_model import Coefficients
 from sidecar.load.estimator import Estimator
 from sidecar.relay.client_io import CLIENT_STALL_S
@@ -133,8 +134,8 @@ async def rig() -> AsyncIterator[Callable[..., Awaitable[Rig]]]:
             client_stall: float = CLIENT_STALL_S,
             **settings: Any,
         ) -> Rig:
-            ways = {"images": images, "preprocess": preprocess, "fetch": fetch, "is_shm_ready": shm}
-            ways["image_key"] = image_key
+            ways = {"images": images, "preprocess": preprocess, "fetch": fetch, "image_key": image_key}
+            ways["handoffs"] = shm and (lambda: Handoffs(shm()))
             ways |= {"max_queued": max_queued, "client_stall": client_stall}
             own = Settings(engine=engine, engine_kind=kind, **settings)
             return await stack.enter_async_context(_rig(own, pricing or Pricing(Estimator(Coefficients())), ways))

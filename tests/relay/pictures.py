@@ -6,13 +6,14 @@ import asyncio
 from typing import Any
 
 from sidecar.errors import BadImage, ImagesBusy
+from sidecar.images.vllm_plugin import Handoffs
 
 
 class Prepared:
     """What image work returns, for a test."""
 
     media_type, tokens, content_hash, format, outcome, seconds = "image/bmp", 77, "h0", "png", "ok", 0.5
-    stages, bytes_in, bytes_out, url, reason = (("decode", 0.1),), 3, 9, "", ""
+    stages, bytes_in, bytes_out, url, reason, parameter = (("decode", 0.1),), 3, 9, "", "", ""
 
     def __init__(self, base64: bytes | None) -> None:
         self.base64 = base64
@@ -28,10 +29,17 @@ class Workers:
         self.started = asyncio.Event()
         self.cancelled = asyncio.Event()
 
-    async def inline(
-        self, data: memoryview, where: str, tenant: str, hand_over: str, is_base64: bool = True
+    async def hand_over(
+        self,
+        data: memoryview,
+        where: str,
+        tenant: str,
+        request: str,
+        handoffs: Handoffs,
+        is_base64: bool,
+        max_small_chars: int,
     ) -> Prepared:
-        self.handed_over.append(bool(hand_over))
+        self.handed_over.append(handoffs.pixels)
         match bytes(data):
             case b"BAD/":
                 raise BadImage(f"{where} is no image", "image_unknown_format")

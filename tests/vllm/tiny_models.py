@@ -3,6 +3,7 @@
     PYTHON tiny_models.py text DIR       Qwen2: text in, text out
     PYTHON tiny_models.py vision DIR     Qwen2-VL: with the real image processor's settings
     PYTHON tiny_models.py small DIR      the same with images of few pixels, so that most photographs shrink
+    PYTHON tiny_models.py qwen3 DIR      Qwen3-VL, whose processor has other patches, with images of few pixels
 
 Rules: run by the vLLM environment's python. No hub is contacted. The same seed gives the same weights. The weights
 have a wide spread, so that the output depends visibly on every input token and pixel.
@@ -23,6 +24,8 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
 )
 
 SEED = 20
@@ -154,7 +157,45 @@ def make_small(directory: Path) -> None:
     make_vision(directory, FEW_PIXELS)
 
 
-MAKERS = {"text": make_text, "vision": make_vision, "small": make_small}
+def make_qwen3(directory: Path) -> None:
+    tokenizer = make_tokenizer(directory)
+    names = ("image_pad", "video_pad", "vision_start", "vision_end")
+    ids = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in names}
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [8, 4, 4], "mrope_interleaved": True}
+    text = text_shape(tokenizer) | {"head_dim": WIDTH // 4, "rope_parameters": rope, "rope_scaling": rope}
+    tower = {
+        "depth": 2,
+        "hidden_size": WIDTH // 2,
+        "out_hidden_size": WIDTH,
+        "intermediate_size": WIDTH,
+        "num_heads": 2,
+        "patch_size": 16,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+        "in_channels": 3,
+        "num_position_embeddings": 24 * 24,
+        "deepstack_visual_indexes": [0],
+        "initializer_range": 0.1,
+    }
+    config = Qwen3VLConfig(
+        text_config=text,
+        vision_config=tower,
+        image_token_id=ids["image_pad"],
+        video_token_id=ids["video_pad"],
+        vision_start_token_id=ids["vision_start"],
+        vision_end_token_id=ids["vision_end"],
+        tie_word_embeddings=False,
+    )
+    Qwen3VLForConditionalGeneration(config).save_pretrained(directory)
+    processor = PROCESSOR | {"processor_class": "Qwen3VLProcessor", "patch_size": 16}
+    processor |= {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    processor |= {"size": {"shortest_edge": 64 * 64, "longest_edge": 256 * 256}}
+    video = {key: value for key, value in processor.items() if key != "image_processor_type"}
+    _write(directory / "preprocessor_config.json", processor)
+    _write(directory / "video_preprocessor_config.json", {**video, "video_processor_type": "Qwen3VLVideoProcessor"})
+
+
+MAKERS = {"text": make_text, "vision": make_vision, "small": make_small, "qwen3": make_qwen3}
 
 
 def main(kind: str, directory: str) -> None:

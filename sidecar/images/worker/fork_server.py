@@ -187,13 +187,13 @@ def _serve_images(listening: socket.socket, plan: WorkerPlan, gpu_path: str) -> 
 
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
-    warm_up.run(pipeline.prepare_image, plan.limits)
+    warm_up.run(pipeline.run_job, plan.limits)
     gpu = GpuChannel(gpu_path) if gpu_path else None
     if gpu is not None:
         gpu.open()
     worker.confine(plan.limits, (listening.fileno(), *(gpu.descriptors if gpu else ())))
     torch.set_num_threads(plan.threads)  # they start within the sandbox
-    prepare = partial(pipeline.prepare_image, gpu=gpu, on_size=worker.limit_cpu)
+    prepare = partial(pipeline.run_job, gpu=gpu, on_size=worker.limit_cpu)
     return worker.serve(listening, prepare, plan.limits, lambda: gpu is not None and gpu.lost)
 
 

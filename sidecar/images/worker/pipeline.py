@@ -11,14 +11,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
+import numpy as np
 import pybase64
 import torch
 
 from sidecar.images import file_headers
 from sidecar.images.decode_bounds import find_excess
 from sidecar.images.header_geometry import base64_chars, is_worth_resizing, predict
-from sidecar.images.protocol import INLINE, LAYOUT, PIXELS, Data, ImageDone, ImageJob, ImageRefused
-from sidecar.images.worker import tiles
+from sidecar.images.protocol import COSTS, INLINE, LAYOUT, PIXELS, Data, ImageDone, ImageJob, ImageRefused
+from sidecar.images.tensor_layout import ELEMENT_BYTES
+from sidecar.images.worker import calibration, tiles
 from sidecar.images.worker.decode import ImageRejected, check_size, decode, orientation, turned
 from sidecar.images.worker.gpu_channel import GpuChannel, GpuRequest
 from sidecar.images.worker.tensors import ppm, prepare, resize, resized_ppm, round_to_half
@@ -60,10 +62,40 @@ class DecodedImage:
     stages: StageTimer
 
 
-def prepare_image(
-    job: ImageJob, payload: Data, gpu: GpuChannel | None = None, on_size: OnSize = lambda _: None
+def run_job(
+    job: ImageJob,
+    payload: Data,
+    into: memoryview | None = None,
+    *,
+    gpu: GpuChannel | None = None,
+    on_size: OnSize = lambda _: None,
 ) -> Answer:
-    """Run one job; resize on `gpu` if there is one and the job allows it, else here.
+    """Run one job; `into` is the memory of the file that came with it, which then receives the answer's payload."""
+    if job.want == COSTS:
+        return ImageDone("ok", "", "", 0, 0, (0, 0, 0), 0, "", calibration.measure(), 0), b""
+    answer, made = prepare_image(job, payload, gpu, on_size, into)
+    if into is None or not isinstance(answer, ImageDone) or answer.outcome != "ok":
+        return answer, made
+    if len(made) > len(into):
+        return ImageRefused("image_failed", "it is larger than its header says", answer.format), b""
+    if not _is_same_memory(made, into):
+        into[: len(made)] = memoryview(made)
+    return answer, b""
+
+
+def _is_same_memory(made: Data, into: memoryview) -> bool:
+    """True if `made` was written to `into` in the first place."""
+    return np.frombuffer(made, np.uint8).ctypes.data == np.frombuffer(into, np.uint8).ctypes.data
+
+
+def prepare_image(
+    job: ImageJob,
+    payload: Data,
+    gpu: GpuChannel | None = None,
+    on_size: OnSize = lambda _: None,
+    into: memoryview | None = None,
+) -> Answer:
+    """Run one job; resize on `gpu` if there is one and the job allows it, else here. Patches may be made in `into`.
 
     `on_size` is called with the number of pixels to decode and to make, before either.
     """
@@ -88,7 +120,8 @@ def prepare_image(
         elif isinstance(spec, TileSpec):
             made = round_to_half(tiles.prepare(pixels, geometry, replace(spec, half="")), spec)
         else:
-            made = prepare(pixels, geometry, spec)
+            size = _tensor_bytes(geometry, spec)
+            made = prepare(pixels, geometry, spec, None if into is None or len(into) < size else into[:size])
         image.stages.end("resize")
         return _encode(job, image, made) if inline else (_done(image, BINARY_MEDIA_TYPE), octets(made))
     except ImageRejected as e:
@@ -103,7 +136,8 @@ def _on_gpu(gpu: GpuChannel, job: ImageJob, image: DecodedImage, spec: Processor
     inline, (height, width) = job.want in INLINE, image.geometry.size
     if rows.shape[:2] == (image.geometry.height, image.geometry.width) and inline:
         return None  # nothing to resize
-    size = 3 * height * width if inline else _tensor_bytes(image.geometry, spec)
+    # the GPU process makes floats of 4 bytes, which are rounded here
+    size = 3 * height * width if inline else _tensor_bytes(image.geometry, replace(spec, half=""))
     made = gpu.process(rows.reshape(-1).data, GpuRequest(rows.shape[0], rows.shape[1], job.spec, inline), size)
     if made is None:
         return None
@@ -120,7 +154,7 @@ def _tensor_bytes(geometry: Geometry, spec: ProcessorSpec) -> int:
     """Bytes of one image's `pixel_values`."""
     height, width = geometry.size
     copies = spec.temporal_patch_size if isinstance(spec, PatchSpec) else 1
-    return 3 * height * width * copies * (4 if spec.floats else 1)
+    return 3 * height * width * copies * ELEMENT_BYTES[spec.dtype]
 
 
 def open_image(

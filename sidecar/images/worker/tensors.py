@@ -31,8 +31,11 @@ def resize(pixels: Tensor, geometry: Geometry, spec: ProcessorSpec) -> Tensor:
     return crop(torch.from_numpy(resized).permute(2, 0, 1), geometry)
 
 
-def prepare(pixels: Tensor, geometry: Geometry, spec: ProcessorSpec) -> Tensor:
-    """`pixel_values` of an image in its own size, uint8 (3, height, width): see `values`."""
+def prepare(pixels: Tensor, geometry: Geometry, spec: ProcessorSpec, into: memoryview | None = None) -> Tensor:
+    """`pixel_values` of an image in its own size, uint8 (3, height, width): see `values`.
+
+    `into`: memory of exactly their bytes, which patches are written to in the same pass; other forms ignore it.
+    """
     if fused.missing() or not (isinstance(spec, PatchSpec) or geometry.crop is None):
         return round_to_half(values(resize(pixels, geometry, spec), geometry, spec), spec)
     if not isinstance(spec, PatchSpec):
@@ -40,7 +43,8 @@ def prepare(pixels: Tensor, geometry: Geometry, spec: ProcessorSpec) -> Tensor:
         view = ImageView(geometry.size, geometry.size, geometry.size)
         fused.tiles(_rows(pixels), view, spec, "float32" if spec.floats else "uint8", out.numpy())
         return round_to_half(out, spec)
-    made = torch.from_numpy(fused.patches(_rows(pixels), geometry, spec, KERNEL_KINDS[spec.dtype]))
+    memory = None if into is None else np.frombuffer(into, np.uint8)
+    made = torch.from_numpy(fused.patches(_rows(pixels), geometry, spec, KERNEL_KINDS[spec.dtype], into=memory))
     return made.view(torch.bfloat16) if spec.dtype == "BF16" else made
 
 

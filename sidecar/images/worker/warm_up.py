@@ -58,7 +58,7 @@ def run(prepare: PrepareImage, limits: ImageLimits) -> None:
     """Prepare small pictures of every kind, and have torch do what the compiled kernel usually does."""
     for format, mode in PICTURES:
         job = ImageJob(TENSORS, CLIP.to_json(), False, limits, WARM_UP_TIMEOUT_S)
-        prepare(job, _picture(format, mode))
+        prepare(job, _picture(format, mode), None)
     pixels = torch.zeros((3, SIDE, SIDE), dtype=torch.uint8)
     for resample in RESAMPLES:
         by_torchvision(pixels, Geometry(SIDE // 2, SIDE // 2), replace(CLIP, resample=resample))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import logging
+import mmap
 import os
 import resource
 import signal
@@ -25,7 +26,7 @@ from sidecar.images.protocol import Data, Frame, FrameError, ImageJob, ImageLimi
 from sidecar.images.worker import sandbox
 from sidecar.runtime.prctl import die_with
 
-PrepareImage = Callable[[ImageJob, bytearray], tuple[Frame, Data]]
+PrepareImage = Callable[[ImageJob, bytearray, memoryview | None], tuple[Frame, Data]]
 
 CLIENT_TIMEOUT_S = 10.0  # in which a relay must send or read
 JOBS_PER_LIFE = 5_000  # a new process then takes over, so that no leak of a codec grows forever
@@ -36,6 +37,12 @@ MAX_OPEN_FILES = 64
 BYTES_PER_PIXEL = 40  # the worst case: Pillow's RGBA, its flattened copy, the tensor, and its fp32 patches
 RETAINED_BYTES = 128 << 20  # freed memory that is kept: 12 megapixels are 36 MB, their patches up to 23 MB
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
+
+_MAP_FAILED = ctypes.c_void_p(-1).value
+_libc = ctypes.CDLL(None)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long)
+_libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 
 
 def serve(
@@ -54,27 +61,58 @@ def serve(
 
 def _serve_one(connection: socket.socket, prepare: PrepareImage, limits: ImageLimits) -> None:
     connection.sendall(encode_head(WorkerReady()))
-    # at most the largest image as base64, including line ends
-    job, payload = _receive(connection, limits.max_bytes * 3 // 2 + 1024)
-    limit_cpu(0)
-    with deadline(job.seconds):
-        answer, out = prepare(job, payload)
-    connection.sendall(encode_head(answer, len(out)))
-    connection.sendall(out)
+    with contextlib.ExitStack() as stack:
+        # at most the largest image as base64, including line ends
+        job, payload, file = _receive(connection, limits.max_bytes * 3 // 2 + 1024, stack)
+        into = stack.enter_context(_mapped(file, job.file_bytes)) if job.file_bytes else None
+        limit_cpu(0)
+        with deadline(job.seconds):
+            answer, out = prepare(job, payload, into)
+        connection.sendall(encode_head(answer, len(out)))
+        connection.sendall(out)
 
 
-def _receive(connection: socket.socket, max_payload: int) -> tuple[ImageJob, bytearray]:
-    """One job and its payload. Raises FrameError, or OSError if the relay has exited."""
-    header, size = protocol.decode_prefix(_read_exactly(connection, protocol.PREFIX.size), max_payload)
+def _receive(
+    connection: socket.socket, max_payload: int, stack: contextlib.ExitStack
+) -> tuple[ImageJob, bytearray, int]:
+    """One job, its payload, and its open file, or -1; `stack` closes that. Raises FrameError or OSError."""
+    start, files, _, _ = socket.recv_fds(connection, protocol.PREFIX.size, 1)
+    for file in files:
+        stack.callback(os.close, file)
+    if not start:
+        raise ConnectionResetError("the relay closed the connection")
+    header, size = protocol.decode_prefix(_read_exactly(connection, protocol.PREFIX.size, start), max_payload)
     job = protocol.decode_header(_read_exactly(connection, header))
-    if not isinstance(job, ImageJob):
+    if not isinstance(job, ImageJob) or (job.file_bytes and len(files) != 1):
         raise FrameError("not a job")
-    return job, _read_exactly(connection, size)
+    return job, _read_exactly(connection, size), files[0] if files else -1
 
 
-def _read_exactly(connection: socket.socket, size: int) -> bytearray:
+@contextlib.contextmanager
+def _mapped(file: int, size: int) -> Iterator[memoryview]:
+    """The first `size` bytes of an open file in shared memory. Raises FrameError if it has fewer.
+
+    By the C library, since Python's `mmap` asks for the file's state and duplicates its descriptor, which the sandbox
+    does not allow.
+    """
+    if os.lseek(file, 0, os.SEEK_END) < size:
+        raise FrameError("not the file of this job")
+    # its pages exist already (shm_cache.reserve): they are mapped at once, not with one fault each
+    flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
+    address = _libc.mmap(None, size, mmap.PROT_READ | mmap.PROT_WRITE, flags, file, 0)
+    if address in (None, _MAP_FAILED):
+        raise FrameError("the file of this job cannot be mapped")
+    try:
+        yield memoryview((ctypes.c_ubyte * size).from_address(address)).cast("B")
+    finally:
+        _libc.munmap(address, size)
+
+
+def _read_exactly(connection: socket.socket, size: int, start: bytes = b"") -> bytearray:
+    """The next `size` bytes, of which `start` was read before."""
     data = bytearray(size)
-    view = memoryview(data)
+    data[: len(start)] = start
+    view = memoryview(data)[len(start) :]
     while view:
         received = connection.recv_into(view)
         if not received:

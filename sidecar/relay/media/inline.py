@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 from sidecar.errors import BadImage, ImagesBusy, RequestError
 from sidecar.events import Event, ImagePrepared
 from sidecar.images import pass_reasons
+from sidecar.images.header_geometry import MAX_SMALL_CHARS
 from sidecar.images.protocol import Data
+from sidecar.images.vllm_plugin import Handoffs
 from sidecar.relay.admission import Admission
 from sidecar.relay.request_body import ImagePart, ParsedBody
 
@@ -38,19 +40,20 @@ async def prepare(
     emit: Callable[[Event], None],
     admission: Admission,
     *,
-    shm: bool,
+    handoffs: Handoffs,
     fetch: Fetch | None,
     passing: str,
 ) -> list[PreparedImage]:
     """The images of a request, in order; what cannot be prepared passes, with the reason.
 
-    `shm`: pass them in shared memory; `fetch`: for those behind links, which are kept for `originals`; `passing`: why
-    they are only fetched and counted. Raises BadImage or ImagesBusy for a link that cannot be fetched, and cancels the
-    others: the sidecar was made the only one that follows links.
+    `handoffs`: what the engine takes through shared memory; `fetch`: for those behind links, which are kept for
+    `originals`; `passing`: why they are only fetched and counted. Raises BadImage or ImagesBusy for a link that cannot
+    be fetched, and cancels the others: the sidecar was made the only one that follows links.
     """
     parts = body.images
     check_count(body.link_count)
-    id, tenant = admission.id, admission.tenant
+    id = admission.id
+    max_small_chars = MAX_SMALL_CHARS // max(len(parts), 1)  # all of them together stay within it
 
     async def prepare_one(index: int, part: ImagePart) -> PreparedImage:
         started = time.monotonic()
@@ -64,7 +67,7 @@ async def prepare(
             if reason:
                 image = images.passed(data, reason, not part.link)
             else:
-                image = await _try(images, data, part, tenant, id if shm else "")
+                image = await _try(images, data, part, admission, handoffs, max_small_chars)
         except RequestError as e:
             emit(failure(id, e, started, len(part.data) * 3 // 4))
             raise
@@ -81,14 +84,17 @@ async def prepare(
     return await all_of(prepare_one(index, part) for index, part in enumerate(parts))
 
 
-async def _try(images: ImageService, data: Data, part: ImagePart, tenant: str, hand_over: str) -> PreparedImage:
+async def _try(
+    images: ImageService, data: Data, part: ImagePart, admission: Admission, handoffs: Handoffs, max_small_chars: int
+) -> PreparedImage:
     """One image, prepared; as it came where that is not possible: the engine can prepare or refuse it itself."""
+    id, tenant, is_base64 = admission.id, admission.tenant, not part.link
     try:
-        return await images.inline(data, part.where, tenant, hand_over, not part.link)
+        return await images.hand_over(data, part.where, tenant, id, handoffs, is_base64, max_small_chars)
     except ImagesBusy as e:
-        return images.passed(data, e.why, not part.link)
+        return images.passed(data, e.why, is_base64)
     except BadImage as e:
-        return images.passed(data, pass_reasons.of_refusal(e.reason), not part.link)
+        return images.passed(data, pass_reasons.of_refusal(e.reason), is_base64)
 
 
 async def all_of(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
@@ -122,6 +128,8 @@ def replacements(
     for index, (part, image) in enumerate(zip(parts, prepared, strict=True)):
         if image.url:
             replaced[index] = ("", image.url.encode())
+        elif image.parameter:
+            replaced[index] = (f"image/{image.format};{image.parameter}", part.data)
         elif image.base64 is not None:
             replaced[index] = (image.media_type, image.base64)
         elif part.link:  # the engine need not fetch it again
@@ -135,7 +143,9 @@ def replacements(
 
 
 def form_of(prepared: list[PreparedImage]) -> str:
-    """The form in which a request's images were prepared: "inline" or "shm"; "" if all pass."""
+    """The form in which a request's images were prepared: "inline", "shm" or "tensors"; "" if all pass."""
+    if any(image.parameter for image in prepared):
+        return "tensors"
     if any(image.url for image in prepared):
         return "shm"
     return "inline" if any(image.base64 is not None for image in prepared) else ""

@@ -16,6 +16,7 @@ from sidecar.engines.engine_type import MODELS, EngineKind
 from sidecar.engines.image_loading import RUST_FRONT_END, SIZE_DIFFERS, UNKNOWN_ROW, ImageModel, row_of
 from sidecar.images import vllm_plugin
 from sidecar.images.shm_cache import SHM_DIR
+from sidecar.kernels import families
 from sidecar.readings import EngineIdentity, EngineSample
 from sidecar.runtime import cpu_quota
 from sidecar.settings import Settings
@@ -155,15 +156,31 @@ async def _rest(session: aiohttp.ClientSession, engine: str, kind: EngineKind) -
 
 
 def shared_memory(chosen: Settings, kind: str) -> DoctorFinding:
-    """Whether this engine can receive images through shared memory, if that is configured."""
-    if chosen.images != "shm":
+    """Whether this engine can receive images through shared memory, as pixels or finished tensors."""
+    if chosen.images not in ("auto", "shm"):
         return DoctorFinding("absent", f"not used with --images {chosen.images}")
+    if chosen.images == "auto":
+        return _offered(chosen, kind)
     if kind != "vllm":
         return DoctorFinding("warn", f"images go inline: {kind} takes none from shared memory", "--images inline")
     seen = vllm_plugin.read_status(SHM_DIR)
     if seen.why:
         return DoctorFinding("warn", f"images go inline: {SHM_DIR}: {seen.why}", vllm_plugin.REMEDY)
     return DoctorFinding("ok", f"vLLM reads {SHM_DIR} with plugin {seen.version}")
+
+
+def _offered(chosen: Settings, kind: str) -> DoctorFinding:
+    """What a vLLM takes through shared memory without being asked to."""
+    spec = families.from_dir(chosen.model) if chosen.model else None
+    if kind != "vllm" or spec is None:
+        return DoctorFinding("absent", "not used: it is for vLLM and a model whose processor is known")
+    seen, offer = vllm_plugin.read_status(SHM_DIR), vllm_plugin.read_offer(SHM_DIR, spec)
+    if seen.why:
+        remedy = vllm_plugin.path_remedy(chosen.state_dir)
+        return DoctorFinding("absent", f"images go inline or pass: {SHM_DIR}: {seen.why}", remedy)
+    if offer.why:
+        return DoctorFinding("warn", f"vLLM gets pixels, not finished tensors: {offer.why}", "see docs/images.md")
+    return DoctorFinding("ok", f"vLLM takes finished tensors as {offer.dtype} with plugin {seen.version}")
 
 
 async def _images(

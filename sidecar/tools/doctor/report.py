@@ -13,7 +13,7 @@ from dataclasses import asdict
 from typing import Final
 
 from sidecar.settings import Settings
-from sidecar.tools.doctor import engine, machine, stacks
+from sidecar.tools.doctor import engine, image_costs, machine, stacks
 from sidecar.tools.doctor.finding import DoctorFinding
 
 Check = Callable[[Settings], DoctorFinding]
@@ -28,6 +28,7 @@ CHECKS: Final[dict[str, Check]] = {
     "bodies": machine.bodies,
     "tokenizer": machine.tokenizer,
     "images": machine.images,
+    "images-cost": image_costs.check,
     "images-sandbox": machine.images_sandbox,
     "gpu": machine.gpu,
     "cpu": machine.cpu,

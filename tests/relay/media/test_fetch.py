@@ -256,10 +256,12 @@ def chat(url: str) -> dict[str, Any]:
 class Bytes(Workers):
     """Image workers that look at what they get."""
 
-    async def inline(self, data: Any, where: str, tenant: str, hand_over: str, is_base64: bool = True) -> Prepared:
+    async def hand_over(
+        self, data: Any, where: str, tenant: str, request: str, handoffs: Any, is_base64: bool, max_small_chars: int
+    ) -> Prepared:
         assert not is_base64
         if bytes(data) != PIXELS:
-            return await super().inline(data, where, tenant, hand_over)
+            return await super().hand_over(data, where, tenant, request, handoffs, is_base64, max_small_chars)
         self.started.set()
         return Prepared(b"Qk0=")
 
@@ -284,8 +286,8 @@ async def test_an_image_that_passes_is_not_fetched_twice(rig: Any, serve: Any) -
         return b"PASS"
 
     class Passing(Bytes):
-        async def inline(self, *args: Any, **kwargs: Any) -> Prepared:
-            prepared = await super().inline(*args, **kwargs)
+        async def hand_over(self, *args: Any, **kwargs: Any) -> Prepared:
+            prepared = await super().hand_over(*args, **kwargs)
             prepared.outcome = "passed"
             return prepared
 

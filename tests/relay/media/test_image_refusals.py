@@ -91,8 +91,8 @@ class Slow(Workers):
         self.go = asyncio.Event()
         self.waiting = asyncio.Event()
 
-    async def inline(self, *args: Any, **kwargs: Any) -> Prepared:
-        made = await super().inline(*args, **kwargs)
+    async def hand_over(self, *args: Any, **kwargs: Any) -> Prepared:
+        made = await super().hand_over(*args, **kwargs)
         if len(self.handed_over) > 1:
             self.waiting.set()
             await self.go.wait()
@@ -230,8 +230,8 @@ async def test_an_engine_that_says_what_it_is_gets_none(rig: Any, serve: Any) ->
 class Shared(Workers):
     """Workers that hand every image over in shared memory."""
 
-    async def inline(self, *args: Any, **kwargs: Any) -> Prepared:
-        made = await super().inline(*args, **kwargs)
+    async def hand_over(self, *args: Any, **kwargs: Any) -> Prepared:
+        made = await super().hand_over(*args, **kwargs)
         made.base64, made.url = None, "sidecar-shm://folder/out-1?h=1&w=1&o=0"
         return made
 
