@@ -282,6 +282,10 @@ Event = _RequestEvent | _EngineEvent | _ProcessEvent
 Command = LoadReport | MetricsPage | AbortRequests | CanariesOver | SettlementsAcked
 
 
+CanaryOutcome = Literal["ok", "failed", "starved", "moot", "refused", "busy", "rejected"]
+CANARY_OUTCOMES: Final[tuple[CanaryOutcome, ...]] = get_args(CanaryOutcome)
+
+
 @dataclass(frozen=True, slots=True)
 class CanaryResult:
     """The result of one canary.
@@ -292,7 +296,7 @@ class CanaryResult:
     cannot test this engine. `known`: this request has passed before in this process of the engine.
     """
 
-    outcome: Literal["ok", "failed", "starved", "moot", "refused", "busy", "rejected"]
+    outcome: CanaryOutcome
     started: float
     ended: float
     allowed: float
