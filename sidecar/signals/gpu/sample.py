@@ -110,8 +110,21 @@ class GpuSampler:
             energy = batch.get(ENERGY_FIELD) or self._read(now, used_energy, _from_milli, handle)
         where, xids = (device.index, device.name, device.uuid), self._xids(device.index)
         is_watched = self._is_watched(device.index)
-        rest = xids, device.mig, energy, clock, slowdowns, processes, is_watched
-        return GpuSample(*where, utilization, used, total, power, temperature, *rest)
+        return GpuSample(
+            *where,
+            utilization,
+            used,
+            total,
+            power,
+            temperature,
+            xids,
+            device.mig,
+            energy,
+            clock,
+            slowdowns,
+            processes,
+            is_watched,
+        )
 
     def sample_lost(self, device: GpuDevice, why: Failed) -> GpuSample:
         """The sample of a device that does not respond: every number failed, its XID errors kept."""
