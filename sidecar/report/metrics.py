@@ -152,6 +152,9 @@ METRICS: Final = (
     ),
     Metric("sidecar_usage_database_writes_total", "Writes of usage records to --usage-url.", ("result",)),
     Metric("sidecar_build_info", "Always 1; the labels name version and engine.", ("version", "engine_kind")),
+    Metric(
+        "sidecar_spans_dropped_total", "Spans that the collector did not take, or that came while its queue was full."
+    ),
     # The name and unit of DCGM's exporter, for its consumers.
     Metric("DCGM_FI_DEV_GPU_UTIL", "GPU utilization (in %).", ("gpu", "UUID")),
 )
@@ -169,6 +172,7 @@ _FROM_ZERO: Final[tuple[tuple[str, tuple[Labels, ...]], ...]] = (
     ("sidecar_late_first_tokens_total", ((),)),
     ("sidecar_requests_unlogged_total", ((),)),
     ("sidecar_usage_database_writes_total", tuple((result,) for result in DATABASE_RESULTS)),
+    ("sidecar_spans_dropped_total", ((),)),
     ("sidecar_canaries_total", tuple((outcome,) for outcome in CANARY_OUTCOMES)),
     ("sidecar_streams_ended_total", tuple((reason,) for reason in ABORT_REASONS)),
     ("sidecar_image_bytes_total", (("in",), ("out",))),
@@ -267,6 +271,10 @@ class Metrics(Collector):
     def database_written(self, result: Literal["ok", "failed"]) -> None:
         """Count a write of usage records to the database."""
         self._count("sidecar_usage_database_writes_total", (result,))
+
+    def spans_dropped(self, total: int) -> None:
+        """Show how many spans were dropped so far."""
+        self._counters["sidecar_spans_dropped_total"][()] = float(total)
 
     def relabel(self, of: Callable[[str, str], tuple[str, str]]) -> None:
         """Add the series of clients that lost their label to those of `of`."""
