@@ -19,6 +19,7 @@ from sidecar.events import Trace
 _RATIO_BITS: Final = 64  # the low bits of a trace id that a ratio is of
 
 _TRACEPARENT = re.compile(r"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-.*)?", re.ASCII)
+_NO_TRACE, _NO_SPAN = "0" * 32, "0" * 16
 _SAMPLED = 0x01
 MAX_TRACESTATE_CHARS = 512  # the standard demands that at least this much is propagated
 _KEY = r"(?:[a-z][a-z0-9_*/-]{0,255}|[a-z0-9][a-z0-9_*/-]{0,240}@[a-z][a-z0-9_*/-]{0,13})"
@@ -37,9 +38,10 @@ def parse_traceparent(header: str, state: str = "") -> Trace | None:
     if match is None:
         return None
     version, trace_id, parent_id, flags, more = match.groups()
-    if version == "ff" or (version == "00" and more) or not int(trace_id, 16) or not int(parent_id, 16):
+    if version == "ff" or (version == "00" and more) or trace_id == _NO_TRACE or parent_id == _NO_SPAN:
         return None
-    return Trace(trace_id, _random_id(8), parent_id, bool(int(flags, 16) & _SAMPLED), _valid_state(state))
+    is_sampled = bool(int(flags, 16) & _SAMPLED)
+    return Trace(trace_id, _random_id(8), parent_id, is_sampled, _valid_state(state) if state else "")
 
 
 def new_trace(sampled: bool = True) -> Trace:

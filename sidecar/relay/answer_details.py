@@ -23,6 +23,8 @@ _OVERLAP_BYTES: Final = 96
 _REASON: Final = re.compile(
     rb'"(?:finish_reason|stop_reason|done_reason)"\s*:\s*(?:\{\s*"type"\s*:\s*)?"([A-Za-z_]{1,32})"'
 )
+# A chunk of whole lines without one of these has no reason that matches: most say `"finish_reason":null`.
+_HINTS: Final = (b'_reason":"', b'_reason": "', b'_reason":{', b'_reason": {')
 _HOLDERS: Final = ("response", "message", "meta_info")
 _FIELD: Final = b"data:"
 
@@ -43,13 +45,15 @@ class AnswerReader:
         if self._head is not None:
             self._head += chunk[: MAX_HEAD_BYTES - len(self._head)]
             self._read_head()
+        if not self._tail and chunk.endswith(b"\n") and not any(hint in chunk for hint in _HINTS):
+            return
         text = self._tail + chunk
         end = 0
         for match in _REASON.finditer(text):
             end = match.end()
             if len(self._reasons) < MAX_REASONS:
                 self._reasons.append(match[1].decode())
-        self._tail = text[max(end, len(text) - _OVERLAP_BYTES) :]
+        self._tail = b"" if text.endswith(b"\n") else text[max(end, len(text) - _OVERLAP_BYTES) :]
 
     def body(self, body: bytes) -> None:
         """A whole answer of one JSON text."""
