@@ -106,9 +106,16 @@ def few_prompts_are_long(pod: ScrapedPod) -> None:
         pod.run(1, streams_per_minute=9)
 
 
+def database_misses_a_write(pod: ScrapedPod) -> None:
+    for minute in range(25):
+        pod.metrics.database_written("failed" if minute == 12 else "ok")
+        pod.run(1)
+
+
 HEALTHY: tuple[Story, ...] = (
     *(idles, serves, starts_slowly, sleeps_a_while, hangs_once, sidecar_restarts, clients_err),
     few_prompts_are_long,
+    database_misses_a_write,
 )
 
 # --- failures ---
@@ -223,6 +230,13 @@ def disk_too_small(pod: ScrapedPod) -> None:
     pod.run(2)
 
 
+def database_down(pod: ScrapedPod) -> None:
+    """It took a write each minute, then none."""
+    for minute in range(40):
+        pod.metrics.database_written("ok" if minute < 5 else "failed")
+        pod.run(1)
+
+
 def metrics_page_gone(pod: ScrapedPod) -> None:
     pod.page = PAGE
     pod.run(5)
@@ -319,6 +333,7 @@ FAILURES: tuple[tuple[Story, tuple[Firing, ...]], ...] = (
         disk_too_small,
         (("UsageRecordsDropped", POD, "The sidecar of a dropped usage records of requests that cost something"),),
     ),
+    (database_down, (("UsageDatabaseDown", POD, "The sidecar of a cannot write usage records to its database"),)),
     (metrics_page_gone, (("SidecarBlind", {**POD, "signal": "scrape"}, "The sidecar of a cannot read `scrape`"),)),
     (starved_of_cpu, (("SidecarStarved", RELAY, "relay-0 of a gets too little CPU: 900ms late"),)),
     (files_run_out, (("SidecarFilesLow", RELAY, "relay-0 of a has 97.66% of its files open"),)),
