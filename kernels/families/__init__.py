@@ -58,6 +58,14 @@ FAMILIES: Final[Mapping[str, Family]] = {
     "Qwen3VLImageProcessor": _QWEN,
     "Glm4vImageProcessor": _family(single_view.read_glm, single_view.Qwen2VLSpec, "Glm4vProcessor", _PATCHES),
     "Glm46VImageProcessor": _family(single_view.read_glm, single_view.Qwen2VLSpec, "Glm46VProcessor", _PATCHES),
+    "PaddleOCRVLImageProcessor": _family(
+        single_view.read_paddle_ocr, single_view.RowsOfPatchesSpec, "PaddleOCRVLProcessor",
+        f"max_pixels min_pixels {_PATCHES}",
+    ),
+    "HunYuanVLImageProcessor": _family(
+        single_view.read_hunyuan, single_view.RowsOfPatchesSpec, "HunYuanVLProcessor",
+        f"max_pixels min_pixels {_PATCHES}",
+    ),
     # LLaVA-1.5
     "CLIPImageProcessor": _family(single_view.read_cropped, single_view.ClipSpec, "CLIPProcessor LlavaProcessor"),
     "LlavaImageProcessor": _family(single_view.read_cropped, single_view.ClipSpec, "LlavaProcessor"),

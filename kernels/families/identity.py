@@ -57,6 +57,8 @@ CALLERS: Final[Mapping[str, frozenset[str]]] = {
     "Qwen3OmniMoeProcessor": words("Qwen3OmniMoeForConditionalGeneration"),
     "Glm4vProcessor": words("Glm4vForConditionalGeneration Glm4vMoeForConditionalGeneration"),
     "Glm46VProcessor": words("Glm46VForConditionalGeneration"),
+    "PaddleOCRVLProcessor": words("PaddleOCRVLForConditionalGeneration"),
+    "HunYuanVLProcessor": words("HunYuanVLForConditionalGeneration"),
     "CLIPProcessor": words("CLIPModel"),
     "LlavaProcessor": words("LlavaForConditionalGeneration VipLlavaForConditionalGeneration"),
     "SiglipProcessor": words("SiglipModel"),
@@ -83,7 +85,8 @@ CALLERS: Final[Mapping[str, frozenset[str]]] = {
 
 # Their settings in `processor_config.json`: parts, and numbers and words for the prompt.
 CALLERS_SETTINGS: Final = words(
-    "audio_ms_per_token audio_processor audio_seq_length auto_map chat_template downsample_factor "
+    "audio_ms_per_token audio_processor audio_seq_length auto_map cat_extra_token chat_template "
+    "downsample_factor "
     "end_of_image_token end_of_img_token fake_image_token feature_extractor image_break_token image_end_token "
     "image_placeholder_token image_processor image_seq_len image_seq_length image_token img_line_break_token "
     "img_patch_token img_size num_additional_image_tokens num_image_tokens patch_size patch_token "

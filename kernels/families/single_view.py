@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 from sidecar.kernels.families import reading
@@ -37,21 +37,59 @@ class Qwen2VLSpec(PatchSpec):
         if self.grows and (height < factor or width < factor):
             scale = max(factor / height, factor / width)
             height, width = int(height * scale), int(width * scale)
-        if max(height, width) / min(height, width) > MAX_ASPECT:
-            raise ValueError(f"one side is more than {MAX_ASPECT} times the other")
-        # round() is round-half-to-even, and the order of the divisions matters: the processor's own arithmetic.
-        new_height, new_width = round(height / factor) * factor, round(width / factor) * factor
-        if self.frames * new_height * new_width > self.max_pixels:
-            beta = math.sqrt((self.frames * height * width) / self.max_pixels)
-            new_height = max(factor, math.floor(height / beta / factor) * factor)
-            new_width = max(factor, math.floor(width / beta / factor) * factor)
-        elif self.frames * new_height * new_width < self.min_pixels:
-            beta = math.sqrt(self.min_pixels / (self.frames * height * width))
-            new_height = math.ceil(height * beta / factor) * factor
-            new_width = math.ceil(width * beta / factor) * factor
-        if not new_height or not new_width:
-            raise ValueError("one side would become 0")
-        return new_height, new_width
+        return qwen_size(height, width, factor, self.min_pixels, self.max_pixels, self.frames)
+
+
+def qwen_size(height: int, width: int, factor: int, low: int, high: int, frames: int = 1) -> Size:
+    """Multiples of `factor` near a size, whose product is between two bounds. Raises ValueError for a long image."""
+    if max(height, width) / min(height, width) > MAX_ASPECT:
+        raise ValueError(f"one side is more than {MAX_ASPECT} times the other")
+    # round() is round-half-to-even, and the order of the divisions matters: the processor's own arithmetic.
+    new_height, new_width = round(height / factor) * factor, round(width / factor) * factor
+    if frames * new_height * new_width > high:
+        beta = math.sqrt((frames * height * width) / high)
+        new_height = max(factor, math.floor(height / beta / factor) * factor)
+        new_width = max(factor, math.floor(width / beta / factor) * factor)
+    elif frames * new_height * new_width < low:
+        beta = math.sqrt(low / (frames * height * width))
+        new_height = math.ceil(height * beta / factor) * factor
+        new_width = math.ceil(width * beta / factor) * factor
+    if not new_height or not new_width:
+        raise ValueError("one side would become 0")
+    return new_height, new_width
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowsOfPatchesSpec(PatchSpec):
+    """PaddleOCR-VL's and HunyuanVL's: sized as Qwen2-VL's, with the patches row by row instead of by merged blocks.
+
+    So `merge_size`, the side of a block in their order, is 1, and `merge` the side of what becomes one token.
+    """
+
+    merge: int
+    min_pixels: int
+    max_pixels: int
+    grows: bool = False  # a side below a merged block becomes one, and the other grows with it
+    planes: bool = False  # patches stay (3, patch, patch)
+    extra: int = 0  # tokens of an image besides those of its rows
+    per_row: int = 0  # tokens at the end of each row
+
+    def geometry(self, height: int, width: int) -> Geometry:
+        height, width = reading.check_positive(height, width)
+        factor = self.patch_size * self.merge
+        if self.grows and height < factor:
+            height, width = factor, round(width * factor / height)
+        if self.grows and width < factor:
+            height, width = round(height * factor / width), factor
+        new_height, new_width = qwen_size(height, width, factor, self.min_pixels, self.max_pixels)
+        grid_h, grid_w = new_height // self.patch_size, new_width // self.patch_size
+        tokens = grid_h // self.merge * (grid_w // self.merge + self.per_row) + self.extra
+        return Geometry(new_height, new_width, 1, grid_h, grid_w, tokens)
+
+    def pixels(self, images: Sequence[Geometry]) -> list[int]:
+        rows, values = PatchSpec.pixels(self, images)
+        patch = self.patch_size
+        return [rows, values // patch**2, patch, patch] if self.planes else [rows, values]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,6 +185,24 @@ def read_glm(config: Config, model: Config) -> ProcessorSpec:
     if config.get("min_pixels") is not None or config.get("max_pixels") is not None:
         raise ValueError("not read by this processor")
     return _read_qwen2_vl(config, frames=None, grows=True)
+
+
+def read_paddle_ocr(config: Config, model: Config) -> ProcessorSpec:
+    return _rows_of_patches(_read_qwen2_vl(config), grows=True, planes=True)
+
+
+def read_hunyuan(config: Config, model: Config) -> ProcessorSpec:
+    read = _read_qwen2_vl({**config, "resample": BICUBIC})  # whatever its file says, as the processor does
+    extra = reading.get_or(model, "cat_extra_token", True)
+    if type(extra) is not bool:
+        raise ValueError("cat_extra_token is neither true nor false")
+    return _rows_of_patches(read, per_row=1, extra=2 if extra else 0)
+
+
+def _rows_of_patches(read: Qwen2VLSpec, **more: Any) -> RowsOfPatchesSpec:
+    values = asdict(read)
+    del values["frames"], values["grows"]
+    return RowsOfPatchesSpec(**values | {"merge": read.merge_size, "merge_size": 1} | more)
 
 
 def read_fixed(resample: int) -> Callable[[Config, Config], ProcessorSpec]:

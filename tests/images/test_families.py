@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from sidecar.images import tensor_layout
 from sidecar.images.worker import tensors
 from sidecar.kernels import families
-from sidecar.kernels.grid import ProcessorSpec, TileSpec
+from sidecar.kernels.grid import PatchSpec, ProcessorSpec, TileSpec
 
 from . import published
 
@@ -58,6 +58,14 @@ ROWS = {
         "Glm46VImageProcessor",
         "glm46v.image_processing_glm46v",
         {"size": {"shortest_edge": 12544, "longest_edge": 200_704}},
+    ),
+    "paddleocr-vl": Family(
+        "PaddleOCRVLImageProcessor", "paddleocr_vl.image_processing_paddleocr_vl", {"max_pixels": 400_000}
+    ),
+    "hunyuan-vl": Family(
+        "HunYuanVLImageProcessor",
+        "hunyuan_vl.image_processing_hunyuan_vl",
+        {"min_pixels": 65_536, "max_pixels": 400_000, "resample": 1},
     ),
     "llava-1.5": Family(
         "CLIPImageProcessor",
@@ -121,6 +129,8 @@ def check(row: Family, height: int, width: int) -> None:
     if spec.tensors and not isinstance(spec, TileSpec):
         got = tensors.prepare(image, geometry, spec)
         pixels = wanted["pixel_values"]
+        if isinstance(spec, PatchSpec):  # one row for each patch, whatever the shape of a row
+            pixels = pixels.flatten(1)
         assert torch.equal(got, pixels if pixels.ndim == 2 else pixels[0])
         shapes = spec.shapes([geometry])
         assert {k: v[1] for k, v in shapes.items()} == {k: list(torch.as_tensor(wanted[k]).shape) for k in shapes}
@@ -171,6 +181,23 @@ def test_tokens_are_what_the_models_see() -> None:
     assert ROWS["gemma-3"].spec().geometry(480, 640).tokens == 256
     assert ROWS["siglip"].spec().geometry(480, 640).tokens == 0, "its files do not say"
     assert ROWS["pixtral"].spec().geometry(512, 1024).tokens == 32 * (64 + 1)
+
+
+@pytest.mark.parametrize("name", ["glm-4.6v", "paddleocr-vl", "hunyuan-vl"])
+@pytest.mark.parametrize("extra", [True, False])
+def test_tokens_are_those_of_the_prompt(name: str, extra: bool) -> None:
+    """As many image tokens as Hugging Face's processor writes into the prompt for this image."""
+    row = ROWS[name]
+    module = row.module.replace("image_processing", "processing")
+    kind = getattr(importlib.import_module(f"transformers.models.{module}"), row.name.replace("Image", ""))
+    counter = object.__new__(kind)
+    vars(counter).update(image_processor=row.processor(), image_token="#", cat_extra_token=extra)
+    config = published.settings(row.name, **row.config)
+    spec = families.from_config(config, {"cat_extra_token": extra} if name == "hunyuan-vl" else {})
+    assert spec is not None
+    for height, width in ((480, 640), (1, 1), (300, 20), (768, 1365)):
+        wanted = counter.replace_image_token(theirs(row, picture(height, width)), 0)
+        assert spec.geometry(height, width).tokens == wanted.count("#")
 
 
 def test_a_batch_of_planes_is_padded_as_the_processor_pads() -> None:
