@@ -170,6 +170,7 @@ async def until_prepared(sidecar: Any) -> None:
     async with asyncio.timeout(PATIENCE):
         while 'sidecar_images_total{format="jpeg",outcome="ok"' not in (await sidecar.get("/metrics"))[1]:
             assert (await ask(sidecar, body))[0] == 200
+            await asyncio.sleep(0.2)  # the workers load meanwhile, on the same cores
 
 
 async def test_the_engine_sees_a_lossless_image_of_the_final_size(recorder: Recorder, sidecar: Any) -> None:
@@ -272,6 +273,7 @@ async def test_an_image_server_that_dies_is_replaced(recorder: Recorder, sidecar
             assert status == 200
             url = recorder.bodies[-1]["messages"][0]["content"][1]["image_url"]["url"]
             prepared = url.startswith("data:image/x-portable-pixmap")
+            await asyncio.sleep(0.2)
     await sidecar.until_metrics('outcome="passed",reason="workers_away"}')
     assert await sidecar.control() == control
     assert (await sidecar.get("/livez"))[0] == 200
@@ -327,6 +329,7 @@ async def test_an_engine_that_reads_no_pnm_is_served_as_it_came(
         async with asyncio.timeout(PATIENCE):
             while not any("prepared image" in line for line in sidecar.log):
                 assert (await ask(sidecar, body))[0] == 200
+                await asyncio.sleep(0.2)
         assert (await ask(sidecar, body))[0] == 200
         await sidecar.until_metrics('sidecar_images_total{format="jpeg",outcome="passed",reason="refused"}')
         said = [line for line in sidecar.log if "prepared image" in line]
