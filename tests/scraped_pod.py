@@ -41,6 +41,7 @@ GPU = GpuSample(
     *(Value(60.0, 0.0), (), None),
     xids_watched=True,
 )
+ENGINE_PAGE = "# TYPE vllm:num_requests_running gauge\nvllm:num_requests_running 0\n"
 Key = tuple[str, tuple[tuple[str, str], ...]]
 
 
@@ -48,8 +49,9 @@ Key = tuple[str, tuple[tuple[str, str], ...]]
 class ScrapedPod:
     """A sidecar next to a scripted engine. `pages`: what each minute's scrape got; None where there was no answer.
 
-    `canary`: how canaries end; `digest`: what they are answered; `resting`: why the engine says that it rests; `up`:
-    whether the sidecar answers scrapes.
+    `canary`: how canaries end; `digest`: what they are answered; `resting`: why the engine says that it rests;
+    `heartbeat_age`: seconds since the relay's last heartbeat; `up`: whether the relay answers scrapes; `answers`:
+    whether control answers the relay, which else passes on the engine's page alone.
     """
 
     co: Coefficients = field(default_factory=Coefficients)
@@ -62,7 +64,9 @@ class ScrapedPod:
     lag: float = 0.001
     open_files: int = 50
     models: tuple[str, ...] = ()
+    heartbeat_age: float = 0.1
     up: bool = True
+    answers: bool = True
     now: float = 1000.0
     pages: list[str | None] = field(default_factory=list)
     requests: int = 0
@@ -126,7 +130,8 @@ class ScrapedPod:
             self.scrape()
 
     def scrape(self) -> None:
-        self.pages.append(MetricsPages(self.metrics.registry, seconds=0).text() if self.up else None)
+        page = MetricsPages(self.metrics.registry, seconds=0).text() if self.answers else ENGINE_PAGE
+        self.pages.append(page if self.up else None)
 
     def fresh_page(self) -> str:
         """What the first scrape gets, after one tick."""
@@ -151,7 +156,7 @@ class ScrapedPod:
             engine=replace(self.page, at=self.now) if isinstance(self.page, Value) else self.page,
             gpus=self.gpus,
             own=Value(ProcessSample(1, 50_000_000, 3.0, 4, 30, 1024), self.now),
-            relays=(RelayUse(0, 10, 0, 0, self.lag, 0.1, self.open_files, 1024),),
+            relays=(RelayUse(0, 10, 0, 1, self.lag, self.heartbeat_age, self.open_files, 1024),),
             refused_since=self._refused_since,
             engine_kind="vllm",
             resting=self.resting,

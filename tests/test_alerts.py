@@ -181,6 +181,20 @@ def killed_sidecar(pod: ScrapedPod) -> None:
     pod.run(6)
 
 
+def killed_control(pod: ScrapedPod) -> None:
+    """The relay lives on, and its page is the engine's alone."""
+    pod.run(10)
+    pod.answers = False
+    pod.run(6)
+
+
+def relay_says_nothing(pod: ScrapedPod) -> None:
+    """What it delivers is unknown, for long."""
+    pod.run(5)
+    pod.heartbeat_age = 60.0
+    pod.run(35)
+
+
 def sleeps_for_long(pod: ScrapedPod) -> None:
     pod.run(5)
     pod.resting = "engine_sleeping"
@@ -301,6 +315,17 @@ FAILURES: tuple[tuple[Story, tuple[Firing, ...]], ...] = (
     (work_stands_still, (("EngineUnready", {**POD, "reason": "work_stuck"}, "a is not ready (work_stuck)"),)),
     (never_starts, (("EngineStartupStuck", POD, "The engine of a has been starting for more than half an hour"),)),
     (killed_sidecar, (("SidecarDown", POD, "The sidecar of a does not answer: nothing watches its engine"),)),
+    (killed_control, (("SidecarDown", POD, "The sidecar of a does not answer: nothing watches its engine"),)),
+    (
+        relay_says_nothing,
+        (
+            (
+                "EngineNotJudged",
+                {**POD, "verdict": "unknown"},
+                "The engine of a has not been judged for half an hour (unknown)",
+            ),
+        ),
+    ),
     (
         sleeps_for_long,
         (
