@@ -39,7 +39,7 @@ matrix: .venv/.installed-test ## Every hang mode and every alarm against the scr
 	$(BIN)/pytest -v -m matrix tests/e2e/test_matrix.py $(ARGS)
 
 test-vllm: .venv/.installed-test ## Tests against a real vLLM on the CPU; installs it first (12 GB of disk, once)
-	$(BIN)/python tests/vllm/environment.py
+	$(BIN)/python tests/vllm/engine_sources.py
 	$(BIN)/pytest tests/vllm -m vllm $(ARGS)
 
 test-clients: .venv/.installed-test ## The openai, anthropic, litellm and langchain clients through the relay; installs them first

@@ -30,7 +30,7 @@ SIGNAL_INTERVAL_S: Final = 1.0
 
 def calls(device: GpuDevice) -> dict[str, Callable[[], Any]]:
     """The timed calls by name."""
-    sampler = GpuSampler(pynvml, lambda call, *args: call(*args), lambda _: ())
+    sampler = GpuSampler(pynvml, lambda call, *args: call(*args), lambda _: (), lambda _: False)
     handle, whole = device.handle, device.whole
     return {
         "nvmlDeviceGetUtilizationRates": lambda: pynvml.nvmlDeviceGetUtilizationRates(handle),

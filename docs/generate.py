@@ -37,6 +37,7 @@ from sidecar.report.metrics import METRICS
 from sidecar.settings import Settings, format_key
 from sidecar.tools import cel
 from sidecar.tools.manifests import chart, component, llm_d
+from sidecar.tools.manifests.inject import InjectSettings, inject
 from sidecar.tools.manifests.render import render
 from sidecar.tools.manifests.settings import ManifestSettings
 from sidecar.tools.scripted_engine import hang_catalogue
@@ -504,6 +505,7 @@ def outputs() -> dict[Path, str]:
     """Every generated file and its content."""
     safe = ManifestSettings()
     kubernetes = ROOT / "deploy" / "kubernetes"
+    group = kubernetes.parent / "lws" / "group.yaml"
     return {
         **{path: filled(text) for path in DOCS.glob("*.md") if _BLOCK.search(text := path.read_text())},
         DOCS / "verdict.md": verdict_page(),
@@ -511,6 +513,7 @@ def outputs() -> dict[Path, str]:
         GATEWAY: re.sub(r'(?<= cel: )".*"', f'"{cel.expression(Coefficients())}"', GATEWAY.read_text()),
         **{kubernetes.parent / "helm" / name: text for name, text in chart.files(safe).items()},
         **{kubernetes.parent / "kustomize" / name: text for name, text in component.files(safe).items()},
+        group.with_name("group-with-sidecar.yaml"): inject(group.read_text(), InjectSettings())[0],
         kubernetes.parent / "llm-d" / "modelservice-values.yaml": llm_d.render_values(replace(safe, container="vllm")),
         kubernetes / "vllm.yaml": render(safe),
         kubernetes / "vllm-restart-rules.yaml": render(replace(safe, probe="restart-rules")),

@@ -64,6 +64,23 @@ class Trace(Record, frozen=True):
     state: str = ""
 
 
+class HttpRequest(Record, frozen=True):
+    """The HTTP request of a sampled trace. `path` is without its query, which may hold a key."""
+
+    method: str
+    path: str
+    scheme: str
+    version: str  # "1.1"
+
+
+class AnswerDetails(Record, frozen=True):
+    """What an answer says of itself, for a sampled trace: bounded names, no content."""
+
+    id: str = ""
+    model: str = ""
+    finish_reasons: tuple[str, ...] = ()
+
+
 # --- events: relay -> control ---
 
 LONGEST_ANSWER_TOKENS: Final = 1 << 17  # of an answer without max_tokens: models of today give no longer ones
@@ -93,6 +110,7 @@ class Admitted(Record, tag=True, frozen=True):
     priority: int = 0
     reorders: bool = False
     withholds: bool = False
+    http: HttpRequest | None = None  # only if `trace` is sampled
 
 
 class FirstToken(Record, tag=True, frozen=True):
@@ -139,6 +157,7 @@ class Settled(Record, tag=True, frozen=True):
     overhead: float
     error: str = ""  # reason code, never free text of a client
     estimated: bool = False  # parts of `usage` were not reported by the engine, or do not cover the whole answer
+    details: AnswerDetails | None = None  # only if its trace is sampled
 
 
 class ImagePrepared(Record, tag=True, frozen=True):
@@ -282,6 +301,10 @@ Event = _RequestEvent | _EngineEvent | _ProcessEvent
 Command = LoadReport | MetricsPage | AbortRequests | CanariesOver | SettlementsAcked
 
 
+CanaryOutcome = Literal["ok", "failed", "starved", "moot", "refused", "busy", "rejected"]
+CANARY_OUTCOMES: Final[tuple[CanaryOutcome, ...]] = get_args(CanaryOutcome)
+
+
 @dataclass(frozen=True, slots=True)
 class CanaryResult:
     """The result of one canary.
@@ -292,7 +315,7 @@ class CanaryResult:
     cannot test this engine. `known`: this request has passed before in this process of the engine.
     """
 
-    outcome: Literal["ok", "failed", "starved", "moot", "refused", "busy", "rejected"]
+    outcome: CanaryOutcome
     started: float
     ended: float
     allowed: float

@@ -137,6 +137,7 @@ class GpuSample:
     sm_clock: Reading[int] = _NOT_READ  # hertz
     slowdowns: Reading[tuple[str, ...]] = _NOT_READ  # why its clocks are reduced
     processes: Reading[int] = _NOT_READ  # compute processes
+    xids_watched: bool = False  # whether the driver reports its XID errors: without, no count is no 0
 
     @property
     def label(self) -> str:

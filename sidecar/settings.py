@@ -147,7 +147,7 @@ class Settings:
     orca_grpc: tuple[str, int] | Literal[""] = flag(
         "", address, "Address of the gRPC stream of load reports (ORCA, out of band); none: off; needs the extra `orca`"
     )
-    otlp_endpoint: str = flag("", url, "OTLP/HTTP collector for spans; none: tracing is off")
+    otlp_endpoint: str = flag("", url, "OTLP collector for spans; none: as OTEL_EXPORTER_OTLP_ENDPOINT says")
     drain_seconds: float = flag(30.0, number(0, 3600, "seconds"), "Maximum wait for open streams after SIGTERM")
     log_level: str = flag("info", one_of("debug", "info", "warning", "error"), "Minimum level of log lines")
 

@@ -105,7 +105,10 @@ VALUES: dict[tuple[str, str], Iterable[str]] = {
     ("sidecar_doubt", "reason"): REASON_TEXTS,
     ("sidecar_mu_utilization_part_ratio", "part"): [part for part, _ in SNAPSHOT.load.parts],
 }
-ENGINE_FLAGS = {"--host", "--port", "--enable-prompt-tokens-details"}
+ENGINE_FLAGS = {
+    *("--host", "--port", "--enable-prompt-tokens-details", "--headless", "--nnodes", "--node-rank", "--master-addr"),
+    *("--tensor-parallel-size", "--pipeline-parallel-size", "--distributed-executor-backend"),
+}
 # Of `docker compose up`, `systemctl enable` and pip.
 OTHER_FLAGS = {"--build", "--now", "--no-cache-dir", "--help"}
 
@@ -116,9 +119,9 @@ def documents(name: str) -> list[Any]:
 
 def expressions(dashboard: Any) -> Iterator[str]:
     """Every query of a dashboard, its variables filled in."""
-    for panel in dashboard["panels"]:
-        for target in panel["targets"]:
-            yield re.sub(r"\$__rate_interval", "5m", re.sub(r"\$(job|instance)", ".*", target["expr"]))
+    targets = [target for panel in dashboard["panels"] for target in panel["targets"]]
+    for query in (*targets, *dashboard["annotations"]["list"]):
+        yield re.sub(r"\$__rate_interval", "5m", re.sub(r"\$(job|instance)", ".*", query["expr"]))
 
 
 def series() -> set[str]:
@@ -165,12 +168,10 @@ def test_an_api_server_takes_every_object(file: Path) -> None:
 
 
 def test_every_recording_that_is_named_is_recorded() -> None:
-    """Alerts and tests use recordings that are there."""
+    """Alerts and tests use recordings that are there (those of alerts: test_alerts.py)."""
     texts = [(DEPLOY / "prometheus" / name).read_text() for name in ("rules.yaml", "rules_test.yaml")]
     recorded = set(re.findall(r"record: (\S+)", texts[0]))
     assert {name for text in texts for name in re.findall(r"job:sidecar_\w+:\w+", text)} <= recorded
-    alerts = set(re.findall(r"alert: (\S+)", texts[0]))
-    assert alerts == set(re.findall(r"alertname: (\w+)", texts[1])), "each alert is tested"
 
 
 def test_every_alert_leads_to_its_paragraph_of_the_runbook() -> None:
@@ -182,8 +183,8 @@ def test_every_alert_leads_to_its_paragraph_of_the_runbook() -> None:
     assert len(alerts) > 10
     for rule in alerts:
         page, _, anchor = rule["annotations"]["runbook_url"].partition("#")
-        (reasons,) = re.findall(r'reason=~"([^"]+)"', rule["expr"]) or ["|".join(ESCALATIONS)]
-        found = set(reasons.split("|")) if anchor == "{{ $labels.reason }}" else {anchor}
+        by_reason = ESCALATIONS if "sidecar_handover" in rule["expr"] else REASON_TEXTS
+        found = {*by_reason} if anchor == "{{ $labels.reason }}" else {anchor}
         assert page == "docs/runbook.md" and found <= anchors, rule["alert"]
 
 
@@ -210,6 +211,35 @@ def test_every_query_is_promql(requires: Callable[[str], Path], tmp_path: Path) 
 def promtool(requires: Callable[[str], Path], *arguments: str) -> None:
     done = subprocess.run([requires("promtool"), *arguments], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_query_of_the_dashboard_finds_its_series_on_a_page() -> None:
+    """Each metric and label that a panel or an annotation asks for is on a recorded page of a busy sidecar."""
+    dashboard = json.loads((DEPLOY / "grafana" / "sidecar.json").read_text())
+    there: dict[str, set[str]] = {}
+    for family in text_string_to_metric_families(MetricsPages(full().registry).text()):
+        for sample in family.samples:
+            there.setdefault(sample.name, set()).update(sample.labels)
+    for query in expressions(dashboard):
+        for name in re.findall(r"\bsidecar_\w+", query):
+            assert name in there, query
+            for label in re.findall(r"{{(\w+)}}", query):
+                assert label in there[name] | TARGET, query
+
+
+def test_the_dashboard_begins_with_the_state_now() -> None:
+    """Its first row is of numbers that say how things are; each verdict has its text and colour on the time line."""
+    dashboard = json.loads((DEPLOY / "grafana" / "sidecar.json").read_text())
+    row, *panels = dashboard["panels"]
+    first = panels[: next(n for n, panel in enumerate(panels) if panel["type"] == "row")]
+    assert row["type"] == "row" and [p["type"] for p in first] == ["stat"] * 7 + ["state-timeline"]
+    for panel in (first[0], first[-1]):
+        (options,) = (mapping["options"] for mapping in panel["fieldConfig"]["defaults"]["mappings"])
+        codes = dict(re.findall(r'(\d+) \* sidecar_verdict{.*verdict="(\w+)"}', panel["targets"][0]["expr"]))
+        assert {code: option["text"] for code, option in options.items()} == codes
+        assert set(codes.values()) == set(STATES) and all(option["color"] for option in options.values())
+    assert {a["name"] for a in dashboard["annotations"]["list"]} >= {"Kills", "Escalations", "XID errors"}
+    assert len([p for p in panels if "thresholds" in p.get("fieldConfig", {}).get("defaults", {})]) > 8
 
 
 def test_the_dashboard_can_be_imported() -> None:

@@ -201,7 +201,8 @@ def page(rows: Sequence[Weeks], found: Sequence[Piece], seeds: int, windows: ran
     """All tables."""
     parts = [
         "# Two weeks of 17 production clients, simulated",
-        f"A fluid model, {len(windows)} windows of ten minutes, {seeds} seed(s); rates scaled to a peak of "
+        f"A fluid model; windows {windows.start} to {windows.stop - 1} of {WINDOWS}, of ten minutes each; {seeds} "
+        f"seed(s); rates scaled to a peak of "
         f"{PEAK_REPLICAS} replicas. Kept: first token within {FIRST_TOKEN_S:g} s. Saved: replica hours against the "
         f"smallest static fleet that keeps as much, or {KEPT:.0%}. Cells are kept / saved. With a start of 5 s no "
         "replica must stay; otherwise one does.",

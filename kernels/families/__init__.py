@@ -57,6 +57,7 @@ FAMILIES: Final[Mapping[str, Family]] = {
     "Qwen2_5_VLImageProcessor": _QWEN,
     "Qwen3VLImageProcessor": _QWEN,
     "Glm4vImageProcessor": _family(single_view.read_glm, single_view.Qwen2VLSpec, "Glm4vProcessor", _PATCHES),
+    "Glm46VImageProcessor": _family(single_view.read_glm, single_view.Qwen2VLSpec, "Glm46VProcessor", _PATCHES),
     # LLaVA-1.5
     "CLIPImageProcessor": _family(single_view.read_cropped, single_view.ClipSpec, "CLIPProcessor LlavaProcessor"),
     "LlavaImageProcessor": _family(single_view.read_cropped, single_view.ClipSpec, "LlavaProcessor"),
@@ -78,6 +79,10 @@ FAMILIES: Final[Mapping[str, Family]] = {
         any_resolution.read_intern_vl, any_resolution.InternVLSpec,
         "GotOcr2Processor InternVLProcessor AyaVisionProcessor QianfanOCRProcessor",
         "crop_to_patches max_patches min_patches",
+    ),
+    "Cohere2VisionImageProcessor": _family(
+        any_resolution.read_cohere_2_vision, any_resolution.Cohere2VisionSpec,
+        "Cohere2VisionProcessor", "crop_to_patches max_patches min_patches patch_size",
     ),
     "LlavaNextImageProcessor": _family(
         any_resolution.read_llava_next, any_resolution.AnyResolutionSpec,

@@ -54,15 +54,32 @@ class InternVLSpec(TileSpec):
     def geometry(self, height: int, width: int) -> Geometry:
         height, width = reading.check_positive(height, width)
         tile = self.height, self.width
-        grids = _grids(self.min_tiles, self.max_tiles) if self.cuts else ()
-        columns, rows = closest_grid(grids, height, width, tile)
+        columns, rows = self._grid(height, width) if self.cuts else (1, 1)
         canvas = self.height * rows, self.width * columns
         views = (ImageView(canvas, canvas, tile), ImageView(tile, tile, tile))[: 2 if rows * columns > 1 else 1]
         tokens = self.tokens_per_tile * sum(view.tiles for view in views)
         return Geometry(*canvas, tokens=tokens, views=views, original=(height, width))
 
+    def _grid(self, height: int, width: int) -> Size:
+        """Columns and rows of tiles."""
+        return closest_grid(_grids(self.min_tiles, self.max_tiles), height, width, (self.height, self.width))
+
     def integers(self, images: Sequence[Geometry]) -> dict[str, Integers]:
         return {"num_patches": i64([len(images)], (g.tiles for g in images))}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cohere2VisionSpec(InternVLSpec):
+    """Command A Vision's: the grid of tiles that needs least enlarging, else least shrinking; then as InternVL's."""
+
+    def _grid(self, height: int, width: int) -> Size:
+        # a tile is as wide as it is high to the processor, whatever its width
+        scales = {
+            grid: min(self.height * grid[0] / width, self.height * grid[1] / height)
+            for grid in _grids(1, self.max_tiles)
+        }
+        enlarging = [grid for grid, scale in scales.items() if scale >= 1]
+        return min(enlarging, key=scales.__getitem__) if enlarging else max(scales, key=scales.__getitem__)
 
 
 def closest_grid(grids: Iterable[Size], height: int, width: int, tile: Size) -> Size:
@@ -241,6 +258,23 @@ def read_intern_vl(config: Config, model: Config) -> ProcessorSpec:
         min_tiles=lowest,
         max_tiles=most,
         tokens_per_tile=reading.optional_count(model.get("image_seq_length")),
+    )
+
+
+def read_cohere_2_vision(config: Config, model: Config) -> ProcessorSpec:
+    reading.check_steps(config)
+    cuts = reading.require(config, "crop_to_patches")
+    if type(cuts) is not bool:
+        raise ValueError("crop_to_patches is neither true nor false")
+    height, width = reading.require_pair(config, "size")
+    return Cohere2VisionSpec(
+        **reading.read_common(config, BICUBIC, reading.CLIP_MEAN_STD),
+        height=height,
+        width=width,
+        cuts=cuts,
+        min_tiles=1,  # the processor has a setting and does not use it
+        max_tiles=reading.require_count(config, "max_patches", MAX_TILES) if cuts else 1,
+        tokens_per_tile=reading.optional_count(config.get("patch_size")) ** 2,
     )
 
 

@@ -7,9 +7,12 @@ file and line, because a message could hold what a user sent.
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import logging
+import threading
 from collections.abc import Callable, Coroutine
-from typing import Any, Final
+from contextlib import suppress
+from typing import Any, Final, TypeVar
 
 from sidecar.errors import place_of
 
@@ -17,7 +20,29 @@ MAX_LOGGED_ERRORS: Final = 50  # different errors that are logged
 
 _log = logging.getLogger(__name__)
 
+T = TypeVar("T")
 OnFailure = Callable[[str], None]  # called with a code: "TypeError", "cancelled"
+
+
+async def run_abandonable(call: Callable[[], T]) -> T:
+    """The result of a blocking call on a thread of its own, which nothing waits for once its caller is cancelled.
+
+    For calls to servers, which may hang: the end of a process waits for the threads of asyncio.to_thread.
+    """
+    done = concurrent.futures.Future[T]()
+
+    def work() -> None:
+        try:
+            result = call()
+        except BaseException as e:  # noqa: BLE001  raised where it is awaited
+            with suppress(concurrent.futures.InvalidStateError):
+                done.set_exception(e)
+        else:
+            with suppress(concurrent.futures.InvalidStateError):  # no caller is waiting any more
+                done.set_result(result)
+
+    threading.Thread(target=work, name="abandonable", daemon=True).start()
+    return await asyncio.wrap_future(done)
 
 
 class BackgroundTasks:

@@ -14,13 +14,14 @@ import sqlite3
 import time
 from collections import deque
 from contextlib import suppress
+from functools import partial
 from typing import Any, Final
 
 import aiohttp
 
 from sidecar import __version__
 from sidecar.control import saved_state
-from sidecar.control.background_tasks import BackgroundTasks
+from sidecar.control.background_tasks import BackgroundTasks, run_abandonable
 from sidecar.control.diagnosis import MAX_PAGE_BYTES, Diagnoses, bundle, diagnose
 from sidecar.control.relay_pool import RelayPool
 from sidecar.control.state import ControlState
@@ -43,12 +44,13 @@ from sidecar.health.monitor import TICK_S, TickReadings
 from sidecar.load import cost_model
 from sidecar.load.cost_model import Coefficients
 from sidecar.report import orca
-from sidecar.report.fan_out import FanOut
+from sidecar.report.fan_out import FanOut, make_server_metrics
 from sidecar.report.live_page import PageFeed
 from sidecar.report.merged_page import merge_pages
 from sidecar.report.metrics import Metrics
 from sidecar.report.prometheus import MetricsPages
 from sidecar.report.request_log import RequestLog
+from sidecar.report.semantic_conventions import Service
 from sidecar.report.tracing import Tracing
 from sidecar.report.usage_database import STATEMENT_TIMEOUT_S, UsageDatabase
 from sidecar.report.usage_rows import Eviction
@@ -92,6 +94,7 @@ class ControlLoop:
         self.gpus = GpuSignal()
         self._examiner = ProcessExaminer(settings.engine)
         self.tracing = Tracing(settings.otlp_endpoint, __version__)
+        self._host, self._listen_port = socket.gethostname(), settings.listen[1]
         self._usage: UsageStore | None = None
         if settings.usage_bytes:
             self._usage = UsageStore(state_dir.path, settings.usage_days, settings.usage_bytes)
@@ -104,8 +107,9 @@ class ControlLoop:
         self._request_log: RequestLog | None = None
         if settings.request_log_bytes:
             self._request_log = RequestLog(state_dir.path, settings.request_log_bytes)
+        self.server_metrics = make_server_metrics(settings.otlp_endpoint, __version__)
         reports = metrics, self.tracing, self._usage, labels, control.price_terms
-        self._fan_out = FanOut(*reports, *priced, self._request_log)
+        self._fan_out = FanOut(*reports, *priced, self._request_log, self.server_metrics)
         self._limits = LimitsFile(settings.tenant_limits) if settings.tenant_limits else None
         self.pages, self.feed, self.diagnoses = MetricsPages(metrics.registry), PageFeed(), Diagnoses(state_dir)
         self.pool = RelayPool(settings.workers, self.on_event, self.on_lost)
@@ -138,7 +142,9 @@ class ControlLoop:
         self._count_gpu_time(time.monotonic(), time.time())
         await self._write_usage(time.time())
         await self._write_requests()
-        await self._write_database(time.time(), LAST_WRITE_TIMEOUT_S)
+        with suppress(TimeoutError):  # the rows stay in usage.db
+            async with asyncio.timeout(LAST_WRITE_TIMEOUT_S + 1):
+                await self._write_database(time.time(), LAST_WRITE_TIMEOUT_S)
 
     # --- events ---
 
@@ -172,6 +178,8 @@ class ControlLoop:
         self.ticked_at = now
         self.engine.set_busy(health.verdict.state != "idle")
         self._fan_out.metrics.update(self.snapshot)
+        self._fan_out.metrics.spans_dropped(self.tracing.dropped)
+        self.tracing.service = Service(self.engine.kind_name, self._host, self._listen_port)
         self._log_coefficients(stale_before)
         self._log_capacity(slowness_before)
         is_new_verdict, is_new_hold = health.has_changed, health.kill_policy.reason != hold_before
@@ -383,7 +391,7 @@ class ControlLoop:
         if self._database is None or self._usage is None or not self._has_usage:
             return
         try:
-            await asyncio.to_thread(self._database.write, self._usage.path, wall, within)
+            await run_abandonable(partial(self._database.write, self._usage.path, wall, within))
         except Exception as e:  # noqa: BLE001  psycopg.Error, of a module that only this setting imports
             self._fan_out.on_database_write("failed")
             text = "cannot write usage records to --usage-url (%s); they are kept in the state directory until then"

@@ -126,6 +126,8 @@ def build(
     """The control loop; what it starts and opens ends with `stack`."""
     loop = ControlLoop(settings, co, state_dir, session)
     stack.push_async_callback(loop.tracing.close)
+    if loop.server_metrics is not None:
+        stack.push_async_callback(loop.server_metrics.close)
     loop.gpus.start()
     stack.push_async_callback(loop.gpus.stop)
     return loop

@@ -155,6 +155,9 @@ REASON_TEXTS: Final[dict[str, str]] = {
     **{code: text for code, _, text in CAUSES if code in ("gpu_fault", "api_blocked", "livelock")},
 }
 
+# Those for which requests are aborted one by one, while the engine goes on.
+ABORT_REASONS: Final = ("stream_stuck", "prompt_exceeds_kv_cache")
+
 # The codes of the states without a doubt, of those that are not judged, and of a remark in the history.
 STATE_TEXTS: Final[dict[str, str]] = {
     "progress": "something was delivered, or a counter of the engine moved",

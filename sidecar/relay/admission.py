@@ -16,13 +16,14 @@ from typing import Final
 from msgspec import structs
 
 from sidecar.errors import SidecarError
-from sidecar.events import Admitted, Delivered, RequestBlocked, RequestSize, Settled, State, Trace
+from sidecar.events import Admitted, Delivered, HttpRequest, RequestBlocked, RequestSize, Settled, State, Trace
 from sidecar.load import api_routes, request_shape
 from sidecar.load.api_routes import Api
 from sidecar.load.body_scan import BodyScan
 from sidecar.load.estimator import Estimate
 from sidecar.load.request_shape import RequestShape
 from sidecar.load.usage_forms import ToldUsage
+from sidecar.relay.answer_details import AnswerReader
 from sidecar.relay.outcomes import ClientStalled, outcome_of, reason_of
 from sidecar.relay.pricing.tenant_accounts import TenantCharge
 from sidecar.relay.pricing.tokenizer import TokenCount
@@ -69,6 +70,8 @@ class Admission:
     failed: bool = False  # according to its answer, whatever its status
     tokens_per_event: float = 1.0  # of its model's streams
     settled: Settled | None = None
+    http: HttpRequest | None = None  # of a sampled trace
+    answer: AnswerReader | None = None  # likewise
 
     def describe_unread(self, scan: BodyScan | None, size: int, api: Api) -> None:
         """Take the shape of a body that is forwarded unchanged; `scan` and `size` are those of its text."""
@@ -95,6 +98,7 @@ class Admission:
             priority=self.shape.priority,
             reorders=self.shape.reorders,
             withholds=self.shape.withholds,
+            http=self.http,
         )
 
     def abortable(self, task: asyncio.Task[None]) -> Abortable:
@@ -154,6 +158,7 @@ class Admission:
             overhead=self.overhead(now),
             error=reason_of(error, self.status, failed=self.failed),
             estimated=self.told is not None and not self.told.is_whole(self.work),
+            details=None if self.answer is None else self.answer.details(),
         )
         return self.settled
 

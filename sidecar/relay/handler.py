@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import secrets
 import time
 from collections.abc import Awaitable, Callable
@@ -18,8 +19,9 @@ from typing import TYPE_CHECKING
 
 from sidecar.engines.registry import KINDS
 from sidecar.errors import Draining, ImagesOff, Internal, RequestError, place_of
-from sidecar.events import AbortRequests, CanariesOver, Command, Event, LoadReport, MetricsPage
+from sidecar.events import AbortRequests, CanariesOver, Command, Event, HttpRequest, LoadReport, MetricsPage
 from sidecar.images.vllm_plugin import NO_HANDOFFS, Handoffs
+from sidecar.labels import printable
 from sidecar.load import api_routes, audio_upload, request_shape
 from sidecar.load.api_routes import REALTIME, Api
 from sidecar.relay import (
@@ -38,6 +40,7 @@ from sidecar.relay import (
     websocket,
 )
 from sidecar.relay.admission import Admission
+from sidecar.relay.answer_details import AnswerReader
 from sidecar.relay.canary_gate import CanaryGate
 from sidecar.relay.concurrency import MAX_QUEUED, ConcurrencyLimit, share_of
 from sidecar.relay.engine_io import BodyPayload
@@ -52,7 +55,7 @@ from sidecar.relay.pricing.charge import Pricing
 from sidecar.runtime.memory_limit import memory_limit
 from sidecar.settings import Settings
 from sidecar.signals.engine_address import EngineAddress
-from sidecar.trace_context import new_trace, parse_traceparent
+from sidecar.trace_context import Sampler, parse_traceparent, sampler_of
 
 if TYPE_CHECKING:  # a relay without images, or without TLS, does not load them
     from sidecar.images.service import ImageService, PreparedImage
@@ -61,6 +64,7 @@ if TYPE_CHECKING:  # a relay without images, or without TLS, does not load them
 _log = logging.getLogger(__name__)
 
 CUT_S = 1.0  # for error events to clients when a drain runs out of time
+MAX_PATH_CHARS = 128  # of a span's attribute
 BODY_SHARE = 0.25  # of the container's memory, for request bodies: each is held up to three times while it is prepared
 
 
@@ -104,6 +108,7 @@ class Relay:
         self._metrics_page = metrics_page.MergedMetricsPage(emit)
         place = engine_io.place_of(EngineAddress(settings.engine, settings.engine_ca))
         self._engine = engine_io.EngineClient(place, self._open_requests)
+        self._sampler = sampler_of(os.environ, settings.otlp_endpoint)
         self._tenant_header = settings.tenant_header.lower().encode("latin-1")
         self._budget = client_io.BodyBudget(body_budget(settings.max_body_bytes, settings.workers))
         self.close = self._engine.close
@@ -232,12 +237,10 @@ class Relay:
     async def _work(self, request: Request, api: Api, id: str) -> None:
         """Engine work: one admission, settled before its client gets an error."""
         tenant = headers.tenant(request.fields, self._tenant_header)
-        trace = None
-        if self._settings.otlp_endpoint:
-            given, state = request.fields.get(b"traceparent"), request.fields.get(b"tracestate")
-            trace = parse_traceparent(given, state) or new_trace()
         is_clients = bool(headers.request_id(request.fields))  # then it may not be unique
-        admission = Admission(self._open_requests.new_id() if is_clients else id, api.route, tenant, trace)
+        admission = Admission(self._open_requests.new_id() if is_clients else id, api.route, tenant, None)
+        if self._sampler is not None:
+            self._trace(request, admission, self._sampler)
         try:
             with self._budget.reading() as held, self._open_requests.settling(admission):
                 self._open_requests.check(time.monotonic())
@@ -256,6 +259,17 @@ class Relay:
             asyncio.get_running_loop().call_soon(self._pricing.settle, admission)
             if self._images is not None:
                 self._images.release(admission.id)
+
+    def _trace(self, request: Request, admission: Admission, sampler: Sampler) -> None:
+        """Give a request its trace, and what a span of it needs if it is sampled."""
+        given, state = request.fields.get(b"traceparent"), request.fields.get(b"tracestate")
+        admission.trace = trace = sampler.sample(parse_traceparent(given, state))
+        if trace.sampled:
+            path = request.target.partition(b"?")[0].decode("latin-1")
+            admission.http = HttpRequest(
+                request.method, printable(path, MAX_PATH_CHARS), request.scheme.decode(), request.version
+            )
+            admission.answer = AnswerReader()
 
     async def _ready(self, request: Request, admission: Admission, api: Api, held: client_io.HeldBytes) -> BodyPayload:
         """The body to send: read, charged, its images prepared, and admitted."""

@@ -90,12 +90,16 @@ class ResponseSender:
         admission, is_lines = self._admission, self._answer.fields.media_type() in JSON_LINES
         shape = admission.shape
         sse = SSE(shape.ask_usage, admission.price, is_lines=is_lines, choices=shape.choices, prompts=shape.prompts)
+        details = admission.answer
         reply, deliver, feed = self._request.reply, self._open_requests.deliver, sse.feed
         decode = None if self._decoder is None else self._decoder.decompress
 
         def take(chunk: bytes) -> None:
             before = sse.tokens
-            piece = feed(chunk if decode is None else _unpacked(decode, chunk))
+            text = chunk if decode is None else _unpacked(decode, chunk)
+            if details is not None:
+                details.feed(text)
+            piece = feed(text)
             if piece:
                 reply.write(piece)
             deliver(admission, sse.tokens - before, len(chunk), started=sse.started)
@@ -147,6 +151,8 @@ class ResponseSender:
             await self._wait()
         finally:
             self._read(answer_scan.read(body), is_whole=True, has_failed=self._has_failed_choice(body))
+            if self._admission.answer is not None and _is_plain(self._answer):
+                self._admission.answer.body(body)
             self._admission.bytes += len(body)  # settled at once: nothing of it is left to report
 
     def _has_failed_choice(self, text: bytes) -> bool:

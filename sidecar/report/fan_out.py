@@ -5,10 +5,13 @@ Nothing here waits, and nothing here decides.
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
+from sidecar.errors import UsageError, place_of
 from sidecar.events import (
     AbortRequests,
     Admitted,
@@ -25,9 +28,16 @@ from sidecar.load.gpu_price import GpuPrice
 from sidecar.load.ledger import Settlement
 from sidecar.report.metrics import Metrics
 from sidecar.report.request_log import RequestLog
+from sidecar.report.semantic_conventions import FinishedRequest
 from sidecar.report.tracing import Tracing
 from sidecar.report.usage_rows import Eviction, key_of, rate_of, sums_of
 from sidecar.report.usage_store import UsageStore
+from sidecar.trace_context import is_exported
+
+if TYPE_CHECKING:  # it imports OpenTelemetry
+    from sidecar.report.otlp_metrics import ServerMetrics
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +52,7 @@ class FanOut:
     fingerprint: str  # of the coefficients
     unit_ms: float  # milliseconds of the engine of one MU
     request_log: RequestLog | None = None  # of what `usage` counts
+    server_metrics: ServerMetrics | None = None  # by OTLP
 
     def on_event(self, event: Event) -> None:
         """An event of a relay, other than the end of a request."""
@@ -61,7 +72,8 @@ class FanOut:
         if settlement.relabelled:
             self.metrics.relabel(self.labels.of)
         self.tracing.settled(settled, mu, lambda: self.price_terms(settlement.work) if mu else ())
-        first_at, later_tokens = settled.first_at, settlement.delivered - 1
+        # A long answer in one piece may have a first byte; it has no first token.
+        first_at, later_tokens = settled.first_at if admitted.stream else None, settlement.delivered - 1
         key = key_of(settlement, rate_of(price, self.fingerprint), wall)
         sums = sums_of(settlement, price, self.unit_ms)
         self.metrics.settled(
@@ -77,6 +89,9 @@ class FanOut:
         is_new = self.usage is not None and self.usage.add(admitted.id, key, sums)
         if is_new and self.request_log is not None:
             self.metrics.requests_unlogged(self.request_log.add(settlement, key, sums, wall))
+        if self.server_metrics is not None:
+            finished = FinishedRequest(admitted, settled, self.tracing.service, settled.first_at, mu)
+            self.server_metrics.settled(finished, key.model)
 
     def on_evictions(self, evictions: Iterable[Eviction]) -> None:
         """Usage records were dropped."""
@@ -90,3 +105,16 @@ class FanOut:
     def on_decision(self, record: CanaryResult | Verdict | AbortRequests) -> None:
         """A canary ended, the verdict changed, or requests are to be aborted."""
         self.metrics.observe(record)
+
+
+def make_server_metrics(endpoint: str, version: str) -> ServerMetrics | None:
+    """The metrics by OTLP, where OTEL_METRICS_EXPORTER asks for them: many collectors of spans take no metrics."""
+    if not is_exported("METRICS", os.environ, endpoint, default=""):
+        return None
+    from sidecar.report.otlp_metrics import ServerMetrics
+
+    try:
+        return ServerMetrics(endpoint, version)
+    except (UsageError, ValueError) as error:  # the SDK's names a variable, which may hold secrets
+        _log.error("metrics by OTLP are off: %s", error if isinstance(error, UsageError) else place_of(error))
+        return None

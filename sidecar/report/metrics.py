@@ -4,6 +4,8 @@ Rules:
 - Gauges are a pure rendering of the last Snapshot, so a series disappears with its subject.
 - An absent signal has no series, a failed one is `sidecar_signal_up 0`. Neither is a bare 0.
 - Counters and histograms are updated by records as they arrive.
+- A counter that alerts read has each of its series from the first page on, at 0, where its labels are known before:
+  `increase()` of a series that appears with a value is 0.
 - Labels that clients choose come bounded (sidecar/load/client_labels.py). The series of one that ends are added to
   those of `other`.
 """
@@ -22,9 +24,18 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.metrics_core import Metric as Family
 from prometheus_client.registry import Collector
 
-from sidecar.events import STATES, AbortRequests, CanaryResult, ImagePrepared, UnreadRequest, Verdict
-from sidecar.health.kill_policy import ESCALATIONS, KILL_REASONS
-from sidecar.health.reasons import REASON_TEXTS
+from sidecar.events import (
+    CANARY_OUTCOMES,
+    OUTCOMES,
+    STATES,
+    AbortRequests,
+    CanaryResult,
+    ImagePrepared,
+    UnreadRequest,
+    Verdict,
+)
+from sidecar.health.kill_policy import ESCALATIONS, KILL_REASONS, NEEDS_REBOOT, NEEDS_RESET
+from sidecar.health.reasons import ABORT_REASONS, REASON_TEXTS
 from sidecar.labels import BoundedLabels
 from sidecar.load.api_routes import PATH_CLASSES
 from sidecar.load.client_labels import fold
@@ -93,7 +104,13 @@ METRICS: Final = (
     Metric("sidecar_tokens_delivered_total", "Output tokens delivered to clients."),
     Metric("sidecar_requests_in_flight", "Admitted requests that are not settled."),
     Metric("sidecar_requests_total", "Settled requests.", _CLIENT),
+    Metric(
+        "sidecar_request_outcomes_total",
+        "Settled requests of all clients; each outcome from 0 on, for alerts: no series comes or goes with a client.",
+        ("outcome",),
+    ),
     Metric("sidecar_time_to_first_token_seconds", "Time from admission to a stream's first token.", (), _REQUEST_S),
+    Metric("sidecar_late_first_tokens_total", "Streams whose first token came later than --slo-ttft-seconds."),
     Metric("sidecar_time_per_output_token_seconds", "Time per token of a stream after the first.", (), _TOKEN_S),
     Metric("sidecar_request_seconds", "Time from admission to settlement.", (), _REQUEST_S),
     Metric("sidecar_relay_overhead_seconds", "Time added by the relay itself, without image work.", (), _OVERHEAD_S),
@@ -135,12 +152,41 @@ METRICS: Final = (
     ),
     Metric("sidecar_usage_database_writes_total", "Writes of usage records to --usage-url.", ("result",)),
     Metric("sidecar_build_info", "Always 1; the labels name version and engine.", ("version", "engine_kind")),
+    Metric(
+        "sidecar_spans_dropped_total", "Spans that the collector did not take, or that came while its queue was full."
+    ),
     # The name and unit of DCGM's exporter, for its consumers.
     Metric("DCGM_FI_DEV_GPU_UTIL", "GPU utilization (in %).", ("gpu", "UUID")),
 )
 
 _TABLE: Final = {m.name: m for m in METRICS}
 MAX_REASONS: Final = 200  # far above the number of reason codes
+# What NVIDIA's catalogue has of errors of data centre GPUs and of work on them, and those that the kill policy knows.
+# Any other one has a series from its first error on.
+XIDS_FROM_ZERO: Final = tuple(
+    sorted({0, 13, 31, 43, 45, 48, 61, 63, 64, 74, 92, 94, 143, 149, *NEEDS_RESET, *NEEDS_REBOOT})
+)
+# Counters whose label values are known before anything is counted.
+_FROM_ZERO: Final[tuple[tuple[str, tuple[Labels, ...]], ...]] = (
+    ("sidecar_request_outcomes_total", tuple((outcome,) for outcome in OUTCOMES)),
+    ("sidecar_late_first_tokens_total", ((),)),
+    ("sidecar_requests_unlogged_total", ((),)),
+    ("sidecar_usage_database_writes_total", tuple((result,) for result in DATABASE_RESULTS)),
+    ("sidecar_spans_dropped_total", ((),)),
+    ("sidecar_canaries_total", tuple((outcome,) for outcome in CANARY_OUTCOMES)),
+    ("sidecar_streams_ended_total", tuple((reason,) for reason in ABORT_REASONS)),
+    ("sidecar_image_bytes_total", (("in",), ("out",))),
+    ("sidecar_usage_evicted_mu_total", tuple((why,) for why in EVICTION_REASONS)),
+    (
+        "sidecar_usage_evicted_rows_total",
+        tuple((why, billable) for why in EVICTION_REASONS for billable in ("yes", "no")),
+    ),
+    ("sidecar_unmetered_requests_total", tuple((name,) for name in PATH_CLASSES)),
+    (
+        "sidecar_verdict_changes_total",
+        (*((state, reason) for state in ("suspect", "stalled") for reason in REASON_TEXTS), ("dead", "engine_gone")),
+    ),
+)
 
 
 class _Histogram:
@@ -160,15 +206,9 @@ class Metrics(Collector):
         self._histograms: dict[str, dict[Labels, _Histogram]] = {
             m.name: {} if m.labels else {(): _Histogram(m)} for m in METRICS if m.buckets
         }
-        for why in EVICTION_REASONS:  # from 0 on: rate() misses the increase of a series that begins at 1
-            self._count("sidecar_usage_evicted_mu_total", (why,), 0.0)
-            for billable in ("yes", "no"):
-                self._count("sidecar_usage_evicted_rows_total", (why, billable), 0.0)
-        self._count("sidecar_requests_unlogged_total", (), 0.0)
-        for result in DATABASE_RESULTS:
-            self._count("sidecar_usage_database_writes_total", (result,), 0.0)
-        for name in PATH_CLASSES:  # each from 0 on: rate() misses the increase of a series that begins at 1
-            self._count("sidecar_unmetered_requests_total", (name,), 0)
+        for name, series in _FROM_ZERO:
+            for labels in series:
+                self._count(name, labels, 0.0)
         self._snapshot: Snapshot | None = None
         self.registry = CollectorRegistry(auto_describe=False)
         self.registry.register(self)
@@ -204,6 +244,9 @@ class Metrics(Collector):
         """
         client, ended = (key.tenant, key.model), (key.tenant, key.model, key.outcome)
         self._count("sidecar_requests_total", ended)
+        self._count("sidecar_request_outcomes_total", (key.outcome,))
+        if self._is_late(seconds.get("time_to_first_token")):
+            self._count("sidecar_late_first_tokens_total", ())
         self._count("sidecar_mu_total", ended, sums.mu)
         self._count("sidecar_gpu_seconds_total", ended, sums.gpu_seconds)
         for kind, tokens in tokens_by_kind(sums).items():
@@ -229,6 +272,10 @@ class Metrics(Collector):
         """Count a write of usage records to the database."""
         self._count("sidecar_usage_database_writes_total", (result,))
 
+    def spans_dropped(self, total: int) -> None:
+        """Show how many spans were dropped so far."""
+        self._counters["sidecar_spans_dropped_total"][()] = float(total)
+
     def relabel(self, of: Callable[[str, str], tuple[str, str]]) -> None:
         """Add the series of clients that lost their label to those of `of`."""
         for metric in METRICS:
@@ -245,6 +292,11 @@ class Metrics(Collector):
             rows[name].extend(series.items())
         for metric in METRICS:
             yield _family(metric, rows[metric.name], self._histograms.get(metric.name, {}))
+
+    def _is_late(self, first_token_s: float | None) -> bool:
+        """Whether a first token came later than the objective in force."""
+        objective = dict(self._snapshot.load.objectives).get("ttft_seconds") if self._snapshot else None
+        return first_token_s is not None and objective is not None and first_token_s > objective
 
     def _count(self, name: str, labels: Labels, by: float = 1.0) -> None:
         self._counters[name][labels] += by
@@ -348,7 +400,8 @@ def _gpu(gpu: GpuSample) -> Iterator[MetricRow]:
     if isinstance(gpu.slowdowns, Value):
         for reason in SLOWDOWNS:
             yield "sidecar_gpu_slowdown", (index, reason), reason in gpu.slowdowns.value
-    for xid, count in gpu.xid_errors:
+    counts = {**dict.fromkeys(XIDS_FROM_ZERO if gpu.xids_watched else (), 0), **dict(gpu.xid_errors)}
+    for xid, count in counts.items():
         yield "sidecar_gpu_xid_errors_total", (index, str(xid)), count
 
 

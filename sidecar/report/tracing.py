@@ -1,30 +1,34 @@
 """One SERVER span per request, built in the control process from events, so that tracing costs the relay nothing.
 
 Rules:
-- OpenTelemetry is imported only if an endpoint is set. Only traces that the caller sampled are recorded.
+- OpenTelemetry is imported only if an endpoint is set. Only sampled traces are recorded; the relay samples
+  (sidecar/trace_context.py).
 - Open spans, queued spans and the wait at shutdown are bounded. If the collector is unreachable, only spans are lost.
-- Names are those of the GenAI semantic conventions. Spans never contain content.
+- Names are those of the semantic conventions (semantic_conventions.py). Spans never contain content.
 """
 
 from __future__ import annotations
 
-import asyncio
-import threading
+import logging
+import os
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
+from sidecar.errors import UsageError, place_of
 from sidecar.events import Admitted, FirstToken, ImagePrepared, Settled, Trace
-from sidecar.labels import printable
 from sidecar.load.ledger import FAILED_OUTCOMES
-from sidecar.trace_context import child
+from sidecar.report import semantic_conventions
+from sidecar.report.semantic_conventions import Attributes, FinishedRequest, Service
+from sidecar.trace_context import child, sampler_of, sampler_trouble
 
 if TYPE_CHECKING:
     from opentelemetry.trace import SpanContext
 
-Attributes = dict[str, str | int | float | bool]
+    from sidecar.report.otlp import SpanQueue
+
 Clock = Callable[[], float]
 Nanoseconds = Callable[[float], int]
 # Returns (name, ms) of each term of a price; called only if there is a span.
@@ -32,8 +36,8 @@ Terms = Callable[[], Iterable[tuple[str, float]]]
 
 MAX_OPEN_REQUESTS: Final = 10_000
 MAX_IMAGES_PER_REQUEST: Final = 64
-MAX_QUEUED_SPANS: Final = 2048
-_OPERATIONS: Final = {"chat": "chat", "completions": "text_completion", "embeddings": "embeddings"}
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -45,16 +49,23 @@ class _OpenSpan:
 
 
 class Tracing:
-    """Builds spans from the events of requests, in their order. With `endpoint` "" it does nothing.
+    """Builds spans from the events of requests, in their order. Does nothing where no collector is named.
 
-    `endpoint` is the base URL of an OTLP/HTTP collector, with or without /v1/traces.
+    `endpoint` is its base URL, with or without /v1/traces; "" leaves it to OTEL_EXPORTER_OTLP_ENDPOINT. `service`: what
+    spans say of engine and sidecar.
     """
 
     def __init__(self, endpoint: str, version: str, *, clock: Clock = time.monotonic, wall: Clock = time.time) -> None:
         self._clock, self._wall = clock, wall
         self._open: OrderedDict[str, _OpenSpan] = OrderedDict()
         self._early: OrderedDict[str, list[ImagePrepared]] = OrderedDict()  # images precede their request's admission
-        self._exporter = _Exporter(endpoint, version) if endpoint else None
+        self.service = Service()
+        self._exporter = _make_exporter(endpoint, version) if sampler_of(os.environ, endpoint) is not None else None
+
+    @property
+    def dropped(self) -> int:
+        """Spans that no collector got."""
+        return self._exporter.queue.dropped if self._exporter is not None else 0
 
     def admitted(self, event: Admitted) -> None:
         images = self._early.pop(event.id, [])
@@ -92,59 +103,43 @@ class Tracing:
             self._exporter.image(request.trace, image, ns)
         price = {f"sidecar.gpu_ms.{name}": ms for name, ms in terms() if ms}
         first_at = event.first_at if event.first_at is not None else request.first_at
-        attributes = request_attributes(request.admitted, first_at, event, mu) | price
+        finished = FinishedRequest(request.admitted, event, self.service, first_at, mu)
+        attributes = semantic_conventions.attributes(semantic_conventions.SPAN, finished) | price
         self._exporter.request(request, first_at, event, attributes, ns)
 
     async def close(self, seconds: float = 3.0) -> bool:
         """Export queued spans within `seconds`. False if the collector did not accept them in time."""
         self._open.clear()
         self._early.clear()
-        return await self._exporter.close(seconds) if self._exporter is not None else True
+        return await self._exporter.queue.close(seconds) if self._exporter is not None else True
 
 
-def request_attributes(admitted: Admitted, first_at: float | None, settled: Settled, mu: float | None) -> Attributes:
-    """Pure: the attributes of a request's span, without unknown ones."""
-    usage = settled.usage
-    known: dict[str, str | int | float | bool | None] = {
-        "gen_ai.operation.name": _OPERATIONS.get(admitted.route, admitted.route),
-        "gen_ai.request.model": printable(admitted.model),
-        "gen_ai.request.max_tokens": admitted.max_output,
-        "gen_ai.request.stream": admitted.stream,
-        "gen_ai.usage.input_tokens": usage.prompt_tokens if usage else None,
-        "gen_ai.usage.output_tokens": usage.completion_tokens if usage else None,
-        "gen_ai.usage.cache_read.input_tokens": usage.cached_tokens if usage else None,
-        "gen_ai.server.time_to_first_token": first_at - admitted.at if first_at is not None else None,
-        "http.response.status_code": settled.status or None,
-        "error.type": (settled.error or settled.outcome) if settled.outcome != "ok" else None,
-        "sidecar.tenant": printable(admitted.tenant),
-        "sidecar.outcome": settled.outcome,
-        "sidecar.mu": mu if mu is not None else admitted.mu,
-        "sidecar.overhead_seconds": settled.overhead,
-        "sidecar.delivered_tokens": settled.delivered_tokens,
-    }
-    return {name: value for name, value in known.items() if value is not None}
+def _make_exporter(endpoint: str, version: str) -> _Exporter | None:
+    """The exporter; None, with a line in the log, where the environment asks for one that there is not."""
+    if trouble := sampler_trouble(os.environ):
+        _log.warning("%s", trouble)
+    try:
+        return _Exporter(endpoint, version)
+    except UsageError as error:
+        _log.error("spans are off: %s", error)
+    except ValueError as error:  # the SDK's, of its variables, which may hold secrets
+        _log.error("spans are off: OpenTelemetry rejects an OTEL_* variable (%s)", place_of(error))
+    return None
 
 
 class _Exporter:
-    """The only part that uses OpenTelemetry.
+    """Builds the spans of OpenTelemetry.
 
-    Spans have the ids sent in `traceparent`. A tracer would generate its own, so ended spans are built and passed to
-    the batching processor.
+    Spans have the ids sent in `traceparent`. A tracer would generate its own, so ended spans are built and queued.
     """
 
     def __init__(self, endpoint: str, version: str) -> None:
-        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
-        from opentelemetry.sdk.resources import Resource
-        from opentelemetry.sdk.trace.export import BatchSpanProcessor
         from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 
-        url = endpoint if endpoint.endswith("/v1/traces") else endpoint + "/v1/traces"
-        # Resource.create also reads OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES.
-        self._resource = Resource.create({"service.version": version})
-        if str(self._resource.attributes.get("service.name", "")).startswith("unknown_service"):
-            self._resource = self._resource.merge(Resource({"service.name": "inference-sidecar"}))
+        from sidecar.report.otlp import SpanQueue
+
+        self.queue: SpanQueue = SpanQueue(endpoint, version)
         self._scope = InstrumentationScope("sidecar", version)
-        self._processor = BatchSpanProcessor(OTLPSpanExporter(endpoint=url, timeout=5), max_queue_size=MAX_QUEUED_SPANS)
 
     def request(
         self, request: _OpenSpan, first_at: float | None, settled: Settled, attributes: Attributes, ns: Nanoseconds
@@ -153,11 +148,11 @@ class _Exporter:
         from opentelemetry.sdk.trace import Event
         from opentelemetry.trace import SpanKind
 
-        trace, model = request.trace, attributes["gen_ai.request.model"]
+        trace = request.trace
         self._end(
             # A bad request that the engine rejected (4xx) is no error of the server.
             settled.outcome in FAILED_OUTCOMES and not 400 <= settled.status < 500,
-            name=f"{attributes['gen_ai.operation.name']} {model}",
+            name=semantic_conventions.span_name(attributes),
             context=_context(trace, trace.span_id),
             parent=_context(trace, trace.parent_id, remote=True) if trace.parent_id else None,
             kind=SpanKind.SERVER,
@@ -181,20 +176,13 @@ class _Exporter:
             end_time=ns(image.at),
         )
 
-    async def close(self, seconds: float) -> bool:
-        """Export queued spans. The thread is a daemon, so that a hung collector cannot block the exit."""
-        thread = threading.Thread(target=self._processor.shutdown, name="otel-close", daemon=True)
-        thread.start()
-        await asyncio.to_thread(thread.join, seconds)
-        return not thread.is_alive()
-
     def _end(self, is_error: bool, **span: Any) -> None:
         from opentelemetry.sdk.trace import ReadableSpan
         from opentelemetry.trace.status import Status, StatusCode
 
         status = Status(StatusCode.ERROR if is_error else StatusCode.UNSET)
-        whole = ReadableSpan(resource=self._resource, instrumentation_scope=self._scope, status=status, **span)
-        self._processor.on_end(whole)
+        whole = ReadableSpan(resource=self.queue.resource, instrumentation_scope=self._scope, status=status, **span)
+        self.queue.add(whole)
 
 
 def _context(trace: Trace, span_id: str, *, remote: bool = False) -> SpanContext:

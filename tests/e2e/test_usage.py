@@ -126,3 +126,26 @@ async def test_the_end_leaves_every_request_in_the_database_and_the_log(
     assert [line["id"] for line in lines] == ids, "those that clients know"
     text = "".join(sidecar.log)
     assert "cannot write usage records to --usage-url" in text and "secret-word" not in text
+
+
+async def test_a_database_that_hangs_holds_up_no_end(engine: ScriptedEngine, start: Any, requires: Any) -> None:
+    """It takes connections and never answers: the sidecar serves, ends in time, and keeps its rows."""
+    requires("python:psycopg")
+    taken = asyncio.Event()
+
+    async def hang(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        taken.set()
+        await reader.read()  # until the other end closes
+        writer.close()
+
+    async with await asyncio.start_server(hang, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        sidecar = await start(engine.url, usage_url=f"postgresql://u:secret-word@127.0.0.1:{port}/db?sslmode=disable")
+        await sidecar.until_verdict("idle")
+        async with sidecar.chat(tokens=3) as answer:
+            await answer.read()
+        async with asyncio.timeout(PATIENCE):
+            await taken.wait()
+        assert await sidecar.stop() == 0
+    assert recorded(sidecar.state) == 1
+    assert "secret-word" not in "".join(sidecar.log)

@@ -67,6 +67,7 @@ GEMMA_AUDIO: Final = {
 SIZES: Final[dict[str, dict[str, Any]]] = {
     "Qwen2VLImageProcessor": {"min_pixels": 3136, "max_pixels": 1_003_520, **QWEN_PATCHES},
     "Glm4vImageProcessor": {"size": {"shortest_edge": 12544, "longest_edge": 11_760_000}, **QWEN_PATCHES},
+    "Glm46VImageProcessor": {"size": {"shortest_edge": 12544, "longest_edge": 11_760_000}, **QWEN_PATCHES},
     "CLIPImageProcessor": {"size": {"shortest_edge": 224}, "crop_size": {"height": 224, "width": 224}},
     "LlavaImageProcessor": {"size": {"shortest_edge": 224}, "crop_size": {"height": 224, "width": 224}},
     "SiglipImageProcessor": {"size": {"height": 224, "width": 224}},
@@ -75,6 +76,7 @@ SIZES: Final[dict[str, dict[str, Any]]] = {
     "Idefics3ImageProcessor": {"size": {"longest_edge": 1456}, "max_image_size": {"longest_edge": 364}},
     "SmolVLMImageProcessor": {"size": {"longest_edge": 1456}, "max_image_size": {"longest_edge": 364}},
     "GotOcr2ImageProcessor": {"size": {"height": 384, "width": 384}, "min_patches": 1, "max_patches": 12},
+    "Cohere2VisionImageProcessor": {"size": {"height": 512, "width": 512}, "crop_to_patches": True, "max_patches": 12},
     "LlavaNextImageProcessor": {
         "size": {"shortest_edge": 336},
         "crop_size": {"height": 336, "width": 336},

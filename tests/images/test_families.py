@@ -54,6 +54,11 @@ ROWS = {
         "glm4v.image_processing_glm4v",
         {"size": {"shortest_edge": 12544, "longest_edge": 200_704}},
     ),
+    "glm-4.6v": Family(
+        "Glm46VImageProcessor",
+        "glm46v.image_processing_glm46v",
+        {"size": {"shortest_edge": 12544, "longest_edge": 200_704}},
+    ),
     "llava-1.5": Family(
         "CLIPImageProcessor",
         "clip.image_processing_clip",

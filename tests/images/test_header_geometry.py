@@ -11,13 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from sidecar.errors import BadImage
 from sidecar.images import header_geometry
 from sidecar.images.protocol import PIXELS, RAW, ImageDone, ImageJob, ImageLimits
 from sidecar.images.service import ImageService
 from sidecar.images.worker import pipeline
 from sidecar.kernels import families
 from sidecar.kernels.grid import ProcessorSpec
+from sidecar.relay.media.inline import originals, replacements
+from sidecar.relay.request_body import ImagePart
 from sidecar.settings import Settings
 from sidecar.tools import synthetic_photos
 
@@ -163,14 +164,19 @@ def test_what_pays_is_prepared_and_shared_memory_takes_all() -> None:
 )
 def test_any_image_can_pass(data: bytes, is_base64: bool, format: str, tokens: int) -> None:
     """For an engine without prepared images: tokens by the header, if it has them, and no error."""
-    got = ImageService(NOWHERE, Settings(), published("Qwen2.5-VL")).passed(data, "x", is_base64)
+    got = ImageService(NOWHERE, Settings(), published("Qwen2.5-VL")).passed(data, "refused", is_base64)
     assert (got.outcome, got.format, got.tokens, got.base64, got.url) == ("passed", format, tokens, None, "")
+    assert got.reason == "refused"
 
 
-def test_fetched_bytes_that_are_no_image_do_not_pass() -> None:
-    """They would need a media type: the client learns that its link leads to no image."""
-    with pytest.raises(BadImage, match="no known format"):
-        ImageService(NOWHERE, Settings(), published("Qwen2.5-VL")).passed(b"<html>", "x", False)
+def test_fetched_bytes_that_are_no_image_go_to_the_engine() -> None:
+    """They are no image's media type; the engine, which was sent a link, refuses what was there."""
+    service = ImageService(NOWHERE, Settings(), published("Qwen2.5-VL"))
+    part = ImagePart("x", "", memoryview(b"PGh0bWw+"), "https://img.example.com/a")
+    passed = service.passed(b"<html>", "unknown_format", False)
+    assert (passed.outcome, passed.reason, passed.format) == ("passed", "unknown_format", "unknown")
+    for made in (replacements([part], [passed], None), originals([part], [passed])):
+        assert made == {0: ("application/octet-stream", part.data)}
 
 
 @pytest.mark.parametrize(("width", "height", "limit"), [(300, 200, "image_max_pixels"), (64, 48, "image_max_bytes")])

@@ -36,6 +36,22 @@ ROWS = {
         "got_ocr2.image_processing_got_ocr2",
         {"size": {"height": 100, "width": 100}, "crop_to_patches": True, "min_patches": 2, "max_patches": 6},
     ),
+    "cohere2-vision": Family(
+        "Cohere2VisionImageProcessor",
+        "cohere2_vision.image_processing_cohere2_vision",
+        {"size": {"height": 48, "width": 48}, "crop_to_patches": True, "max_patches": 12, "patch_size": 4},
+        {"patch_size": 4},
+    ),
+    "cohere2-vision-oblong": Family(
+        "Cohere2VisionImageProcessor",
+        "cohere2_vision.image_processing_cohere2_vision",
+        {"size": {"height": 56, "width": 42}, "crop_to_patches": True, "max_patches": 6, "patch_size": 4},
+    ),
+    "cohere2-vision-whole": Family(
+        "Cohere2VisionImageProcessor",
+        "cohere2_vision.image_processing_cohere2_vision",
+        {"size": {"height": 48, "width": 48}, "crop_to_patches": False},
+    ),
     "got-ocr": Family(
         "GotOcr2ImageProcessor", "got_ocr2.image_processing_got_ocr2", {"size": {"height": 64, "width": 64}}
     ),
@@ -242,6 +258,7 @@ COUNTERS = {
     "internvl": ("InternVLProcessor", "internvl.processing_internvl"),
     "llava-next": ("LlavaNextProcessor", "llava_next.processing_llava_next"),
     "llava-onevision": ("LlavaOnevisionProcessor", "llava_onevision.processing_llava_onevision"),
+    "cohere2-vision": ("Cohere2VisionProcessor", "cohere2_vision.processing_cohere2_vision"),
     "llama-4": ("Llama4Processor", "llama4.processing_llama4"),
     "gemma-4": ("Gemma4Processor", "gemma4.processing_gemma4"),
     "kimi-k2.5": ("Kimi_K25Processor", "kimi_k25.processing_kimi_k25"),
@@ -265,6 +282,7 @@ def test_tokens_are_those_of_the_prompt(name: str, height: int, width: int) -> N
         start_image_token="<",
         end_image_token=">",
         boi_token="<",
+        img_line_break_token=";",
         eoi_token=">",
         image_start_token="<",
         image_end_token=">",

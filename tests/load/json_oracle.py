@@ -85,7 +85,7 @@ def describe(payload: dict[str, Any] | None, route: str, body_bytes: int) -> Req
         if not any(_is_true(h.get("ignore_eos")) for h in _holders(payload))
         else limit or 0,
         prompts=prompts_,
-        skew=_skew(prompts_, lengths),
+        skew=_skew(prompts_, lengths, _weight(messages)),
         text_bytes=text_bytes,
         script=min(3, max(1, round(text_bytes / max(1, characters)))),
         messages=len(messages) if isinstance(messages, list) else 0,
@@ -97,7 +97,7 @@ def describe(payload: dict[str, Any] | None, route: str, body_bytes: int) -> Req
         video_frames=videos * _frames(payload),
         ask_usage=stream and route in _STREAM_OPTIONS_ROUTES and _lacks_usage(payload.get("stream_options")),
         priority=_priority(payload.get("priority")),
-        reorders=fetches or _reorders(payload),
+        reorders=fetches or audios > 0 or videos > 0 or _reorders(payload),
         withholds=_withholds(payload),
     )
 
@@ -134,9 +134,8 @@ def _weight(value: Any) -> int:
     return texts + 4 * sum(len(leaf) for leaf in found if isinstance(leaf, list))
 
 
-def _skew(prompts: int, lengths: list[int]) -> float:
-    """The work of attention against that of as many prompts of equal length."""
-    total = sum(lengths)
+def _skew(prompts: int, lengths: list[int], total: int) -> float:
+    """The work of attention against that of as many prompts of equal length; `total` has what is in none of them."""
     return min(prompts, max(1.0, prompts * sum(length**2 for length in lengths) / total**2)) if total else 1.0
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from sidecar.load import body_scan, request_keys
@@ -126,6 +126,7 @@ def test_both_forms_find_the_same(body: bytes, before: bytes) -> None:
 
 @settings(max_examples=200)
 @given(bodies)
+@example(b'{"messages":[true,[],[true]]}')
 def test_a_scan_finds_what_a_parser_finds(body: bytes) -> None:
     """The shape of a request is that of its parsed body, its image parts are those of it, where they are."""
     found = scan(body)

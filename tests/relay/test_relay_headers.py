@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from typing import Any
 
 import pytest
 from aiohttp import web
 
-from sidecar.events import LoadReport, MetricsPage, MetricsPageRequested
+from sidecar.events import AnswerDetails, HttpRequest, LoadReport, MetricsPage, MetricsPageRequested
 
 from .work import once
 
@@ -67,6 +68,43 @@ async def test_tracing_makes_our_span_the_parent(rig: Any, serve: Any) -> None:
     assert trace is not None
     assert parent == f"00-0af7651916cd43dd8448eb211c80319c-{trace.span_id}-01"
     assert (trace.parent_id, trace.sampled, state) == ("b7ad6b7169203331", True, "a=b")
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("sampled", [True, False])
+async def test_a_sampled_trace_carries_what_a_span_needs(sampled: bool, stream: bool, rig: Any, serve: Any) -> None:
+    """Method and path without the query, and what the answer says of itself; the client's bytes are unchanged."""
+    answer = {"id": "c-1", "model": "m-1", "choices": [{"index": 0, "finish_reason": "stop", "text": "x"}]}
+    body = json.dumps(answer).encode()
+    sent = b"data: " + body + b"\n\ndata: [DONE]\n\n" if stream else body
+    media = "text/event-stream" if stream else "application/json"
+
+    async def engine(request: web.BaseRequest) -> web.StreamResponse:
+        return web.Response(body=sent, content_type=media)
+
+    r = await rig(await serve(engine), otlp_endpoint="http://127.0.0.1:1")
+    given = {"traceparent": f"00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-0{int(sampled)}"}
+    request = json.dumps({"prompt": "x", "stream": stream})
+    async with r.client.post(r.url + "/v1/completions?key=secret", data=request, headers=given) as got:
+        assert await got.read() == sent
+    admitted, settled = once(r.emitted)
+    http, details = HttpRequest("POST", "/v1/completions", "http", "1.1"), AnswerDetails("c-1", "m-1", ("stop",))
+    assert (admitted.http, settled.details) == ((http, details) if sampled else (None, None))
+
+
+async def test_the_samplers_decision_reaches_the_engine(rig: Any, serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By OTEL_* alone: what is not sampled has a traceparent that says so, and carries nothing else."""
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:1")
+    monkeypatch.setenv("OTEL_TRACES_SAMPLER", "parentbased_always_off")
+
+    async def engine(request: web.BaseRequest) -> web.StreamResponse:
+        return web.json_response(request.headers.get("traceparent"))
+
+    r = await rig(await serve(engine))
+    async with r.client.post(r.url + "/v1/completions", data=b"{}") as got:
+        assert (await got.json()).endswith("-00")
+    admitted, settled = once(r.emitted)
+    assert (admitted.trace.sampled, admitted.http, settled.details) == (False, None, None)
 
 
 # --- metrics ---

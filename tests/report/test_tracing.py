@@ -14,11 +14,23 @@ import pytest
 from aiohttp import web
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec import structs
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
 from sidecar import trace_context
-from sidecar.events import Admitted, FirstToken, ImagePrepared, RequestSize, Settled, Trace, Usage
+from sidecar.events import (
+    Admitted,
+    AnswerDetails,
+    FirstToken,
+    HttpRequest,
+    ImagePrepared,
+    RequestSize,
+    Settled,
+    Trace,
+    Usage,
+)
 from sidecar.report import tracing as otel
+from sidecar.report.semantic_conventions import Service
 from sidecar.report.tracing import Tracing
 
 TRACE = Trace("0af7651916cd43dd8448eb211c80319c", "00f067aa0ba902b7", "b7ad6b7169203331", True)
@@ -72,16 +84,23 @@ def tracing(url: str) -> Tracing:
 
 
 def attributes(span: Any) -> dict[str, Any]:
-    return {a.key: getattr(a.value, a.value.WhichOneof("value")) for a in span.attributes}
+    return {a.key: plain(a.value) for a in span.attributes}
+
+
+def plain(value: Any) -> Any:
+    kind = value.WhichOneof("value")
+    return [plain(one) for one in value.array_value.values] if kind == "array_value" else getattr(value, kind)
 
 
 async def test_a_request_arrives_as_a_server_span_with_its_images_under_it(collector: Collector) -> None:
     """The span has the ids of the traceparent, wall times, GenAI names, MU, and an INTERNAL child per image."""
     traces = tracing(collector.url)
-    traces.admitted(admitted())
+    traces.service = Service("vllm", "pod-0", 8080)
+    traces.admitted(structs.replace(admitted(), http=HttpRequest("POST", "/v1/chat/completions", "http", "1.1")))
     traces.imaged(IMAGE)
     traces.first_token(FirstToken("r", 12.0))
-    traces.settled(settled(), 0.75, lambda: (("decode", 12.5), ("images", 0.0)))
+    details = AnswerDetails("chatcmpl-1", "llama-3", ("stop", "length"))
+    traces.settled(settled(details=details), 0.75, lambda: (("decode", 12.5), ("images", 0.0)))
     assert await traces.close(10)
 
     spans = collector.spans()
@@ -96,14 +115,24 @@ async def test_a_request_arrives_as_a_server_span_with_its_images_under_it(colle
     assert [(e.name, e.time_unix_nano) for e in server.events] == [("first_token", (WALL + 12) * 1e9)]
     assert attributes(server) == {
         "gen_ai.operation.name": "chat",
+        "gen_ai.provider.name": "vllm",
         "gen_ai.request.model": "llama",
         "gen_ai.request.max_tokens": 64,
         "gen_ai.request.stream": True,
+        "gen_ai.response.id": "chatcmpl-1",
+        "gen_ai.response.model": "llama-3",
+        "gen_ai.response.finish_reasons": ["stop", "length"],
+        "gen_ai.response.time_to_first_chunk": 2.0,
         "gen_ai.usage.input_tokens": 12,
         "gen_ai.usage.output_tokens": 7,
         "gen_ai.usage.cache_read.input_tokens": 3,
-        "gen_ai.server.time_to_first_token": 2.0,
+        "http.request.method": "POST",
         "http.response.status_code": 200,
+        "url.path": "/v1/chat/completions",
+        "url.scheme": "http",
+        "network.protocol.version": "1.1",
+        "server.address": "pod-0",
+        "server.port": 8080,
         "sidecar.tenant": "acme",
         "sidecar.outcome": "ok",
         "sidecar.mu": 0.75,

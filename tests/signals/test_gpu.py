@@ -108,7 +108,7 @@ def failed(reading: Any) -> bool:
 def test_a_healthy_gpu_gives_numbers_in_base_units(stub: Path, watch: Watch) -> None:
     """NVML's percent, bytes, milliwatts and degrees become shares, bytes, watts and degrees, and the threads end."""
     watched = watch(stub)
-    assert watched.until(values) == [
+    assert watched.until(lambda r: values(r) and r[0]["xids_watched"]) == [
         {
             "index": 0,
             "name": "Stub GPU",
@@ -124,6 +124,7 @@ def test_a_healthy_gpu_gives_numbers_in_base_units(stub: Path, watch: Watch) -> 
             "sm_clock": 1_980_000_000,
             "slowdowns": ["power_cap", "thermal_hardware"],
             "processes": 2,
+            "xids_watched": True,
         }
     ]
     assert watched.stop() == (True, True)
@@ -250,4 +251,4 @@ def test_stop_does_not_wait_for_a_call_that_hangs(stub: Path, watch: Watch) -> N
 def test_events_that_the_driver_lacks_cost_nothing_else(stub: Path, watch: Watch) -> None:
     """Without event sets there are no XID counts, and all numbers."""
     gpu = watch(stub, "nvmlEventSetCreate 3").until(values)[0]
-    assert (gpu["xid_errors"], gpu["power"]) == ([], 640.5)
+    assert (gpu["xid_errors"], gpu["xids_watched"], gpu["power"]) == ([], False, 640.5)

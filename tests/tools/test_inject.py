@@ -20,9 +20,11 @@ from sidecar import __main__
 from sidecar.errors import UsageError
 from sidecar.settings import Settings, load
 from sidecar.tools.manifests.inject import InjectSettings, inject
+from sidecar.tools.manifests.render import DRAIN_S, ENDPOINT_REMOVAL_S
 
 from . import api_server_rules
 
+POD = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "x"}}
 VERSIONS = ("1.33", "1.34", "1.35", "1.36", "1.37")
 
 DEPLOYMENT = """\
@@ -389,6 +391,23 @@ spec:
     assert len(leader[0]["args"]) == 3 and leader[1]["volumeMounts"] == []
 
 
+def test_the_group_in_deploy_has_the_sidecar_in_its_leader() -> None:
+    """deploy/lws holds what the command prints (`make docs` writes it); workers wait while the leader drains."""
+    folder = Path(__file__).resolve().parents[2] / "deploy" / "lws"
+    before, after = ((folder / name).read_text() for name in ("group.yaml", "group-with-sidecar.yaml"))
+    assert done(before) == after
+    was, template = (only(text, "LeaderWorkerSet")["spec"]["leaderWorkerTemplate"] for text in (before, after))
+    assert template["workerTemplate"] == was["workerTemplate"]
+    leader, worker = (template[f"{who}Template"]["spec"] for who in ("leader", "worker"))
+    for spec in (leader, worker):
+        assert [*api_server_rules.pod(spec, "spec")] == []
+        kubernetes_validate.validate({**POD, "spec": spec}, "1.37", strict=True)
+    assert leader["initContainers"][0]["name"] == "sidecar"
+    assert worker["terminationGracePeriodSeconds"] == leader["terminationGracePeriodSeconds"]
+    (engine,) = worker["containers"]
+    assert engine["lifecycle"]["preStop"]["sleep"]["seconds"] >= DRAIN_S + ENDPOINT_REMOVAL_S
+
+
 def test_an_engines_port_may_be_kept() -> None:
     """--keep-port leaves the command line alone; the relay has a port of its own."""
     made = only(done(DEPLOYMENT, keep_port=8000))
@@ -437,6 +456,9 @@ SCRIPT = {"name": "e", "image": "vllm", "command": ["sh", "-c", "vllm serve m"]}
         (pod_text(SCRIPT), {}, "no single --port in its script; give the engine's port by --keep-port"),
         (pod_text(engine_container(args=["--port", "$(PORT)"])), {}, "not a number; give the engine's port"),
         (pod_text(engine_container(ports=[{"containerPort": 9400}])), {}, "port 9400 is in use"),
+        (pod_text(engine_container(args=["m", "--ssl-keyfile=k"])), {}, "does not speak plain HTTP .--ssl-keyfile"),
+        (pod_text(engine_container(args=["m", "--uds", "/s"])), {}, "does not speak plain HTTP .--uds"),
+        (pod_text(engine_container(args=["m", "--headless"])), {}, "no engine is recognised in Pod x"),
         (pod_text(engine_container()), {"engine_port": 8000}, "choose another with --engine-port"),
         (pod_text(engine_container(), {"name": "sidecar", "image": "istio"}), {}, "is named 'sidecar'; rename it"),
         (pod_text(engine_container(), volumes=[{"name": "sidecar-tmp"}]), {}, "is named 'sidecar-tmp'; rename it"),

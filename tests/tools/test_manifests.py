@@ -268,6 +268,15 @@ def test_stack_dumps_are_asked_for() -> None:
     assert containers(stack_dumps="on")[1] == containers()[1]
 
 
+def test_the_sidecar_fits_into_a_restricted_namespace() -> None:
+    """Pod Security Standards, "restricted": what each container must say by itself, in anyone's pod."""
+    for container in made(probe="restart-rules")["initContainers"]:
+        context = container["securityContext"]
+        assert context["runAsNonRoot"] is True and context["runAsUser"] > 0
+        assert context["allowPrivilegeEscalation"] is False and context["capabilities"] == {"drop": ["ALL"]}
+        assert context["seccompProfile"] == {"type": "RuntimeDefault"}
+
+
 def test_the_engines_probes_use_numeric_ports() -> None:
     """The engine's probes use the sidecar's port number: a name would refer to the engine's container."""
     for probe in ("safe", "http"):

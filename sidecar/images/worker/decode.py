@@ -1,10 +1,10 @@
 """Decode image bytes to the RGB pixels that the engine would have seen, or raise ImageRejected with a reason.
 
-Rules: the size is checked on the header before anything is allocated. What is put behind
-transparent parts follows from settings and versions of the engine: an image whose place is to be taken is refused for
-them, any other is put on white, as by vLLM 0.33 and transformers 5.23. Plain files go through the fast decoders, whose
-pixels equal Pillow's bit for bit. Everything else, and what a fast decoder refuses, goes through Pillow in the engine's
-own order (vLLM's ImageMediaIO): rotate by EXIF or XMP, load, flatten alpha on white, convert to RGB.
+Rules: the size is checked on the header before anything is allocated. What is put behind transparent parts follows
+from settings and versions of the engine: an image whose place is to be taken is refused for them, any other is put on
+white, as by vLLM 0.33 and transformers 5.23. Plain files go through the fast decoders, whose pixels equal Pillow's bit
+for bit. Everything else, and what a fast decoder refuses, goes through Pillow in the engine's own order (vLLM's
+ImageMediaIO): rotate by EXIF or XMP, load, flatten alpha on white, convert to RGB.
 
 Pixels are uint8 tensors of shape (3, height, width) over memory in (height, width, 3) order.
 """

@@ -18,8 +18,8 @@ from PIL import Image
 from sidecar.images.protocol import TENSORS, ImageJob, ImageLimits
 from sidecar.images.worker.tensors import by_torchvision, normalise
 from sidecar.images.worker.worker import PrepareImage
-from sidecar.kernels import families
-from sidecar.kernels.grid import RESAMPLES, Geometry
+from sidecar.kernels.families.single_view import ClipSpec
+from sidecar.kernels.grid import BICUBIC, RESAMPLES, Geometry
 
 # What Pillow imports within functions, and Python's codecs that it names.
 MODULES: Final = (
@@ -34,9 +34,17 @@ PICTURES: Final = (
 )  # fmt: skip
 SIDE: Final = 32
 WARM_UP_TIMEOUT_S: Final = 60.0
-CLIP: Final = {
-    "image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 24}, "crop_size": 24,
-}  # fmt: skip
+CLIP: Final = ClipSpec(
+    resample=BICUBIC,
+    do_rescale=True,
+    rescale_factor=1 / 255,
+    do_normalize=True,
+    image_mean=(0.5, 0.5, 0.5),
+    image_std=(0.5, 0.5, 0.5),
+    shortest=24,
+    crop_height=24,
+    crop_width=24,
+)
 
 
 def preimport() -> None:
@@ -48,15 +56,13 @@ def preimport() -> None:
 
 def run(prepare: PrepareImage, limits: ImageLimits) -> None:
     """Prepare small pictures of every kind, and have torch do what the compiled kernel usually does."""
-    spec = families.from_config(CLIP)
-    assert spec is not None
     for format, mode in PICTURES:
-        job = ImageJob(TENSORS, spec.to_json(), False, limits, WARM_UP_TIMEOUT_S)
+        job = ImageJob(TENSORS, CLIP.to_json(), False, limits, WARM_UP_TIMEOUT_S)
         prepare(job, _picture(format, mode), None)
     pixels = torch.zeros((3, SIDE, SIDE), dtype=torch.uint8)
     for resample in RESAMPLES:
-        by_torchvision(pixels, Geometry(SIDE // 2, SIDE // 2), replace(spec, resample=resample))
-    normalise(pixels, spec)
+        by_torchvision(pixels, Geometry(SIDE // 2, SIDE // 2), replace(CLIP, resample=resample))
+    normalise(pixels, CLIP)
 
 
 def _picture(format: str, mode: str) -> bytearray:

@@ -115,7 +115,7 @@ class GpuSignal:
             self._store(Absent("no NVIDIA GPU is visible here"))
             return
         self._xids.begin(self._nvml, devices)
-        sampler = GpuSampler(self._nvml, self._call, self._xids.counts)
+        sampler = GpuSampler(self._nvml, self._call, self._xids.counts, self._xids.is_watched)
         responding = True
         while responding and not self._stopping.is_set():
             responding = self._sample_all(sampler, devices)

@@ -69,12 +69,22 @@ class GpuDevice:
 
 
 class GpuSampler:
-    """Samples the devices of one NVML session. `call` makes one call of the module `nvml`."""
+    """Samples the devices of one NVML session. `call` makes one call of the module `nvml`.
 
-    def __init__(self, nvml: Any, call: NvmlCall, xids: Callable[[int], tuple[tuple[int, int], ...]]) -> None:
+    `xids`: the XID errors of a GPU so far; `is_watched`: whether its driver reports any.
+    """
+
+    def __init__(
+        self,
+        nvml: Any,
+        call: NvmlCall,
+        xids: Callable[[int], tuple[tuple[int, int], ...]],
+        is_watched: Callable[[int], bool],
+    ) -> None:
         self._nvml = nvml
         self._call = call
         self._xids = xids
+        self._is_watched = is_watched
         self._process_counts: dict[str, tuple[float, Reading[int]]] = {}  # UUID -> time and result of the last list
 
     def sample(self, device: GpuDevice, now: float) -> GpuSample:
@@ -99,14 +109,28 @@ class GpuSampler:
             used_energy = nvml.nvmlDeviceGetTotalEnergyConsumption
             energy = batch.get(ENERGY_FIELD) or self._read(now, used_energy, _from_milli, handle)
         where, xids = (device.index, device.name, device.uuid), self._xids(device.index)
+        is_watched = self._is_watched(device.index)
         return GpuSample(
-            *where, utilization, used, total, power, temperature, xids, device.mig, energy, clock, slowdowns, processes
+            *where,
+            utilization,
+            used,
+            total,
+            power,
+            temperature,
+            xids,
+            device.mig,
+            energy,
+            clock,
+            slowdowns,
+            processes,
+            is_watched,
         )
 
     def sample_lost(self, device: GpuDevice, why: Failed) -> GpuSample:
         """The sample of a device that does not respond: every number failed, its XID errors kept."""
         where, xids = (device.index, device.name, device.uuid), self._xids(device.index)
-        return GpuSample(*where, why, why, why, why, why, xids, device.mig, why, why, why, why)
+        is_watched = self._is_watched(device.index)
+        return GpuSample(*where, why, why, why, why, why, xids, device.mig, why, why, why, why, is_watched)
 
     def _read(self, now: float, function: Callable[..., Any], convert: Callable[[Any], T], *args: Any) -> Reading[T]:
         try:

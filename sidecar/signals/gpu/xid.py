@@ -30,12 +30,17 @@ class XidWatch:
         self._ended = threading.Event()
         self._lock = threading.Lock()
         self._counts: dict[int, dict[int, int]] = {}
+        self._watched: frozenset[int] = frozenset()
         self._thread: threading.Thread | None = None
 
     def counts(self, index: int) -> tuple[tuple[int, int], ...]:
         """(xid, count) of one GPU since the start, sorted by xid."""
         with self._lock:
             return tuple(sorted(self._counts.get(index, {}).items()))
+
+    def is_watched(self, index: int) -> bool:
+        """Whether the driver reports, in this session, XID errors of this GPU."""
+        return index in self._watched
 
     def begin(self, nvml: Any, devices: Sequence[GpuDevice]) -> None:
         """Watch these GPUs until `end`. Returns at once."""
@@ -57,6 +62,7 @@ class XidWatch:
         try:
             events = nvml.nvmlEventSetCreate()
             by_address = _register(nvml, devices, events)
+            self._watched = frozenset(by_address.values())
             while by_address and not (ended.is_set() or self._stopping.is_set()):
                 self._wait(nvml, events, by_address)
             nvml.nvmlEventSetFree(events)

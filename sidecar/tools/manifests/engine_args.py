@@ -14,6 +14,10 @@ from sidecar.errors import UsageError
 # The engine's new port is the old one and this.
 MOVED_BY: Final = 10_000
 LOOPBACK: Final = "127.0.0.1"
+# A rank of vLLM without an API.
+HEADLESS: Final = "--headless"
+# Flags of vLLM, SGLang and llama.cpp with which the engine speaks something else than HTTP on its port.
+NOT_HTTP: Final = re.compile(r"--(ssl-(certfile|keyfile|cert-file|key-file)|uds)\b")
 SHELLS: Final = {"sh", "bash", "dash", "ash", "zsh"}
 
 
@@ -41,6 +45,8 @@ ENGINES: Final[dict[str, CommandLine]] = {
 def kind_of(container: CommentedMap) -> str:
     """The engine that a container starts, by its command line, else by its image; empty if none is recognised."""
     line, image = " ".join(words(container)), str(container.get("image", ""))
+    if HEADLESS in line.split():
+        return ""
     by_line = [kind for kind, engine in ENGINES.items() if re.search(engine.commands, line)]
     by_image = [kind for kind, engine in ENGINES.items() if re.search(engine.image, image)]
     return next(iter([*by_line, *by_image]), "")
@@ -61,6 +67,11 @@ def move(container: CommentedMap, kind: str, wanted: int, taken: set[int], name:
     script = _script(container)
     if container.get("command") and not re.search(engine.commands, " ".join(words(container))):
         raise UsageError(f"{name}: its command starts {kind} elsewhere; give the engine's port by --keep-port")
+    if found := NOT_HTTP.search(" ".join(words(container))):
+        raise UsageError(
+            f"{name}: its engine does not speak plain HTTP ({found[0]}); remove the flag, and give the sidecar "
+            "SIDECAR_TLS_CERT and SIDECAR_TLS_KEY"
+        )
     if kind == "scripted":
         raise UsageError(f"{name}: the scripted engine's address is one flag, --listen; give its port by --keep-port")
     port = _port(container, script, engine, name)

@@ -1,0 +1,244 @@
+"""Export by OTLP to real receivers over HTTP and gRPC, and what happens while there is none."""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import logging
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aiohttp import web
+from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
+    ExportTraceServiceRequest,
+    ExportTraceServiceResponse,
+)
+
+from sidecar.events import Admitted, RequestSize, Settled, Trace, Usage
+from sidecar.report.fan_out import make_server_metrics
+from sidecar.report.otlp import DEFAULT_QUEUED_SPANS
+from sidecar.report.semantic_conventions import FinishedRequest, Service
+from sidecar.report.tracing import Tracing
+
+from ..waiting import PATIENCE
+
+TRACE = Trace("0af7651916cd43dd8448eb211c80319c", "00f067aa0ba902b7", "", True)
+
+
+def admitted(id: str = "r") -> Admitted:
+    return Admitted(id, 10.0, "acme", "llama", "chat", True, RequestSize(10, 0, 20), 64, 0.5, TRACE)
+
+
+def settled(id: str = "r") -> Settled:
+    return Settled(id, 20.0, "ok", 200, Usage(12, 5), 5, 700, 12.0, 11.0, 0.0004)
+
+
+def request(traces: Tracing, id: str = "r") -> None:
+    traces.admitted(admitted(id))
+    traces.settled(settled(id))
+
+
+class Collector:
+    """An OTLP/HTTP receiver: what came to which path, with which header fields. `status`: how it answers."""
+
+    def __init__(self) -> None:
+        self.received: list[tuple[str, Any]] = []
+        self.headers: list[Any] = []
+        self.status, self.url = 200, ""
+
+    async def take(self, request: web.Request) -> web.Response:
+        body = await request.read()
+        if body[:2] == b"\x1f\x8b":
+            body = gzip.decompress(body)
+        form = ExportTraceServiceRequest if request.path == "/v1/traces" else ExportMetricsServiceRequest
+        self.headers.append(request.headers)
+        if self.status == 200:
+            self.received.append((request.path, form.FromString(body)))
+        return web.Response(status=self.status, content_type="application/x-protobuf")
+
+    @property
+    def spans(self) -> int:
+        return sum(
+            len(s.spans) for p, r in self.received if p == "/v1/traces" for x in r.resource_spans for s in x.scope_spans
+        )
+
+
+@pytest.fixture
+async def collector() -> AsyncIterator[Collector]:
+    got = Collector()
+    app = web.Application()
+    app.router.add_post("/v1/{signal}", got.take)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    got.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+    yield got
+    await runner.cleanup()
+
+
+async def test_the_variables_of_the_sdk_are_enough(collector: Collector, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Endpoint, header fields, service name and resource by OTEL_*, and no flag."""
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector.url)
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_HEADERS", "x-scope=team-a")
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_COMPRESSION", "gzip")
+    monkeypatch.setenv("OTEL_SERVICE_NAME", "llm")
+    monkeypatch.setenv("OTEL_RESOURCE_ATTRIBUTES", "k8s.pod.name=pod-0")
+    traces = Tracing("", "1.2.3")
+    request(traces)
+    assert await traces.close(PATIENCE)
+    assert collector.spans == 1
+    ((_, sent),) = collector.received
+    resource = {a.key: a.value.string_value for a in sent.resource_spans[0].resource.attributes}
+    assert (resource["service.name"], resource["k8s.pod.name"], resource["service.version"]) == (
+        "llm",
+        "pod-0",
+        "1.2.3",
+    )
+    assert collector.headers[0]["x-scope"] == "team-a" and collector.headers[0]["content-encoding"] == "gzip"
+
+
+@pytest.mark.parametrize(("name", "value"), [("OTEL_SDK_DISABLED", "true"), ("OTEL_TRACES_EXPORTER", "none")])
+async def test_what_is_switched_off_is_off(
+    name: str, value: str, collector: Collector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even with the flag."""
+    monkeypatch.setenv(name, value)
+    traces = Tracing(collector.url, "1")
+    request(traces)
+    assert await traces.close(PATIENCE)
+    assert collector.headers == []
+
+
+@pytest.mark.parametrize("by_flag", [True, False])
+async def test_grpc(by_flag: bool, requires: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gRPC receiver gets the spans, its address by flag or by variable."""
+    requires("python:opentelemetry.exporter.otlp.proto.grpc")
+    import grpc
+    from opentelemetry.proto.collector.trace.v1.trace_service_pb2_grpc import add_TraceServiceServicer_to_server
+
+    received: list[Any] = []
+
+    class Receiver:
+        def Export(self, sent: Any, context: Any) -> Any:  # gRPC's name
+            received.append(sent)
+            return ExportTraceServiceResponse()
+
+    server = grpc.server(ThreadPoolExecutor(1))
+    add_TraceServiceServicer_to_server(Receiver(), server)
+    url = f"http://127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    server.start()
+    try:
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc")
+        if not by_flag:
+            monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", url)
+        traces = Tracing(url if by_flag else "", "1")
+        request(traces)
+        assert await traces.close(PATIENCE)
+    finally:
+        server.stop(None)
+    assert [s.name for r in received for s in r.resource_spans[0].scope_spans[0].spans] == ["chat llama"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("OTEL_EXPORTER_OTLP_PROTOCOL", "carrier pigeon", "OTEL_EXPORTER_OTLP_PROTOCOL"),
+        ("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "99999999", "OTEL_*"),
+    ],
+)
+async def test_a_wrong_variable_costs_the_spans_alone(
+    name: str, value: str, words: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The sidecar goes on without spans, with one line that says why."""
+    monkeypatch.setenv(name, value)
+    traces = Tracing("http://127.0.0.1:1", "1")
+    request(traces)
+    assert await traces.close(PATIENCE) and traces.dropped == 0
+    (line,) = [r.getMessage() for r in caplog.records if r.name.startswith("sidecar")]
+    assert line.startswith("spans are off") and words in line
+
+
+async def test_a_collector_that_is_away_costs_one_warning_and_its_spans(
+    collector: Collector, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each row of failures has one line at its begin and one at its end; what was lost is counted exactly."""
+    monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "1")
+    caplog.set_level(logging.INFO)
+    traces = Tracing(collector.url, "1")
+    collector.status = 400  # no status to try again
+    for n in range(4):
+        request(traces, str(n))
+        await until(lambda n=n: traces.dropped == n + 1)
+    collector.status = 200
+    request(traces, "ok")
+    await until(lambda: collector.spans == 1)
+    assert await traces.close(PATIENCE)
+    lines = [(r.levelname, r.getMessage()) for r in caplog.records if r.name.startswith(("sidecar", "opentelemetry"))]
+    assert [level for level, _ in lines] == ["WARNING", "INFO"]
+    assert "sidecar_spans_dropped_total" in lines[0][1] and "again" in lines[1][1]
+    assert traces.dropped == 4
+
+
+async def test_a_full_queue_drops_and_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a collector hangs, spans beyond the queue are counted, and none is waited for."""
+    release = asyncio.Event()
+
+    async def hang(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await release.wait()
+        writer.close()
+
+    server = await asyncio.start_server(hang, "127.0.0.1", 0)
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", str(PATIENCE))
+    try:
+        traces = Tracing(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", "1")
+        for n in range(DEFAULT_QUEUED_SPANS + 100):
+            request(traces, str(n))
+        assert traces.dropped == 100
+    finally:
+        release.set()
+        server.close()
+
+
+async def test_server_metrics_arrive_by_otlp(collector: Collector, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each request once, times of tokens for streams that ended well only, models by their bounded label."""
+    monkeypatch.setenv("OTEL_METRICS_EXPORTER", "otlp")
+    metrics = make_server_metrics(collector.url, "1.2.3")
+    assert metrics is not None
+    service = Service("vllm", "pod-0", 8080)
+    metrics.settled(FinishedRequest(admitted(), settled(), service, 12.0), "other")
+    failed = Settled("f", 21.0, "stalled", 0, None, 3, 9, 12.0, 11.0, 0.0)
+    metrics.settled(FinishedRequest(admitted(), failed, service, 12.0), "other")
+    assert await metrics.close(PATIENCE)
+    points = {
+        metric.name: metric.histogram.data_points
+        for path, sent in collector.received
+        if path == "/v1/metrics"
+        for resource in sent.resource_metrics
+        for scope in resource.scope_metrics
+        for metric in scope.metrics
+    }
+    counts = {name: sorted((p.count, p.sum) for p in found) for name, found in points.items()}
+    assert counts == {
+        "gen_ai.server.request.duration": [(1, 10.0), (1, 11.0)],
+        "gen_ai.server.time_to_first_token": [(1, 2.0)],
+        "gen_ai.server.time_per_output_token": [(1, 2.0)],
+    }
+    (point,) = points["gen_ai.server.time_to_first_token"]
+    labels = {a.key: a.value.string_value or a.value.int_value for a in point.attributes}
+    assert labels == {
+        "gen_ai.operation.name": "chat",
+        "gen_ai.provider.name": "vllm",
+        "gen_ai.request.model": "other",
+        "server.address": "pod-0",
+        "server.port": 8080,
+    }
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    async with asyncio.timeout(PATIENCE):
+        while not holds():  # noqa: ASYNC110  # of threads, which set no event of the loop
+            await asyncio.sleep(0.01)
