@@ -68,8 +68,8 @@ def _serve_one(connection: socket.socket, prepare: PrepareImage, limits: ImageLi
         limit_cpu(0)
         with deadline(job.seconds):
             answer, out = prepare(job, payload, into)
-        connection.sendall(encode_head(answer, len(out)))
-        connection.sendall(out)
+    connection.sendall(encode_head(answer, len(out)))
+    connection.sendall(out)
 
 
 def _receive(
