@@ -95,7 +95,7 @@ docs: .venv/.installed-test ## Regenerate the tables of the documents, docs/verd
 	$(BIN)/python docs/generate.py
 
 constraints: .venv/.installed-test ## Upgrade all packages and pin them in constraints.txt
-	$(BIN)/uv pip install --upgrade --python $(BIN)/python --compile-bytecode -e ".[images,diagnose,orca,postgres,tokenizer,test,fuzz,lint]"
+	$(BIN)/uv pip install --upgrade --python $(BIN)/python --compile-bytecode -e ".[images,gpu,diagnose,orca,postgres,tokenizer,test,fuzz,lint]"
 	{
 		grep '^#' constraints.txt
 		$(BIN)/uv pip freeze --python $(BIN)/python --exclude-editable
