@@ -207,7 +207,8 @@ def test_both_decoders_of_jpeg_give_torchvisions_pixels(requires: Callable[[str]
         assert np.array_equal(decoding._pillow(data, LIMITS), decoding.turn(fast, orientation(data))), name
         compared.add(name)
     assert {"jpeg progressive", "jpeg restarts", "jpeg turned 6", "jpeg bytes behind"} <= compared
-    assert len(compared) > 50 and sum("sampling" in name for name in compared) > 20
+    # the other samplings, which no encoder writes, are Pillow's: simplejpeg does not know them
+    assert len(compared) > 50 and sum("sampling" in name for name in compared) >= 10
 
 
 def test_without_simplejpeg_pillow_decodes(picture: Image.Image, monkeypatch: pytest.MonkeyPatch) -> None:
