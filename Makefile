@@ -1,4 +1,4 @@
-# make run | test | test-slow | check | matrix | test-vllm | test-clients | test-charts | compiled | test-compiled | sanitize | soak | fuzz | bench | docs | clean
+# make run | test | test-slow | check | matrix | test-vllm | test-clients | test-charts | test-containers | compiled | test-compiled | sanitize | soak | fuzz | bench | docs | clean
 #
 # Needs GNU make, Python 3.11-3.13 with pip and venv, and C and C++ compilers for the kernel and a test. Everything else
 # is installed into .venv, pinned by constraints.txt, again only when pyproject.toml or constraints.txt changes.
@@ -15,7 +15,7 @@ PINS := pyproject.toml constraints.txt
 # Without bytecode on disk, every start of a test or a worker would compile torch's thousands of modules again.
 INSTALL := env -u PYTHONDONTWRITEBYTECODE $(BIN)/uv pip install --quiet --python $(BIN)/python --compile-bytecode -c constraints.txt
 
-.PHONY: help run test test-slow check matrix test-vllm test-clients test-charts compiled test-compiled sanitize soak fuzz bench docs constraints clean
+.PHONY: help run test test-slow check matrix test-vllm test-clients test-charts test-containers compiled test-compiled sanitize soak fuzz bench docs constraints clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
@@ -23,8 +23,8 @@ help: ## List the targets
 run: .venv/.installed ## The demo: scripted engine, traffic, a stall and its recovery; ARGS="--seconds 60" limits its duration
 	@exec $(BIN)/sidecar demo $(ARGS)
 
-test: check ## All checks, and all tests except those of test-slow, matrix, test-vllm, test-clients and test-charts; ARGS go to pytest
-	$(BIN)/pytest -m "not vllm and not clients and not charts and not matrix and not slow" --durations 15 $(ARGS)
+test: check ## All checks, and all tests except those of the other test targets; ARGS go to pytest
+	$(BIN)/pytest -m "not vllm and not clients and not charts and not containers and not matrix and not slow" --durations 15 $(ARGS)
 
 check: .venv/.installed-test ## Format, lint, layers, types
 	$(BIN)/ruff format --check .
@@ -34,6 +34,9 @@ check: .venv/.installed-test ## Format, lint, layers, types
 
 test-slow: .venv/.installed-test ## Tests that need minutes of real time
 	$(BIN)/pytest -m slow $(ARGS)
+
+test-containers: .venv/.installed-test ## The image and the printed manifest in real containers: podman and runc, as root (4 GB of disk)
+	$(BIN)/pytest tests/containers -m containers $(ARGS)
 
 matrix: .venv/.installed-test ## Every hang mode and every alarm against the scripted engine; prints a table of the results
 	$(BIN)/pytest -v -m matrix tests/e2e/test_matrix.py $(ARGS)
@@ -92,7 +95,7 @@ docs: .venv/.installed-test ## Regenerate the tables of the documents, docs/verd
 	$(BIN)/python docs/generate.py
 
 constraints: .venv/.installed-test ## Upgrade all packages and pin them in constraints.txt
-	$(BIN)/uv pip install --upgrade --python $(BIN)/python --compile-bytecode -e ".[images,diagnose,orca,postgres,tokenizer,test,fuzz,lint]"
+	$(BIN)/uv pip install --upgrade --python $(BIN)/python --compile-bytecode -e ".[images,gpu,diagnose,orca,postgres,tokenizer,test,fuzz,lint]"
 	{
 		grep '^#' constraints.txt
 		$(BIN)/uv pip freeze --python $(BIN)/python --exclude-editable

@@ -18,10 +18,11 @@ from one_core import DECODE, cpu_name, decoded, measure
 from PIL import Image
 
 from sidecar.images.worker import tiles
-from sidecar.images.worker.tensors import by_torchvision, crop, prepare, resize, resized_ppm, values
+from sidecar.images.worker.tensors import prepare, resize, resized_ppm
 from sidecar.kernels import families, fused
 from sidecar.kernels.grid import TileSpec
 from sidecar.tools import synthetic_photos
+from tests.images import by_torch
 
 SIZES: Final = {"1080p": (1920, 1080), "12 MP": (4000, 3000)}
 PIXELS, TENSORS, THEIRS, PILLOW = "pixels", "tensors", "HF torchvision, PIL decode", "HF PIL"
@@ -113,22 +114,24 @@ def chains(data: bytes, name: str, module: str, config: dict[str, Any]) -> dict[
         return theirs(images=[image], return_tensors="pt")["pixel_values"]
 
     pixels = decoded(data)
-    geometry = spec.geometry(*pixels.shape[-2:])
-    wanted = hf(pixels)
+    geometry = spec.geometry(*pixels.shape[:2])
+    planes = by_torch.planes(pixels)
+    wanted = hf(planes)
     todo: dict[str, Callable[[], Any]] = {DECODE: lambda: decoded(data)}
     if spec.inline:
-        assert torch.equal(hf(resize(pixels, geometry, spec)), wanted), f"{name}: the resized image is no fixed point"
+        resized = by_torch.planes(resize(pixels, geometry, spec))
+        assert torch.equal(hf(resized), wanted), f"{name}: the resized image is no fixed point"
         todo[PIXELS] = lambda: resized_ppm(decoded(data), geometry, spec)
     if isinstance(spec, TileSpec):
-        made = tiles.prepare(pixels, geometry, spec).flatten()
+        made = by_torch.tensor(tiles.prepare(pixels, geometry, spec), spec.dtype).flatten()
         assert torch.equal(made, wanted.flatten()[: len(made)]), f"{name}: not exact"
         todo[TENSORS] = lambda: tiles.prepare(decoded(data), geometry, spec)
     elif spec.tensors:
-        got = prepare(pixels, geometry, spec)
+        got = by_torch.tensor(prepare(pixels, geometry, spec), spec.dtype)
         assert torch.equal(got, wanted if wanted.ndim == 2 else wanted[0]), f"{name}: not exact"
         todo[TENSORS] = lambda: prepare(decoded(data), geometry, spec)
         todo[KERNEL] = lambda: prepare(pixels, geometry, spec)
-        todo[ATEN] = lambda: values(crop(by_torchvision(pixels, geometry, spec), geometry), geometry, spec)
+        todo[ATEN] = lambda: by_torch.values(planes, geometry, spec)
     opened = lambda: Image.open(io.BytesIO(data)).convert("RGB")  # noqa: E731
     todo[THEIRS] = lambda: hf(opened())
     pil = pillows(name, module)

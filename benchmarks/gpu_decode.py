@@ -64,15 +64,15 @@ def off(data: Any, spec: Any, device: str) -> tuple[str, str]:
     from sidecar.images import file_headers
     from sidecar.images.protocol import ImageLimits
     from sidecar.images.worker.decode import decode
-    from sidecar.images.worker.tensors import by_torchvision
+    from tests.images import by_torch
 
     raw = data.numpy().tobytes()
     header = file_headers.read(raw)
     assert header is not None
-    exact = decode(raw, header, ImageLimits(1 << 30, 1 << 30))
+    exact = by_torch.planes(decode(raw, header, ImageLimits(1 << 30, 1 << 30)))
     (near,) = (pixels.cpu() for pixels in decoded([data], device))
     geometry = spec.geometry(*exact.shape[-2:])
-    resized = [by_torchvision(pixels, geometry, spec) for pixels in (near, exact)]
+    resized = [by_torch.resize(pixels, geometry, spec) for pixels in (near, exact)]
     pairs = [[pixels.permute(1, 2, 0).numpy() for pixels in pair] for pair in ([near, exact], resized)]
     whole, small = (error(*pair) for pair in pairs)
     return whole, small

@@ -73,7 +73,7 @@ class Work:
         for at in batch.sources:
             self._sources[at : at + pixels.numel()] = pixels.reshape(-1).to(device)
         self._scratch = torch.empty(batch.scratch_bytes, dtype=torch.uint8, device=device)
-        self._values = None if kind == "uint8" else table(spec)[None].to(dtype).to(device)
+        self._values = None if kind == "uint8" else torch.from_numpy(table(spec))[None].to(dtype).to(device)
         self._out = torch.empty(batch.values, dtype=dtype, device=device)
         self._loaded, self._launch = gpu.load(batch, device), gpu.launch
 
@@ -107,16 +107,16 @@ def check(device: str, sizes: dict[str, tuple[int, int]]) -> None:
     """Every size, filter and kind of value against ATen and torch's operations. Raises AssertionError."""
     import torch
 
-    from sidecar.images.worker.tensors import by_torchvision, patches
+    from tests.images import by_torch
 
     for height, width in sizes.values():
         pixels = picture(height, width)
         for resample in (1, 2, 3):
             spec = replace(processor(), resample=resample)
             geometry = spec.geometry(height, width)
-            resized = by_torchvision(pixels.permute(2, 0, 1), geometry, spec)
-            floats = patches(resized, geometry, spec)
-            octets = patches(resized, geometry, replace(spec, do_normalize=False, do_rescale=False))
+            resized = by_torch.resize(pixels.permute(2, 0, 1), geometry, spec)
+            floats = by_torch.patches(resized, geometry, spec)
+            octets = by_torch.patches(resized, geometry, replace(spec, do_normalize=False, do_rescale=False))
             for kind in KINDS:
                 work = Work(device, pixels, spec, kind, 2)
                 work.run()

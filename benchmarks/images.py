@@ -35,10 +35,11 @@ from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
 
-from sidecar.images.worker.tensors import by_torchvision, patches, prepare, resized_ppm
+from sidecar.images.worker.tensors import prepare, resized_ppm
 from sidecar.kernels import families, fused
 from sidecar.kernels.grid import PatchSpec
 from sidecar.tools import synthetic_photos
+from tests.images import by_torch
 
 SCREENSHOT = "1080p PNG"
 SIZES = {"720p": (1280, 720), "1080p": (1920, 1080), "12 MP": (4000, 3000), SCREENSHOT: (1920, 1080)}
@@ -88,11 +89,11 @@ def chains(data: bytes, config: dict[str, Any], spec: PatchSpec) -> dict[str, Ca
 
     def sized() -> tuple[Any, Any]:
         pixels = decoded(data)
-        return pixels, spec.geometry(*pixels.shape[-2:])
+        return pixels, spec.geometry(*pixels.shape[:2])
 
     pixels, geometry = sized()
-    rows = pixels.permute(1, 2, 0).numpy()
-    moved = traffic(rows.shape[0], rows.shape[1], geometry.height, geometry.width)
+    planes = by_torch.planes(pixels)
+    moved = traffic(*pixels.shape[:2], geometry.height, geometry.width)
     source, target = torch.empty(moved // 2, dtype=torch.uint8), torch.empty(moved // 2, dtype=torch.uint8)
 
     def opened() -> Any:
@@ -101,11 +102,11 @@ def chains(data: bytes, config: dict[str, Any], spec: PatchSpec) -> dict[str, Ca
     return {
         DECODE: lambda: decoded(data),
         PIXELS: lambda: resized_ppm(*sized(), spec),
-        BYTES: lambda: fused.patches(decoded(data).permute(1, 2, 0).numpy(), geometry, spec, "uint8"),
+        BYTES: lambda: fused.patches(decoded(data), geometry, spec, "uint8"),
         TENSORS: lambda: prepare(*sized(), spec),
         HF_PIL: lambda: pil(images=[opened()], return_tensors="pt")["pixel_values"],
         HF_TV: lambda: torchv(images=[opened()], return_tensors="pt")["pixel_values"],
-        ATEN: lambda: patches(by_torchvision(pixels, geometry, spec), geometry, spec),
+        ATEN: lambda: by_torch.values(planes, geometry, spec),
         KERNEL: lambda: prepare(pixels, geometry, spec),
         COPY: lambda: target.copy_(source),
     }
@@ -161,7 +162,7 @@ def report(model: str, rounds: int, simd: Simd | None) -> str:
     for name, (width, height) in SIZES.items():
         data = file_of(name)
         todo = chains(data, MODELS[model], spec)
-        assert torch.equal(todo[TENSORS](), todo[HF_TV]()), "not exact: nothing is timed"
+        assert torch.equal(torch.from_numpy(todo[TENSORS]()), todo[HF_TV]()), "not exact: nothing is timed"
         if simd is not None:
             todo[HF_SIMD] = partial(simd.process, name)
             todo[HF_SIMD]()

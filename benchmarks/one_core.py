@@ -14,6 +14,7 @@ import os
 import platform
 import re
 import statistics
+import sys
 import time
 from collections.abc import Callable, Container
 from pathlib import Path
@@ -22,6 +23,8 @@ from typing import Any, Final
 import numpy as np
 import torch
 from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the others import torch's bits from tests/
 
 from sidecar.images import file_headers
 from sidecar.images.protocol import ImageLimits
@@ -52,7 +55,7 @@ def cpu_name() -> str:
 
 
 def decoded(data: bytes) -> Any:
-    """The pixels of a file."""
+    """The pixels of a file, (height, width, 3)."""
     header = file_headers.read(data)
     assert header is not None
     return decode(data, header, LIMITS)

@@ -1,7 +1,7 @@
 """The compiled resize fused with the patch layout: the bits of ATen's uint8 path and torch's operations, in one pass.
 
 Rules: numpy arrays in and out, memory in (height, width, channel) order. Inputs are never changed. The GIL is released.
-If the module was not built, `missing()` returns the reason, and callers use torchvision instead.
+If the module was not built, `missing()` returns the reason, and nothing else here can be called.
 Source: csrc/. Specification: reference.py. Tests: tests/images/test_fused.py. Figures: benchmarks/images.py.
 """
 
@@ -100,7 +100,7 @@ def tiles(
     image: Pixels,
     view: ImageView,
     spec: ProcessorSpec,
-    kind: Literal["uint8", "float32"],
+    kind: Kind,
     out: NDArray[Any],
     level: int = FASTEST,
 ) -> None:

@@ -35,6 +35,20 @@ def test_the_dockerfile_is_clean() -> None:
     assert (done.returncode, done.stdout) == (0, "")
 
 
+def test_the_image_says_which_version_it_is() -> None:
+    """The label is written by hand: a build has no other place for it."""
+    (label,) = re.findall(r'image.version="([^"]*)"', (ROOT / "Dockerfile").read_text())
+    assert label == PROJECT["project"]["version"]
+
+
+def test_what_the_dockerfile_copies_is_in_the_build_context() -> None:
+    """.dockerignore lets nothing in that it does not name; a file that it forgets fails the build."""
+    ignored = (ROOT / ".dockerignore").read_text().split()
+    copied = re.findall(r"^COPY (?!--from)(.*)$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
+    sources = {source for line in copied for source in line.split()[:-1]}
+    assert "setup.py" in sources and sources <= {name.removeprefix("!") for name in ignored if name.startswith("!")}
+
+
 def test_every_requirement_is_pinned_within_its_range() -> None:
     """The pins cover what pyproject asks for, and satisfy it."""
     project = PROJECT["project"]
@@ -59,7 +73,7 @@ def test_the_scripts_parse(requires: Callable[[str], Path]) -> None:
     """The CI script is valid bash, and every make target expands."""
     subprocess.run(["bash", "-n", ".ci/run"], cwd=ROOT, check=True, timeout=30)
     make = requires("make")
-    for target in ("run", "test", "test-slow", "matrix", "test-vllm", "bench", "docs", "clean"):
+    for target in ("run", "test", "test-slow", "matrix", "test-vllm", "test-containers", "bench", "docs", "clean"):
         subprocess.run([make, "-n", target], cwd=ROOT, check=True, capture_output=True, timeout=30)
 
 

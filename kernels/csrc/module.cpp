@@ -78,6 +78,15 @@ PyObject* resize_(PyObject*, PyObject* args) {
     });
 }
 
+// Bytes of a value; 0 and an exception for an unknown type.
+int item_of(int type) {
+    if (type == 0) return 1;
+    if (type == 1) return 4;
+    if (type == 2 || type == 3) return 2;
+    PyErr_SetString(PyExc_ValueError, "type must be 0 (uint8), 1 (float32), 2 (bfloat16) or 3 (float16)");
+    return 0;
+}
+
 PyObject* patches_(PyObject*, PyObject* args) {
     PyObject *capsule, *image, *out;
     int number, size, merge, temporal, type, normalise;
@@ -96,11 +105,8 @@ PyObject* patches_(PyObject*, PyObject* args) {
         PyErr_SetString(PyExc_ValueError, "the resized image is no whole number of merged patches");
         return nullptr;
     }
-    const int item = type == 0 ? 1 : type == 1 ? 4 : type == 2 || type == 3 ? 2 : 0;
-    if (!item) {
-        PyErr_SetString(PyExc_ValueError, "type must be 0 (uint8), 1 (float32), 2 (bfloat16) or 3 (float16)");
-        return nullptr;
-    }
+    const int item = item_of(type);
+    if (!item) return nullptr;
     if (!sized(from, bytes(p->y, p->x, false), "image") || !sized(to, bytes(p->y, p->x, true) * temporal * item, "out")) return nullptr;
     const auto* in = static_cast<const uint8_t*>(from.view.buf);
     return without_gil([&] {
@@ -132,16 +138,16 @@ PyObject* tiles_(PyObject*, PyObject* args) {
         PyErr_SetString(PyExc_ValueError, "the resized image does not lie on a canvas of whole tiles");
         return nullptr;
     }
-    if (type != 0 && type != 1) {
-        PyErr_SetString(PyExc_ValueError, "type must be 0 (uint8) or 1 (float32)");
-        return nullptr;
-    }
-    const unsigned long long wanted = 3ull * canvas.height * canvas.width * (type == 0 ? 1 : 4);
+    const int item = item_of(type);
+    if (!item) return nullptr;
+    const unsigned long long wanted = 3ull * canvas.height * canvas.width * item;
     if (!sized(from, bytes(p->y, p->x, false), "image") || !sized(to, wanted, "out")) return nullptr;
     const auto* in = static_cast<const uint8_t*>(from.view.buf);
     return without_gil([&] {
         if (type == 0) tiles<U8>(*p, in, canvas, v, static_cast<uint8_t*>(to.view.buf), level);
         if (type == 1) tiles<F32>(*p, in, canvas, v, static_cast<float*>(to.view.buf), level);
+        if (type == 2) tiles<BF16>(*p, in, canvas, v, static_cast<uint16_t*>(to.view.buf), level);
+        if (type == 3) tiles<F16>(*p, in, canvas, v, static_cast<uint16_t*>(to.view.buf), level);
     });
 }
 

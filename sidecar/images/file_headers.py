@@ -1,9 +1,9 @@
 """Read an image file's header: its format, its size, and whether it is plain.
 
 Rules: pure functions of bytes. Nothing is decoded, and no allocation depends on a length that the file gives. "Plain"
-means that the fast decoders return exactly the pixels of Pillow's `convert("RGB")`: one or three 8-bit channels, no
-alpha, no palette, no second frame, no metadata that could rotate the image (except in JPEG, see `tagged`). Pillow
-decodes everything else. A header that cannot be read is not plain and has size 0 x 0.
+means a JPEG of which the fast decoder returns exactly the pixels of Pillow's `convert("RGB")`: one or three 8-bit
+channels, no second frame; metadata may rotate it, see `tagged`. Pillow decodes everything else. A header that cannot be
+read is not plain and has size 0 x 0.
 """
 
 from __future__ import annotations
@@ -88,22 +88,15 @@ def _segments(data: bytes) -> Iterator[tuple[int, int]]:
 
 
 def _png(data: bytes) -> Header:
-    """Never plain: torchvision 0.29's PNG decoder aborts on damaged rows and is hardly faster than Pillow's."""
     width, height = struct.unpack_from("!II", data, 16)
     return Header("png", height, width)
 
 
 def _webp(data: bytes) -> Header:
-    """Plain: one lossy image whose lengths add up to the file's; decoders differ in what else they tolerate.
-
-    Lossless and extended files may contain alpha, animation or metadata.
-    """
     kind = data[12:16]
     if kind == b"VP8 ":
         width, height = (side & 0x3FFF for side in struct.unpack_from("<HH", data, 26))
-        riff, chunk = struct.unpack_from("<I8xI", data, 4)
-        whole = riff + 8 == len(data) == 20 + chunk + chunk % 2
-        return Header("webp", height, width, plain=whole and data[23:26] == b"\x9d\x01\x2a")
+        return Header("webp", height, width)
     if kind == b"VP8L":
         bits = struct.unpack_from("<I", data, 21)[0]
         return Header("webp", (bits >> 14 & 0x3FFF) + 1, (bits & 0x3FFF) + 1)

@@ -20,12 +20,13 @@ from sidecar.errors import StartError, UsageError
 from sidecar.flags import parse_gpu
 from sidecar.images.shm_cache import SHM_DIR
 from sidecar.kernels import families
-from sidecar.load import cost_model
+from sidecar.load import body_scan, cost_model
 from sidecar.load.roofline import roofline
 from sidecar.settings import Settings
 from sidecar.signals.gpu import names as gpu_names
 
 BACKLOG_CONNECTIONS: Final = 1024
+IMAGE_MODULES: Final = ("PIL", "numpy", "pybase64")  # the extra `images`; simplejpeg only makes it faster
 IMAGE_KEY_BYTES: Final = 32
 MIN_KEY_FILE_BYTES: Final = 16
 MAX_KEY_FILE_BYTES: Final = 4096
@@ -118,8 +119,10 @@ def explain_images_off(chosen: Settings, shm: str = SHM_DIR) -> str:
         return f"the image processor of --model is unknown: {found}"
     if chosen.images == "shm" and not Path(shm).is_dir():
         return f"no shared memory: {shm} is not a directory"
-    if importlib.util.find_spec("torchvision") is None:
+    if any(importlib.util.find_spec(module) is None for module in IMAGE_MODULES):
         return "the extra is not installed; pip install 'inference-sidecar[images]'"
+    if not body_scan.is_compiled():
+        return "the compiled kernel was not built; install a C++ compiler, then the package from source"
     return ""
 
 

@@ -112,8 +112,8 @@ async def recorder() -> AsyncIterator[Recorder]:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def sidecar(recorder: Recorder, sidecars: Any, tmp_path_factory: Any, requires: Any) -> AsyncIterator[Any]:
-    """One for all tests: its image workers load torch for seconds. The engine is also its OTLP collector."""
-    requires("python:torchvision")
+    """One for all tests: its image workers load for a while. The engine is also its OTLP collector."""
+    requires("python:simplejpeg")
     folder = tmp_path_factory.mktemp("images")
     (folder / "preprocessor_config.json").write_text(json.dumps(CONFIG))
     async with sidecars(folder) as start:
@@ -165,7 +165,7 @@ async def ask(sidecar: Any, body: Any, **headers: str) -> tuple[int, Any, Any]:
 
 
 async def until_prepared(sidecar: Any) -> None:
-    """Send an image until one is prepared: workers load torch for some seconds, and the engine is looked at first."""
+    """Send an image until one is prepared: workers load for a while, and the engine is looked at first."""
     body = chat(data_url(photo(400, 300, 99)))
     async with asyncio.timeout(PATIENCE):
         while 'sidecar_images_total{format="jpeg",outcome="ok"' not in (await sidecar.get("/metrics"))[1]:
@@ -317,7 +317,7 @@ async def test_an_engine_that_reads_no_pnm_is_served_as_it_came(
     sidecars: Any, tmp_path: Path, requires: Callable[[str], Path]
 ) -> None:
     """It refuses the first image, which the client never sees; then images pass, until it is another process."""
-    requires("python:torchvision")
+    requires("python:simplejpeg")
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(CONFIG))
     async with (
         ScriptedEngine(EngineSettings(listen=("127.0.0.1", 0), decode_step_ms=1.0)) as engine,
@@ -349,7 +349,7 @@ async def test_an_engine_that_says_that_it_reads_no_pnm_gets_none(
     sidecars: Any, tmp_path: Path, requires: Callable[[str], Path]
 ) -> None:
     """With vLLM's Rust front end the engine gets the client's bytes once it has said what it is."""
-    requires("python:torchvision")
+    requires("python:simplejpeg")
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(CONFIG))
     async with recording("vllm-frontend-rs") as recorder, sidecars(tmp_path) as start:
         sidecar = await start(recorder.url, images="inline", model=str(tmp_path), image_workers="1", engine_kind="vllm")
@@ -392,7 +392,7 @@ def handed_over(sidecar: Any) -> list[str]:
 
 
 async def patiently(ask: Callable[[], Any]) -> Preprocessed:
-    """The image workers load torch for some seconds; until then the answer is 503."""
+    """The image workers load for a while; until then the answer is 503."""
     for _ in range(100):
         try:
             return await ask()

@@ -1,6 +1,6 @@
 """A real image server for every test here that needs one, and pictures of every kind.
 
-The server is started once (importing torch takes seconds); a test that breaks it on purpose starts one of its own.
+The server is started once (a start takes a while); a test that breaks it on purpose starts one of its own.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from sidecar.images.worker import tensors
 from sidecar.kernels import families
 from sidecar.kernels.grid import PatchSpec, ProcessorSpec, TileSpec
 
-from . import published
+from . import by_torch, published
 
 
 @dataclass(frozen=True)
@@ -124,10 +124,10 @@ def check(row: Family, height: int, width: int) -> None:
         assert min(height, width) < 30, "only odd sizes are refused"
         return
     geometry = spec.geometry(height, width)
-    resized = tensors.resize(image, geometry, spec)
-    assert tuple(resized.shape[-2:]) == geometry.size
+    resized = tensors.resize(by_torch.rows(image), geometry, spec)
+    assert resized.shape == (*geometry.size, 3)
     if spec.tensors and not isinstance(spec, TileSpec):
-        got = tensors.prepare(image, geometry, spec)
+        got = by_torch.tensor(tensors.prepare(by_torch.rows(image), geometry, spec), spec.dtype)
         pixels = wanted["pixel_values"]
         if isinstance(spec, PatchSpec):  # one row for each patch, whatever the shape of a row
             pixels = pixels.flatten(1)
@@ -135,7 +135,7 @@ def check(row: Family, height: int, width: int) -> None:
         shapes = spec.shapes([geometry])
         assert {k: v[1] for k, v in shapes.items()} == {k: list(torch.as_tensor(wanted[k]).shape) for k in shapes}
     if spec.keeps(geometry):
-        again = theirs(row, resized)
+        again = theirs(row, by_torch.planes(resized))
         assert set(again) == set(wanted)
         for name, value in wanted.items():
             if isinstance(value, torch.Tensor):
@@ -207,7 +207,8 @@ def test_a_batch_of_planes_is_padded_as_the_processor_pads() -> None:
     images = [picture(200, 300), picture(300, 100)]
     wanted = theirs(row, *images)["pixel_values"]
     geometries = [spec.geometry(*image.shape[-2:]) for image in images]
-    values = [tensors.prepare(image, g, spec).numpy().tobytes() for image, g in zip(images, geometries, strict=True)]
+    rows = map(by_torch.rows, images)
+    values = [tensors.prepare(image, g, spec).tobytes() for image, g in zip(rows, geometries, strict=True)]
     made = b"".join(piece for group in tensor_layout.pieces(values, geometries, spec) for piece in group)
     assert np.array_equal(np.frombuffer(made, np.float32).reshape(spec.pixels(geometries)), wanted.numpy())
 

@@ -15,7 +15,7 @@ from sidecar.images.worker import tensors
 from sidecar.kernels import families, fused, reference
 from sidecar.kernels.grid import BICUBIC, BILINEAR, LANCZOS, Geometry, PatchSpec
 
-from . import published
+from . import by_torch, published
 
 LEVELS = pytest.mark.parametrize("level", [fused.FASTEST, fused.PLAIN], ids=["fastest", "plain"])
 SIDE = st.one_of(st.integers(1, 40), st.integers(1, 700))
@@ -44,9 +44,7 @@ def spec(**changes: Any) -> PatchSpec:
 
 
 def torchvision(image: np.ndarray[Any, Any], height: int, width: int, resample: int) -> np.ndarray[Any, Any]:
-    tensor = torch.from_numpy(image).permute(2, 0, 1)
-    resized = tensors.by_torchvision(tensor, Geometry(height, width, 1, 1, 1, 1), spec(resample=resample))
-    return resized.permute(1, 2, 0).numpy()
+    return by_torch.rows(by_torch.resize(by_torch.planes(image), Geometry(height, width), spec(resample=resample)))
 
 
 @LEVELS
@@ -131,8 +129,8 @@ def test_patches_equal_the_processors_operations(
     step = patch * merge
     geometry = Geometry(rows * step, columns * step, 1, rows * merge, columns * merge, rows * columns)
     image = picture(h, w)
-    resized = tensors.by_torchvision(torch.from_numpy(image).permute(2, 0, 1), geometry, which)
-    wanted = tensors.patches(resized, geometry, which)
+    resized = by_torch.resize(by_torch.planes(image), geometry, which)
+    wanted = by_torch.patches(resized, geometry, which)
     floats = fused.patches(image, geometry, which, "float32", level)
     assert torch.equal(torch.from_numpy(floats), wanted.to(torch.float32))
     halves = torch.from_numpy(fused.patches(image, geometry, which, "bfloat16", level)).view(torch.bfloat16)
@@ -140,7 +138,7 @@ def test_patches_equal_the_processors_operations(
     small = torch.from_numpy(fused.patches(image, geometry, which, "float16", level))
     assert torch.equal(small, wanted.to(torch.float16))
     bytes_ = fused.patches(image, geometry, which, "uint8", level)
-    plain = tensors.patches(resized, geometry, dataclasses.replace(which, do_normalize=False, do_rescale=False))
+    plain = by_torch.patches(resized, geometry, dataclasses.replace(which, do_normalize=False, do_rescale=False))
     assert torch.equal(torch.from_numpy(bytes_), plain)
 
 
@@ -168,11 +166,11 @@ def test_patches_too_large_for_the_caches_are_the_same(kind: fused.Kind) -> None
 )
 def test_a_file_holds_the_resized_pixels(geometry: Geometry) -> None:
     """A PPM's pixels equal torchvision's: resized in place, unchanged, cropped, or smaller than a register."""
-    image = torch.from_numpy(picture(60, 80)).permute(2, 0, 1)
-    wanted = tensors.crop(tensors.by_torchvision(image, geometry, spec()), geometry)
+    image = picture(60, 80)
+    wanted = by_torch.crop(by_torch.resize(by_torch.planes(image), geometry, spec()), geometry)
     made = tensors.resized_ppm(image, geometry, spec())
     height, width = geometry.size
-    assert bytes(made) == b"P6\n%d %d\n255\n" % (width, height) + wanted.permute(1, 2, 0).contiguous().numpy().tobytes()
+    assert bytes(made) == b"P6\n%d %d\n255\n" % (width, height) + by_torch.rows(wanted).tobytes()
 
 
 def test_what_does_not_fit_is_refused() -> None:

@@ -21,7 +21,7 @@ from sidecar.kernels import families, ragged, reference
 from sidecar.kernels.grid import BICUBIC, BILINEAR, LANCZOS, Geometry, PatchSpec, ProcessorSpec
 from sidecar.kernels.ragged import RaggedImage
 
-from . import published
+from . import by_torch, published
 
 RESAMPLES = (BILINEAR, BICUBIC, LANCZOS)
 RESAMPLE = st.sampled_from(RESAMPLES)
@@ -78,12 +78,12 @@ def expected(image: np.ndarray[Any, Any], geometry: Geometry, chosen: ProcessorS
     """The CPU's result, rounded to `dtype`; uint8 where no floats are wanted."""
     if dtype == torch.uint8:
         chosen = dataclasses.replace(chosen, do_normalize=False, do_rescale=False)
-    return tensors.prepare(torch.from_numpy(image).permute(2, 0, 1), geometry, chosen).to(dtype).reshape(-1)
+    return by_torch.values(by_torch.planes(image), geometry, chosen).to(dtype).reshape(-1)
 
 
 def tables(*specs: ProcessorSpec, dtype: Any) -> Any:
     """The specs' tables, as the sidecar makes them; None for bytes."""
-    return None if dtype == torch.uint8 else torch.stack([tensors.table(s) for s in specs]).to(dtype)
+    return None if dtype == torch.uint8 else torch.stack([torch.from_numpy(tensors.table(s)) for s in specs]).to(dtype)
 
 
 @settings(max_examples=150)
@@ -129,8 +129,8 @@ def test_extremes_equal_the_cpu(gpu: Any, resample: int) -> None:
     wanted = [RaggedImage(h, w, Geometry(height, width), resample) for h, w, height, width in sizes]
     chosen = spec(resample=resample)
     for out, image, w in zip(made(gpu, images, wanted), images, wanted, strict=True):
-        resized = tensors.resize(torch.from_numpy(image).permute(2, 0, 1), w.geometry, chosen)
-        assert torch.equal(out, resized.permute(1, 2, 0).reshape(-1))
+        resized = by_torch.resize(by_torch.planes(image), w.geometry, chosen)
+        assert torch.equal(out, by_torch.crop(resized, w.geometry).permute(1, 2, 0).reshape(-1))
 
 
 @TYPES

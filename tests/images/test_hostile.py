@@ -13,13 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from sidecar.errors import BadImage
 from sidecar.images.protocol import ImageLimits
 from sidecar.images.service import ImageService
-from sidecar.images.worker import tensors
 from sidecar.images.worker.worker import memory_bound
 from sidecar.images.worker_queue import WorkerQueue
 from sidecar.kernels import families
@@ -27,7 +25,7 @@ from sidecar.kernels.grid import PatchSpec, ProcessorSpec
 from sidecar.tools import synthetic_photos
 from tests.waiting import PATIENCE
 
-from . import corpus, jpegs
+from . import by_torch, corpus, jpegs
 from .conftest import Server
 from .corpus import png, saved
 from .published import settings
@@ -203,8 +201,7 @@ def wanted(data: bytes, spec: PatchSpec) -> bytes | None:
         geometry = spec.geometry(*pixels.shape[:2])
     except ValueError:
         return None
-    planes = torch.from_numpy(np.array(pixels)).permute(2, 0, 1)
-    return tensors.patches(tensors.by_torchvision(planes, geometry, spec), geometry, spec).numpy().tobytes()
+    return by_torch.values(by_torch.planes(np.array(pixels)), geometry, spec).numpy().tobytes()
 
 
 # what a refusal may say; image_failed, which a worker's death would give, is not among them

@@ -16,9 +16,11 @@ from hypothesis import strategies as st
 
 from sidecar.images import tensor_layout
 from sidecar.images.worker import pipeline, tiles
+from sidecar.images.worker.tensors import KERNEL_KINDS
 from sidecar.kernels import families, fused
 from sidecar.kernels.grid import ImageView, TileSpec
 
+from . import by_torch
 from .published import SIZES
 from .published import settings as file
 from .test_families import Family, picture
@@ -146,7 +148,7 @@ def ours(row: Family, *images: torch.Tensor) -> dict[str, torch.Tensor]:
     spec = row.spec()
     assert isinstance(spec, TileSpec)
     geometries = [spec.geometry(*image.shape[-2:]) for image in images]
-    made = [tiles.prepare(image, g, spec) for image, g in zip(images, geometries, strict=True)]
+    made = [tiles.prepare(by_torch.rows(image), g, spec) for image, g in zip(images, geometries, strict=True)]
     groups = tensor_layout.pieces([pipeline.octets(tensor) for tensor in made], geometries, spec)
     data = {"pixel_values": bytearray(b"".join(part for group in groups for part in group))}
     for name, tensor in spec.integers(geometries).items():
@@ -380,12 +382,14 @@ def test_every_form_of_the_kernel_cuts_tiles_alike(data: st.DataObject) -> None:
     view = ImageView(size, canvas, tile, draw(0, canvas[0] - size[0], "top"), draw(0, canvas[1] - size[1], "left"))
     image, spec = picture(draw(1, 60, "h"), draw(1, 60, "w")), ROWS["internvl"].spec()
     assert isinstance(spec, TileSpec)
-    wanted = torch.empty((view.tiles, 3, *tile))
-    tiles.cut(tiles.canvas({(): image}, view, spec), view, spec, wanted)
+    wanted = by_torch.tiles(image, view, spec)
     for level in (fused.PLAIN, fused.FASTEST):
-        got = np.empty(wanted.shape, np.float32)
-        fused.tiles(image.permute(1, 2, 0).numpy(), view, spec, "float32", got, level)
-        assert np.array_equal(got, wanted.numpy())
+        for name, kind in KERNEL_KINDS.items():
+            chosen = spec if name != "U8" else dataclasses.replace(spec, do_rescale=False, do_normalize=False)
+            got = np.empty(wanted.shape, fused.KINDS[kind][1])
+            fused.tiles(by_torch.rows(image), view, chosen, kind, got, level)
+            same = by_torch.tiles(image, view, chosen) if name == "U8" else wanted.to(by_torch.DTYPES[name])
+            assert torch.equal(by_torch.tensor(got, name), same), (name, level)
 
 
 def test_a_canvas_that_is_too_small_is_refused() -> None:
@@ -400,8 +404,16 @@ def test_a_canvas_that_is_too_small_is_refused() -> None:
             fused.tiles(image, view, spec, "uint8", np.empty((1, 3, 8, 8), np.uint8))
 
 
-def test_without_the_compiled_kernel_the_bits_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where it was not built, torch cuts small patches, too."""
-    monkeypatch.setattr("sidecar.kernels.fused.missing", lambda: "not built")
-    for name in ("kimi-k2.5", "internvl", "minicpm-v"):
-        check(ROWS[name], (150, 211), (300, 40))
+@rows
+@pytest.mark.parametrize("half", ["BF16", "F16"])
+def test_half_precision_is_the_floats_as_torch_rounds_them(row: Family, half: str) -> None:
+    """Each layout, with values that are asked for in half precision."""
+    spec = row.spec()
+    assert isinstance(spec, TileSpec)
+    if spec.dtype != "F32":
+        return  # Llama 4 computes in bfloat16, and nothing else is given
+    image = picture(150, 211)
+    geometry = spec.geometry(150, 211)
+    floats = tiles.prepare(by_torch.rows(image), geometry, spec)
+    made = tiles.prepare(by_torch.rows(image), geometry, dataclasses.replace(spec, half=half))
+    assert torch.equal(by_torch.tensor(made, half), torch.from_numpy(floats).to(by_torch.DTYPES[half]))

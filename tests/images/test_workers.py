@@ -371,16 +371,14 @@ def test_cuda_without_a_device_says_what_to_do(requires: Callable[[str], Path]) 
 
 
 @pytest.mark.parametrize(
-    ("chosen", "available", "workers", "threads"),
+    ("chosen", "available", "workers"),
     [
-        (Settings(), 4, 4, 1),
-        (Settings(image_workers=2), 8, 2, 4),
-        (Settings(image_workers=8), 2, 8, 1),
-        (Settings(images_device="cuda"), 8, 8, 1),
-        (Settings(images_device="auto"), 2, 2, 1),
+        (Settings(), 4, 4),
+        (Settings(image_workers=2), 8, 2),
+        (Settings(image_workers=8), 2, 8),
+        (Settings(images_device="cuda"), 8, 8),
     ],
 )
-def test_workers_and_threads_share_the_quota(chosen: Settings, available: int, workers: int, threads: int) -> None:
-    """Workers times threads never needs more CPUs than there are, unless more workers were asked for."""
-    made = worker_plan(chosen, available)
-    assert (made.workers, made.threads) == (workers, threads)
+def test_there_is_a_worker_for_each_cpu(chosen: Settings, available: int, workers: int) -> None:
+    """As many workers as CPUs, each with one thread, unless another number was asked for; a GPU changes nothing."""
+    assert worker_plan(chosen, available).workers == workers

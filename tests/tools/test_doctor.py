@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import socket
@@ -384,21 +385,32 @@ def test_why_images_pass_is_said(tmp_path: Path, config: dict[str, Any], level: 
 
 
 def test_the_image_extra_loads(tmp_path: Path, requires: Callable[[str], Path]) -> None:
-    """With a known processor, torch and torchvision are really loaded, in a process of their own."""
-    requires("python:torchvision")
+    """With a known processor, the image libraries are really loaded, in a process of their own."""
+    requires("python:simplejpeg")
     found = machine.images(Settings(model=model_dir(tmp_path, PROCESSOR)))
-    assert found.level == "ok" and "torchvision" in found.what
+    assert found.level == "ok" and "JPEG by simplejpeg" in found.what
+
+
+def test_a_gpu_without_its_extra_is_a_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, requires: Callable[[str], Path]
+) -> None:
+    """--images-device cuda needs torch; its absence is said before anything starts."""
+    requires("python:simplejpeg")
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torch" else find(name))
+    found = machine.images(Settings(model=model_dir(tmp_path, PROCESSOR), images_device="cuda"))
+    assert found.level == "fail" and "extra gpu" in found.what and "[gpu]" in found.remedy
 
 
 def test_an_image_extra_that_does_not_load_is_a_failure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, requires: Callable[[str], Path]
 ) -> None:
-    """A torch that fails at import is reported with its last line and a remedy."""
-    requires("python:torchvision")
-    (tmp_path / "torch.py").write_text("raise OSError('libtorch is broken')")
+    """A library that fails at import is reported with its last line and a remedy."""
+    requires("python:simplejpeg")
+    (tmp_path / "simplejpeg.py").write_text("raise OSError('libjpeg is broken')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     found = machine.images(Settings(model=model_dir(tmp_path, PROCESSOR)))
-    assert found.level == "fail" and "libtorch is broken" in found.what and found.remedy
+    assert found.level == "fail" and "libjpeg is broken" in found.what and found.remedy
 
 
 @pytest.mark.parametrize(

@@ -42,26 +42,28 @@ SIGNAL_TEXTS: Final[dict[int, str]] = {
     signal.SIGKILL: "killed",
 }
 NO_CUDA_STATUS: Final = 78  # exit status of a GPU process that found no CUDA device (EX_CONFIG)
-NO_CUDA_TEXT: Final = "--images-device cuda: no CUDA device is visible to the image worker; use --images-device cpu"
+NO_CUDA_TEXT: Final = (
+    "--images-device cuda: no CUDA device is visible to the image server, or the extra gpu is not installed; "
+    "use --images-device cpu"
+)
 GPU_RETRY_S: Final = 60.0  # pause before a lost GPU is retried
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerPlan:
-    """How many workers, and how many threads each."""
+    """How many workers, and what they and the GPU process may use."""
 
     workers: int
-    threads: int
     device: str  # "auto", "cpu" or "cuda"
     gpu_memory: int  # bytes
     limits: ImageLimits
 
 
 def worker_plan(settings: Settings, available: int) -> WorkerPlan:
-    """Workers and threads for `available` CPUs. A GPU process is not counted: it waits most of the time."""
+    """The plan for `available` CPUs. A GPU process is not counted: it waits most of the time."""
     workers = settings.image_workers or available
     limits = ImageLimits(settings.image_max_bytes, settings.image_max_pixels)
-    return WorkerPlan(workers, max(1, available // workers), settings.images_device, settings.gpu_memory_budget, limits)
+    return WorkerPlan(workers, settings.images_device, settings.gpu_memory_budget, limits)
 
 
 def main(listen_fd: int, settings_json: str) -> int:
@@ -73,7 +75,6 @@ def main(listen_fd: int, settings_json: str) -> int:
     chosen = from_json(settings_json)
     logs.setup(chosen.log_level)
     plan = worker_plan(chosen, cpu_quota.quota())
-    os.environ.update({name: str(plan.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")})
     start = time.monotonic()
     preimport()
     _log.info("image workers: %d, ready after %.1f s of loading", plan.workers, time.monotonic() - start)
@@ -180,26 +181,24 @@ def _fork(serve: Callable[[], int]) -> int:
 
 def _serve_images(listening: socket.socket, plan: WorkerPlan, gpu_path: str) -> int:
     """Run a worker, in its own process."""
-    import torch
-
     from sidecar.images.worker import pipeline, warm_up
     from sidecar.images.worker.gpu_channel import GpuChannel
 
-    torch.set_num_threads(1)
-    torch.set_grad_enabled(False)
     warm_up.run(pipeline.run_job, plan.limits)
     gpu = GpuChannel(gpu_path) if gpu_path else None
     if gpu is not None:
         gpu.open()
     worker.confine(plan.limits, (listening.fileno(), *(gpu.descriptors if gpu else ())))
-    torch.set_num_threads(plan.threads)  # they start within the sandbox
     prepare = partial(pipeline.run_job, gpu=gpu, on_size=worker.limit_cpu)
     return worker.serve(listening, prepare, plan.limits, lambda: gpu is not None and gpu.lost)
 
 
 def _serve_gpu(listening: socket.socket, plan: WorkerPlan) -> int:
-    """Run the process that owns the GPU."""
-    import torch
+    """Run the process that owns the GPU; it alone needs torch, which the extra `gpu` brings."""
+    try:
+        import torch
+    except ImportError:
+        return NO_CUDA_STATUS
 
     from sidecar.images.worker import gpu_server as gpu
 

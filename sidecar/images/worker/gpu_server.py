@@ -119,7 +119,7 @@ class GpuResizer:
         specs = list(dict.fromkeys(request.spec for request in requests))
         for spec in specs:
             if spec not in self._tables:
-                self._tables[spec] = table(spec)
+                self._tables[spec] = torch.from_numpy(table(spec))
         return torch.stack([self._tables[spec] for spec in specs]).to(self._name)
 
 

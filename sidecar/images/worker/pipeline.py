@@ -13,7 +13,6 @@ from typing import Any, Final
 
 import numpy as np
 import pybase64
-import torch
 
 from sidecar.images import file_headers
 from sidecar.images.decode_bounds import find_excess
@@ -23,7 +22,7 @@ from sidecar.images.tensor_layout import ELEMENT_BYTES
 from sidecar.images.worker import calibration, tiles
 from sidecar.images.worker.decode import ImageRejected, check_size, decode, orientation, turned
 from sidecar.images.worker.gpu_channel import GpuChannel, GpuRequest
-from sidecar.images.worker.tensors import ppm, prepare, resize, resized_ppm, round_to_half
+from sidecar.images.worker.tensors import Pixels, ppm, prepare, resize, resized_ppm, round_to
 from sidecar.kernels import families
 from sidecar.kernels.grid import Geometry, PatchSpec, ProcessorSpec, TileSpec
 
@@ -54,7 +53,7 @@ class StageTimer:
 class DecodedImage:
     """A decoded image; `geometry` is its target."""
 
-    pixels: Any  # uint8 tensor (3, height, width)
+    pixels: Pixels
     geometry: Geometry
     header: file_headers.Header
     hash: str
@@ -118,7 +117,7 @@ def prepare_image(
         elif inline:
             made = resize(pixels, geometry, spec)
         elif isinstance(spec, TileSpec):
-            made = round_to_half(tiles.prepare(pixels, geometry, replace(spec, half="")), spec)
+            made = tiles.prepare(pixels, geometry, spec)
         else:
             size = _tensor_bytes(geometry, spec)
             made = prepare(pixels, geometry, spec, None if into is None or len(into) < size else into[:size])
@@ -132,7 +131,7 @@ def prepare_image(
 
 def _on_gpu(gpu: GpuChannel, job: ImageJob, image: DecodedImage, spec: ProcessorSpec) -> Answer | None:
     """The GPU's answer, or None."""
-    rows = image.pixels.permute(1, 2, 0).contiguous().numpy()
+    rows = image.pixels
     inline, (height, width) = job.want in INLINE, image.geometry.size
     if rows.shape[:2] == (image.geometry.height, image.geometry.width) and inline:
         return None  # nothing to resize
@@ -143,10 +142,10 @@ def _on_gpu(gpu: GpuChannel, job: ImageJob, image: DecodedImage, spec: Processor
         return None
     image.stages.end("resize_gpu")
     if inline:
-        pixels = torch.frombuffer(made, dtype=torch.uint8).view(height, width, 3).permute(2, 0, 1)
+        pixels = np.frombuffer(made, np.uint8).reshape(height, width, 3)
         return _encode(job, image, ppm(pixels) if job.want == PIXELS else pixels)
     if spec.half:
-        made = octets(round_to_half(torch.frombuffer(made, dtype=torch.float32), spec))
+        made = octets(round_to(np.frombuffer(made, np.float32), spec.dtype))
     return _done(image, BINARY_MEDIA_TYPE), made
 
 
@@ -183,7 +182,7 @@ def open_image(
     if header.format not in file_headers.DECODED_FORMATS:
         return _passed(job, "format", header, digest, len(data), stages)
     pixels = decode(data, header, job.limits, flatten=job.want not in INLINE)
-    height, width = pixels.shape[-2:]
+    height, width = pixels.shape[:2]
     stages.end("decode")
     try:
         geometry = spec.geometry(height, width)
@@ -200,15 +199,14 @@ def open_image(
 def _encode(job: ImageJob, image: DecodedImage, made: Any) -> Answer:
     """The answer of an inline job: a PPM as base64 text, for a data URL, or resized pixels as RGB rows."""
     as_text = job.want == PIXELS
-    payload = pybase64.b64encode(made) if as_text else octets(made.permute(1, 2, 0))
+    payload = pybase64.b64encode(made) if as_text else octets(made)
     image.stages.end("encode")
     return _done(image, PPM_MEDIA_TYPE if as_text else BINARY_MEDIA_TYPE), payload
 
 
-def octets(tensor: Any) -> memoryview:
-    """A tensor's memory."""
-    view: memoryview = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
-    return view
+def octets(array: Any) -> memoryview:
+    """An array's memory."""
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
 def _unpack(job: ImageJob, payload: Data) -> bytes:
@@ -240,7 +238,7 @@ def _is_passed_early(header: file_headers.Header, spec: ProcessorSpec, client_ch
 
 def _done(image: DecodedImage, media_type: str) -> ImageDone:
     """The answer for an image that was prepared."""
-    g, stages, size = image.geometry, tuple(image.stages.taken), tuple(image.pixels.shape[-2:])
+    g, stages, size = image.geometry, tuple(image.stages.taken), image.pixels.shape[:2]
     grid = (g.grid_t, g.grid_h, g.grid_w)
     return ImageDone(
         "ok", image.header.format, media_type, *g.size, grid, g.tokens, image.hash, stages, image.bytes_in, size

@@ -1,7 +1,7 @@
 """Load what libraries load on their first use, before a worker's files are out of reach.
 
 Rules: the pictures are made here, so no byte comes from outside. What is missing in an installation stays missing: its
-images are refused later, as ever. Everything runs on one thread.
+images are refused later, as ever.
 """
 
 from __future__ import annotations
@@ -9,17 +9,14 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
-from dataclasses import replace
 from typing import Final
 
-import torch
 from PIL import Image
 
 from sidecar.images.protocol import TENSORS, ImageJob, ImageLimits
-from sidecar.images.worker.tensors import by_torchvision, normalise
 from sidecar.images.worker.worker import PrepareImage
 from sidecar.kernels.families.single_view import ClipSpec
-from sidecar.kernels.grid import BICUBIC, RESAMPLES, Geometry
+from sidecar.kernels.grid import BICUBIC
 
 # What Pillow imports within functions, and Python's codecs that it names.
 MODULES: Final = (
@@ -55,14 +52,10 @@ def preimport() -> None:
 
 
 def run(prepare: PrepareImage, limits: ImageLimits) -> None:
-    """Prepare small pictures of every kind, and have torch do what the compiled kernel usually does."""
+    """Prepare small pictures of every kind."""
     for format, mode in PICTURES:
         job = ImageJob(TENSORS, CLIP.to_json(), False, limits, WARM_UP_TIMEOUT_S)
         prepare(job, _picture(format, mode), None)
-    pixels = torch.zeros((3, SIDE, SIDE), dtype=torch.uint8)
-    for resample in RESAMPLES:
-        by_torchvision(pixels, Geometry(SIDE // 2, SIDE // 2), replace(CLIP, resample=resample))
-    normalise(pixels, CLIP)
 
 
 def _picture(format: str, mode: str) -> bytearray:

@@ -21,6 +21,7 @@ from typing import Final
 
 from sidecar.errors import StartError
 from sidecar.health.probe_policy import Kind, ProbeSpec
+from sidecar.launch.preflight import IMAGE_MODULES
 from sidecar.settings import ENV_PREFIX, Settings, format_key
 from sidecar.tools.demo.kubelet import Container
 
@@ -29,7 +30,6 @@ Address = tuple[str, int]
 MODEL: Final = "scripted"
 PORT_RANGE: Final = (20_000, 32_000)  # below 32768, from where Linux takes ports for outgoing connections
 MAX_PORTS_TRIED: Final = 100
-IMAGE_MODULES: Final = ("torch", "torchvision", "PIL", "numpy")  # the `images` extra
 
 # Shorter than the defaults of `sidecar run`, so that a stall is found within seconds instead of half a minute. The
 # engine stalls on purpose every minute, so nothing holds back a kill.

@@ -1,6 +1,7 @@
 """Checks of this machine and of the configured files. Each check is a function of the settings and runs on a thread.
 
-Checks leave nothing behind. What may hang or is heavy (NVML, torch) has a timeout; torch runs in its own process.
+Checks leave nothing behind. What may hang or is heavy (NVML, image libraries) has a timeout; those
+libraries run in their own process.
 """
 
 from __future__ import annotations
@@ -40,11 +41,11 @@ MIN_SHM_BYTES: Final = 1 << 30
 # A container's default of 1024 files serves 480.
 MIN_CONNECTIONS: Final = 1000
 # From a cold disk.
-TORCH_IMPORT_TIMEOUT_S: Final = 120.0
+IMPORT_TIMEOUT_S: Final = 60.0
 NVML_TIMEOUT_S: Final = 6.0
 _IMPORT_CODE: Final = (
-    "import torch, torchvision; from torchvision.io import decode_jpeg; from sidecar.kernels import fused; "
-    "print(torch.__version__, torchvision.__version__, fused.level(), fused.refused() or '-')"
+    "import PIL; from sidecar.images.worker import decode, pipeline; from sidecar.kernels import fused; "
+    "print(PIL.__version__, 'simplejpeg' if decode.simplejpeg else 'Pillow', fused.level(), fused.refused() or '-')"
 )
 
 
@@ -171,23 +172,22 @@ def images(chosen: Settings) -> DoctorFinding:
             return DoctorFinding("absent", f"off: {why}")
         return DoctorFinding("fail", f"off: {why}", f"or --images off, instead of {chosen.images}")
     command = (sys.executable, "-W", "ignore", "-c", _IMPORT_CODE)
-    within = TORCH_IMPORT_TIMEOUT_S
+    within = IMPORT_TIMEOUT_S
     try:
         child = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=within)
     except subprocess.TimeoutExpired:
-        return DoctorFinding("fail", f"torch does not load within {within:.0f} s", "check disk and CPU limits")
+        return DoctorFinding(
+            "fail", f"the image libraries do not load within {within:.0f} s", "check disk and CPU limits"
+        )
     if child.returncode:
         last = (child.stderr.strip().splitlines() or ["no message"])[-1]
-        remedy = "install a pair that fits together: pip install -c constraints.txt 'inference-sidecar[images]'"
-        return DoctorFinding("fail", f"torch and torchvision do not load: {last[:200]}", remedy)
-    torch, torchvision, kernel, refused = child.stdout.split()
-    text = f"{chosen.images}; torch {torch}, torchvision {torchvision}, kernel {kernel}"
-    if kernel == "none":
-        text += ": the compiled kernel was not built"
-        remedy = (
-            "install a C++ compiler, then the package from source; until then torchvision is used, 2-3 times slower"
-        )
-        return DoctorFinding("warn", text, remedy)
+        remedy = "install what fits together: pip install -c constraints.txt 'inference-sidecar[images]'"
+        return DoctorFinding("fail", f"the image libraries do not load: {last[:200]}", remedy)
+    if chosen.images_device == "cuda" and importlib.util.find_spec("torch") is None:
+        remedy = "pip install 'inference-sidecar[gpu]', or --images-device cpu"
+        return DoctorFinding("fail", "--images-device cuda: the extra gpu is not installed", remedy)
+    pillow, decoder, kernel, refused = child.stdout.split()
+    text = f"{chosen.images}; Pillow {pillow}, JPEG by {decoder}, kernel {kernel}"
     if refused != "-":
         text += f": its {refused} form gives other bits on this CPU and is not used"
         return DoctorFinding("warn", text, "please report the CPU's name; results are right, only slower")
