@@ -17,6 +17,7 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
+from sidecar.engines.image_loading import SIZE_UNCHECKED
 from sidecar.engines.registry import KINDS
 from sidecar.errors import Draining, ImagesOff, Internal, RequestError, place_of
 from sidecar.events import AbortRequests, CanariesOver, Command, Event, HttpRequest, LoadReport, MetricsPage
@@ -311,10 +312,7 @@ class Relay:
         self, images: ImageService, parsed: request_body.ParsedBody, admission: Admission
     ) -> list[PreparedImage]:
         """The request's images, prepared."""
-        passing = self._refusals.passing
-        handoffs = NO_HANDOFFS
-        if self._handoffs is not None and not passing and self._engine_kind == "vllm":
-            handoffs = self._handoffs()
+        handoffs, passing = self._ways()
         emit, started = self._open_requests.emit, time.monotonic()
         try:
             return await inline.prepare(
@@ -322,6 +320,18 @@ class Relay:
             )
         finally:
             admission.image_seconds = time.monotonic() - started
+
+    def _ways(self) -> tuple[Handoffs, str]:
+        """What the engine takes through shared memory, and why images pass; "" if they need not.
+
+        An engine's plug-in that offers to take tensors has compared its sizes with those of the model's files: then no
+        canary image has to, which cannot where images at the model's limit have too many tokens.
+        """
+        passing = self._refusals.passing
+        if self._handoffs is None or self._engine_kind != "vllm" or passing not in ("", SIZE_UNCHECKED):
+            return NO_HANDOFFS, passing
+        handoffs = self._handoffs()
+        return handoffs, passing if handoffs.tensors is None else ""
 
     def _payload(
         self, parsed: request_body.ParsedBody, prepared: list[PreparedImage], admission: Admission
@@ -334,7 +344,7 @@ class Relay:
         if not prepared:
             return BodyPayload(rebuild({}), sent)
         has_originals = all(part.data for part in parts)  # also of images behind links
-        if has_originals and self._refusals.passing:  # perhaps since these were prepared
+        if has_originals and self._refusals.passing not in ("", SIZE_UNCHECKED):  # perhaps since these were prepared
             return BodyPayload(rebuild(inline.originals(parts, prepared)), sent)
         name = partial(inline.cache_name, self._image_key, admission.tenant) if self._engine_kind == "vllm" else None
         data = BodyPayload(rebuild(inline.replacements(parts, prepared, name)), sent)

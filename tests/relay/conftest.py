@@ -135,7 +135,7 @@ async def rig() -> AsyncIterator[Callable[..., Awaitable[Rig]]]:
             **settings: Any,
         ) -> Rig:
             ways = {"images": images, "preprocess": preprocess, "fetch": fetch, "image_key": image_key}
-            ways["handoffs"] = shm and (lambda: Handoffs(shm()))
+            ways["handoffs"] = shm and (lambda: h if isinstance(h := shm(), Handoffs) else Handoffs(h))
             ways |= {"max_queued": max_queued, "client_stall": client_stall}
             own = Settings(engine=engine, engine_kind=kind, **settings)
             return await stack.enter_async_context(_rig(own, pricing or Pricing(Estimator(Coefficients())), ways))

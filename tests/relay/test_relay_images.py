@@ -17,6 +17,7 @@ from sidecar.errors import UsageError
 from sidecar.events import STATES, Admitted, ImagePrepared, LoadReport
 from sidecar.images.pass_reasons import PASS_REASONS
 from sidecar.images.service import ImageService
+from sidecar.images.vllm_plugin import Handoffs, TensorOffer
 from sidecar.kernels import families
 from sidecar.launch.preflight import read_image_key
 from sidecar.relay.http.client import Request
@@ -192,6 +193,24 @@ async def test_a_request_that_sets_its_own_processing_is_counted(rig: Any, serve
     async with r.client.post(r.url + "/v1/chat/completions", data=body) as got:
         assert await got.read() == body
     assert [event.reason for event in r.emitted.of(ImagePrepared)] == ["own_options"]
+
+
+async def test_a_plug_in_that_takes_tensors_has_compared_sizes(rig: Any, serve: Any) -> None:
+    """No canary image is needed then. One that only reads pixels proves nothing, nor does any where sizes differ."""
+    offer, workers = TensorOffer("", "U8", 1, 1), Workers()
+    taken = [Handoffs(True, offer)]
+    r = await rig(await serve(echo), images=workers, shm=lambda: taken[0])
+    for handoffs, reason, prepared in (
+        (Handoffs(True, offer), "size_unchecked", 1),
+        (Handoffs(True), "size_unchecked", 0),
+        (Handoffs(True, offer), "size_differs", 0),
+    ):
+        taken[0] = handoffs
+        workers.handed_over.clear()
+        r.relay.on_command(LoadReport("{}", "", "idle", "vllm", images_pass=reason))
+        async with r.client.post(r.url + "/v1/chat/completions", json=pictures("AAAA")) as got:
+            assert (b"Qk0=" in await got.read()) == bool(prepared)
+        assert len(workers.handed_over) == prepared
 
 
 async def test_images_pass_to_an_engine_that_is_not_known(rig: Any, serve: Any) -> None:

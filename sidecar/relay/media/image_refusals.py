@@ -43,7 +43,7 @@ class Refusals:
     @property
     def passing(self) -> str:
         """Why images pass unprepared; "" if they need not."""
-        return self._reason or ("refused" if self._refused else "")
+        return "refused" if self._refused else self._reason
 
     def is_trial(self, form: str, size: int) -> bool:
         """Whether a prepared body in this form, of `size` bytes, is a trial, whose original is kept."""
