@@ -3,8 +3,9 @@
     forecast(slot) = max over the slot and its neighbours of the QUANTILE of this time of day over the last DAYS days
 
 So what happened on four of seven days at this time is expected, on weekends, too; what happened twice is not. On two
-weeks of 17 production clients (benchmarks/replay/clients.py) this covers more of the demand for the same replica hours
-than yesterday, than the same weekday of the week before (one sample), and than the mean of both.
+weeks of 17 production clients (benchmarks/replay/clients.py) this covers more of the demand on average, for the same
+replica hours, than yesterday, than the same weekday of the week before (one sample), and than the mean of both; not for
+each client.
 
 Series are equally spaced and end with the present; a day of them has `slots` values.
 """

@@ -34,8 +34,7 @@ LIMITS: Final = ImageLimits(1 << 24, 1 << 24)
 LARGE: Final = (896, 1344)  # height and width in pixels: beyond the caches, as photographs are
 SMALL: Final = (448, 672)
 BYTES: Final = 4 << 20
-# Measured with a real vLLM, inline against direct (docs/benchmarks.md): beyond `json` and base64, a body is received,
-# joined, validated and copied from task to task.
+# An estimate: beyond `json` and base64, an engine receives a body, joins, validates and copies it from task to task.
 ENGINE_COPIES: Final = 4
 # Torchvision's resize over our kernel's, and torch's patch layout over numpy's: 3.06 to 1.09 ms and 9.83 to 7.00 ms for
 # LARGE to SMALL on one thread of an Intel Xeon with AVX-512, 2026-11-30.
