@@ -3,7 +3,7 @@
     state directory/vllm-plugin/sidecar_vllm/                   the package
                                 inference_sidecar_vllm-VERSION.dist-info/   its entry point: vLLM loads it at its start
 
-Rules: whoever may write there may run code in the engine, so the directory belongs to the sidecar's user, and the
+Rules: a user who may write there may run code in the engine, so the directory belongs to the sidecar's user, and the
 engine's container mounts it read-only. Files are replaced one by one, atomically: an engine that starts meanwhile finds
 the old or the new form of each. A directory that cannot be written costs the plug-in, not the start.
 """

@@ -27,7 +27,7 @@ CHAT = b"".join(
 )
 MESSAGES = b"".join(
     [
-        event({"type": "message_start", "message": {"id": "msg_1", "model": "claude", "content": []}}, "message_start"),
+        event({"type": "message_start", "message": {"id": "msg_1", "model": "some-model", "content": []}}, "message_start"),
         event({"type": "content_block_delta", "delta": {"text": "x"}}, "content_block_delta"),
         event({"type": "message_delta", "delta": {"stop_reason": "end_turn"}}, "message_delta"),
     ]
@@ -37,7 +37,7 @@ OLLAMA = b'{"model":"qwen","message":{"content":"x"},"done":false}\n{"model":"qw
 SGLANG = event({"text": "x", "meta_info": {"id": "s-1", "finish_reason": {"type": "stop", "matched": 3}}})
 STREAMS = [
     (CHAT, AnswerDetails("chatcmpl-1", "llama", ("length", "stop"))),
-    (MESSAGES, AnswerDetails("msg_1", "claude", ("end_turn",))),
+    (MESSAGES, AnswerDetails("msg_1", "some-model", ("end_turn",))),
     (RESPONSES, AnswerDetails("resp_1", "gpt")),
     (OLLAMA, AnswerDetails("", "qwen", ("stop",))),
     (SGLANG, AnswerDetails("s-1", "", ("stop",))),

@@ -39,7 +39,7 @@ class XidWatch:
             return tuple(sorted(self._counts.get(index, {}).items()))
 
     def is_watched(self, index: int) -> bool:
-        """Whether the driver reports, in this session, XID errors of this GPU."""
+        """Whether the driver reports XID errors of this GPU."""
         return index in self._watched
 
     def begin(self, nvml: Any, devices: Sequence[GpuDevice]) -> None:
