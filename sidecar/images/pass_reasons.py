@@ -1,7 +1,7 @@
 """Why an image of a request goes to the engine as it came: the `reason` of sidecar_images_total, in words.
 
-Those of a whole engine are in engines/image_loading.py. Passing costs no client a request: the engine does the work that
-it would do without a sidecar, and it alone refuses what is broken.
+Those of a whole engine are in engines/image_loading.py. Passing costs no client a request: the engine does the work
+that it would do without a sidecar, and it alone refuses what is broken.
 """
 
 from __future__ import annotations

@@ -27,7 +27,9 @@ CHAT = b"".join(
 )
 MESSAGES = b"".join(
     [
-        event({"type": "message_start", "message": {"id": "msg_1", "model": "some-model", "content": []}}, "message_start"),
+        event(
+            {"type": "message_start", "message": {"id": "msg_1", "model": "some-model", "content": []}}, "message_start"
+        ),
         event({"type": "content_block_delta", "delta": {"text": "x"}}, "content_block_delta"),
         event({"type": "message_delta", "delta": {"stop_reason": "end_turn"}}, "message_delta"),
     ]
