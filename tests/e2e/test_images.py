@@ -258,7 +258,7 @@ async def test_preprocess_returns_what_the_hugging_face_processor_returns(sideca
 
 
 async def test_an_image_server_that_dies_is_replaced(recorder: Recorder, sidecar: Any) -> None:
-    """kill -9 of the image server and its workers: images pass until there is a new one; control and relay survive."""
+    """kill -9 of the image server and its workers: no request fails until there is a new one, nor control, nor relay."""
     assert (await ask(sidecar, chat(data_url(photo(640, 480, 3)))))[0] == 200
     control = await sidecar.control()
     supervisor = psutil.Process(sidecar.process.pid)
@@ -274,7 +274,6 @@ async def test_an_image_server_that_dies_is_replaced(recorder: Recorder, sidecar
             url = recorder.bodies[-1]["messages"][0]["content"][1]["image_url"]["url"]
             prepared = url.startswith("data:image/x-portable-pixmap")
             await asyncio.sleep(0.2)
-    await sidecar.until_metrics('outcome="passed",reason="workers_away"}')
     assert await sidecar.control() == control
     assert (await sidecar.get("/livez"))[0] == 200
 
