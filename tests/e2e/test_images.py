@@ -258,7 +258,7 @@ async def test_preprocess_returns_what_the_hugging_face_processor_returns(sideca
 
 
 async def test_an_image_server_that_dies_is_replaced(recorder: Recorder, sidecar: Any) -> None:
-    """kill -9 of the image server and its workers: no request fails until there is a new one, nor control, nor relay."""
+    """kill -9 of the image server and its workers: no request fails until there is a new one; the others live on."""
     assert (await ask(sidecar, chat(data_url(photo(640, 480, 3)))))[0] == 200
     control = await sidecar.control()
     supervisor = psutil.Process(sidecar.process.pid)
