@@ -116,7 +116,8 @@ async def sidecar_for(
     """A sidecar that prepares images for `model`, once its workers do and the engine has shown its image sizes."""
     sidecar = start_sidecar(engine_url, **({"model": str(model), "images": "inline"} | more))
 
-    url = f"data:image/png;base64,{base64.b64encode(encoded('PNG', 640, 480)).decode()}"
+    large = encoded("JPEG", 2400, 1800)  # of which any of the models leaves less than half
+    url = f"data:image/jpeg;base64,{base64.b64encode(large).decode()}"
     parts = [{"type": "image_url", "image_url": {"url": url}}]
     body = client.completion(max_tokens=1) | {"messages": [{"role": "user", "content": parts}]}
 
