@@ -210,13 +210,14 @@ async def test_a_request_with_its_own_processing_is_left_alone(
 async def test_images_are_counted(engine: Engine, start_sidecar: Callable[..., Sidecar], http: Http) -> None:
     """Each prepared image is counted by format and outcome, and its request settles with outcome ok."""
     sidecar = await sidecar_for(start_sidecar, engine.url, engine.model, http)
+    before = await prepared_images(sidecar, http, format="jpeg")
     await client.ask(http, sidecar.url + PATH, BODIES["two"], tenant="acme")
     page = f"{sidecar.admin}/metrics"
 
     async def counted() -> bool:
         images = await prepared_images(sidecar, http, format="jpeg")
         requests = await client.sample(http, page, "sidecar_requests_total", tenant="acme", outcome="ok")
-        return (images, requests) == (2, 1)
+        return (images - before, requests) == (2, 1)
 
     await client.until(counted, "two images and one request")
 
