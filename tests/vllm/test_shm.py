@@ -81,7 +81,10 @@ async def test_a_vllm_without_the_plugin_gets_its_images_inline(
 async def test_pixels_in_shared_memory_give_the_same_answer(
     engine: Engine, start_sidecar: Callable[..., Sidecar], http: Http
 ) -> None:
-    """Text, log-probabilities and usage are the same to the last bit; nothing is left behind; a repeated image, too."""
+    """Text, log-probabilities and usage are the same to the last bit; nothing is left behind; a repeated image, too.
+
+    One with transparent parts passes as it came.
+    """
     bodies, before = [BODIES[name] for name in NAMES], waiting()
     without = [await client.ask(http, engine.url + PATH, body) for body in bodies]
     async with recording(engine.url, http) as (url, recorder):
@@ -89,7 +92,8 @@ async def test_pixels_in_shared_memory_give_the_same_answer(
         through = [await client.ask(http, sidecar.url + PATH, body) for body in bodies]
     assert through == without
     seen = [kind for body in recorder.bodies for kind in formats(body)]
-    assert len(seen) == 7 and all(kind.startswith("sidecar-shm://") for kind in seen)
+    assert len(seen) == 7 and sum(kind.startswith("sidecar-shm://") for kind in seen) == 6
+    assert formats(recorder.bodies[NAMES.index("alpha")]) == ["data:image/png"]
     assert waiting() <= before
     assert (await found(engine)).level == "ok"
 
