@@ -48,11 +48,6 @@ class RequestSize(Record, frozen=True):
     audio_seconds: float = 0.0
     video_frames: int = 0
 
-    @property
-    def has_media(self) -> bool:
-        """Whether pictures, sounds or videos are part of the prompt."""
-        return bool(self.images or self.audios or self.videos)
-
 
 class Trace(Record, frozen=True):
     """W3C trace context of a request: 32 and 16 lower-case hex digits; `parent_id` is empty for a root."""

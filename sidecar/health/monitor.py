@@ -224,7 +224,6 @@ class HealthMonitor:
                     event.at,
                     event.route,
                     size=event.mu,
-                    has_media=event.expected.has_media,
                 )
             case FirstToken():
                 self.partial_hangs.table.first_token((relay, event.id), event)

@@ -23,7 +23,7 @@ from math import ceil
 from typing import Final, Protocol
 
 from sidecar.events import LONGEST_ANSWER_TOKENS, SHORT_ROUTES
-from sidecar.health.latency_model import MIN_PREFILL_S, UNMEASURED_SLOWNESS, LatencyModel
+from sidecar.health.latency_model import UNMEASURED_SLOWNESS, LatencyModel
 from sidecar.health.token_balance import COUNTER_STALE_S, MAX_CANARY_TOKENS
 from sidecar.readings import EngineSample
 from sidecar.settings import Settings
@@ -57,8 +57,6 @@ BATCH_TOKENS: Final = 16_384
 # Routes whose answer is no text: their time is that of the route. How long a session may be silent is never known.
 TIMED_ROUTES: Final = ("transcription", "speech", "images", "realtime", "unread")
 SESSION_ROUTE: Final = "realtime"
-# The name under which first tokens of requests with pictures or sounds are learned, per second of predicted prefill.
-MEDIA: Final = "media"
 MIN_SIZE: Final = 1e-3  # model units
 # Processes behind one port that are distinguished.
 MAX_PAGES: Final = 4
@@ -128,7 +126,7 @@ class OpenWork(Protocol):
     `whole`: tokens of an answer that comes in one piece, 0 for a stream; `blocked`: it waits for its client or in the
     relay; `most_tokens`: that its client allows over all its `sequences`, None where it names no limit; `delivered`:
     events so far, the last one at `last_at`; `shows`: it would be seen to generate, because its text has begun to come
-    and it has nothing to withhold; `size`: its work in model units, `has_media`: pictures or sounds are part of it.
+    and it has nothing to withhold; `size`: its work in model units.
     """
 
     @property
@@ -157,8 +155,6 @@ class OpenWork(Protocol):
     def shows(self) -> bool: ...
     @property
     def size(self) -> float: ...
-    @property
-    def has_media(self) -> bool: ...
 
 
 @dataclass(slots=True)
@@ -178,7 +174,6 @@ class UnreadWork:
     last_at: float = 0.0
     shows: bool = False
     size: float = 1.0
-    has_media: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,7 +262,6 @@ class Progress:
     _first_at: float = 0.0  # the last first token, or answer that counts as one
     _predicted: dict[Key, tuple[float, float]] = field(default_factory=dict)  # admitted at, seconds of prefill
     _timed: dict[Key, tuple[float, str, float]] = field(default_factory=dict)  # of TIMED_ROUTES: since, route, size
-    _media: set[Key] = field(default_factory=set)  # of those whose prefill is predicted: they have pictures or sounds
     _sessions: set[Key] = field(default_factory=set)  # those of SESSION_ROUTE
 
     def rebaseline(self, now: float) -> None:
@@ -286,9 +280,8 @@ class Progress:
         route: str = "",
         *,
         size: float = 1.0,
-        has_media: bool = False,
     ) -> None:
-        """A request was sent. `size`, `has_media`: as in OpenWork.
+        """A request was sent. `size`: as in OpenWork.
 
         `prefill`: the seconds that the cost model predicts before the first token of a stream, or before the end of an
         answer without tokens; None where neither can be seen.
@@ -301,8 +294,6 @@ class Progress:
                 self._timed[key] = (now, route, max(size, MIN_SIZE))
         elif prefill is not None:
             self._predicted[key] = (now, prefill)
-            if has_media:
-                self._media.add(key)
 
     def resumed(self, key: Key, now: float) -> None:
         """A request that waited for its client or in the relay's queue is the engine's from now on."""
@@ -332,7 +323,6 @@ class Progress:
         self._predicted.pop(key, None)
         self._timed.pop(key, None)
         self._sessions.discard(key)
-        self._media.discard(key)
 
     def completed(self, key: Key, now: float) -> None:
         """The engine ended a request by itself: an answer without tokens shows the time of its prompt.
@@ -520,16 +510,11 @@ class Progress:
         return self._moved_at > since + FROZEN_SLACK_S
 
     def _unmeasured(self, waiting: list[OpenWork]) -> float:
-        """Seconds that a prefill may take of a size or of media that were never seen, on a machine of unknown speed.
-
-        Texts teach nothing about pictures and sounds: an encoder is another model, and may run elsewhere.
-        """
+        """Seconds that a prefill may take of a size that was never seen, on a machine of unknown speed."""
         if self.is_speed_known:
             return 0.0
         longest = max((hold.prefill for hold in waiting), default=0.0)
-        media = max((hold.prefill for hold in waiting if hold.has_media), default=0.0)
-        text = 0.0 if longest <= self.learned.measured_to else UNMEASURED_SLOWNESS * longest
-        return max(text, media * self.learned.route_seconds(MEDIA, UNMEASURED_SLOWNESS))
+        return 0.0 if longest <= self.learned.measured_to else UNMEASURED_SLOWNESS * longest
 
     def _longest_hidden(self, work: list[OpenWork]) -> float:
         """Seconds for which one of these may be generated unseen."""
@@ -558,8 +543,6 @@ class Progress:
         if predicted is not None and not self._tainted:
             took = max(0.0, now - max(predicted[0], self._first_at))
             self.learned.first_token(took, predicted[1])
-            if key in self._media:
-                self.learned.route_time(MEDIA, took / max(predicted[1], MIN_PREFILL_S))
         self._first_at = now
 
     def _is_counted(self, now: float, *, unanswered: bool) -> bool:

@@ -85,10 +85,6 @@ class AdmissionHold:
         return self.admitted.mu
 
     @property
-    def has_media(self) -> bool:
-        return self.admitted.expected.has_media
-
-    @property
     def most_tokens(self) -> int | None:
         """Output tokens that its client allows over all sequences; None where it names no limit."""
         return self.admitted.max_output

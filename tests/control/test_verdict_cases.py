@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from sidecar.events import Admitted, Delivered, FirstToken, RequestSize, Settled, UnreadRequest
+from sidecar.events import Admitted, FirstToken, RequestSize, Settled, UnreadRequest
 from sidecar.readings import EngineSample
 
 from .judged_pod import WALL, Pod
@@ -63,26 +63,6 @@ def test_4_ten_pictures_after_many_single_ones() -> None:
     pod.tick(120)
     end(pod, id)
     pod.tick(5)
-    assert pod.well, pod.states
-
-
-@pytest.mark.parametrize(
-    "first", [RequestSize(1100, image_tokens=1000, images=1), RequestSize(900, audio_tokens=800, audios=1)]
-)
-def test_7_the_first_picture_or_sound_on_a_machine_of_unknown_speed(first: RequestSize) -> None:
-    """Texts were fast; llama.cpp encodes its first picture on a CPU for 170 s, and its one slot takes no canary."""
-    pod = Pod()
-    for _ in range(12):
-        id = pod.decoding()
-        pod.tick(2, id)
-        pod.settle(id, 20, pod.now - 1)
-    pod.canaries = "starved"
-    pod.watch()
-    id = admit(pod, "chat", 0.5, first, stream=True)
-    pod.tick(170)
-    pod.control.on_event(0, FirstToken(id, pod.now))
-    pod.control.on_event(0, Delivered(id, pod.now, 5, 20))
-    pod.tick(1)
     assert pod.well, pod.states
 
 
