@@ -1,7 +1,8 @@
 """Predicted against actual time to first token: request traces on a simulated engine, or a running sidecar's own error.
 
     .venv/bin/python benchmarks/latency.py [--traces DIR] [--loads 0.5 0.8] [--seconds 3600] [--write]
-    .venv/bin/python benchmarks/latency.py --relay URL --admin URL --model NAME [--rate 2] [--requests 300] [--write]
+    .venv/bin/python benchmarks/latency.py --relay URL --admin URL --model NAME [--rates 2] [--requests 300] [--write]
+    .venv/bin/python benchmarks/latency.py --vllm [--rates 10 20 30] [--requests 600] [--write]
 
 Simulated: one replica of benchmarks/replay, a trace compressed in time to the given load. The predictor, ledger and
 estimator are production code; coefficients are those that calibration finds from outside, or the default on an engine
@@ -9,8 +10,10 @@ four times slower. Load is the share of what the engine does if it is never idle
 admitted, from what is known then: neither its output, nor what of it is cached. "Queue length" is the same fit, given
 the number of waiting requests instead.
 
-Real: streams of mixed prompts of token ids through a relay in front of any engine, Poisson arrivals. "At admission" is
-the sidecar's own error over its last 200 streams; "asked before" that of `GET /load?in=...` before a request is sent.
+Real: streams of mixed prompts of token ids through a relay in front of any engine, Poisson arrivals of each rate in
+turn. "At admission" is the sidecar's own error over its last 200 streams; "asked before" that of `GET /load?in=...`
+before a request is sent. `--vllm` starts both: vLLM with a tiny model on this machine's CPU (environment: `make
+test-vllm`), and a sidecar with defaults, uncalibrated. Its client shares the cores.
 """
 
 from __future__ import annotations
@@ -19,13 +22,18 @@ import argparse
 import asyncio
 import json
 import math
+import os
 import random
+import subprocess
+import sys
+import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 
 import aiohttp
+from calibration import ENVIRON, FLAGS
 from replay import requests as traces
 from replay.engine import Engine, Hardware, Sequence, busy_seconds
 from replay.pricing import calibrated
@@ -39,6 +47,7 @@ from sidecar.load.least_squares import RelativeFit
 from sidecar.load.ledger import Ledger
 from sidecar.load.request_shape import RequestShape
 from sidecar.readings import EngineSample
+from tests.vllm import environment, processes
 
 TICK_S, FLUSH_S = 0.5, 0.2  # of control, and of the relay's deliveries
 WARM_UP = 100  # first tokens that are not scored
@@ -56,7 +65,7 @@ COLUMNS = (
     "its P90",
 )
 REAL_COLUMNS = (
-    *("requests", "TTFT p50, s", "p99, s", "at admission: median error", "P90"),
+    *("requests/s", "requests", "TTFT p50, s", "p99, s", "at admission: median error", "P90"),
     *("asked before: median error", "P90", "queue length", "its P90"),
 )
 VOCABULARY, MAX_PROMPT = 250, 4000  # token ids that any tokenizer has, byte-level ones included
@@ -184,8 +193,32 @@ def simulated(folder: Path, loads: list[float], seconds: float) -> str:
     return table(COLUMNS, rows)
 
 
-async def real(relay: str, admin: str, model: str, rate: float, count: int) -> str:
-    """The table of a running sidecar."""
+def beside_vllm(rates: list[float], count: int) -> str:
+    """The table of a sidecar beside a new vLLM. Raises SystemExit where its environment is missing."""
+    if not environment.complete():
+        raise SystemExit("the real vLLM is not installed: `make test-vllm` makes its environment (12 GB of disk)")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        make = [str(environment.python()), str(processes.ROOT / "tests/vllm/tiny_models.py"), "text", name + "/model"]
+        subprocess.run(make, check=True, env=os.environ | processes.ENGINE_ENV, timeout=120)
+        with (
+            processes.engine(folder / "model", folder / "engine.log", environ=ENVIRON, more=FLAGS) as engine,
+            processes.sidecar(engine.url, folder / "state", folder / "sidecar.log", silence_floor="60") as sidecar,
+        ):
+            return asyncio.run(real(sidecar.url, sidecar.admin, processes.MODEL, rates, count))
+
+
+async def real(relay: str, admin: str, model: str, rates: list[float], count: int) -> str:
+    """The table of a running sidecar: a row per rate."""
+    rows = []
+    for rate in rates:
+        print(f"{count} requests at {rate:g} a second", file=sys.stderr)
+        rows.append((f"{rate:g}", *await measured(relay, admin, model, rate, count)))
+    return table(REAL_COLUMNS, rows)
+
+
+async def measured(relay: str, admin: str, model: str, rate: float, count: int) -> tuple[str, ...]:
+    """A row of the table, without the rate."""
     rng, ours, queue_length, by_queue = random.Random(1), Score(), Score(), RelativeFit(2, 0.995, 0.1, 10)
     open_: set[asyncio.Task[None]] = set()
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(600)) as session:
@@ -220,12 +253,11 @@ async def real(relay: str, admin: str, model: str, rate: float, count: int) -> s
         async with session.get(f"{admin}/load") as answer:
             own = json.loads(await answer.text())["predicted"]["error"]
     taken = sorted(actual for _, actual in ours.pairs)
-    row = (
+    return (
         *(str(len(taken)), f"{taken[len(taken) // 2]:.2f}", f"{taken[len(taken) * 99 // 100]:.2f}"),
         *(f"{own['median']:.1%}", f"{own['p90']:.1%}"),
         *(f"{score.quantile(q):.1%}" for score in (ours, queue_length) for q in (0.5, 0.9)),
     )
-    return table(REAL_COLUMNS, [row])
 
 
 def table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
@@ -244,17 +276,20 @@ def main() -> None:
     parser.add_argument("--relay", default="", help="URL of a running relay")
     parser.add_argument("--admin", default="", help="URL of its admin port")
     parser.add_argument("--model", default="")
-    parser.add_argument("--rate", type=float, default=2.0, help="requests per second")
+    parser.add_argument("--vllm", action="store_true", help="start a vLLM on this machine's CPU, and a sidecar")
+    parser.add_argument("--rates", type=float, nargs="+", default=[2.0], help="requests per second")
     parser.add_argument("--requests", type=int, default=300)
     parser.add_argument("--write", action="store_true")
     chosen = parser.parse_args()
-    if chosen.relay:
-        text = asyncio.run(real(chosen.relay, chosen.admin, chosen.model, chosen.rate, chosen.requests))
+    if chosen.vllm:
+        text = beside_vllm(chosen.rates, chosen.requests)
+    elif chosen.relay:
+        text = asyncio.run(real(chosen.relay, chosen.admin, chosen.model, chosen.rates, chosen.requests))
     else:
         text = simulated(chosen.traces, chosen.loads, chosen.seconds)
     print(text)
     if chosen.write:
-        kind = "real" if chosen.relay else "simulated"
+        kind = "vllm" if chosen.vllm else "real" if chosen.relay else "simulated"
         page = f"# Predicted time to first token, {kind}\n\n{text}\n"
         (Path(__file__).parent / "results" / f"latency-{kind}-{time.strftime('%Y-%m-%d')}.md").write_text(page)
 
