@@ -60,14 +60,14 @@ class Votes:
         self.median = prior, ""
 
     def cast(self, tenant: str, value: float) -> None:
-        """Set a tenant's value. The median is recomputed for a new tenant, and every few votes."""
-        is_new = tenant not in self._values
+        """Set a tenant's value. The median is recomputed for each further voter, and every few votes."""
+        voters = len(self._values)
         self._values[tenant] = value
         self._values.move_to_end(tenant)
-        if len(self._values) > MAX_VOTERS:
+        if len(self._values) > MAX_VOTERS:  # then nearly every request may be a new tenant's
             self._values.popitem(last=False)
         self._count += 1
-        if is_new or self._count % VOTES_PER_COUNT == 0:
+        if len(self._values) > voters or self._count % VOTES_PER_COUNT == 0:
             cast = [(v, name) for name, v in self._values.items()]
             self.median = sorted(cast + [(self._prior, "")] * PRIOR_VOTES)[(len(cast) + PRIOR_VOTES - 1) // 2]
 
