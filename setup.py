@@ -20,8 +20,12 @@ COMPILED = {
     "sidecar/relay/http": "body client connection engine head",
     "sidecar/relay/pricing": "charge",
     "sidecar/runtime": "channel codec limited_log",
-    "sidecar/load": "answer_scan api_routes body_scan cost_model estimator event_tokens ledger output_length "
-    "prefill_queue request_keys request_shape sequences usage_forms work_windows",
+    "sidecar/load": "answer_scan api_routes body_scan client_labels coefficient_monitor cost_model estimator "
+    "event_tokens latency_prediction least_squares ledger output_length prefill_queue request_keys request_shape "
+    "sequences tenant_means usage_forms work_windows",
+    "sidecar/control": "relay_pool state",
+    "sidecar/report": "fan_out metrics usage_rows",
+    "sidecar/health": "partial_hangs",
 }
 
 
