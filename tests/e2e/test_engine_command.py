@@ -94,6 +94,7 @@ async def host(start: Run) -> AsyncIterator[Run]:
                 process.kill()
 
 
+@pytest.mark.slow
 async def test_a_frozen_engine_is_killed_and_started_again(host: Run) -> None:
     """Frozen with a stream open: liveness fails, all of its processes are killed, another engine serves."""
     hosted = await host()
@@ -137,6 +138,7 @@ async def test_sigterm_finishes_streams_before_the_engine_ends(host: Run) -> Non
     assert not any(p.is_running() for p in before)
 
 
+@pytest.mark.slow
 async def test_an_engine_that_ignores_sigterm_does_not_hold_the_end_up_forever(start: Run, tmp_path: Path) -> None:
     """A second signal is not needed: SIGKILL follows after the grace, and the exit code is 0."""
     port, deaf = free_port(), tmp_path / "deaf"

@@ -15,6 +15,7 @@ from sidecar.tools.scripted_engine.server import ScriptedEngine
 from ..waiting import PATIENCE
 
 
+@pytest.mark.slow
 async def test_a_state_directory_that_fails_costs_a_line_a_minute(engine: ScriptedEngine, start: Any) -> None:
     """Every write fails for many seconds: one line of each kind, probes answer, and the end is clean."""
     sidecar = await start(engine.url)

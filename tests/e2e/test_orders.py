@@ -8,6 +8,7 @@ import signal
 from typing import Any
 from urllib.parse import urlsplit
 
+import pytest
 from aiohttp import web
 
 from sidecar.tools.scripted_engine.server import ScriptedEngine
@@ -82,6 +83,7 @@ async def test_uploads_that_never_end_are_no_orders(engine: ScriptedEngine, star
         await writer.wait_closed()
 
 
+@pytest.mark.slow
 async def test_an_order_lasts_as_long_as_the_engine_confirms_it(engine: ScriptedEngine, start: Any) -> None:
     """Woken past the relay, the engine denies its sleep: readiness comes back, and a hang that follows is found."""
     sidecar = await start(engine.url, silence_cap="600", silence_kill="8")

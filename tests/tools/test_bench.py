@@ -90,6 +90,7 @@ async def test_what_the_engine_refuses_is_dropped_and_what_hangs_is_stalled() ->
     assert silent[0].stalled and not silent[0].slo_kept
 
 
+@pytest.mark.slow
 async def test_a_run_that_is_ended_reports_what_there_was() -> None:
     """Open requests count as cancelled; the engine has none of them left."""
     rows: list[BenchRow] = []

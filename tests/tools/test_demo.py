@@ -114,6 +114,7 @@ def test_it_ends_by_itself(scratch: Path, start: Start) -> None:
     assert nothing_left(scratch)
 
 
+@pytest.mark.slow
 def test_it_sums_up_what_was_served(scratch: Path, start: Start) -> None:
     """The summary includes the requests, images and MU of the run."""
     lines: list[str] = []
