@@ -12,6 +12,10 @@ PYTHON ?= python3
 ARGS ?=
 BIN := .venv/bin
 PINS := pyproject.toml constraints.txt
+# COMPILED=1: a target's real processes run the compiled form, which `make compiled` builds.
+COMPILED ?=
+ON_COMPILED := env PYTHONSAFEPATH=1 PYTHONPATH=$(CURDIR)/build/compiled:$(CURDIR) $(BIN)/pytest -p no:cacheprovider
+PYTEST := $(if $(COMPILED),$(ON_COMPILED),$(BIN)/pytest)
 # Without bytecode on disk, every start of a test or a worker would compile torch's thousands of modules again.
 INSTALL := env -u PYTHONDONTWRITEBYTECODE $(BIN)/uv pip install --quiet --python $(BIN)/python --compile-bytecode -c constraints.txt
 
@@ -39,7 +43,7 @@ test-containers: .venv/.installed-test ## The image and the printed manifest in 
 	$(BIN)/pytest tests/containers -m containers $(ARGS)
 
 matrix: .venv/.installed-test ## Every hang mode and every alarm against the scripted engine; prints a table of the results
-	$(BIN)/pytest -v -m matrix tests/e2e/test_matrix.py $(ARGS)
+	$(PYTEST) -v -m matrix tests/e2e/test_matrix.py $(ARGS)
 
 test-vllm: .venv/.installed-test ## Tests against a real vLLM on the CPU; installs it first (12 GB of disk, once)
 	$(BIN)/python tests/vllm/engine_sources.py
@@ -47,7 +51,7 @@ test-vllm: .venv/.installed-test ## Tests against a real vLLM on the CPU; instal
 
 test-clients: .venv/.installed-test ## The openai, anthropic, litellm and langchain clients through the relay; installs them first
 	$(BIN)/python tests/e2e/clients/environment.py
-	$(BIN)/pytest tests/e2e/test_clients.py -m clients $(ARGS)
+	$(PYTEST) tests/e2e/test_clients.py -m clients $(ARGS)
 
 test-charts: .venv/.installed-test ## The Helm chart and the Kustomize component by real helm and kubectl; installs them first (36 MB)
 	$(BIN)/python tests/tools/kubernetes_tools.py
@@ -55,13 +59,13 @@ test-charts: .venv/.installed-test ## The Helm chart and the Kustomize component
 
 compiled: .venv/.installed-test ## The sidecar with its hot path compiled (COMPILE=1), in build/compiled
 	@if [ ! -e build/compiled/.made ] || [ -n "$$(find setup.py pyproject.toml sidecar kernels -newer build/compiled/.made -name '*.[pch]*' -print -quit)" ]; then
-		rm -rf build/compiled
+		rm -rf build/compiled build/lib.* # setuptools takes along what an earlier build left there
 		COMPILE=1 $(BIN)/uv pip install --quiet --python $(BIN)/python --target build/compiled --no-deps .
 		touch build/compiled/.made
 	fi
 
 test-compiled: compiled ## Conformance and connections of the relay, against build/compiled
-	PYTHONSAFEPATH=1 PYTHONPATH=build/compiled:. $(BIN)/pytest -p no:cacheprovider tests/relay/conformance tests/relay/http \
+	$(ON_COMPILED) tests/relay/conformance tests/relay/http \
 		--deselect "tests/relay/http/test_client_connection.py::test_every_wait_for_a_client_ends" $(ARGS) # it shortens waits that are compiled in
 
 sanitize: ## The compiled module under AddressSanitizer and UBSan over random images and bodies; ARGS="SECONDS SEED"
