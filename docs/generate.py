@@ -30,7 +30,7 @@ from sidecar.health.reasons import CAUSES, REASON_TEXTS, STATE_TEXTS
 from sidecar.health.verdict import CONDITIONS, TABLE, UNASKED_KILLS
 from sidecar.images.pass_reasons import PASS_REASONS
 from sidecar.kernels import families
-from sidecar.kernels.grid import ROWS, STRIPS, TILES, PatchSpec, TileSpec
+from sidecar.kernels.grid import FILLED_ROWS, MIXED, ROWS, STRIPS, TILES, PatchSpec, TileSpec
 from sidecar.load.cost_model import Coefficients
 from sidecar.relay.media import preprocess_api
 from sidecar.report.metrics import METRICS
@@ -224,7 +224,7 @@ def holds_table() -> str:
 def families_table() -> str:
     """Every known image processor: what it does, and what /v1/preprocess makes."""
     rows = []
-    lies = {TILES: "tiles", ROWS: "patches", STRIPS: "patches"}
+    lies = {TILES: "tiles", MIXED: "tiles", ROWS: "patches", FILLED_ROWS: "patches", STRIPS: "patches"}
     for name, family in families.FAMILIES.items():
         spec = family.spec_class
         made = "patches" if issubclass(spec, PatchSpec) else "planes" if spec.tensors else "not made here"

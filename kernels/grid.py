@@ -17,13 +17,16 @@ BILINEAR, BICUBIC, LANCZOS = 2, 3, 1  # PIL's numbers, as the config file has th
 RESAMPLES: Final = (BILINEAR, BICUBIC, LANCZOS)
 
 # How the images of a batch are laid out in `pixel_values`: one after the other; as planes with zeros to the right and
-# below; with zeros after each image up to the shape's size; or next to each other in each of the leading rows.
-JOINED, PLANES, FILLED, ABREAST = "joined", "planes", "filled", "abreast"
+# below; with zeros after each image up to the shape's size; next to each other in each of the leading rows; or the
+# first views of all images, then, in a tensor of their own, their other views.
+JOINED, PLANES, FILLED, ABREAST, SPLIT = "joined", "planes", "filled", "abreast", "split"
 
-# How the tiles of one image are laid out: (tile, channel, y, x); (tile, y, x, channel); or (channel, y, tile, x).
-TILES, ROWS, STRIPS = "tiles", "rows", "strips"
+# How the tiles of one image are laid out: (tile, channel, y, x); (tile, y, x, channel), also with zeros after each
+# view; (channel, y, tile, x); or (tile, channel, y, x) of views whose tiles differ in size, one after the other.
+TILES, ROWS, FILLED_ROWS, STRIPS, MIXED = "tiles", "rows", "filled rows", "strips", "mixed"
 
 Size = tuple[int, int]
+Box = tuple[int, int, int, int]  # top, left, height, width
 Shape = tuple[str, list[int]]  # safetensors dtype, shape
 
 
@@ -48,6 +51,7 @@ class ImageView:
     top: int = 0
     left: int = 0
     before: tuple[Size, ...] = ()  # sizes that it is resized to first, in order
+    box: Box | None = None  # what is then taken of it, before it is resized to `size`
 
     @property
     def grid(self) -> Size:
@@ -74,9 +78,10 @@ class Geometry:
     grid_h: int = 0
     grid_w: int = 0
     tokens: int = 0
-    crop: tuple[int, int, int, int] | None = None
+    crop: Box | None = None
     views: tuple[ImageView, ...] = ()
     original: Size = (0, 0)
+    padded: Size = (0, 0)  # to which it is padded with black, below and right, before anything else
 
     @property
     def tiles(self) -> int:
@@ -117,10 +122,14 @@ class ProcessorSpec(ABC):
         """The processor's other tensors of a batch, by its names: 8-byte integers before smaller ones."""
         return {}
 
+    def values(self, images: Sequence[Geometry]) -> dict[str, list[int]]:
+        """The shapes of a batch's tensors of pixels, by the processor's names."""
+        return {"pixel_values": self.pixels(images)}
+
     def shapes(self, images: Sequence[Geometry]) -> dict[str, Shape]:
         """The dtype and shape of each of a batch's tensors, by the processor's names: integers first."""
         integers = {name: shape for name, (shape, _) in self.integers(images).items()}
-        return integers | {"pixel_values": (self.dtype, self.pixels(images))}
+        return integers | {name: (self.dtype, shape) for name, shape in self.values(images).items()}
 
     def keeps(self, geometry: Geometry) -> bool:
         """True if the processor does not change an image that already has the final size of `geometry`."""
@@ -190,6 +199,11 @@ class TileSpec(ProcessorSpec):
     @property
     def strip(self) -> int:
         """Height of a strip, for the layout STRIPS."""
+        raise NotImplementedError
+
+    @property
+    def rows(self) -> int:
+        """Patches of each view, those of zeros included, for the layout FILLED_ROWS."""
         raise NotImplementedError
 
     def pixels(self, images: Sequence[Geometry]) -> list[int]:

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from sidecar.kernels.families import any_resolution, idefics3, phi4, single_view, variable_patches
+from sidecar.kernels.families import any_resolution, crops, idefics3, phi4, single_view, variable_patches
 from sidecar.kernels.families.identity import SETTINGS, Files, find_mismatch, words
 from sidecar.kernels.families.reading import Config
-from sidecar.kernels.grid import BICUBIC, BILINEAR, ProcessorSpec
+from sidecar.kernels.grid import ProcessorSpec
 
 Reader = Callable[[Config, Config], ProcessorSpec]
 
@@ -70,11 +70,11 @@ FAMILIES: Final[Mapping[str, Family]] = {
     "CLIPImageProcessor": _family(single_view.read_cropped, single_view.ClipSpec, "CLIPProcessor LlavaProcessor"),
     "LlavaImageProcessor": _family(single_view.read_cropped, single_view.ClipSpec, "LlavaProcessor"),
     "SiglipImageProcessor": _family(
-        single_view.read_fixed(BICUBIC), single_view.SiglipSpec,
+        single_view.read_siglip, single_view.SiglipSpec,
         "SiglipProcessor PaliGemmaProcessor Gemma3nProcessor LlavaProcessor",
     ),
     "Gemma3ImageProcessor": _family(
-        single_view.read_fixed(BILINEAR), single_view.SiglipSpec, "Gemma3Processor",
+        crops.read_gemma_3, single_view.Gemma3Spec, "Gemma3Processor",
         "do_pan_and_scan pan_and_scan_max_num_crops pan_and_scan_min_crop_size pan_and_scan_min_ratio_to_activate",
     ),
     # also Mistral 3
@@ -88,13 +88,17 @@ FAMILIES: Final[Mapping[str, Family]] = {
         "GotOcr2Processor InternVLProcessor AyaVisionProcessor QianfanOCRProcessor",
         "crop_to_patches max_patches min_patches",
     ),
+    "Ovis2ImageProcessor": _family(
+        any_resolution.read_ovis_2, any_resolution.Ovis2Spec, "Ovis2Processor",
+        "crop_to_patches max_patches min_patches use_covering_area_grid",
+    ),
     "Cohere2VisionImageProcessor": _family(
         any_resolution.read_cohere_2_vision, any_resolution.Cohere2VisionSpec,
         "Cohere2VisionProcessor", "crop_to_patches max_patches min_patches patch_size",
     ),
-    "LlavaNextImageProcessor": _family(
+    "LlavaNextImageProcessor": _family(  # also Granite 4 Vision
         any_resolution.read_llava_next, any_resolution.AnyResolutionSpec,
-        "LlavaNextProcessor", "aspect_ratio_setting image_grid_pinpoints",
+        "LlavaNextProcessor Granite4VisionProcessor", "aspect_ratio_setting image_grid_pinpoints",
     ),
     "LlavaOnevisionImageProcessor": _family(
         any_resolution.read_llava_one_vision, any_resolution.AnyResolutionSpec,
@@ -116,12 +120,22 @@ FAMILIES: Final[Mapping[str, Family]] = {
         variable_patches.read_minicpm, variable_patches.MiniCPMSpec, "MiniCPMV4_6Processor",
         "downsample_mode max_slice_nums patch_size scale_resolution slice_mode use_image_id",
     ),
+    "Lfm2VlImageProcessor": _family(
+        crops.read_lfm_2, crops.Lfm2VLSpec, "Lfm2VlProcessor",
+        "do_image_splitting downsample_factor encoder_patch_size max_image_tokens max_num_patches max_pixels_tolerance "
+        "max_tiles min_image_tokens min_tiles return_row_col_info tile_size use_thumbnail",
+    ),
+    "Step3p7ImageProcessor": _family(
+        crops.read_step_3, crops.Step3Spec, "Step3p7Processor",
+        "max_image_size patch_size",
+    ),
     "Phi4MultimodalImageProcessor": _family(
         phi4.read_phi_4, phi4.Phi4Spec, "Phi4MultimodalProcessor", "dynamic_hd patch_size",
     ),
 }  # fmt: skip
 CLASSES: Final[Mapping[str, type[ProcessorSpec]]] = {
-    family.spec_class.__name__: family.spec_class for family in FAMILIES.values()
+    spec_class.__name__: spec_class
+    for spec_class in (*(family.spec_class for family in FAMILIES.values()), crops.PanAndScanSpec)
 }
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from fractions import Fraction
 from functools import lru_cache
 from typing import Any, ClassVar, Final
 
@@ -38,6 +39,9 @@ CUTS: Final[Mapping[str | None, bool | None]] = {
     "AyaVisionProcessor": True,
     "QianfanOCRProcessor": True,
 }
+# Of Ovis 2: every grid of so many tiles is tried with every one of its tiles.
+MAX_COVERING_TILES: Final = 32
+COVERED: Final = 0.9  # the share of an image that its tiles are to cover
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +84,49 @@ class Cohere2VisionSpec(InternVLSpec):
         }
         enlarging = [grid for grid, scale in scales.items() if scale >= 1]
         return min(enlarging, key=scales.__getitem__) if enlarging else max(scales, key=scales.__getitem__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ovis2Spec(InternVLSpec):
+    """Ovis 2's: the whole image as one tile, then stretched to the fewest tiles that cover nine tenths of it."""
+
+    covers: bool = True  # else the grid of tiles with the closest aspect, as InternVL's
+
+    def geometry(self, height: int, width: int) -> Geometry:
+        found = InternVLSpec.geometry(self, height, width)
+        return replace(found, views=found.views[::-1])
+
+    def _grid(self, height: int, width: int) -> Size:
+        if not self.covers:
+            return InternVLSpec._grid(self, height, width)
+        # the processor splits by (rows, columns), and takes what it finds for (columns, rows)
+        return covering_grid(_grids(1, self.max_tiles), height, width, self.height)
+
+    def integers(self, images: Sequence[Geometry]) -> dict[str, Integers]:
+        return {"grids": i64([len(images), 2], (n for g in images for n in g.views[-1].grid))}
+
+
+def covering_grid(grids: Iterable[Size], height: int, width: int, side: int) -> Size:
+    """The grid of fewest parts whose copies within `side` show over nine tenths of the image; else that shows most."""
+    shares = {grid: _covered(height, width, grid, side) / (width * height) for grid in grids}
+    enough = [grid for grid, share in shares.items() if share > COVERED]
+    if enough:
+        return min(enough, key=lambda grid: (grid[0] * grid[1], -shares[grid]))
+    return min(shares, key=lambda grid: (-shares[grid], grid[0] * grid[1]))
+
+
+def _covered(height: int, width: int, grid: Size, side: int) -> float:
+    """The sum, over the parts of a grid, of their areas after the longer side was limited to `side`."""
+    rows, columns = grid
+    row, column = height // rows, width // columns
+    heights = [row] * (rows - 1) + [height - row * (rows - 1)]
+    widths = [column] * (columns - 1) + [width - column * (columns - 1)]
+    return sum(_area(h, w, side) for h in heights for w in widths)
+
+
+def _area(height: int, width: int, side: int) -> float:
+    longer, shorter = max(height, width), min(height, width)
+    return longer * shorter if longer <= side else side * (shorter / longer * side)
 
 
 def closest_grid(grids: Iterable[Size], height: int, width: int, tile: Size) -> Size:
@@ -261,6 +308,26 @@ def read_intern_vl(config: Config, model: Config) -> ProcessorSpec:
     )
 
 
+def read_ovis_2(config: Config, model: Config) -> ProcessorSpec:
+    reading.check_steps(config)
+    cuts, covers = reading.require(config, "crop_to_patches"), reading.get_or(config, "use_covering_area_grid", True)
+    if type(cuts) is not bool or type(covers) is not bool:
+        raise ValueError("crop_to_patches or use_covering_area_grid is neither true nor false")
+    height, width = reading.require_pair(config, "size")
+    most = reading.require_count(config, "max_patches", MAX_COVERING_TILES) if cuts else 1
+    lowest = reading.require_count(config, "min_patches", MAX_COVERING_TILES) if cuts and not covers else 1
+    return Ovis2Spec(
+        **reading.read_common(config, BICUBIC, reading.CLIP_MEAN_STD),
+        height=height,
+        width=width,
+        cuts=most > 1,
+        covers=covers,
+        min_tiles=lowest,
+        max_tiles=most,
+        tokens_per_tile=reading.optional_count(model.get("image_seq_length")),
+    )
+
+
 def read_cohere_2_vision(config: Config, model: Config) -> ProcessorSpec:
     reading.check_steps(config)
     cuts = reading.require(config, "crop_to_patches")
@@ -284,10 +351,21 @@ def read_llava_next(config: Config, model: Config) -> ProcessorSpec:
         raise ValueError("aspect_ratio_setting is not anyres")
     spec = _read_any_resolution(config)
     patch = reading.optional_count(model.get("patch_size"))
-    side = spec["tile"] // patch if patch else 0
+    side = int(spec["tile"] // patch * _rate(model.get("downsample_rate"))) if patch else 0
     base = side * side + reading.optional_count(model.get("num_additional_image_tokens"))
     less = int(model.get("vision_feature_select_strategy") == "default")
     return AnyResolutionSpec(**spec, side=side, base=base, less=less)
+
+
+def _rate(value: Any) -> Fraction:
+    """Tokens per patch of a side, as Granite 4 Vision's file says it ("1/4"); 1 without it. Raises ValueError."""
+    try:
+        rate = Fraction(1 if value is None else value)
+    except (TypeError, ValueError, ZeroDivisionError, OverflowError):
+        rate = Fraction(0)
+    if not 0 < rate <= 1:
+        raise ValueError("downsample_rate is not a part of one")
+    return rate
 
 
 def read_llava_one_vision(config: Config, model: Config) -> ProcessorSpec:

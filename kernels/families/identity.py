@@ -72,21 +72,25 @@ CALLERS: Final[Mapping[str, frozenset[str]]] = {
     "InternVLProcessor": words("InternVLForConditionalGeneration"),
     "AyaVisionProcessor": words("AyaVisionForConditionalGeneration"),
     "QianfanOCRProcessor": words("QianfanOCRForConditionalGeneration"),
+    "Ovis2Processor": words("Ovis2ForConditionalGeneration"),
     "Cohere2VisionProcessor": words("Cohere2VisionForConditionalGeneration"),
     "LlavaNextProcessor": words("LlavaNextForConditionalGeneration"),
+    "Granite4VisionProcessor": words("Granite4VisionForConditionalGeneration"),
     "LlavaOnevisionProcessor": words("LlavaOnevisionForConditionalGeneration"),
     "Llama4Processor": words("Llama4ForConditionalGeneration"),
     "Gemma4Processor": words("Gemma4ForConditionalGeneration"),
     "Gemma4UnifiedProcessor": words("Gemma4UnifiedForConditionalGeneration"),
     "Kimi_K25Processor": words("Kimi_K25ForConditionalGeneration"),
     "MiniCPMV4_6Processor": words("MiniCPMV4_6ForConditionalGeneration"),
+    "Lfm2VlProcessor": words("Lfm2VlForConditionalGeneration"),
+    "Step3p7Processor": words("Step3p7ForConditionalGeneration"),
     "Phi4MultimodalProcessor": words("Phi4MultimodalForCausalLM"),
 }
 
 # Their settings in `processor_config.json`: parts, and numbers and words for the prompt.
 CALLERS_SETTINGS: Final = words(
     "audio_ms_per_token audio_processor audio_seq_length auto_map cat_extra_token chat_template "
-    "downsample_factor "
+    "downsample_factor downsample_rate "
     "end_of_image_token end_of_img_token fake_image_token feature_extractor image_break_token image_end_token "
     "image_placeholder_token image_processor image_seq_len image_seq_length image_token img_line_break_token "
     "img_patch_token img_size num_additional_image_tokens num_image_tokens patch_size patch_token "

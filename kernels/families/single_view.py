@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
@@ -94,7 +94,7 @@ class RowsOfPatchesSpec(PatchSpec):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SiglipSpec(PlaneSpec):
-    """SigLIP's and Gemma 3's: one size for all images, whatever their shape."""
+    """SigLIP's: one size for all images, whatever their shape."""
 
     height: int
     width: int
@@ -103,6 +103,14 @@ class SiglipSpec(PlaneSpec):
     def geometry(self, height: int, width: int) -> Geometry:
         reading.check_positive(height, width)
         return Geometry(self.height, self.width, tokens=self.tokens)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gemma3Spec(SiglipSpec):
+    """Gemma 3's: one size for all images, as SigLIP's, and a count of crops, which is 0 without pan-and-scan."""
+
+    def integers(self, images: Sequence[Geometry]) -> dict[str, Integers]:
+        return {"num_crops": i64([len(images)], [0] * len(images))}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -205,19 +213,20 @@ def _rows_of_patches(read: Qwen2VLSpec, **more: Any) -> RowsOfPatchesSpec:
     return RowsOfPatchesSpec(**values | {"merge": read.merge_size, "merge_size": 1} | more)
 
 
-def read_fixed(resample: int) -> Callable[[Config, Config], ProcessorSpec]:
-    def read(config: Config, model: Config) -> ProcessorSpec:
-        reading.check_steps(config, do_pan_and_scan=False)
-        size = reading.require(config, "size")
-        if type(size) is int:
-            raise ValueError("size is one number, which some versions apply to the shorter side")
-        height, width = reading.check_pair(size)
-        tokens = reading.optional_count(model.get("image_seq_length"))
-        return SiglipSpec(
-            **reading.read_common(config, resample, reading.HALF_MEAN_STD), height=height, width=width, tokens=tokens
-        )
+def read_siglip(config: Config, model: Config) -> ProcessorSpec:
+    return SiglipSpec(**read_fixed(config, model, BICUBIC))
 
-    return read
+
+def read_fixed(config: Config, model: Config, resample: int) -> dict[str, Any]:
+    """The fields of a processor with one size for all images."""
+    reading.check_steps(config)
+    size = reading.require(config, "size")
+    if type(size) is int:
+        raise ValueError("size is one number, which some versions apply to the shorter side")
+    height, width = reading.check_pair(size)
+    tokens = reading.optional_count(model.get("image_seq_length"))
+    common = reading.read_common(config, resample, reading.HALF_MEAN_STD)
+    return {**common, "height": height, "width": width, "tokens": tokens}
 
 
 def read_cropped(config: Config, model: Config) -> ProcessorSpec:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Final
 
 from sidecar.images.protocol import Data
-from sidecar.kernels.grid import ABREAST, FILLED, PLANES, Geometry, Integers, ProcessorSpec, Repeated
+from sidecar.kernels.grid import ABREAST, FILLED, PLANES, SPLIT, Geometry, Integers, ProcessorSpec, Repeated
 
 ELEMENT_BYTES: Final = {"I64": 8, "I32": 4, "F32": 4, "BF16": 2, "F16": 2, "U8": 1}
 ARRAY_CODES: Final = {"I64": "q", "I32": "i"}  # type codes of `array`
@@ -30,10 +30,15 @@ def integers(tensors: Iterable[Integers]) -> Iterator[list[Data]]:
 
 
 def pieces(values: Sequence[Data], images: Sequence[Geometry], spec: ProcessorSpec) -> Iterator[list[Data]]:
-    """All bytes of `pixel_values`, in groups that are each worth one write."""
+    """All bytes of the tensors of pixels, in groups that are each worth one write."""
     shape, element_bytes = spec.pixels(images), ELEMENT_BYTES[spec.dtype]
     if spec.batch == ABREAST:
         yield from _interleave(values, math.prod(shape[:-1]))
+        return
+    if spec.batch == SPLIT:
+        first = element_bytes * math.prod(shape[1:])
+        yield from ([memoryview(data)[:first]] for data in values)
+        yield from ([memoryview(data)[first:]] for data in values)
         return
     for data, image in zip(values, images, strict=True):
         yield pad_planes(data, image.size, shape, element_bytes) if spec.batch == PLANES else [data]

@@ -179,8 +179,9 @@ def image_processor(name: str) -> Any:
 
 # names of files that were never, or are no longer, classes of transformers
 NAMES_ONLY = ("Qwen2_5_VLImageProcessor", "Qwen3VLImageProcessor")
-# settings in files that the class itself no longer has, or has without taking them (Cohere2Vision's patch_size)
-OF_FILES_ONLY = {"aspect_ratio_setting", "video_sampling", "patch_size"}
+# settings in files that the class itself no longer has, or has without taking them (Cohere2Vision's patch_size), or
+# computes itself (LFM2-VL's max_num_patches)
+OF_FILES_ONLY = {"aspect_ratio_setting", "video_sampling", "patch_size", "max_num_patches"}
 
 
 @pytest.mark.parametrize("name", [name for name in families.FAMILIES if name not in NAMES_ONLY])

@@ -38,6 +38,83 @@ ROWS = {
         "got_ocr2.image_processing_got_ocr2",
         {"size": {"height": 100, "width": 100}, "crop_to_patches": True, "min_patches": 2, "max_patches": 6},
     ),
+    "ovis-2": Family(
+        "Ovis2ImageProcessor",
+        "ovis2.image_processing_ovis2",
+        {"size": {"height": 56, "width": 56}, "max_patches": 9},
+        {"image_seq_length": 16},
+    ),
+    "ovis-2-oblong": Family(
+        "Ovis2ImageProcessor", "ovis2.image_processing_ovis2", {"size": {"height": 56, "width": 42}, "max_patches": 4}
+    ),
+    "ovis-2-closest": Family(
+        "Ovis2ImageProcessor",
+        "ovis2.image_processing_ovis2",
+        {"size": {"height": 48, "width": 48}, "min_patches": 2, "max_patches": 6, "use_covering_area_grid": False},
+    ),
+    "ovis-2-whole": Family(
+        "Ovis2ImageProcessor",
+        "ovis2.image_processing_ovis2",
+        {"size": {"height": 48, "width": 48}, "crop_to_patches": False},
+    ),
+    "gemma-3-scan": Family(
+        "Gemma3ImageProcessor",
+        "gemma3.image_processing_gemma3",
+        {
+            "size": {"height": 64, "width": 64},
+            "do_pan_and_scan": True,
+            "pan_and_scan_min_crop_size": 40,
+            "pan_and_scan_max_num_crops": 4,
+            "pan_and_scan_min_ratio_to_activate": 1.2,
+        },
+        {"image_seq_length": 16},
+    ),
+    "gemma-3-scan-any": Family(
+        "Gemma3ImageProcessor",
+        "gemma3.image_processing_gemma3",
+        {
+            "size": {"height": 32, "width": 48},
+            "do_pan_and_scan": True,
+            "pan_and_scan_min_crop_size": 3,
+            "pan_and_scan_max_num_crops": 7,
+            "pan_and_scan_min_ratio_to_activate": 1,
+        },
+    ),
+    "lfm2-vl": Family(
+        "Lfm2VlImageProcessor",
+        "lfm2_vl.image_processing_lfm2_vl",
+        {"encoder_patch_size": 8, "tile_size": 64, "min_image_tokens": 4, "max_image_tokens": 16},
+    ),
+    "lfm2-vl-tiles-alone": Family(
+        "Lfm2VlImageProcessor",
+        "lfm2_vl.image_processing_lfm2_vl",
+        {
+            "encoder_patch_size": 4,
+            "downsample_factor": 3,
+            "tile_size": 40,
+            "min_image_tokens": 2,
+            "max_image_tokens": 30,
+            "min_tiles": 1,
+            "max_tiles": 6,
+            "use_thumbnail": False,
+            "max_pixels_tolerance": 1.3,
+        },
+    ),
+    "lfm2-vl-whole": Family(
+        "Lfm2VlImageProcessor",
+        "lfm2_vl.image_processing_lfm2_vl",
+        {"encoder_patch_size": 8, "do_image_splitting": False, "max_image_tokens": 40, "min_image_tokens": 4},
+    ),
+    "step-3.7": Family(
+        "Step3p7ImageProcessor",
+        "step3p7.image_processing_step3p7",
+        {"size": {"height": 112, "width": 112}, "patch_size": 56, "max_image_size": 300},
+    ),
+    "step-3.7-odd": Family(
+        "Step3p7ImageProcessor",
+        "step3p7.image_processing_step3p7",
+        {"size": {"height": 70, "width": 70}, "patch_size": 47, "max_image_size": 5000},
+    ),
     "cohere2-vision": Family(
         "Cohere2VisionImageProcessor",
         "cohere2_vision.image_processing_cohere2_vision",
@@ -66,6 +143,21 @@ ROWS = {
             "image_grid_pinpoints": [[48, 96], [96, 48], [96, 96], [144, 48], [48, 144]],
         },
         {"patch_size": 12, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1},
+    ),
+    "granite-4-vision": Family(
+        "LlavaNextImageProcessor",
+        "llava_next.image_processing_llava_next",
+        {
+            "size": {"height": 48, "width": 48},
+            "crop_size": {"height": 48, "width": 48},
+            "image_grid_pinpoints": [[48, 48 * x] for x in range(1, 5)] + [[48 * y, 48] for y in range(2, 5)],
+        },
+        {
+            "patch_size": 8,
+            "vision_feature_select_strategy": "full",
+            "num_additional_image_tokens": 0,
+            "downsample_rate": "4/8",
+        },
     ),
     "llava-onevision": Family(
         "LlavaOnevisionImageProcessor",
@@ -140,6 +232,8 @@ ROWS = {
     ),
 }
 rows = pytest.mark.parametrize("row", ROWS.values(), ids=ROWS.keys())
+# what a processor returns as plain lists, for its own writing of the prompt
+FOR_PROMPTS = {"patch_newline_masks"}
 KINDS = {"I64": torch.int64, "I32": torch.int32, "F32": torch.float32, "BF16": torch.bfloat16, "U8": torch.uint8}
 
 
@@ -150,7 +244,12 @@ def ours(row: Family, *images: torch.Tensor) -> dict[str, torch.Tensor]:
     geometries = [spec.geometry(*image.shape[-2:]) for image in images]
     made = [tiles.prepare(by_torch.rows(image), g, spec) for image, g in zip(images, geometries, strict=True)]
     groups = tensor_layout.pieces([pipeline.octets(tensor) for tensor in made], geometries, spec)
-    data = {"pixel_values": bytearray(b"".join(part for group in groups for part in group))}
+    joined = bytearray(b"".join(part for group in groups for part in group))
+    data: dict[str, bytearray] = {}
+    for name, shape in spec.values(geometries).items():
+        size = tensor_layout.ELEMENT_BYTES[spec.dtype] * math.prod(shape)
+        data[name], joined = joined[:size], joined[size:]
+    assert not joined
     for name, tensor in spec.integers(geometries).items():
         data[name] = bytearray(b"".join(part for group in tensor_layout.integers([tensor]) for part in group))
     shapes = spec.shapes(geometries)
@@ -162,9 +261,12 @@ def ours(row: Family, *images: torch.Tensor) -> dict[str, torch.Tensor]:
 def theirs(row: Family, *images: torch.Tensor) -> dict[str, Any]:
     """The processor's; lists of numbers as tensors. Raises what it raises."""
     out = row.processor()(images=list(images), return_tensors="pt")
+    if "spatial_shapes" in out and out["pixel_attention_mask"].shape != out["pixel_values"].shape[:2]:
+        raise ValueError("a strip has more patches than its own mask, and no model takes that")
     return {
         name: value if isinstance(value, torch.Tensor) else torch.from_numpy(np.array(value))
         for name, value in out.items()
+        if name not in FOR_PROMPTS
     }
 
 
@@ -259,7 +361,14 @@ class Tokenizer:
 COUNTERS = {
     "internvl": ("InternVLProcessor", "internvl.processing_internvl"),
     "llava-next": ("LlavaNextProcessor", "llava_next.processing_llava_next"),
+    "granite-4-vision": ("Granite4VisionProcessor", "granite4_vision.processing_granite4_vision"),
     "llava-onevision": ("LlavaOnevisionProcessor", "llava_onevision.processing_llava_onevision"),
+    "ovis-2": ("Ovis2Processor", "ovis2.processing_ovis2"),
+    "gemma-3-scan": ("Gemma3Processor", "gemma3.processing_gemma3"),
+    "lfm2-vl": ("Lfm2VlProcessor", "lfm2_vl.processing_lfm2_vl"),
+    "lfm2-vl-tiles-alone": ("Lfm2VlProcessor", "lfm2_vl.processing_lfm2_vl"),
+    "lfm2-vl-whole": ("Lfm2VlProcessor", "lfm2_vl.processing_lfm2_vl"),
+    "step-3.7": ("Step3p7Processor", "step3p7.processing_step3p7"),
     "cohere2-vision": ("Cohere2VisionProcessor", "cohere2_vision.processing_cohere2_vision"),
     "llama-4": ("Llama4Processor", "llama4.processing_llama4"),
     "gemma-4": ("Gemma4Processor", "gemma4.processing_gemma4"),
@@ -292,13 +401,17 @@ def test_tokens_are_those_of_the_prompt(name: str, height: int, width: int) -> N
         slice_end_token=">",
         slice_mode=True,
         downsample_ratio=4,
+        full_image_sequence="#" * row.model.get("image_seq_length", 0),
+        image_feature_placeholder="#" * 4,  # (112 // 56)², and one for a crop of 56
+        patch_feature_placeholder="#",
         **numbers,
     )
-    made = row.processor()(images=[picture(height, width)], return_tensors="pt")
+    own = {"return_row_col_info": True} if "lfm2" in name else {}
+    made = row.processor()(images=[picture(height, width)], return_tensors="pt", **own)
     more = {"image_token_divisor": 4 if name.endswith("4x") else 16} if "minicpm" in name else {}
     text = counter.replace_image_token(made, 0, **more)
     spec = row.spec()
-    counted = text.count("<|patch|>") if name == "llama-4" else text.count("#")
+    counted = text.count({"llama-4": "<|patch|>", "ovis-2": "<IMG_ATOM>"}.get(name, "#"))
     assert spec.geometry(height, width).tokens == counted
 
 

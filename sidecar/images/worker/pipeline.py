@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
@@ -24,7 +24,7 @@ from sidecar.images.worker.decode import ImageRejected, check_size, decode, orie
 from sidecar.images.worker.gpu_channel import GpuChannel, GpuRequest
 from sidecar.images.worker.tensors import Pixels, ppm, prepare, resize, resized_ppm, round_to
 from sidecar.kernels import families
-from sidecar.kernels.grid import Geometry, PatchSpec, ProcessorSpec, TileSpec
+from sidecar.kernels.grid import Geometry, PatchSpec, ProcessorSpec, Size, TileSpec
 
 Answer = tuple[ImageDone | ImageRefused, Data]
 OnSize = Callable[[int], None]
@@ -188,12 +188,21 @@ def open_image(
         geometry = spec.geometry(height, width)
     except ValueError as e:
         raise ImageRejected("image_aspect", f"{e}; the model does not accept such an image") from None
-    for size in ((geometry.height, geometry.width), *(view.canvas for view in geometry.views)):
+    for size in _made_sizes(geometry):
         check_size(*size, job.limits)
     too_large = job.want == PIXELS and not is_worth_resizing(height * width, geometry, client_chars)
     if too_large or (job.want in INLINE and not spec.keeps(geometry)):
         return _passed(job, "not_smaller" if too_large else "processor", header, digest, len(data), stages, geometry)
     return DecodedImage(pixels, geometry, header, digest, len(data), stages)
+
+
+def _made_sizes(geometry: Geometry) -> Iterator[Size]:
+    """All sizes in which a copy of the image is made; 0 x 0 for none."""
+    yield geometry.height, geometry.width
+    yield geometry.padded
+    for view in geometry.views:
+        yield view.canvas
+        yield from view.before
 
 
 def _encode(job: ImageJob, image: DecodedImage, made: Any) -> Answer:
