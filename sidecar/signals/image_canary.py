@@ -3,8 +3,8 @@
 Sizes can be set in two places: in the model's files, which the sidecar reads, and in the engine's arguments (vLLM's
 --mm-processor-kwargs). A prepared image is only exact where both agree.
 
-- Three requests of one token each: text alone, a small image, and one at the largest size that the processor makes.
-  Their prompts' tokens are compared with those that the processor's geometry counts.
+- Three requests of one token each: text alone, a small image, and one at the largest size that the processor makes; a
+  wide one where all sizes have as many tokens. Their prompts' tokens are compared with those that the processor's geometry counts.
 - They go to the engine directly, and belong to no tenant. An image of more than MAX_CANARY_TOKENS tokens is not sent.
 - The image is written here as a PNG, so that control needs no image library.
 """
@@ -32,6 +32,8 @@ MAX_CANARY_TOKENS: Final = 5000
 SMALL_SIDE: Final = 64
 # Sides to try: the first at which twice the side makes no more tokens is at the processor's limit.
 LARGE_SIDES: Final = (448, 672, 1008, 1344, 2016, 2688, 4032)
+# Where any image has the same tokens, a wide one shows whether the engine adds crops (Gemma 3's pan-and-scan).
+WIDE: Final = (1008, 4032)
 # What templates put around an image: two tokens in Qwen's, a few in others'.
 MAX_AROUND_IMAGE: Final = 16
 # Of Idefics 3's and SmolVLM's: a fake token and a position for each tile, and a line break for each row.
@@ -64,8 +66,10 @@ class CanaryImage:
 
 
 def choose_images(spec: ProcessorSpec) -> tuple[CanaryImage, CanaryImage] | str:
-    """A small image and one at the processor's limit; or why there are none."""
-    small = _image(spec, SMALL_SIDE)
+    """A small image, and one at the processor's limit or of another shape; or why there are none."""
+    small, wide = _image(spec, SMALL_SIDE), CanaryImage(*WIDE, spec.geometry(*WIDE))
+    if 0 < wide.geometry.tokens == small.geometry.tokens <= MAX_CANARY_TOKENS:
+        return small, wide
     for side in LARGE_SIDES:
         large = _image(spec, side)
         if not large.geometry.tokens:

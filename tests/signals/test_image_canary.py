@@ -142,6 +142,38 @@ def test_the_large_image_is_at_the_limit(name: str) -> None:
     assert images[1].geometry.tokens == most
 
 
+@pytest.mark.parametrize(("ratio", "min_crop"), [(1.2, 256), (3.0, 896)])
+async def test_an_engine_that_adds_crops_shows(session: aiohttp.ClientSession, ratio: float, min_crop: int) -> None:
+    """Gemma 3's pan-and-scan in the engine's arguments only: a wide image has crops there, so images pass."""
+    from transformers import Gemma3ImageProcessor
+
+    config = published("Gemma3ImageProcessor")
+    scan = {"pan_and_scan_min_crop_size": min_crop, "pan_and_scan_min_ratio_to_activate": ratio}
+    plain = Gemma3ImageProcessor(**config)
+    crops = Gemma3ImageProcessor(**config, do_pan_and_scan=True, pan_and_scan_max_num_crops=4, **scan)
+    spec = families.from_config(config, {"image_seq_length": 256})
+    assert spec is not None
+    for images, reason in ((plain, ""), (crops, "size_differs")):
+        async with vllm(Gemma3Chat(images)) as engine:
+            assert (await check_images(session, engine.url, {}, "m", spec)).reason == reason
+
+
+class Gemma3Chat:
+    """A chat endpoint that counts 256 tokens for an image and for each of its crops, with 4 around each."""
+
+    def __init__(self, processor: Any) -> None:
+        self._processor = processor
+
+    async def __call__(self, request: web.Request) -> web.StreamResponse:
+        tokens = 9
+        for part in (await request.json())["messages"][0]["content"]:
+            if part["type"] == "image_url":
+                data = base64.b64decode(part["image_url"]["url"].partition(",")[2])
+                made = self._processor(Image.open(io.BytesIO(data)).convert("RGB"), return_tensors="pt")
+                tokens += (256 + 4) * (1 + int(made["num_crops"][0]))
+        return web.json_response({"choices": [{}], "usage": {"prompt_tokens": tokens}})
+
+
 def test_a_tiling_processor_may_put_tokens_around_its_tiles() -> None:
     """SmolVLM's 17 tiles of 64 tokens come with 40 others; a tile more or less is still seen."""
     config = published("SmolVLMImageProcessor")
