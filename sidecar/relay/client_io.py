@@ -73,24 +73,24 @@ class HeldBytes:
 async def read(request: Request, limit: int, held: HeldBytes | None = None, flag: str = "--max-body-bytes") -> bytes:
     """The whole body. Raises BodyTooLarge above `limit` bytes, which `flag` sets, and BodiesFull."""
     announced = request.fields.length() or 0
-    if announced > limit:
-        raise _too_large(limit, flag)
+    check_size(announced, limit, flag)
     if held is not None:
         held.grow(announced)
     request.want_body()
     body, pieces, size = request.body, [], 0
     while piece := await body.next():
         size += len(piece)
-        if size > limit:
-            raise _too_large(limit, flag)
+        check_size(size, limit, flag)
         if held is not None:
             held.grow(size)
         pieces.append(piece)
     return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 
-def _too_large(limit: int, flag: str) -> BodyTooLarge:
-    return BodyTooLarge(f"the request body is larger than {limit} bytes ({flag})")
+def check_size(size: int, limit: int, flag: str = "--max-body-bytes") -> None:
+    """Raises BodyTooLarge for more than `limit` bytes, which `flag` sets."""
+    if size > limit:
+        raise BodyTooLarge(f"the request body is larger than {limit} bytes ({flag})")
 
 
 async def read_answer(answer: Answer) -> bytes:

@@ -302,21 +302,33 @@ class Relay:
             return BodyPayload(
                 request_body.rebuild(parsed, {}, ask_usage=admission.shape.ask_usage), admission.mark_sent
             )
-        prepared = await self._prepare(self._images, parsed, admission)
+        prepared = await self._prepare(self._images, parsed, admission, held)
         # 0 tokens: the model's files do not state it
         image_tokens = [image.tokens for image in prepared if image.tokens]
         self._open_requests.admit(admission, self._pricing.estimate(admission, image_tokens))
         return self._payload(parsed, prepared, admission)
 
     async def _prepare(
-        self, images: ImageService, parsed: request_body.ParsedBody, admission: Admission
+        self, images: ImageService, parsed: request_body.ParsedBody, admission: Admission, held: client_io.HeldBytes
     ) -> list[PreparedImage]:
-        """The request's images, prepared."""
+        """The request's images, prepared; what links bring counts as its body does."""
         handoffs, passing = self._ways()
         emit, started = self._open_requests.emit, time.monotonic()
+
+        def on_fetched(chars: int) -> None:
+            client_io.check_size(len(parsed.body) + chars, self._settings.max_body_bytes)
+            held.grow(len(parsed.body) + chars)
+
         try:
             return await inline.prepare(
-                images, parsed, emit, admission, handoffs=handoffs, fetch=self._fetch, passing=passing
+                images,
+                parsed,
+                emit,
+                admission,
+                handoffs=handoffs,
+                fetch=self._fetch,
+                passing=passing,
+                on_fetched=on_fetched,
             )
         finally:
             admission.image_seconds = time.monotonic() - started

@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 from sidecar.errors import BadImage, ImagesBusy, RequestError
 from sidecar.events import Event, ImagePrepared
 from sidecar.images import pass_reasons
-from sidecar.images.header_geometry import MAX_SMALL_CHARS
+from sidecar.images.header_geometry import MAX_SMALL_CHARS, base64_chars
 from sidecar.images.protocol import Data
 from sidecar.images.vllm_plugin import Handoffs
+from sidecar.load.found import MAX_PARTS
 from sidecar.relay.admission import Admission
+from sidecar.relay.media.fetch import MAX_CONCURRENT_FETCHES
 from sidecar.relay.request_body import ImagePart, ParsedBody
 
 if TYPE_CHECKING:  # a relay without images does not load them
@@ -24,9 +26,11 @@ if TYPE_CHECKING:  # a relay without images does not load them
 Fetch = Callable[[str, str], Awaitable[Data]]  # a link and the part that has it -> the image
 T = TypeVar("T")
 
-# Images that are prepared or fetched for one request; further ones pass. All are prepared at once, and four such
-# requests fill the queue of the workers.
+# Images that are prepared for one request; further ones pass, those behind links as they were fetched. All are prepared
+# at once, and four such requests fill the queue of the workers.
 MAX_IMAGES: Final = 16
+# Links of one request that are followed at once: half of what a relay process follows, so that others have theirs.
+MAX_LINKS_AT_ONCE: Final = MAX_CONCURRENT_FETCHES // 2
 UNKNOWN_MEDIA_TYPE: Final = "application/octet-stream"  # of fetched bytes in no known format
 
 # While an engine starts it measures the GPU's memory, and fails if another process's use changes. A stalled or dead
@@ -43,25 +47,31 @@ async def prepare(
     handoffs: Handoffs,
     fetch: Fetch | None,
     passing: str,
+    on_fetched: Callable[[int], None],
 ) -> list[PreparedImage]:
     """The images of a request, in order; what cannot be prepared passes, with the reason.
 
     `handoffs`: what the engine takes through shared memory; `fetch`: for those behind links, which are kept for
-    `originals`; `passing`: why they are only fetched and counted. Raises BadImage or ImagesBusy for a link that cannot
-    be fetched, and cancels the others: the sidecar was made the only one that follows links.
+    `originals`; `passing`: why they are only fetched and counted; `on_fetched` is told the base64 characters of all
+    that were fetched, and may refuse them. Raises RequestError for a link that cannot be fetched, and cancels the
+    others: the sidecar was made the only one that follows links.
     """
     parts = body.images
-    check_count(body.link_count)
-    id = admission.id
+    check_links(body)
+    id, following, fetched_chars = admission.id, asyncio.Semaphore(MAX_LINKS_AT_ONCE), 0
     max_small_chars = MAX_SMALL_CHARS // max(len(parts), 1)  # all of them together stay within it
 
     async def prepare_one(index: int, part: ImagePart) -> PreparedImage:
+        nonlocal fetched_chars
         started = time.monotonic()
         fetched: tuple[tuple[str, float], ...] = ()
         try:
             data: Data = part.data
             if part.link and fetch is not None:
-                data = await fetch(part.link, part.where)
+                async with following:
+                    data = await fetch(part.link, part.where)
+                fetched_chars += base64_chars(data, is_base64=False)
+                on_fetched(fetched_chars)
                 fetched = (("fetch", time.monotonic() - started),)
             reason = passing or part.pass_reason or ("count" if index >= MAX_IMAGES else "")
             if reason:
@@ -114,9 +124,22 @@ def failure(id: str, error: RequestError, started: float, bytes_in: int) -> Imag
 
 
 def check_count(count: int) -> None:
-    """Raises BadImage if a request has too many images for `/v1/preprocess`, or too many links."""
+    """Raises BadImage if a request has too many images for `/v1/preprocess`."""
     if count > MAX_IMAGES:
-        text = f"{count} images to prepare or links to fetch in one request; at most {MAX_IMAGES} are accepted"
+        raise BadImage(f"{count} images in one request; at most {MAX_IMAGES} are accepted", "image_count")
+
+
+def check_links(body: ParsedBody) -> None:
+    """Raises BadImage if a request has links behind so many images that their places are not kept.
+
+    The engine would follow them, which the sidecar was configured to prevent.
+    """
+    unseen = body.link_count - sum(bool(part.link) for part in body.images)
+    if unseen > 0:
+        text = (
+            f"{unseen} links behind the first {MAX_PARTS} images of the request are not fetched (--image-urls); send "
+            "fewer images, or those as data URLs"
+        )
         raise BadImage(text, "image_count")
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
+import json
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
@@ -18,6 +20,7 @@ from sidecar.events import ImagePrepared
 from sidecar.relay import url_policy
 from sidecar.relay.media import fetch as fetching
 from sidecar.relay.media.fetch import Fetcher
+from sidecar.relay.media.inline import MAX_IMAGES, MAX_LINKS_AT_ONCE
 
 from ..pictures import Prepared, Workers
 from ..work import echo
@@ -249,8 +252,8 @@ def part(url: str) -> dict[str, Any]:
     return {"type": "image_url", "image_url": {"url": url}}
 
 
-def chat(url: str) -> dict[str, Any]:
-    return {"model": "m", "messages": [{"role": "user", "content": [part(url)]}]}
+def chat(*urls: str) -> dict[str, Any]:
+    return {"model": "m", "messages": [{"role": "user", "content": [part(url) for url in urls]}]}
 
 
 class Bytes(Workers):
@@ -294,6 +297,48 @@ async def test_an_image_that_passes_is_not_fetched_twice(rig: Any, serve: Any) -
     r = await rig(await serve(echo), images=Passing(), fetch=fetch)
     async with r.client.post(r.url + "/v1/chat/completions", json=chat("https://img.test/a")) as got:
         assert (await got.json(content_type=None))["messages"] == chat("data:image/png;base64,UEFTUw==")["messages"]
+
+
+async def test_links_over_what_is_prepared_are_fetched_and_pass(rig: Any, serve: Any) -> None:
+    """An engine takes any number of images, so the sidecar follows their links, some at once, and passes the rest."""
+    at_once = most = 0
+    enough = asyncio.Event()
+
+    async def fetch(link: str, where: str) -> bytes:
+        nonlocal at_once, most
+        at_once += 1
+        most = max(most, at_once)
+        if at_once == MAX_LINKS_AT_ONCE:
+            enough.set()
+        await enough.wait()
+        at_once -= 1
+        return link[-2:].encode()
+
+    links = [f"https://img.test/{index:02}" for index in range(MAX_IMAGES + 10)]
+    r = await rig(await serve(echo), images=Bytes(), fetch=fetch)
+    async with r.client.post(r.url + "/v1/chat/completions", json=chat(*links)) as got:
+        assert got.status == 200
+        content = (await got.json(content_type=None))["messages"][0]["content"]
+    sent = [part["image_url"]["url"].partition(",")[2] for part in content]
+    assert sent[MAX_IMAGES:] == [base64.b64encode(link[-2:].encode()).decode() for link in links[MAX_IMAGES:]]
+    assert most == MAX_LINKS_AT_ONCE
+    reasons = [image.reason for image in r.emitted.of(ImagePrepared)]
+    assert reasons.count("count") == 10 and len(reasons) == len(links)
+
+
+async def test_what_links_bring_counts_as_the_body_does(rig: Any, serve: Any) -> None:
+    """A short body of links is refused where its images as data URLs would be, and holds memory like them."""
+
+    async def fetch(link: str, where: str) -> bytes:
+        return bytes(300)
+
+    body = chat(*[f"https://img.test/{index}" for index in range(10)])
+    for limit, status, code in ((10_000, 200, ""), (3_000, 413, "body_too_large")):
+        assert len(json.dumps(body)) < 3_000
+        r = await rig(await serve(echo), images=Bytes(), fetch=fetch, max_body_bytes=limit)
+        async with r.client.post(r.url + "/v1/chat/completions", json=body) as got:
+            assert got.status == status
+            assert not code or (await got.json())["error"]["code"] == code
 
 
 async def test_the_relay_refuses_what_may_not_be_fetched(rig: Any, serve: Any, make: Make) -> None:

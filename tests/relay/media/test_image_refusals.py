@@ -11,6 +11,7 @@ import pytest
 from aiohttp import web
 
 from sidecar.events import ImagePrepared, LoadReport
+from sidecar.load.found import MAX_PARTS
 from sidecar.relay.media import image_refusals
 from sidecar.relay.media.inline import MAX_IMAGES
 
@@ -270,7 +271,7 @@ def test_texts_that_are_no_refusal() -> None:
 
 
 async def test_links_are_counted_though_images_pass(rig: Any, serve: Any) -> None:
-    """A short body could name any number of large files: the limit holds, and none is fetched."""
+    """A short body could name any number of large files: where a link's place is not kept, none is fetched."""
     fetched: list[str] = []
 
     async def fetch(link: str, where: str) -> bytes:
@@ -280,7 +281,7 @@ async def test_links_are_counted_though_images_pass(rig: Any, serve: Any) -> Non
     engine = Picky()
     r = await rig(await serve(engine), images=Workers(), fetch=fetch)
     r.relay.on_command(LoadReport("{}", "", "idle", "vllm", images_pass="rust_front_end"))
-    body = pictures(*["AAAA"] * (MAX_IMAGES + 1))
+    body = pictures(*["AAAA"] * (MAX_PARTS + 1))
     for part in body["messages"][0]["content"]:
         if "image_url" in part:
             part["image_url"]["url"] = "https://img.example.com/a.png"
