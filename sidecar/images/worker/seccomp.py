@@ -1,10 +1,10 @@
 """A seccomp filter for an image worker: only the system calls that a job needs.
 
 Rules: an allow-list, so that a call which a later kernel brings is refused, too. What is not on it fails with EPERM,
-and code that tries is none the wiser; a process that changes its architecture is killed. Of some calls the arguments
-are checked: threads may be started and processes may not, no memory becomes executable, descriptors become neither
-signals nor terminals' input. No call on the list takes a path or an address. The filter holds for all threads, and for
-as long as the process lives.
+and code that tries is none the wiser; a process that changes its architecture is killed. Neither processes nor threads
+may be started: no decoder needs one, and nothing multiplies the CPU time of a job. Of some calls the arguments are
+checked: no memory becomes executable, descriptors become neither signals nor terminals' input. No call on the list
+takes a path or an address. The filter holds for all threads, and for as long as the process lives.
 
 The numbers are those of the kernel's headers; on another architecture than these two there is no filter.
 """
@@ -32,7 +32,6 @@ LOAD, JUMP_EQUAL, JUMP_ANY_BIT, RETURN = 0x20, 0x15, 0x45, 0x06
 # offsets in struct seccomp_data; the lower half of an argument, on these little-endian machines
 NUMBER, ARCHITECTURE, ARGUMENTS = 0, 4, 16
 
-CLONE_THREAD: Final = 0x10000
 PROT_EXEC: Final = 4
 FIONBIO, FIOCLEX = 0x5421, 0x5451
 F_GETFD, F_SETFD, F_GETFL, F_SETFL = 1, 2, 3, 4
@@ -47,10 +46,10 @@ class Machine:
     calls: dict[str, int]
 
 
-# Without conditions: a connection and its bytes; memory; threads and their locks; signals and timers of its own.
+# Without conditions: a connection and its bytes; memory; locks; signals and timers of its own.
 PLAIN: Final = (
     "recvfrom", "sendto", "read", "write", "close", "poll", "ppoll", "accept4", "getsockname", "recvmsg", "sendmsg",
-    "munmap", "mremap", "brk", "madvise", "futex", "sched_yield", "sched_getaffinity", "set_robust_list", "rseq",
+    "munmap", "mremap", "brk", "madvise", "futex", "sched_yield", "sched_getaffinity",
     "gettid", "getpid", "getcpu", "rt_sigaction", "rt_sigprocmask", "rt_sigreturn", "sigaltstack", "restart_syscall",
     "setitimer", "getitimer", "clock_gettime", "clock_getres", "clock_nanosleep", "nanosleep", "gettimeofday",
     "getrusage", "getrandom", "lseek", "exit", "exit_group",
@@ -58,15 +57,12 @@ PLAIN: Final = (
 
 # call -> which argument, which test, and with which numbers
 CONDITIONS: Final[dict[str, tuple[int, str, tuple[int, ...]]]] = {
-    "clone": (0, "has", (CLONE_THREAD,)),  # a thread, no process
     "mmap": (2, "lacks", (PROT_EXEC,)),
     "mprotect": (2, "lacks", (PROT_EXEC,)),
     "ioctl": (1, "is", (FIONBIO, FIOCLEX)),  # TIOCSTI would type into the operator's terminal
     "fcntl": (1, "is", (F_GETFD, F_SETFD, F_GETFL, F_SETFL)),  # F_SETOWN would send signals to any process of the user
     "prlimit64": (0, "is", (0,)),  # its own limits, which it can only lower
 }
-ABSENT: Final = ("clone3",)  # its flags lie in memory, out of reach; glibc then takes clone
-
 X86_64: Final = Machine(
     0xC000003E,
     317,
@@ -74,11 +70,10 @@ X86_64: Final = Machine(
         "read": 0, "write": 1, "close": 3, "poll": 7, "lseek": 8, "mmap": 9, "mprotect": 10, "munmap": 11, "brk": 12,
         "rt_sigaction": 13, "rt_sigprocmask": 14, "rt_sigreturn": 15, "ioctl": 16, "sched_yield": 24, "mremap": 25,
         "madvise": 28, "nanosleep": 35, "getitimer": 36, "setitimer": 38, "getpid": 39, "sendto": 44, "recvfrom": 45,
-        "sendmsg": 46, "recvmsg": 47, "getsockname": 51, "clone": 56, "exit": 60, "fcntl": 72, "gettimeofday": 96,
+        "sendmsg": 46, "recvmsg": 47, "getsockname": 51, "exit": 60, "fcntl": 72, "gettimeofday": 96,
         "getrusage": 98, "sigaltstack": 131, "gettid": 186, "futex": 202, "sched_getaffinity": 204,
         "restart_syscall": 219, "clock_gettime": 228, "clock_getres": 229, "clock_nanosleep": 230, "exit_group": 231,
-        "ppoll": 271, "set_robust_list": 273, "accept4": 288, "prlimit64": 302, "getcpu": 309, "getrandom": 318,
-        "rseq": 334, "clone3": 435,
+        "ppoll": 271, "accept4": 288, "prlimit64": 302, "getcpu": 309, "getrandom": 318,
     },
 )  # fmt: skip
 AARCH64: Final = Machine(
@@ -86,13 +81,13 @@ AARCH64: Final = Machine(
     277,
     {
         "fcntl": 25, "ioctl": 29, "close": 57, "lseek": 62, "read": 63, "write": 64, "ppoll": 73, "exit": 93,
-        "exit_group": 94, "futex": 98, "set_robust_list": 99, "nanosleep": 101, "getitimer": 102, "setitimer": 103,
+        "exit_group": 94, "futex": 98, "nanosleep": 101, "getitimer": 102, "setitimer": 103,
         "clock_gettime": 113, "clock_getres": 114, "clock_nanosleep": 115, "sched_getaffinity": 123,
         "sched_yield": 124, "restart_syscall": 128, "sigaltstack": 132, "rt_sigaction": 134, "rt_sigprocmask": 135,
         "rt_sigreturn": 139, "getrusage": 165, "getcpu": 168, "gettimeofday": 169, "getpid": 172, "gettid": 178,
         "getsockname": 204, "sendto": 206, "recvfrom": 207, "sendmsg": 211, "recvmsg": 212, "brk": 214, "munmap": 215,
-        "mremap": 216, "clone": 220, "mmap": 222, "mprotect": 226, "madvise": 233, "accept4": 242, "prlimit64": 261,
-        "getrandom": 278, "rseq": 293, "clone3": 435,
+        "mremap": 216, "mmap": 222, "mprotect": 226, "madvise": 233, "accept4": 242, "prlimit64": 261,
+        "getrandom": 278,
     },
 )  # fmt: skip
 MACHINES: Final = {"x86_64": X86_64, "aarch64": AARCH64}
@@ -115,8 +110,6 @@ def _instructions(machine: Machine) -> Iterator[Instruction]:
             yield from _if_number(machine.calls[name], [(RETURN, 0, 0, ALLOW)])
     for name, (argument, test, numbers) in CONDITIONS.items():
         yield from _if_number(machine.calls[name], [(LOAD, 0, 0, ARGUMENTS + 8 * argument), *_decide(test, numbers)])
-    for name in ABSENT:
-        yield from _if_number(machine.calls[name], [(RETURN, 0, 0, ERRNO | errno.ENOSYS)])
     yield RETURN, 0, 0, REFUSE
 
 
@@ -129,7 +122,6 @@ def _decide(test: str, numbers: tuple[int, ...]) -> Iterator[Instruction]:
     """Allow or refuse by the argument that was loaded."""
     code, then, otherwise = {
         "is": (JUMP_EQUAL, ALLOW, REFUSE),
-        "has": (JUMP_ANY_BIT, ALLOW, REFUSE),
         "lacks": (JUMP_ANY_BIT, REFUSE, ALLOW),
     }[test]
     for number in numbers:
