@@ -4,7 +4,8 @@ Sizes can be set in two places: in the model's files, which the sidecar reads, a
 --mm-processor-kwargs). A prepared image is only exact where both agree.
 
 - Three requests of one token each: text alone, a small image, and one at the largest size that the processor makes; a
-  wide one where all sizes have as many tokens. Their prompts' tokens are compared with those that the processor's geometry counts.
+  wide one where all sizes have as many tokens. Their prompts' tokens are compared with those that the processor's
+  geometry counts.
 - They go to the engine directly, and belong to no tenant. An image of more than MAX_CANARY_TOKENS tokens is not sent.
 - The image is written here as a PNG, so that control needs no image library.
 """
