@@ -134,8 +134,8 @@ FAMILIES: Final[Mapping[str, Family]] = {
     ),
 }  # fmt: skip
 CLASSES: Final[Mapping[str, type[ProcessorSpec]]] = {
-    spec_class.__name__: spec_class
-    for spec_class in (*(family.spec_class for family in FAMILIES.values()), crops.PanAndScanSpec)
+    **{family.spec_class.__name__: family.spec_class for family in FAMILIES.values()},
+    crops.PanAndScanSpec.__name__: crops.PanAndScanSpec,
 }
 
 

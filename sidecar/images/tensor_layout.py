@@ -37,8 +37,9 @@ def pieces(values: Sequence[Data], images: Sequence[Geometry], spec: ProcessorSp
         return
     if spec.batch == SPLIT:
         first = element_bytes * math.prod(shape[1:])
-        yield from ([memoryview(data)[:first]] for data in values)
-        yield from ([memoryview(data)[first:]] for data in values)
+        for part in (slice(first), slice(first, None)):
+            for data in values:
+                yield [memoryview(data)[part]]
         return
     for data, image in zip(values, images, strict=True):
         yield pad_planes(data, image.size, shape, element_bytes) if spec.batch == PLANES else [data]
