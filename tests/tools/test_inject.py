@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from sidecar import __main__
 from sidecar.errors import UsageError
+from sidecar.launch import engine_plugin
 from sidecar.settings import Settings, load
 from sidecar.tools.manifests.inject import InjectSettings, inject
 from sidecar.tools.manifests.render import DRAIN_S, ENDPOINT_REMOVAL_S
@@ -491,3 +492,87 @@ def test_the_command_reads_a_file_or_standard_input(
         assert __main__.run(["inject", *argv]) == 2
         out, err = capsys.readouterr()
         assert out == "" and err.count("\n") == 1 and words in err
+
+
+MODELS = """\
+          volumeMounts:
+            - {name: home, mountPath: /root}
+            - {name: models, mountPath: /models, subPath: llms}
+          resources:
+            limits:
+"""
+VOLUMES = """\
+          image: fluent
+      volumes:
+        - {name: home, emptyDir: {}}
+        - {name: dshm, emptyDir: {medium: Memory}}
+        - {name: models, persistentVolumeClaim: {claimName: models}}
+"""
+WITH_MODELS = DEPLOYMENT.replace("          resources:\n            limits:\n", MODELS, 1)
+WITH_MODELS = WITH_MODELS.replace("          image: fluent\n", VOLUMES, 1)
+
+
+def variables(container: dict[str, Any]) -> dict[str, Any]:
+    return {variable["name"]: variable.get("value") for variable in container["env"]}
+
+
+def test_a_models_directory_brings_what_images_need() -> None:
+    """The sidecar mounts the model's volume; vLLM gets the plug-in, one folder at /dev/shm, and the volumes' group."""
+    text = done(WITH_MODELS, model="/models/qwen")
+    spec = only(text)["spec"]["template"]["spec"]
+    (sidecar,), engine = spec["initContainers"], spec["containers"][0]
+    assert variables(sidecar)["SIDECAR_MODEL"] == "/models/qwen"
+    assert {"name": "models", "mountPath": "/models", "subPath": "llms", "readOnly": True} in sidecar["volumeMounts"]
+    shared = {"name": "engine-shm", "mountPath": "/dev/shm"}
+    assert shared in sidecar["volumeMounts"] and shared in engine["volumeMounts"]
+    assert any(volume["name"] == "engine-shm" and "Memory" in str(volume) for volume in spec["volumes"])
+    (state,) = [mount["mountPath"] for mount in engine["volumeMounts"] if mount["name"] == "sidecar-state"]
+    assert variables(engine)["PYTHONPATH"] == f"{state}/{engine_plugin.FOLDER}"
+    assert spec["securityContext"]["fsGroup"] == sidecar["securityContext"]["runAsGroup"]
+    for version in VERSIONS:
+        kubernetes_validate.validate(only(text), version, strict=True)
+    assert api_server_rules.refusals(only(text)) == []
+    assert done(text, model="/models/qwen") == text
+    plain = only(done(WITH_MODELS))["spec"]["template"]["spec"]
+    assert "securityContext" not in plain and "PYTHONPATH" not in variables(plain["containers"][0])
+
+
+def test_what_a_pod_has_already_stays() -> None:
+    """Its own folder at /dev/shm, its own group, its own PYTHONPATH after the plug-in's; an alias changes one place."""
+    own = WITH_MODELS.replace(
+        "            - {name: home, mountPath: /root}\n",
+        "            - {name: home, mountPath: /root}\n            - {name: dshm, mountPath: /dev/shm}\n",
+    ).replace("          env:\n", "          env:\n            - {name: PYTHONPATH, value: /opt/own}\n", 1)
+    own = own.replace(
+        "      nodeSelector:", "      securityContext: {fsGroup: 2000, runAsUser: 1000}\n      nodeSelector:", 1
+    )
+    spec = only(done(own, model="/models/qwen"))["spec"]["template"]["spec"]
+    assert {"name": "dshm", "mountPath": "/dev/shm"} in spec["initContainers"][0]["volumeMounts"]
+    assert "engine-shm" not in str(spec)
+    assert variables(spec["containers"][0])["PYTHONPATH"] == f"/run/sidecar/{engine_plugin.FOLDER}:/opt/own"
+    assert spec["securityContext"] == {"fsGroup": 2000, "runAsUser": 1000}
+
+
+@pytest.mark.parametrize(
+    ("change", "model", "said"),
+    [
+        (("", ""), "/elsewhere/qwen", "no volume of the engine's container"),
+        (("", ""), "/modelsx", "no volume of the engine's container"),
+        (("", ""), "models/qwen", "no volume of the engine's container"),
+        (("HF_TOKEN", "PYTHONPATH"), "/models/qwen", "PYTHONPATH comes from elsewhere"),
+    ],
+)
+def test_a_model_that_cannot_be_shared_is_refused(change: tuple[str, str], model: str, said: str) -> None:
+    """One line says what is missing, and nothing is printed."""
+    with pytest.raises(UsageError, match=said):
+        done(WITH_MODELS.replace(*change), model=model)
+
+
+def test_other_engines_get_the_model_alone() -> None:
+    """No plug-in is loaded into what is no vLLM."""
+    text = WITH_MODELS.replace("vllm/vllm-openai:v0.32.0", "lmsysorg/sglang").replace(
+        "          args: [", '          command: ["python3", "-m", "sglang.launch_server"]\n          args: ['
+    )
+    spec = only(done(text, model="/models/qwen"))["spec"]["template"]["spec"]
+    assert variables(spec["initContainers"][0])["SIDECAR_MODEL"] == "/models/qwen"
+    assert "PYTHONPATH" not in str(spec) and "securityContext" not in spec

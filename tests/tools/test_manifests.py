@@ -25,6 +25,7 @@ from sidecar.control.state_dir import StateDir
 from sidecar.errors import UsageError
 from sidecar.events import Verdict
 from sidecar.health.probes import VERDICT_STALE_S, ProbeState
+from sidecar.launch import engine_plugin
 from sidecar.settings import Settings, load
 from sidecar.tools.manifests import shell
 from sidecar.tools.manifests.render import (
@@ -255,6 +256,21 @@ def test_images_in_shared_memory_have_one_folder_for_both() -> None:
     assert {"name": "SIDECAR_IMAGES", "value": "shm"} in sidecar["env"]
     assert {"name": "VLLM_MEDIA_CONNECTOR", "value": "inference_sidecar"} in engine["env"]
     assert all(variable["name"] != "VLLM_MEDIA_CONNECTOR" for variable in containers(**CLAIM)[1]["env"])
+
+
+def test_vllm_finds_the_plug_in_and_may_read_images() -> None:
+    """Its folder is the one that the sidecar writes; the engine, which has no capability, is in the sidecar's group."""
+    sidecar, engine = containers(**CLAIM)
+    path = {"name": "PYTHONPATH", "value": f"{STATE_DIR}/{engine_plugin.FOLDER}"}
+    assert path in engine["env"]
+    security = made(**CLAIM)["securityContext"]
+    assert security["fsGroup"] == sidecar["securityContext"]["runAsGroup"]
+    assert security["seccompProfile"] == {"type": "RuntimeDefault"}
+    own = containers(**CLAIM, env="PYTHONPATH=/own")[1]["env"]
+    assert own.index(path) < own.index({"name": "PYTHONPATH", "value": "/own"}), "the last one counts"
+    for other in ({}, CLAIM | {"engine_kind": "sglang", "image": "x"}):
+        assert path not in containers(**other)[1]["env"]
+        assert "fsGroup" not in made(**other)["securityContext"]
 
 
 def test_stack_dumps_are_asked_for() -> None:

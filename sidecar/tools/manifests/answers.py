@@ -28,6 +28,10 @@ CONDITIONS: Final[dict[str, tuple[Callable[[ManifestSettings], bool], str]]] = {
     "guaranteed": (lambda s: s.qos == "guaranteed", 'eq .Values.qos "guaranteed"'),
     "surge": (lambda s: s.max_surge > 0, "gt (int .Values.maxSurge) 0"),
     "dumps": (lambda s: s.stack_dumps == "on", 'eq .Values.stackDumps "on"'),
+    "plugin": (
+        lambda s: bool(s.claim) and s.engine_kind == "vllm",
+        'and .Values.claim (eq .Values.engineKind "vllm")',
+    ),
     "shm": (lambda s: s.images == "shm", 'eq .Values.images "shm"'),
     "safe": (lambda s: s.probe == "safe", 'eq .Values.probe "safe"'),
     "http": (lambda s: s.probe == "http", 'eq .Values.probe "http"'),

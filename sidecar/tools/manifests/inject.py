@@ -7,6 +7,8 @@ What changes in a pod is little, so that Services, routers and monitors stay as 
 - The engine's start-up and liveness probes ask the sidecar; its readiness probe goes: the sidecar's is the pod's.
 - A preStop that drains, if there is none; a grace period that is long enough for it.
 - An API key of the engine's in a variable is given to the sidecar, by the same reference to a Secret.
+- With a model's directory: its volume for the sidecar, read-only; and for vLLM, what images in shared memory need: one
+  folder at /dev/shm, the plug-in's variable, a group for the pod's volumes.
 
 Everything else stays: fields that are not known here, and comments. A document that nothing is added to keeps its text,
 byte for byte; so does one that has the sidecar already.
@@ -21,7 +23,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
 from ruamel.yaml import YAML
@@ -30,11 +32,21 @@ from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.error import YAMLError
 
 from sidecar.errors import UsageError
-from sidecar.flags import file_path, flag, integer, one_of
+from sidecar.flags import file_path, flag, integer, one_of, text
+from sidecar.images.vllm_plugin import PLUGIN_FOLDER
 from sidecar.tools.manifests import engine_args
-from sidecar.tools.manifests.answers import Answers, SettingsAnswers
+from sidecar.tools.manifests.answers import Answers, SettingsAnswers, to_yaml
 from sidecar.tools.manifests.parts import fill
-from sidecar.tools.manifests.render import ADMIN_PORT, POD_GRACE_S, STATE_DIR, added_env, container, probes, restarter
+from sidecar.tools.manifests.render import (
+    ADMIN_PORT,
+    POD_GRACE_S,
+    SIDECAR_GROUP,
+    STATE_DIR,
+    added_env,
+    container,
+    probes,
+    restarter,
+)
 from sidecar.tools.manifests.settings import (
     KINDS,
     SIDECAR_MEMORY,
@@ -47,6 +59,7 @@ from sidecar.tools.manifests.settings import (
 
 MAX_INPUT_BYTES: Final = 16 << 20
 NAME: Final = "sidecar"
+SHM: Final = "/dev/shm"
 # The containers that this command adds.
 ADDED: Final = {NAME, "restarter"}
 # Variables that hold an engine's API key.
@@ -87,6 +100,11 @@ class InjectSettings:
     qos: str = flag("guaranteed", one_of("guaranteed", "burstable"), "Whether all that the sidecar may use is reserved")
     probe: str = flag("safe", one_of("safe", "http", "restart-rules"), "As in `sidecar manifests`")
     startup_seconds: int = flag(3600, integer(60, 86_400, "seconds"), "Longest time until the engine serves")
+    model: str = flag(
+        "",
+        text,
+        "The model's directory in the engine's container, on a volume: the sidecar mounts it, too, and prepares images",
+    )
     pull_secrets: str = flag("", names, "Secrets to pull the sidecar's image with")
 
 
@@ -234,8 +252,8 @@ def _pod(spec: CommentedMap, name: str, settings: InjectSettings, found: Workloa
     volumes = {v.get("name") for v in spec.get("volumes") or []}
     if taken := volumes & {"sidecar-state", "sidecar-tmp"}:
         raise UsageError(f"{name}: a volume of its own is named {min(taken)!r}; rename it")
-    _unshare(engine, ("command", "args", "volumeMounts", "lifecycle"))
-    _unshare(spec, ("initContainers", "volumes", "imagePullSecrets"))
+    _unshare(engine, ("command", "args", "env", "volumeMounts", "lifecycle"))
+    _unshare(spec, ("initContainers", "volumes", "imagePullSecrets", "securityContext"))
     kind = engine_args.kind_of(engine) if settings.engine_kind == "auto" else settings.engine_kind
     if settings.keep_port:
         listen, port = 8080, settings.keep_port
@@ -246,9 +264,15 @@ def _pod(spec: CommentedMap, name: str, settings: InjectSettings, found: Workloa
     if ADMIN_PORT in _ports(present):
         raise UsageError(f"{name}: port {ADMIN_PORT} is in use; the sidecar's probes need it")
     answers = SettingsAnswers(_as_manifest(settings))
-    added = container(answers, added_env(kind or "auto", listen, port), _own_ports(listen, present))
+    env, mounts = added_env(kind or "auto", listen, port), ""
+    if settings.model:
+        env += f"- {to_yaml({'name': 'SIDECAR_MODEL', 'value': settings.model})}\n"
+        mounts = f"- {to_yaml(_mount_of(engine, settings.model, name) | {'readOnly': True})}\n"
+        if kind == "vllm":
+            mounts += f"- {to_yaml(_share_images(spec, engine, name))}\n"
+    added = container(answers, env, _own_ports(listen, present), mounts)
     added += answers.when("rules", restarter(answers))
-    text = added + fill("volumes") + probes(answers)
+    text = added + fill("volumes") + fill("volumes-engine") + probes(answers)
     found.comments |= {line.strip() for line in text.splitlines() if line.strip().startswith("#")}
     _append(spec, "initContainers", _parsed(added), before="containers")
     _append(spec, "volumes", _parsed(fill("volumes")))
@@ -260,6 +284,53 @@ def _pod(spec: CommentedMap, name: str, settings: InjectSettings, found: Workloa
     if secrets := answers.list("pull_secrets"):
         _append(spec, "imagePullSecrets", CommentedSeq(CommentedMap(s) for s in secrets))
     return True
+
+
+def _mount_of(engine: CommentedMap, path: str, name: str) -> dict[str, Any]:
+    """The engine's mount that a path lies on. Raises UsageError."""
+    wanted = PurePosixPath(path)
+    mounts = [m for m in engine.get("volumeMounts") or [] if isinstance(m, CommentedMap)]
+    found = [m for m in mounts if wanted.is_relative_to(str(m.get("mountPath") or "?"))]
+    if not wanted.is_absolute() or not found:
+        raise UsageError(
+            f"{name}: --model: no volume of the engine's container is mounted at {path} or above it; mount the model "
+            "from a volume, or leave --model out"
+        )
+    return dict(max(found, key=lambda m: len(PurePosixPath(m["mountPath"]).parts)))
+
+
+def _share_images(spec: CommentedMap, engine: CommentedMap, name: str) -> dict[str, Any]:
+    """Give vLLM what it takes images from shared memory with. Returns the mount for the sidecar. Raises UsageError."""
+    mounts = [m for m in engine.get("volumeMounts") or [] if isinstance(m, CommentedMap)]
+    mount = next((dict(m) for m in mounts if m.get("mountPath") == SHM), None)
+    if mount is None:
+        if "engine-shm" in {v.get("name") for v in spec.get("volumes") or []}:
+            raise UsageError(f"{name}: a volume of its own is named 'engine-shm'; mount it at {SHM}, or rename it")
+        mount = {"name": "engine-shm", "mountPath": SHM}
+        _append(spec, "volumes", _parsed(fill("volumes-engine")))
+        _append(engine, "volumeMounts", _parsed(f"- {to_yaml(mount)}\n"))
+    _set_python_path(engine, name)
+    security = spec.get("securityContext")
+    if not isinstance(security, CommentedMap):
+        spec.pop("securityContext", None)
+        spec.insert(0, "securityContext", security := CommentedMap())
+    if "fsGroup" not in security:
+        security["fsGroup"] = SIDECAR_GROUP
+        security.setdefault("fsGroupChangePolicy", "OnRootMismatch")
+    return mount
+
+
+def _set_python_path(engine: CommentedMap, name: str) -> None:
+    """Put the plug-in's folder before what PYTHONPATH may have."""
+    folder = f"{STATE_DIR}/{PLUGIN_FOLDER}"
+    for variable in engine.get("env") or []:
+        if isinstance(variable, CommentedMap) and variable.get("name") == "PYTHONPATH":
+            if not isinstance(variable.get("value"), str):
+                raise UsageError(f"{name}: PYTHONPATH comes from elsewhere; put {folder} before it there, as its value")
+            if folder not in variable["value"].split(":"):
+                variable["value"] = f"{folder}:{variable['value']}".rstrip(":")
+            return
+    _append(engine, "env", _parsed(f"- {to_yaml({'name': 'PYTHONPATH', 'value': folder})}\n"))
 
 
 def _unshare(parent: Any, keys: Sequence[str]) -> None:

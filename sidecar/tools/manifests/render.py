@@ -13,6 +13,7 @@ from typing import Final
 
 from sidecar.errors import UsageError
 from sidecar.health.probes import VERDICT_STALE_S
+from sidecar.images.vllm_plugin import PLUGIN_FOLDER
 from sidecar.tools.manifests import shell
 from sidecar.tools.manifests.answers import Answers, SettingsAnswers
 from sidecar.tools.manifests.parts import fill
@@ -28,6 +29,8 @@ DRAIN_S: Final = 120
 # Until no client sends requests to a deleted pod.
 ENDPOINT_REMOVAL_S: Final = 10
 POD_GRACE_S: Final = ENDPOINT_REMOVAL_S + DRAIN_S + 40
+# Of the sidecar's image; the group of a pod's volumes where engine and sidecar share images.
+SIDECAR_GROUP: Final = 65532
 # What the container `restarter` exits with, as in Kubernetes' own examples.
 RESTART_CODE: Final = 88
 
@@ -119,6 +122,7 @@ def deployment(answers: Answers, metadata: str, labels: str) -> str:
         drain=str(DRAIN_S),
         pod_grace=str(POD_GRACE_S),
         shared_processes=answers.when("dumps", fill("shared-processes")),
+        pod_security=answers.when("plugin", fill("pod-security-group", group=str(SIDECAR_GROUP)), fill("pod-security")),
         scheduling=answers.items("pull_secrets", "imagePullSecrets: {}\n")
         + answers.items("node_selector", "nodeSelector: {}\n")
         + answers.items("tolerations", "tolerations: {}\n")
@@ -193,8 +197,10 @@ def engine(answers: Answers) -> str:
         engine_image=image,
         engine_command=command,
         engine_args=args,
-        engine_env=answers.each("env")
+        # a variable of the user's comes after, and counts
+        engine_env=answers.when("plugin", fill("plugin", state_dir=STATE_DIR, plugin_folder=PLUGIN_FOLDER))
         + answers.when("shm", fill("connector"))
+        + answers.each("env")
         + answers.when("key", _key("VLLM_API_KEY", answers)),
         engine_env_from=answers.when(
             "env_from", f"envFrom: [{{secretRef: {{name: {answers.value('env_secret')}}}}}]\n"
