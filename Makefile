@@ -1,4 +1,4 @@
-# make run | test | test-slow | check | matrix | test-vllm | test-clients | test-charts | test-containers | compiled | test-compiled | sanitize | soak | fuzz | bench | docs | clean
+# make run | test | test-slow | check | matrix | test-vllm | test-clients | test-charts | test-fixtures | test-containers | compiled | test-compiled | sanitize | soak | fuzz | bench | docs | clean
 #
 # Needs GNU make, Python 3.11-3.13 with pip and venv, and C and C++ compilers for the kernel and a test. Everything else
 # is installed into .venv, pinned by constraints.txt, again only when pyproject.toml or constraints.txt changes.
@@ -19,7 +19,7 @@ PYTEST := $(if $(COMPILED),$(ON_COMPILED),$(BIN)/pytest)
 # Without bytecode on disk, every start of a test or a worker would compile torch's thousands of modules again.
 INSTALL := env -u PYTHONDONTWRITEBYTECODE $(BIN)/uv pip install --quiet --python $(BIN)/python --compile-bytecode -c constraints.txt
 
-.PHONY: help run test test-slow check matrix test-vllm test-clients test-charts test-containers compiled test-compiled sanitize soak fuzz bench docs constraints clean
+.PHONY: help run test test-slow check matrix test-vllm test-clients test-charts test-fixtures test-containers compiled test-compiled sanitize soak fuzz bench docs constraints clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
@@ -28,7 +28,7 @@ run: .venv/.installed ## The demo: scripted engine, traffic, a stall and its rec
 	@exec $(BIN)/sidecar demo $(ARGS)
 
 test: check ## All checks, and all tests except those of the other test targets; ARGS go to pytest
-	$(BIN)/pytest -m "not vllm and not clients and not charts and not containers and not matrix and not slow" --durations 15 $(ARGS)
+	$(BIN)/pytest -m "not vllm and not clients and not charts and not fixtures and not containers and not matrix and not slow" --durations 15 $(ARGS)
 
 check: .venv/.installed-test ## Format, lint, layers, types
 	$(BIN)/ruff format --check .
@@ -38,6 +38,10 @@ check: .venv/.installed-test ## Format, lint, layers, types
 
 test-slow: .venv/.installed-test ## Tests that need minutes of real time
 	$(BIN)/pytest -m slow $(ARGS)
+
+test-fixtures: .venv/.installed-test ## Image files that others publish through every family of processors; fetches them first (50 MB)
+	$(BIN)/python tests/images/public_files.py
+	$(BIN)/pytest tests/images/test_public_files.py -m fixtures $(ARGS)
 
 test-containers: .venv/.installed-test ## The image and the printed manifest in real containers: podman and runc, as root (4 GB of disk)
 	$(BIN)/pytest tests/containers -m containers $(ARGS)

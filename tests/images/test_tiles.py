@@ -258,9 +258,9 @@ def ours(row: Family, *images: torch.Tensor) -> dict[str, torch.Tensor]:
     }
 
 
-def theirs(row: Family, *images: torch.Tensor) -> dict[str, Any]:
+def theirs(row: Family, *images: torch.Tensor, processor: Any = None) -> dict[str, Any]:
     """The processor's; lists of numbers as tensors. Raises what it raises."""
-    out = row.processor()(images=list(images), return_tensors="pt")
+    out = (processor or row.processor())(images=list(images), return_tensors="pt")
     if "spatial_shapes" in out and out["pixel_attention_mask"].shape != out["pixel_values"].shape[:2]:
         raise ValueError("a strip has more patches than its own mask, and no model takes that")
     return {

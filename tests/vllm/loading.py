@@ -1,9 +1,10 @@
 """Print what an engine's own loading code and the Hugging Face processor make of image files; run by engine_sources.
 
-    PYTHON loading.py vllm|sglang|mistral PROCESSOR.json FOLDER
+    PYTHON loading.py vllm|sglang|mistral PROCESSOR.json FOLDER [PROCESSOR.json FOLDER ...]
 
-Prints a JSON object: the version of the engine and of transformers, and by file name the SHA-256 of `pixel_values`, or
-"refused". Nothing of the sidecar is imported.
+Prints a JSON object: the version of the engine and of transformers, and for each folder, by file name, the SHA-256 of
+`pixel_values`, or "refused"; null where transformers has no such processor. With {"image_processor_type": "pixels"} it
+is that of the pixels alone. Nothing of the sidecar is imported.
 """
 
 from __future__ import annotations
@@ -45,10 +46,16 @@ def by_sglang() -> tuple[str, Load]:
     return version("sglang"), load
 
 
-def hugging_face(config: dict[str, Any]) -> Callable[[Any], Any]:
+def hugging_face(config: dict[str, Any]) -> Callable[[Any], Any] | None:
+    import numpy
+    import torch
     import transformers
 
     name = config.pop("image_processor_type")
+    if name == "pixels":
+        return lambda image: torch.from_numpy(numpy.array(image))
+    if not hasattr(transformers, name):
+        return None
     processor = getattr(transformers, name)(**config)
     return lambda image: processor(images=[image], return_tensors="pt")["pixel_values"]
 
@@ -64,11 +71,19 @@ def mistral(config: dict[str, Any]) -> Callable[[Any], Any]:
     return lambda image: torch.tensor(encoder(ImageChunk(image=image)).image)
 
 
-def main(engine: str, config_path: str, folder: str) -> None:
+def main(engine: str, *pairs: str) -> None:
     warnings.simplefilter("ignore")
-    config = json.loads(Path(config_path).read_text())
     release, load = by_sglang() if engine == "sglang" else by_vllm()
-    process = mistral(config) if engine == "mistral" else hugging_face(config)
+    made: dict[str, dict[str, str] | None] = {}
+    for config_path, folder in zip(pairs[::2], pairs[1::2], strict=True):
+        config = json.loads(Path(config_path).read_text())
+        process = mistral(config) if engine == "mistral" else hugging_face(config)
+        made[folder] = None if process is None else all_of(folder, load, process)
+    print(json.dumps({"engine": release, "transformers": version("transformers"), "made": made}))
+
+
+def all_of(folder: str, load: Load, process: Callable[[Any], Any]) -> dict[str, str]:
+    """What is made of each file of a folder, by its name."""
     made: dict[str, str] = {}
     for path in sorted(Path(folder).iterdir()):
         try:
@@ -78,7 +93,7 @@ def main(engine: str, config_path: str, folder: str) -> None:
         else:
             raw = values.contiguous().numpy().tobytes()
             made[path.name] = f"{tuple(values.shape)} {hashlib.sha256(raw).hexdigest()}"
-    print(json.dumps({"engine": release, "transformers": version("transformers"), "made": made}))
+    return made
 
 
 if __name__ == "__main__":

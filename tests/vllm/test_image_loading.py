@@ -17,11 +17,13 @@ from PIL import Image
 
 from sidecar.engines.image_loading import ImageModel, row_of
 from sidecar.images.protocol import RAW, ImageDone, ImageJob, ImageLimits
+from sidecar.images.worker import tensors
 from sidecar.kernels import families
 from sidecar.tools.synthetic_photos import photo, pixels
 
-from ..images import corpus
+from ..images import corpus, public_files, test_families
 from ..images.published import settings as published
+from ..images.test_public_files import decoded
 from . import engine_sources
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
@@ -91,28 +93,46 @@ def write_pairs(config: dict[str, Any], folder: Path, files: dict[str, bytes]) -
     return names
 
 
+Pairs = dict[str, tuple[dict[str, Any], list[str]]]  # by folder: the processor, and the images whose pairs lie there
+
+
 def different(
     python: Path, sources: tuple[str, ...], engine: str, config: dict[str, Any], folder: Path, names: list[str]
 ) -> tuple[str, set[str]]:
     """The engine's version, and the images that it would see in another way if they were prepared."""
+    version, found = all_different(python, sources, engine, {str(folder): (config, names)})
+    assert found[str(folder)] is not None
+    return version, found[str(folder)] or set()
+
+
+def all_different(
+    python: Path, sources: tuple[str, ...], engine: str, pairs: Pairs
+) -> tuple[str, dict[str, set[str] | None]]:
+    """The same for several processors, by folder; None for one that the engine's transformers does not have."""
     missing = [name for name in sources if not engine_sources.complete(name)]
     if missing:
         pytest.skip(f"not installed: {', '.join(missing)} (python tests/vllm/engine_sources.py)")
-    (folder.parent / "processor.json").write_text(json.dumps(config))
-    done = engine_sources.run(python, sources, str(LOADING), engine, str(folder.parent / "processor.json"), str(folder))
+    arguments: list[str] = []
+    for folder, (config, _) in pairs.items():
+        file = Path(f"{folder}.json")
+        file.write_text(json.dumps(config))
+        arguments += [str(file), folder]
+    done = engine_sources.run(python, sources, str(LOADING), engine, *arguments)
     if "ModuleNotFoundError" in done.stderr or "ImportError" in done.stderr:
         pytest.skip(f"its code does not load here: {done.stderr.strip().splitlines()[-1][:200]}")
     assert done.returncode == 0, done.stderr[-2000:]
     said = json.loads(done.stdout.splitlines()[-1])
-    made = said["made"]
-    assert len(made) == 2 * len(names)
-    found = set()
-    for at, name in enumerate(names):
-        original = next(value for file, value in made.items() if file.endswith(f".{at}.original"))
-        prepared = next(value for file, value in made.items() if file.endswith(f".{at}.prepared"))
-        if original != prepared:
-            found.add(name)
+    found: dict[str, set[str] | None] = {}
+    for folder, (_, names) in pairs.items():
+        made = said["made"][folder]
+        found[folder] = None if made is None else _pairs_that_differ(made, names)
     return said["engine"], found
+
+
+def _pairs_that_differ(made: dict[str, str], names: list[str]) -> set[str]:
+    assert len(made) == 2 * len(names)
+    ends = {file.rpartition(".")[2] + file.split(".")[-2]: value for file, value in made.items()}
+    return {name for at, name in enumerate(names) if ends[f"original{at}"] != ends[f"prepared{at}"]}
 
 
 @pytest.fixture(scope="session")
@@ -146,6 +166,41 @@ def test_a_prepared_image_is_what_vllm_sees(
     version, found = different(vllm_python, IMITATED[name], "vllm", config, pairs, names)
     assert found == set()
     assert row_of("vllm", version, ImageModel("hf", "", str(config["image_processor_type"]))).reason == ""
+
+
+# Every family of which a resized image may replace the original, by a row of its tests.
+INLINE = {row.name: published(row.name, **row.config) for row in test_families.ROWS.values() if row.spec().inline}
+
+
+@pytest.mark.parametrize("name", IMITATED)
+def test_every_family_sees_a_prepared_image_as_the_original(vllm_python: Path, tmp_path: Path, name: str) -> None:
+    """Photographs in all orientations and formats, through each vLLM's loader and each transformers' own processor."""
+    pairs: Pairs = {}
+    for kind, config in INLINE.items():
+        (folder := tmp_path / kind).mkdir()
+        plain = {key: value for key, value in config.items() if value is not None}
+        pairs[str(folder)] = plain, write_pairs(plain, folder, MADE)
+    _, found = all_different(vllm_python, IMITATED[name], "vllm", pairs)
+    assert {Path(folder).name: names for folder, names in found.items() if names} == {}
+    assert len(found) > 10 and list(found.values()).count(None) <= 1
+
+
+@pytest.mark.parametrize("name", IMITATED)
+def test_public_files_are_decoded_as_by_vllm(vllm_python: Path, tmp_path: Path, name: str) -> None:
+    """Each file that would be prepared (tests/images/public_files.py): its pixels are those of vLLM's own loader."""
+    public = public_files.all_files()
+    if len(public) < 100:
+        pytest.skip("not fetched (make test-fixtures)")
+    (folder := tmp_path / "pixels").mkdir()
+    names: list[str] = []
+    for file, data in public.items():
+        pixels = decoded(data, flatten=False)
+        if not isinstance(pixels, str):
+            (folder / f"{len(names):05}.{len(names)}.original").write_bytes(data)
+            (folder / f"{len(names):05}.{len(names)}.prepared").write_bytes(tensors.ppm(pixels))
+            names.append(file)
+    found = different(vllm_python, IMITATED[name], "vllm", {"image_processor_type": "pixels"}, folder, names)[1]
+    assert found == set() and len(names) > 400
 
 
 def test_an_older_vllm_turns_no_photograph(vllm_python: Path, pairs: Path) -> None:
