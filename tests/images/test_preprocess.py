@@ -222,7 +222,10 @@ async def test_every_setting_of_the_processor(service: Service, server: Server, 
     assert same(body, PHOTOS[:2], **options)
 
 
-@pytest.mark.parametrize("name", ["internvl", "llava-onevision", "llama-4", "gemma-4", "kimi-k2.5", "minicpm-v"])
+@pytest.mark.parametrize(
+    "name",
+    ["internvl", "llava-onevision", "llama-4", "gemma-4", "kimi-k2.5", "minicpm-v", "ovis-2", "lfm2-vl", "step-3.7"],
+)
 async def test_tiles_over_http(service: Service, server: Server, tmp_path: Path, name: str) -> None:
     """Tiles, padded rows, interleaved rows and bfloat16 are the same over HTTP and shm, and the layout names them."""
     row = ROWS[name]
