@@ -199,5 +199,9 @@ async def test_real_workers_survive_each_file(files: dict[str, bytes], worker_se
             found = (await images.tensors([(data, False)]))[0].prepared.outcome
         except BadImage as refused:
             found = of_refusal(refused.reason)
-        assert found == (expected if isinstance(expected, str) else "ok") or found == "aspect", name
+        assert found not in ("failed", "deadline"), name
+        if isinstance(expected, str):  # a worker has no bound of Pillow's own, and may say why more exactly
+            assert found != "ok" and (expected not in PASSING or found in PASSING), (name, found)
+        else:
+            assert found in ("ok", "aspect"), (name, found)
     assert worker_server.workers() == before

@@ -29,7 +29,7 @@ from .client import Http
 from .processes import Engine, Sidecar
 from .test_images import BODIES, PATH, Recorder, chat, prepared_images, recording
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(500)]
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 
 SHM = Path(SHM_DIR)
 # Every kind of file: both orientations, alpha, grey, one that is enlarged, several in a request, and again.
