@@ -221,6 +221,7 @@ class ControlLoop:
             identity=engine.identity,
             is_fcfs=engine.kind is not None and engine.kind.is_fcfs,
             canary_disturbs=engine.canary_disturbs,
+            wakes=engine.wakes,
             trouble=engine.trouble or self.port.trouble,
         )
 

@@ -60,7 +60,7 @@ class VerdictInputs:
     `refused_since`: since when connections are refused; `exempt`, `withheld`: reason codes or None; `can_ask`: whether
     canaries pass here, None while that is unknown; `refusing`: seconds for which every request was refused, None while
     some are not; `start_overdue`: this process has started for longer than any is known to take; `trouble`: why
-    the sidecar cannot talk to the engine, "" while it can.
+    the sidecar cannot talk to the engine, "" while it can; `wakes`: a request wakes it when it sleeps.
     """
 
     now: float
@@ -77,6 +77,7 @@ class VerdictInputs:
     refusing: float | None = None
     start_overdue: bool = False
     trouble: str = ""
+    wakes: bool = False
 
     @property
     def is_working(self) -> bool:
