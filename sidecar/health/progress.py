@@ -531,9 +531,7 @@ class Progress:
         longest = max((hold.prefill for hold in waiting), default=0.0)
         media = max((hold.prefill for hold in waiting if hold.has_media), default=0.0)
         text = 0.0 if longest <= learned.measured_to else UNMEASURED_SLOWNESS * longest
-        return max(
-            text, media * learned.route_seconds(MEDIA, self.limits.margin * UNKNOWN_SLOWNESS * learned.slowness)
-        )
+        return max(text, media * learned.route_seconds(MEDIA, self.limits.margin * UNKNOWN_SLOWNESS * learned.slowness))
 
     def _slowest(self, prefill: float) -> float:
         """Seconds that a prefill may take before liveness fails, if the others came from the engine's cache."""

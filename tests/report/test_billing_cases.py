@@ -78,7 +78,9 @@ def test_7_the_ranks_of_an_engine_are_no_count_of_its_gpus(gpus: int, assumed: b
     control = ControlState(Settings(engine="http://e", dollars_per_gpu_hour=2.5, gpus=gpus), Coefficients(), 0.0, 0.0)
     nothing = Absent("not here")
     page = EngineSample(ranks=(RankSample(0), RankSample(1)))
-    control.tick(TickReadings(Value(page, 1.0), nothing, nothing, (), None, "vllm", identity=EngineIdentity()), 1.0, 1.0)
+    control.tick(
+        TickReadings(Value(page, 1.0), nothing, nothing, (), None, "vllm", identity=EngineIdentity()), 1.0, 1.0
+    )
     assert (control.gpu_count.gpus, control.is_gpu_count_assumed) == (gpus or 2, assumed)
 
 
@@ -130,9 +132,7 @@ def test_16_an_export_that_would_cut_an_hour_is_refused(first: str, last: str, z
 def test_16_hours_that_follow_each_other_over_a_change_of_the_clock_add_up(tmp_path: Path) -> None:
     """The hour from 2 to 3 comes twice in Berlin: its parts, named with their offsets, are each an hour."""
     start = int(datetime.fromisoformat("2026-10-24T22:00+00:00").timestamp())
-    rows = {
-        UsageKey(start + 60 * n, 60, "a", "m", "ok", "told", Rate()): UsageSums(1, 1.0) for n in range(25 * 60)
-    }
+    rows = {UsageKey(start + 60 * n, 60, "a", "m", "ok", "told", Rate()): UsageSums(1, 1.0) for n in range(25 * 60)}
     UsageStore(tmp_path, 3660, 1 << 20).write(PendingUsage(rows), start)
     found = []
     for first, last in (
