@@ -29,8 +29,8 @@ class ProbeState:
     """What probes render: the verdict, whether start-up is done, and whether the sidecar drains.
 
     `held`: a stalled engine must not be killed now (see kill_policy.py). `doubtful`: the last known state was a stall,
-    and nothing has shown the contrary yet. `settling`: seconds for which readiness waits after repeated doubts. `dozes`:
-    the engine sleeps until a request wakes it, which none would do if no traffic came.
+    and nothing has shown the contrary yet. `settling`: seconds for which readiness waits after repeated doubts.
+    `dozes`: the engine sleeps until a request wakes it, which none would do if no traffic came.
     """
 
     verdict: Verdict

@@ -4,8 +4,9 @@
     serving   SIGUSR1 from control: it serves, now the others are started
     death     a process that ends is restarted: at once, then with pauses that double while it keeps dying young; one
               that cannot be forked is tried again in the same way
-    SIGTERM   (or SIGINT, or the SIGHUP of a terminal that closes, unless nohup has it ignored) to control, which withdraws readiness, and the relays, which finish their streams; after the
-              last relay SIGUSR1 ends control, and with it the container; a control that dies before is still replaced;
+    SIGTERM   (or SIGINT, or the SIGHUP of a terminal that closes, unless nohup has it ignored) to control, which
+              withdraws readiness, and the relays, which finish their streams; after the last relay
+              SIGUSR1 ends control, and with it the container; a control that dies before is still replaced;
               an engine that the sidecar started (engine_runner.py) gets its SIGTERM then, too
 
 - One thread, no event loop, no file, no network: it waits in one place, for a signal. So forking it is sound, and

@@ -11,10 +11,10 @@ import asyncio
 import contextlib
 import errno
 import logging
-import os
 import socket
 import stat
 import time
+from pathlib import Path
 from typing import Final
 
 from sidecar.signals.engine_address import EngineAddress
@@ -110,6 +110,6 @@ class PortSignal:
 def _is_other_file(path: str) -> bool:
     """Whether there is something at a path, and it is no socket."""
     try:
-        return not stat.S_ISSOCK(os.stat(path).st_mode)
+        return not stat.S_ISSOCK(Path(path).stat().st_mode)
     except OSError:
         return False
