@@ -301,7 +301,8 @@ class HealthMonitor:
         interval, disturbs = self._settings.canary_interval, self._disturbs
         if self._wakes and last is not None:  # as long again as it had been idle: else it would never sleep
             interval = max(interval, last - max(self.progress.last()[1] or 0.0, self.state.engine_since))
-        if not verdict.is_canary_due(self.state, self.evidence, last, interval, disturbs=disturbs):
+        unknown = canaries.passes is None
+        if not verdict.is_canary_due(self.state, self.evidence, last, interval, disturbs=disturbs, unknown=unknown):
             return None
         return canary_allowed(self.state.state, self.evidence, canaries.seconds, self.progress.limits)
 

@@ -401,3 +401,24 @@ def test_18_words_say_what_ends_an_exemption(what: str) -> None:
     pod.tick(5)
     detail = pod.control.health.verdict.detail
     assert "readiness fails, liveness passes, until" in detail and "order" in detail
+
+
+def test_8_a_canary_is_known_to_pass_although_users_came_first() -> None:
+    """A restarted engine serves users before any canary; one is tried next to them, so that a hang is killed in time."""
+    pod = Pod()
+    pod.page = EngineSample(started_wall=WALL + pod.now - 100)
+    pod.tick(5)
+    pod.canaries = "busy"  # 503 while it loads
+    pod.page = EngineSample(started_wall=WALL + pod.now)
+    pod.tick(5)
+    assert pod.state == "starting"
+    id = pod.decoding()
+    pod.tick(2, id)
+    pod.canaries = "ok"
+    pod.tick(20, id)
+    assert pod.control.health.canary_usable
+    sends = pod.sends
+    pod.tick(60, id)
+    assert pod.sends <= sends + 1, "and then no more of it"
+    pod.canaries = "starved"
+    assert pod.until("stalled") < 90
