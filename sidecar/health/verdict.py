@@ -428,9 +428,9 @@ def is_canary_due(
     """Whether a canary should be sent now; none is outstanding.
 
     It is sent when the engine starts, has been idle for `interval`, is suspect or stalled; once before a silence makes
-    it suspect; and once next to users' work, if it must be known whether the engine computes several requests at once, or
-    whether canaries pass here at all (`unknown`): one that never passed confirms no hang.
-    Else never while work progresses or is silent within its time: it would only add load. `disturbs`: it would drop
+    it suspect; and next to users' work, while it must be known whether the engine computes several requests at once, or
+    whether canaries pass here at all (`unknown`: one that never passed confirms no hang). Else never while work
+    progresses or is silent within its time: it would only add load. `disturbs`: it would drop
     what the engine keeps for its users, so that only doubt is worth one.
     """
     is_doubted = state.state in ("suspect", "stalled", "dead")

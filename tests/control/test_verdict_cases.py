@@ -404,7 +404,7 @@ def test_18_words_say_what_ends_an_exemption(what: str) -> None:
 
 
 def test_8_a_canary_is_known_to_pass_although_users_came_first() -> None:
-    """A restarted engine serves users before any canary; one is tried next to them, so that a hang is killed in time."""
+    """A restarted engine serves users first; a canary is tried next to them, so that a hang is killed in time."""
     pod = Pod()
     pod.page = EngineSample(started_wall=WALL + pod.now - 100)
     pod.tick(5)
