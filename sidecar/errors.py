@@ -72,6 +72,10 @@ class NoOpenFiles(RequestError, code="no_open_files", status=503, retry_after=1)
     """The sidecar has no file descriptors left for a connection to the engine."""
 
 
+class NoLocalPorts(RequestError, code="no_local_ports", status=503, retry_after=1):
+    """The sidecar's machine has no local ports left for a connection to the engine."""
+
+
 class EngineStalled(RequestError, code="engine_stalled", status=503, retry_after=10):
     """The engine stalled while this request was waiting."""
 

@@ -48,6 +48,11 @@ class RequestSize(Record, frozen=True):
     audio_seconds: float = 0.0
     video_frames: int = 0
 
+    @property
+    def has_media(self) -> bool:
+        """Whether pictures, sounds or videos are part of the prompt."""
+        return bool(self.images or self.audios or self.videos)
+
 
 class Trace(Record, frozen=True):
     """W3C trace context of a request: 32 and 16 lower-case hex digits; `parent_id` is empty for a root."""
@@ -189,6 +194,10 @@ class EnginePauseChanged(Record, tag=True, frozen=True):
     shown: bool = True
 
 
+# The code of a call that the engine takes only while it is idle: no pause, and no exemption.
+CACHE_RESET: Final = "cache_reset"
+
+
 class Directing(Record, tag=True, frozen=True):
     """A call that pauses or resumes the engine is in progress (`on`), or done; `taken`: the engine answered 2xx.
 
@@ -197,7 +206,7 @@ class Directing(Record, tag=True, frozen=True):
 
     at: float
     id: int  # the relay's own
-    what: str  # as in EnginePauseChanged
+    what: str  # as in EnginePauseChanged, or CACHE_RESET
     on: bool
     taken: bool = False
 

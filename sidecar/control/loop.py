@@ -198,7 +198,8 @@ class ControlLoop:
         if is_new_verdict or self._ticks % PUBLISH_INTERVAL_TICKS == 0:
             self._publish(wall)
         if self._ticks == GPU_COUNT_TICKS and self.control.is_gpu_count_assumed:
-            _log.warning("number of the engine's GPUs is unknown: billing one; set --gpus")
+            count = self.control.gpu_count.gpus
+            _log.warning("number of the engine's GPUs is unknown: billing %d; set --gpus", count)
         if self._limits is not None and self._ticks % LIMITS_INTERVAL_TICKS == 0:
             self._tasks.start("limits", self._name_tenants(self._limits))
         if health.lag < TICK_S:
@@ -221,6 +222,7 @@ class ControlLoop:
             identity=engine.identity,
             is_fcfs=engine.kind is not None and engine.kind.is_fcfs,
             canary_disturbs=engine.canary_disturbs,
+            wakes=engine.wakes,
             trouble=engine.trouble or self.port.trouble,
         )
 

@@ -101,8 +101,8 @@ class ControlState:
 
     @property
     def is_gpu_count_assumed(self) -> bool:
-        """Whether a GPU price is set but the number of GPUs is a guess."""
-        return self._settings.dollars_per_gpu_hour > 0 and not self.gpu_count.source
+        """Whether a GPU price is set but the number of GPUs is a guess: a rank may have several."""
+        return self._settings.dollars_per_gpu_hour > 0 and self.gpu_count.source in ("", "ranks")
 
     def name_tenants(self, names: Iterable[str]) -> None:
         """The tenants configured by an operator; they always have a label."""

@@ -45,7 +45,12 @@ class StateDir:
             scratch.unlink(missing_ok=True)
 
     def write(self, state: probes.ProbeState, now_wall: float) -> None:
-        """Replace verdict.json and touch or remove `stalled`. Raises OSError."""
+        """Replace verdict.json and touch or remove `stalled`. Raises OSError.
+
+        Something may have removed the directory (a cleaner of /run or /tmp): without a verdict exec probes would pass.
+        """
+        if not self.path.exists():
+            self.path.mkdir(mode=0o755)
         stalled = self.path / STALLED  # first: it has no content, so a full disk does not silence it
         if probes.passes("live", state):
             stalled.unlink(missing_ok=True)

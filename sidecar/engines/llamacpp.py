@@ -6,7 +6,8 @@
   The page can be rendered by the decoding loop: then it waits for a batch and hangs with it; /health does not.
 - Sleep: with --sleep-idle-seconds the model is unloaded after that time, /props reports it, and any request wakes it.
   /health, /props and /models do not, nor does /metrics in newer versions. It did in older ones, so a sleeping server is
-  not scraped. A canary is a request: with --canary-interval below its idle time the server never sleeps.
+  not scraped. A canary is a request: each comes only after as long again as the server had been idle, so that it sleeps
+  after three times its idle time at most. While it sleeps readiness passes, since only traffic wakes it.
 - --api-key leaves /health open, older versions also /v1/models (seen). It has no priorities.
 - Router mode (no model given): /v1/models lists all models with their `status`, and a POST loads the one that it names.
   GETs without a model load none (seen): /metrics is 400, /props the router's own.

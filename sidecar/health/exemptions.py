@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
-from sidecar.events import Directing, EnginePauseChanged
+from sidecar.events import CACHE_RESET, Directing, EnginePauseChanged
 
 # Seconds after a pause from which an admission counts as later.
 LATER_ADMISSION_S: Final = 1.0
@@ -56,8 +56,8 @@ class Exemptions:
             self.since[event.what] = event.at
 
     def is_stop_called(self) -> bool:
-        """Whether a call that stops the work is with the engine: it may stop it at any moment."""
-        return any(call.what in STOPPING for call in self.calls.values())
+        """Whether a call is with the engine that may stop its work at any moment, or that a canary would foil."""
+        return any(call.what in (*STOPPING, CACHE_RESET) for call in self.calls.values())
 
     def relay_lost(self, relay: int) -> None:
         """End the calls of a dead relay."""
@@ -72,7 +72,8 @@ class Exemptions:
             self.relied = 0.0
         self.calls = {key: call for key, call in self.calls.items() if now - call.at < self.cap}
         until = now - MIN_CALL_S if doubted_at is None else min(now - MIN_CALL_S, doubted_at)
-        what = next((call.what for call in self.calls.values() if call.at <= until), None)
+        pauses = (call for call in self.calls.values() if call.what != CACHE_RESET)
+        what = next((call.what for call in pauses if call.at <= until), None)
         if what is None or self.relied >= self.cap:
             return None
         self.relied, self._relied_at = self.relied + elapsed, now

@@ -148,6 +148,14 @@ class LatencyModel:
         """The engine has started, and served its first token after so long."""
         self.start_seconds = max(self.start_seconds, seconds)
 
+    def slowest(self, prefill: float) -> float:
+        """The longest that a prefill of about this size, or its share of a longer one, took lately, in seconds.
+
+        It counts where the others may have come from a cache of which the engine says nothing.
+        """
+        likes = (seen for seen in self.prefills if prefill <= MEASURED_REACH * seen[0])
+        return max((took * min(1.0, prefill / max(predicted, MIN_PREFILL_S)) for predicted, took in likes), default=0.0)
+
     def seconds(self, prefill: float) -> float:
         """What a prefill takes here that the cost model predicts at `prefill` seconds."""
         return self.slowness * prefill + self.overhead if prefill else 0.0

@@ -20,6 +20,7 @@ from typing import Annotated, Final, Protocol
 from msgspec import Meta
 
 from sidecar.events import (
+    CACHE_RESET,
     SHORT_ROUTES,
     AbortRequests,
     Admitted,
@@ -77,6 +78,7 @@ CALM_STATES: Final = frozenset[State]({"idle", "progressing", "quiet"})
 # States in which a silence is taken for a hang.
 DOUBTED_STATES: Final = frozenset[State]({"suspect", "stalled", "dead"})
 
+SLEEPING: Final = "engine_sleeping"
 RESTORED: Final = "sidecar_restarted"
 UNKNOWN_ENGINE: Final = EngineIdentity()
 
@@ -88,7 +90,8 @@ class TickReadings:
     `refused_since`: since when the engine's port refuses connections; `unanswered`: it accepts them, and the API
     answers nothing; `resting`: the reason code of a rest that the engine reports, "" while it is awake; `denied_rests`:
     those that it denies, and when it was asked; `is_fcfs`: it serves requests of one model and priority in order;
-    `canary_disturbs`: a canary drops what it keeps for its users; `trouble`: why no connection to it can be made, in
+    `canary_disturbs`: a canary drops what it keeps for its users; `wakes`: it sleeps when it has been idle, and any
+    request wakes it; `trouble`: why no connection to it can be made, in
     one sentence, "" if none is known.
     """
 
@@ -104,6 +107,7 @@ class TickReadings:
     identity: EngineIdentity = UNKNOWN_ENGINE
     is_fcfs: bool = False
     canary_disturbs: bool = False
+    wakes: bool = False
     trouble: str = ""
     denied_rests: Mapping[str, float] = field(default_factory=dict)
 
@@ -200,6 +204,8 @@ class HealthMonitor:
         self._read_at = 0.0  # the last metrics page
         self._was_refused = False
         self._disturbs = False  # a canary would drop what the engine keeps for its users
+        self._wakes = False  # it sleeps when it has been idle, and a request wakes it
+        self._woken_at: float | None = None  # a sleep ended then, and nothing has come since: it loads its model
         self._withheld_until, self._withheld_reason = 0.0, ""
         self._judged_from = 0.0  # when the last exemption ended: an older canary proves nothing
         self._checked_at = now  # for exemptions
@@ -224,6 +230,7 @@ class HealthMonitor:
                     event.at,
                     event.route,
                     size=event.mu,
+                    has_media=event.expected.has_media,
                 )
             case FirstToken():
                 self.partial_hangs.table.first_token((relay, event.id), event)
@@ -255,7 +262,7 @@ class HealthMonitor:
                 self.exemptions.pause(event)
             case Directing():
                 self.exemptions.call(relay, event)
-                if event.taken:
+                if event.taken and event.what != CACHE_RESET:
                     self._judge_from(event.at)
             case _:
                 pass
@@ -292,7 +299,10 @@ class HealthMonitor:
             return None
         last = canaries.last.ended if canaries.last else None
         interval, disturbs = self._settings.canary_interval, self._disturbs
-        if not verdict.is_canary_due(self.state, self.evidence, last, interval, disturbs=disturbs):
+        if self._wakes and last is not None:  # as long again as it had been idle: else it would never sleep
+            interval = max(interval, last - max(self.progress.last()[1] or 0.0, self.state.engine_since))
+        unknown = canaries.passes is None
+        if not verdict.is_canary_due(self.state, self.evidence, last, interval, disturbs=disturbs, unknown=unknown):
             return None
         return canary_allowed(self.state.state, self.evidence, canaries.seconds, self.progress.limits)
 
@@ -353,6 +363,7 @@ class HealthMonitor:
             refusing=self._refusing(now),
             start_overdue=self._is_start_overdue(now),
             trouble=readings.trouble,
+            wakes=readings.wakes,
         )
         before, hold_before = self.state, self.kill_policy.reason
         self.state, condition = verdict.judge(before, inputs)
@@ -374,6 +385,7 @@ class HealthMonitor:
         self.progress.max_context = self.partial_hangs.table.max_context = readings.identity.max_context
         self.partial_hangs.table.is_fcfs = readings.is_fcfs
         self._disturbs = readings.canary_disturbs and not readings.unanswered
+        self._wakes = readings.wakes
 
     def _own_health(self, relays: tuple[RelayUse, ...], now: float, wall: float) -> float:
         """Withhold judgement for a full window if the sidecar itself was not healthy. Returns its lag."""
@@ -440,6 +452,7 @@ class HealthMonitor:
             exempt = self.exemptions.active(now)
         if self._was_exempt and exempt is None:
             self._judge_from(now)
+            self._woken_at = now if self.state.reason == SLEEPING and self._wakes else None
         self._was_exempt = exempt is not None
         if exempt is None and is_silent:
             proof = max(self._proof() or 0.0, self._judged_from)
@@ -450,7 +463,7 @@ class HealthMonitor:
         if self.draining:
             return "draining"
         if readings.sample is not None and readings.sample.sleeping:
-            return "engine_sleeping"
+            return SLEEPING
         return readings.resting or None
 
     def _judge_from(self, now: float) -> None:
@@ -460,9 +473,15 @@ class HealthMonitor:
 
     def _evidence(self, readings: TickReadings, work: Iterable[OpenWork], now: float) -> Evidence:
         """Compare the silence so far with what the outstanding work may take; own lag adds patience."""
-        extra = 2 * max((self.lag, *(relay.lag for relay in readings.relays)))
+        extra = 2 * max((self.lag, *(relay.lag for relay in readings.relays))) + self._waking_seconds()
         learn = self.state.state in CALM_STATES
         return self.progress.evidence(work, now, extra=extra, learn=learn, unanswered=readings.unanswered)
+
+    def _waking_seconds(self) -> float:
+        """Patience with an engine that loads its model again, as a request asks for it."""
+        if self._woken_at is not None and (self._proof() or 0.0) > self._woken_at:
+            self._woken_at = None
+        return 0.0 if self._woken_at is None else self.progress.limits.cap
 
     def _record_clues(self, readings: TickReadings, now: float) -> None:
         """Record XID counts and whether the API is unresponsive."""
@@ -597,7 +616,8 @@ class HealthMonitor:
         """What probes render."""
         held = self.kill_policy.hold is not None
         settling = self.readiness_hold.seconds_left(self._ticked_at)
-        return ProbeState(self.verdict, self.state.startup_done, self.draining, held, self.is_doubtful, settling)
+        dozes = self._wakes and self.state.reason == SLEEPING
+        return ProbeState(self.verdict, self.state.startup_done, self.draining, held, self.is_doubtful, settling, dozes)
 
     def set_margin(self, margin: float) -> None:
         """Allow `margin` times the predicted silence from now on."""

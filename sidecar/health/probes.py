@@ -30,6 +30,7 @@ class ProbeState:
 
     `held`: a stalled engine must not be killed now (see kill_policy.py). `doubtful`: the last known state was a stall,
     and nothing has shown the contrary yet. `settling`: seconds for which readiness waits after repeated doubts.
+    `dozes`: the engine sleeps until a request wakes it, which none would do if no traffic came.
     """
 
     verdict: Verdict
@@ -38,6 +39,7 @@ class ProbeState:
     held: bool = False
     doubtful: bool = False
     settling: float = 0.0
+    dozes: bool = False
 
 
 def passes(kind: Kind, state: ProbeState) -> bool:
@@ -46,6 +48,8 @@ def passes(kind: Kind, state: ProbeState) -> bool:
         return False
     if kind == "ready" and (state.draining or state.doubtful or state.settling > 0):
         return False
+    if kind == "ready" and state.dozes:
+        return True
     if kind == "live" and state.held and state.verdict.state == "stalled":
         return True
     return state.verdict.state not in FAILS[kind]

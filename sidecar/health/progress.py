@@ -11,7 +11,10 @@ Rules:
 - Without a counter of tokens, an answer that shows nothing may take all that its client allowed, before liveness fails.
   A stream whose text is seen to come, and that has nothing to withhold, shows otherwise. So does an engine known to
   compute as many requests at once: it would answer the canary. One known to compute them one by one stays ready, too.
-- A speed that was not measured may be anything: prompts far longer than any seen may take until the cap.
+- A speed that was not measured may be anything: prompts far longer than any seen may take until the cap. One that was
+  may be that of the engine's cache: before liveness fails, a prompt has the time that the slowest like it took.
+- Texts say little of pictures and sounds, whose encoder is another model: until some were seen, it may be
+  UNKNOWN_SLOWNESS times as slow as the texts are, against the coefficients.
 - Times are monotonic seconds, passed in.
 """
 
@@ -23,7 +26,7 @@ from math import ceil
 from typing import Final, Protocol
 
 from sidecar.events import LONGEST_ANSWER_TOKENS, SHORT_ROUTES
-from sidecar.health.latency_model import UNMEASURED_SLOWNESS, LatencyModel
+from sidecar.health.latency_model import MIN_PREFILL_S, UNKNOWN_SLOWNESS, UNMEASURED_SLOWNESS, LatencyModel
 from sidecar.health.token_balance import COUNTER_STALE_S, MAX_CANARY_TOKENS
 from sidecar.readings import EngineSample
 from sidecar.settings import Settings
@@ -57,6 +60,8 @@ BATCH_TOKENS: Final = 16_384
 # Routes whose answer is no text: their time is that of the route. How long a session may be silent is never known.
 TIMED_ROUTES: Final = ("transcription", "speech", "images", "realtime", "unread")
 SESSION_ROUTE: Final = "realtime"
+# The name under which first tokens of requests with pictures or sounds are learned, per second of predicted prefill.
+MEDIA: Final = "media"
 MIN_SIZE: Final = 1e-3  # model units
 # Processes behind one port that are distinguished.
 MAX_PAGES: Final = 4
@@ -126,7 +131,7 @@ class OpenWork(Protocol):
     `whole`: tokens of an answer that comes in one piece, 0 for a stream; `blocked`: it waits for its client or in the
     relay; `most_tokens`: that its client allows over all its `sequences`, None where it names no limit; `delivered`:
     events so far, the last one at `last_at`; `shows`: it would be seen to generate, because its text has begun to come
-    and it has nothing to withhold; `size`: its work in model units.
+    and it has nothing to withhold; `size`: its work in model units; `has_media`: pictures or sounds are part of it.
     """
 
     @property
@@ -155,6 +160,8 @@ class OpenWork(Protocol):
     def shows(self) -> bool: ...
     @property
     def size(self) -> float: ...
+    @property
+    def has_media(self) -> bool: ...
 
 
 @dataclass(slots=True)
@@ -174,6 +181,7 @@ class UnreadWork:
     last_at: float = 0.0
     shows: bool = False
     size: float = 1.0
+    has_media: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,6 +270,7 @@ class Progress:
     _first_at: float = 0.0  # the last first token, or answer that counts as one
     _predicted: dict[Key, tuple[float, float]] = field(default_factory=dict)  # admitted at, seconds of prefill
     _timed: dict[Key, tuple[float, str, float]] = field(default_factory=dict)  # of TIMED_ROUTES: since, route, size
+    _media: set[Key] = field(default_factory=set)  # of those whose prefill is predicted: they have pictures or sounds
     _sessions: set[Key] = field(default_factory=set)  # those of SESSION_ROUTE
 
     def rebaseline(self, now: float) -> None:
@@ -280,8 +289,9 @@ class Progress:
         route: str = "",
         *,
         size: float = 1.0,
+        has_media: bool = False,
     ) -> None:
-        """A request was sent. `size`: as in OpenWork.
+        """A request was sent. `size`, `has_media`: as in OpenWork.
 
         `prefill`: the seconds that the cost model predicts before the first token of a stream, or before the end of an
         answer without tokens; None where neither can be seen.
@@ -294,6 +304,8 @@ class Progress:
                 self._timed[key] = (now, route, max(size, MIN_SIZE))
         elif prefill is not None:
             self._predicted[key] = (now, prefill)
+            if has_media:
+                self._media.add(key)
 
     def resumed(self, key: Key, now: float) -> None:
         """A request that waited for its client or in the relay's queue is the engine's from now on."""
@@ -323,6 +335,7 @@ class Progress:
         self._predicted.pop(key, None)
         self._timed.pop(key, None)
         self._sessions.discard(key)
+        self._media.discard(key)
 
     def completed(self, key: Key, now: float) -> None:
         """The engine ended a request by itself: an answer without tokens shows the time of its prompt.
@@ -498,7 +511,8 @@ class Progress:
         gap = (learned.gap if is_streaming else max(learned.gap, learned.whole_gap)) if work else 0.0
         asked, _ = allowed_silence(predicted, floor, gap, limits)
         allowed, ruled_by = allowed_silence(predicted, floor, gap, limits, max(unmeasured, one_by_one))
-        kill = limits.cap if foreign else min(limits.cap, max(allowed, limits.kill + predicted, unseen))
+        slow = max(predicted, self._slowest(prefill))
+        kill = limits.cap if foreign else min(limits.cap, max(allowed, limits.kill + slow, unseen))
         return SilenceBounds(asked - min(ASK_LEAD_S, asked / 3), allowed, ruled_by, kill, hidden, predicted)
 
     def last(self) -> tuple[str, float | None]:
@@ -510,11 +524,18 @@ class Progress:
         return self._moved_at > since + FROZEN_SLACK_S
 
     def _unmeasured(self, waiting: list[OpenWork]) -> float:
-        """Seconds that a prefill may take of a size that was never seen, on a machine of unknown speed."""
+        """Seconds that a prefill may take of a size or of media that were never seen, on a machine of unknown speed."""
         if self.is_speed_known:
             return 0.0
+        learned = self.learned
         longest = max((hold.prefill for hold in waiting), default=0.0)
-        return 0.0 if longest <= self.learned.measured_to else UNMEASURED_SLOWNESS * longest
+        media = max((hold.prefill for hold in waiting if hold.has_media), default=0.0)
+        text = 0.0 if longest <= learned.measured_to else UNMEASURED_SLOWNESS * longest
+        return max(text, media * learned.route_seconds(MEDIA, self.limits.margin * UNKNOWN_SLOWNESS * learned.slowness))
+
+    def _slowest(self, prefill: float) -> float:
+        """Seconds that a prefill may take before liveness fails, if the others came from the engine's cache."""
+        return 0.0 if self.is_speed_known else max(UNKNOWN_SLOWNESS * prefill, self.learned.slowest(prefill))
 
     def _longest_hidden(self, work: list[OpenWork]) -> float:
         """Seconds for which one of these may be generated unseen."""
@@ -543,6 +564,8 @@ class Progress:
         if predicted is not None and not self._tainted:
             took = max(0.0, now - max(predicted[0], self._first_at))
             self.learned.first_token(took, predicted[1])
+            if key in self._media:
+                self.learned.route_time(MEDIA, took / max(predicted[1], MIN_PREFILL_S))
         self._first_at = now
 
     def _is_counted(self, now: float, *, unanswered: bool) -> bool:

@@ -60,7 +60,7 @@ class VerdictInputs:
     `refused_since`: since when connections are refused; `exempt`, `withheld`: reason codes or None; `can_ask`: whether
     canaries pass here, None while that is unknown; `refusing`: seconds for which every request was refused, None while
     some are not; `start_overdue`: this process has started for longer than any is known to take; `trouble`: why
-    the sidecar cannot talk to the engine, "" while it can.
+    the sidecar cannot talk to the engine, "" while it can; `wakes`: a request wakes it when it sleeps.
     """
 
     now: float
@@ -77,6 +77,7 @@ class VerdictInputs:
     refusing: float | None = None
     start_overdue: bool = False
     trouble: str = ""
+    wakes: bool = False
 
     @property
     def is_working(self) -> bool:
@@ -416,13 +417,20 @@ def _entered(
 
 
 def is_canary_due(
-    state: VerdictState, evidence: Evidence, last_ended: float | None, interval: float, *, disturbs: bool = False
+    state: VerdictState,
+    evidence: Evidence,
+    last_ended: float | None,
+    interval: float,
+    *,
+    disturbs: bool = False,
+    unknown: bool = False,
 ) -> bool:
     """Whether a canary should be sent now; none is outstanding.
 
     It is sent when the engine starts, has been idle for `interval`, is suspect or stalled; once before a silence makes
-    it suspect; and once next to users' work, if it must be known whether the engine computes several requests at once.
-    Else never while work progresses or is silent within its time: it would only add load. `disturbs`: it would drop
+    it suspect; and next to users' work, while it must be known whether the engine computes several requests at once, or
+    whether canaries pass here at all (`unknown`: one that never passed confirms no hang). Else never while work
+    progresses or is silent within its time: it would only add load. `disturbs`: it would drop
     what the engine keeps for its users, so that only doubt is worth one.
     """
     is_doubted = state.state in ("suspect", "stalled", "dead")
@@ -430,7 +438,8 @@ def is_canary_due(
         asked_at = max(evidence.progress_at or 0.0, state.window_at)
         silence = min(evidence.age or 0.0, evidence.now - state.window_at)
         is_silence_long = silence > evidence.ask_after and (last_ended or 0.0) <= asked_at
-        is_test_due = evidence.untested and evidence.now - (last_ended or 0.0) >= TEST_INTERVAL_S
+        pause = interval if unknown else TEST_INTERVAL_S
+        is_test_due = (evidence.untested or unknown) and evidence.now - (last_ended or 0.0) >= pause
         return not disturbs and (is_silence_long or is_test_due)
     is_idle = state.state in ("idle", "unknown") and (evidence.age is None or evidence.age > evidence.allowed)
     if not ((is_idle and not disturbs) or is_doubted or state.state == "starting"):

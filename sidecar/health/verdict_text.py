@@ -14,9 +14,16 @@ from sidecar.health.verdict import UNASKED_KILLS, VerdictInputs, VerdictState
 # Seconds that kubelet takes with the liveness probe of `sidecar manifests`: three failures, 5 s apart.
 PROBED_S: Final = 15
 KILLED: Final = (
-    f"liveness fails: Kubernetes restarts the container after its probe's failureThreshold (about {PROBED_S} s with "
-    "the printed manifest); the evidence is kept under /diagnoses"
+    "liveness fails: Kubernetes restarts the container, or `sidecar run -- COMMAND` its engine, after the probe's "
+    f"failureThreshold (about {PROBED_S} s with the printed manifest); the evidence is kept under /diagnoses"
 )
+# What ends an exemption.
+RESUMED: Final = {
+    "engine_sleeping": ", until it is woken (/wake_up, /resume_memory_occupation)",
+    "engine_paused": ", until it is resumed (/resume, /continue_generation)",
+    "engine_profiling": ", until the profile is stopped (/stop_profile)",
+    "weight_update": ", until the new weights are there",
+}
 # States in which it matters why the engine cannot be reached.
 TROUBLED_STATES: Final = frozenset[State]({"starting", "suspect", "stalled", "dead", "unknown"})
 CANARY_ENDS: Final[dict[str, str]] = {
@@ -111,6 +118,8 @@ def _done(state: VerdictState, inputs: VerdictInputs, condition: str, hold: Kill
     """What is done now, and what an operator can do."""
     if state.state == "stalled":
         return _ended(inputs, condition) + (f"liveness is held back: {hold.detail}" if hold else KILLED)
+    if state.reason == "engine_sleeping" and inputs.wakes:
+        return "not judged: readiness and liveness pass, and a request wakes it"
     if state.state == "suspect":
         return f"readiness fails; {_outlook(state, inputs, condition)}"
     if state.state == "starting" and state.reason == "startup_stuck":
@@ -118,7 +127,7 @@ def _done(state: VerdictState, inputs: VerdictInputs, condition: str, hold: Kill
     texts = {
         "starting": "readiness fails until it serves",
         "dead": "liveness fails; see the log of the engine's last start",
-        "exempt": "not judged: readiness fails, liveness passes",
+        "exempt": "not judged: readiness fails, liveness passes" + RESUMED.get(state.reason, ""),
         "unknown": "not judged now: liveness passes",
     }
     if condition == "canary_rejected":
@@ -141,9 +150,11 @@ def _outlook(state: VerdictState, inputs: VerdictInputs, condition: str) -> str:
         return "no canary passes here"
     if not inputs.is_working:
         return f"liveness fails once no canary has passed for {kill}"
+    blind = evidence.kill_after * (1.0 if evidence.frozen else UNASKED_KILLS)
+    if inputs.canary is not None and inputs.canary.outcome == "busy":
+        return f"liveness fails at {blind:.0f} s unless a canary passes: a refusal as too much proves nothing sooner"
     if inputs.can_ask:
         return f"liveness fails at {kill} unless a canary passes"
-    blind = evidence.kill_after * (1.0 if evidence.frozen else UNASKED_KILLS)
     return f"liveness fails at {blind:.0f} s: no canary passes here, `sidecar doctor` says why"
 
 

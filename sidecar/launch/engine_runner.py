@@ -77,7 +77,7 @@ class EngineRunner:
 
     def run(self, restarts: int) -> int:
         """Start the engine again and again until SIGTERM. `restarts`: how often this process was replaced."""
-        signal.pthread_sigmask(signal.SIG_BLOCK, (*WATCHED, signal.SIGINT))
+        signal.pthread_sigmask(signal.SIG_BLOCK, (*WATCHED, signal.SIGINT, signal.SIGHUP))
         prctl(SET_CHILD_SUBREAPER, 1)
         parent = os.getppid()
         prctl(SET_PDEATHSIG, signal.SIGQUIT)  # time to end the engine, which SIGKILL would leave behind

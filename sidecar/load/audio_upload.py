@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Final
 
 from sidecar.load.api_routes import Api
-from sidecar.load.request_shape import MAX_MODEL_NAME_CHARS, RequestShape
+from sidecar.load.request_shape import MAX_MODEL_NAME_CHARS, RequestShape, picture_share
 
 Bytes = memoryview
 
@@ -49,6 +49,8 @@ def describe_upload(body: bytes, content_type: str, api: Api) -> RequestShape:
                 fields[name] = bytes(value[:_MAX_VALUE_BYTES])
         sound = found or sound  # other form encodings must not bypass pricing
     seconds = seconds_of(sound) if api.output_of == "second" else 0.0
+    size, steps = fields.get(b"size", b"").decode("latin-1"), _number(fields.get(b"num_inference_steps", b""))
+    share = picture_share(size, steps) if api.output_of == "picture" else 1.0
     limit, choices = _number(fields.get(b"max_completion_tokens", b"")), _number(fields.get(b"n", b"")) or 1
     return RequestShape(
         model=fields.get(b"model", b"")[:MAX_MODEL_NAME_CHARS].decode(errors="replace"),
@@ -59,7 +61,7 @@ def describe_upload(body: bytes, content_type: str, api: Api) -> RequestShape:
         text_bytes=len(fields.get(b"prompt", b"")),
         images=int(api.output_of == "picture"),
         audio_seconds=seconds,
-        told_output=max(1, round(api.output_per * (seconds or choices))),
+        told_output=max(1, round(api.output_per * (seconds or choices * share))),
     )
 
 

@@ -36,6 +36,9 @@ FAILED_OUTCOMES: Final[frozenset[Outcome]] = frozenset(("engine_error", "stalled
 LEFT_OUTCOMES: Final[frozenset[Outcome]] = frozenset(("client_cancelled", "lost"))
 PACE_WEIGHT: Final = 0.1  # of one answer
 
+# Of a recording that is transcribed: what Whisper's encoder computes, which takes as long as so many tokens.
+AUDIO_FRAMES_PER_S: Final = 50
+
 # Events of a stream that show no text yet: the role, and the first token.
 MAX_FIRST_EVENTS: Final = 2
 
@@ -66,8 +69,9 @@ class AdmissionHold:
 
     @property
     def prompt_tokens(self) -> int:
-        """Prompt tokens, as estimated; all must be computed where the cache has none of them."""
-        return self.admitted.expected.uncached + self.admitted.expected.cached
+        """Prompt tokens and frames of recordings, as estimated; all must be computed where the cache has none."""
+        expected = self.admitted.expected
+        return expected.uncached + expected.cached + round(expected.audio_seconds * AUDIO_FRAMES_PER_S)
 
     @property
     def route(self) -> str:
@@ -85,6 +89,10 @@ class AdmissionHold:
         return self.admitted.mu
 
     @property
+    def has_media(self) -> bool:
+        return self.admitted.expected.has_media
+
+    @property
     def most_tokens(self) -> int | None:
         """Output tokens that its client allows over all sequences; None where it names no limit."""
         return self.admitted.max_output
@@ -96,10 +104,11 @@ class AdmissionHold:
 
     @property
     def pace(self) -> float | None:
-        """Seconds per output token, as they were seen to come; None where they were not (an answer in one piece)."""
-        if self.first_at is None or self.delivered < 2:
+        """Seconds per output token of a sequence, as they were seen to come; None where they were not (one piece)."""
+        each = self.delivered / self.sequences
+        if self.first_at is None or each < 2:
             return None
-        return (self.last_at - self.first_at) / (self.delivered - 1)
+        return (self.last_at - self.first_at) / (each - 1)
 
 
 class Settlement(msgspec.Struct, frozen=True, gc=False):

@@ -62,6 +62,7 @@ OPTION_KEYS: Final = (
     *("tool_choice", "function_call", "id_slot", "reasoning_effort", "reasoning", "include_reasoning"),
     *("stream_reasoning", *PROCESSING_OPTIONS, *GRAMMARS, *TRANSFERS, *FORMAT_HOLDERS),
     *("format", "effort", "include_usage"),  # of holders
+    *("size", "num_inference_steps"),  # of pictures: OpenAI's, vLLM-Omni's and SGLang's
 )
 # Members of which only the content matters: media next to the prompt (Ollama's, Cohere's, SGLang's).
 HELD_KEYS: Final = (

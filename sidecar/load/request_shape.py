@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
@@ -25,6 +26,10 @@ _WAITED_FOR: Final = frozenset((*GRAMMARS, *TRANSFERS))
 _MAX_PRIORITY: Final = (1 << 63) - 1
 _STREAM_OPTIONS_ROUTES: Final = frozenset(("chat", "completions"))
 MAX_MODEL_NAME_CHARS: Final = 128
+# Of a picture: its size in pixels, the steps that its usual price is of, and the bounds of what a client may name.
+_SIZE: Final = re.compile(r"(\d{2,5})[xX](\d{2,5})")
+USUAL_STEPS: Final = 30
+MAX_PICTURE_SHARE: Final = 64.0
 _TRUE: Final = frozenset(("1", "t", "true", "y", "yes", "on"))
 _MAX_DIGITS: Final = 11
 DEFAULT_VIDEO_FRAMES: Final = 32  # vLLM's
@@ -98,7 +103,7 @@ def describe(scan: BodyScan | None, api: Api, body_bytes: int, sounds: Sequence[
         prompts=sequences.prompts,
         skew=sequences.skew,
         repeated=1 + sequences.repeated / max(1, found.text_bytes),
-        told_output=round(api.output_per * (found.text_bytes if api.output_of == "byte" else choices)),
+        told_output=_told_output(api, found, options, choices),
         script=min(3, max(1, round(found.text_bytes / max(1, found.characters)))),
         messages=found.messages,
         token_ids=found.token_ids + _embedded_tokens(found.items),
@@ -115,6 +120,22 @@ def describe(scan: BodyScan | None, api: Api, body_bytes: int, sounds: Sequence[
         or _has_tool_grammar(scan),
         withholds=_withholds(scan),
     )
+
+
+def _told_output(api: Api, found: Found, options: Mapping[str, Any], choices: int) -> int:
+    """Tokens of an answer that is as long as its prompt's text, or as its pictures."""
+    if api.output_of == "picture":
+        share = picture_share(options.get("size"), options.get("num_inference_steps"))
+        return max(1, round(api.output_per * choices * share))
+    return round(api.output_per * (found.text_bytes if api.output_of == "byte" else choices))
+
+
+def picture_share(size: Any, steps: Any) -> float:
+    """The work of a picture, of that of one with 1024 x 1024 pixels in 30 steps. Neither may be named, or be odd."""
+    sides = _SIZE.fullmatch(size) if isinstance(size, str) else None
+    area = int(sides[1]) * int(sides[2]) / 1024**2 if sides else 1.0
+    count = steps if isinstance(steps, int) and not isinstance(steps, bool) and steps > 0 else USUAL_STEPS
+    return min(MAX_PICTURE_SHARE, max(1 / MAX_PICTURE_SHARE, area * count / USUAL_STEPS))
 
 
 def _embedded_tokens(items: Mapping[str, Items]) -> int:

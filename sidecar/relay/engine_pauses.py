@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal
 from urllib.parse import parse_qs
 
-from sidecar.events import Directing, EnginePauseChanged, Event
+from sidecar.events import CACHE_RESET, Directing, EnginePauseChanged, Event
 from sidecar.load.api_routes import decoded
 from sidecar.relay.request_body import parse_object
 
@@ -19,14 +19,15 @@ PAUSE_METHODS: Final = ("POST", "GET", "PUT")
 MAX_TAGS_BYTES: Final = 4096  # of a resuming call's body; json.loads holds the event loop for at most 1.5 ms
 LAST_TAG: Final = "kv_cache"  # parts can be resumed one by one; users of both engines resume this one last
 
-Turn = Literal["stops", "resumes", "during", "ends"]
+Turn = Literal["stops", "resumes", "during", "ends", "idle"]
 
 
 @dataclass(frozen=True, slots=True)
 class PauseRoute:
     """`what` is the exemption's code.
 
-    A call "stops" the work until another "resumes" it, stops it "during" the call, or takes long and "ends" a stop.
+    A call "stops" the work until another "resumes" it, stops it "during" the call, takes long and "ends" a stop, or is
+    refused unless the engine is "idle": that is no pause, and excuses no silence.
     """
 
     what: str
@@ -58,10 +59,16 @@ PAUSE_ROUTES: Final = {
     path: PauseRoute(what, turn, path in _SHOWN) for what, turn, paths in _PATHS for path in paths.split()
 }
 
+# SGLang answers 400 while a request runs, and a canary is one; vLLM answers 200 and keeps its cache.
+IDLE_ROUTES: Final = dict.fromkeys(("/flush_cache", "/reset_prefix_cache"), PauseRoute(CACHE_RESET, "idle"))
+
 
 def route_of(method: str, path: str) -> PauseRoute | None:
     """The route of a request, or None if it neither pauses nor resumes the engine; `path` as it was sent."""
-    return PAUSE_ROUTES.get(decoded(path)) if method in PAUSE_METHODS else None
+    if method not in PAUSE_METHODS:
+        return None
+    path = decoded(path)
+    return PAUSE_ROUTES.get(path) or IDLE_ROUTES.get(path)
 
 
 def is_partial(query: str, body: bytes) -> bool:
@@ -90,8 +97,9 @@ class PauseCall:
 
     @property
     def stops_work(self) -> bool:
-        """Whether no work may be with the engine when it gets this call."""
-        return self.route is not None and self.route.turn == "stops" and self.route.what != "engine_profiling"
+        """Whether no canary may be with the engine when it gets this call."""
+        route = self.route
+        return route is not None and route.turn in ("stops", "idle") and route.what != "engine_profiling"
 
     def sent(self) -> None:
         """The engine has the whole request, or will have it as soon as no canary is with it."""
@@ -102,7 +110,7 @@ class PauseCall:
     def answered(self, status: int) -> None:
         """The head of the engine's answer arrived."""
         accepted, route = 200 <= status < 300, self.route
-        if accepted and route is not None and route.turn != "during" and not self.is_partial:
+        if accepted and route is not None and route.turn not in ("during", "idle") and not self.is_partial:
             self.emit(EnginePauseChanged(self.clock(), route.what, route.turn == "stops", route.shown))
         self.close(accepted=accepted)
 

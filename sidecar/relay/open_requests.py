@@ -166,9 +166,9 @@ class OpenRequests:
             self._undelivered.discard(call)
             self.emit(call.end(time.monotonic()))
 
-    def receive(self, call: UnreadCall, size: int) -> None:
-        """The engine sent bytes of its answer to `call`."""
-        if call.receive(size, time.monotonic()) and call in self._unread:
+    def receive(self, call: UnreadCall, piece: bytes) -> None:
+        """The engine sent a piece of its answer to `call`."""
+        if call.receive(piece, time.monotonic()) and call in self._unread:
             self._report_later(call)
 
     def resume(self, call: UnreadCall) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import socket
 from typing import Final
 
 from sidecar.errors import (
     DrainCut,
     EngineStalled,
     EngineUnreachable,
+    NoLocalPorts,
     NoOpenFiles,
     PromptTooLarge,
     RequestError,
@@ -16,7 +19,7 @@ from sidecar.errors import (
     StreamStuck,
 )
 from sidecar.events import Outcome, State
-from sidecar.relay.http.engine import NotConnected, NoTls
+from sidecar.relay.http.engine import CONNECT_TIMEOUT_S, NotConnected, NoTls
 from sidecar.runtime import open_files
 
 
@@ -34,6 +37,12 @@ class EngineBroke(SidecarError):
 
 ERROR_IN_ANSWER: Final = "error_in_answer"  # of a 200
 
+# Why no connection could be made, where the engine did not refuse it.
+_NOT_CONNECTED: Final[tuple[tuple[type[BaseException], str], ...]] = (
+    (socket.gaierror, "the engine's host name cannot be resolved; the sidecar's log says more"),
+    (PermissionError, "the sidecar may not connect to the engine; the sidecar's log says more"),
+    (TimeoutError, f"the engine took no connection within {CONNECT_TIMEOUT_S:g} s; its host may not be reachable"),
+)
 # The first match counts; any other error means "lost".
 _OUTCOMES: Final[tuple[tuple[tuple[type[BaseException], ...], Outcome], ...]] = (
     ((DrainCut,), "lost"),
@@ -89,8 +98,16 @@ def engine_error(error: BaseException | None, verdict: State) -> RequestError:
     if isinstance(error, NoTls):
         return EngineUnreachable("the engine cannot be reached over TLS; the sidecar's log says why")
     if isinstance(error, NotConnected):
-        return EngineUnreachable("the engine does not accept connections; it may be starting or restarting")
+        return _not_connected(error.__cause__)
     return EngineUnreachable("the engine closed the connection before it answered")
+
+
+def _not_connected(cause: BaseException | None) -> RequestError:
+    """The error where no connection to the engine could be made."""
+    if isinstance(cause, OSError) and cause.errno == errno.EADDRNOTAVAIL:
+        return NoLocalPorts("the sidecar has no local ports left for connections to the engine; send the request again")
+    why = next((text for kind, text in _NOT_CONNECTED if isinstance(cause, kind)), "")
+    return EngineUnreachable(why or "the engine does not accept connections; it may be starting or restarting")
 
 
 def abort_error(code: str) -> RequestError:

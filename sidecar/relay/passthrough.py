@@ -60,7 +60,8 @@ async def forward(
             data = await client_io.read(request, engine_io.MAX_REPEATED_BYTES, held)
         pause = engine_pauses.PauseCall(open_requests.emit, time.monotonic, next(_pause_call_ids), route, is_partial)
         kind = ""
-        if route is None and (request.has_body or request.method in api_routes.WORKING_METHODS):
+        is_pause = route is not None and route.turn != "idle"
+        if not is_pause and (request.has_body or request.method in api_routes.WORKING_METHODS):
             kind = _class_of(request.method, path, open_requests.log)
         with open_requests.passing(kind) as call:
             client = _Client(request, call, open_requests)
@@ -153,7 +154,7 @@ class _Client:
         connection, reply = request.connection, request.reply
 
         def take(piece: bytes) -> None:
-            open_requests.receive(call, len(piece))
+            open_requests.receive(call, piece)
             reply.write(piece)
             if connection.is_blocked and call.writing_since is None:
                 call.writing_since = time.monotonic()

@@ -1,11 +1,13 @@
 """Pure: a request that is passed on unread, and may be work of the engine: video generation, an API of tomorrow.
 
 Rules: it is the engine's from the first byte that is sent until it ends, however it ends. Bytes of its answer are
-progress, except those of an error or of an answer that takes no time: a server gives those while its engine hangs.
+progress, except those of an error, the comments that keep a stream of events alive, and an answer that takes no time: a
+server gives those while its engine hangs.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Final
 
@@ -14,6 +16,9 @@ from sidecar.relay.admission import BLOCKED_WRITE_S
 
 # Pieces over a longer time are made while they are sent. A tokenizer's answer comes at once.
 WHOLE_ANSWER_S: Final = 0.2
+# What servers send into a silent stream (llama.cpp, vLLM's --sse-keep-alive-interval, Starlette's EventSourceResponse).
+_KEEP_ALIVE: Final = re.compile(rb"(?::[^\n]*+\n|event: ?ping\r?\ndata:[^\n]*+\n|\r?\n)++")
+_MAX_KEEP_ALIVE_BYTES: Final = 512
 
 
 @dataclass(slots=True, eq=False)
@@ -33,11 +38,13 @@ class UnreadCall:
         """The engine gets the request."""
         return UnreadRequest(self.id, now, True, path_class=self.path_class)
 
-    def receive(self, size: int, now: float) -> bool:
-        """Bytes of the answer came. Returns whether they show that the engine works."""
+    def receive(self, piece: bytes, now: float) -> bool:
+        """A piece of the answer came. Returns whether it shows that the engine works."""
         if self.answered_at is None:
             self.answered_at = now
-        self.unreported_bytes += size
+        self.unreported_bytes += len(piece)
+        if len(piece) <= _MAX_KEEP_ALIVE_BYTES and _KEEP_ALIVE.fullmatch(piece):
+            return False
         return self.status < 400 and now - self.answered_at >= WHOLE_ANSWER_S
 
     def report_delivered(self, now: float) -> Delivered:

@@ -96,24 +96,31 @@ def all_rows(path: Path) -> Iterator[tuple[UsageKey, UsageSums]]:
 
 
 def hours(path: Path, since: int, until: int) -> list[tuple[UsageKey, UsageSums]]:
-    """The rows of [since, until), full hours of UTC, summed up to hours; a row of a day stays one, cut by the range.
+    """The rows of [since, until), summed up to hours from `since`, which begins a quarter of an hour.
 
-    Raises OSError or sqlite3.Error.
+    A row of an hour that is part of two of these is divided by time; one of a day stays one, cut by the range. Raises
+    OSError or sqlite3.Error.
     """
-    names = ", ".join(_NAMED)
-    hour = f"at / {HOUR_S} * {HOUR_S}, {HOUR_S}, {names}"
-    found: list[tuple[UsageKey, UsageSums]] = []
+    names, first = ", ".join(_NAMED), since % HOUR_S
+    hour = f"(at - {first}) / {HOUR_S} * {HOUR_S} + {first}, {HOUR_S}, {names}"
+    longest = QUARTER_S if first else HOUR_S  # that no end of an hour cuts
+    found: dict[UsageKey, UsageSums] = {}
     with _opened(path) as (db, rows):
         query = (
-            f"SELECT {hour}, {_SUMMED} FROM {rows} WHERE at >= ? AND at < ? AND span <= {HOUR_S} GROUP BY 1, {names}"
+            f"SELECT {hour}, {_SUMMED} FROM {rows} WHERE at >= ? AND at < ? AND span <= {longest} GROUP BY 1, {names}"
         )
-        found.extend(map(_key_and_sums, db.execute(query, (since, until))))
-        query = f"SELECT at, span, {names}, {_COLUMNS} FROM {rows} WHERE at < ? AND at + span > ? AND span > {HOUR_S}"
-        for row in db.execute(query, (until, since)):
-            key, sums = _key_and_sums(row)
+        found.update(map(_key_and_sums, db.execute(query, (since, until))))
+        query = f"SELECT at, span, {names}, {_COLUMNS} FROM {rows} WHERE at < ? AND at + span > ? AND span > {longest}"
+        for key, sums in map(_key_and_sums, db.execute(query, (until, since))):
             start, end = max(key.at, since), min(key.at + key.span, until)
-            found.append((key._replace(at=start, span=end - start), cut(sums, key.at, key.span, start, end)))
-    return found
+            pieces = [(start, end, key._replace(at=start, span=end - start))]
+            if key.span <= HOUR_S:
+                pieces = [
+                    (a, b, key._replace(at=since + (a - since) // HOUR_S * HOUR_S)) for a, b in _pieces(start, end)
+                ]
+            for a, b, new in pieces:
+                found.setdefault(new, UsageSums()).add(cut(sums, key.at, key.span, a, b))
+    return list(found.items())
 
 
 def first_hour(path: Path, otherwise: int) -> int:
@@ -128,7 +135,7 @@ def _key_and_sums(row: tuple[Any, ...]) -> tuple[UsageKey, UsageSums]:
     return UsageKey(at, span, tenant, model, outcome, source, Rate(fingerprint, gpus, price)), UsageSums(*sums)
 
 
-def _pieces(start: int, end: int, *, cut_quarters: bool) -> Iterator[tuple[int, int]]:
+def _pieces(start: int, end: int, *, cut_quarters: bool = True) -> Iterator[tuple[int, int]]:
     """A span of seconds, cut at each quarter of an hour if that is asked for."""
     while start < end:
         following = min(end, (start // QUARTER_S + 1) * QUARTER_S) if cut_quarters else end

@@ -4,8 +4,9 @@
     serving   SIGUSR1 from control: it serves, now the others are started
     death     a process that ends is restarted: at once, then with pauses that double while it keeps dying young; one
               that cannot be forked is tried again in the same way
-    SIGTERM   (or SIGINT) to control, which withdraws readiness, and the relays, which finish their streams; after the
-              last relay SIGUSR1 ends control, and with it the container; a control that dies before is still replaced;
+    SIGTERM   (or SIGINT, or the SIGHUP of a terminal that closes, unless nohup has it ignored) to control, which
+              withdraws readiness, and the relays, which finish their streams; after the last relay
+              SIGUSR1 ends control, and with it the container; a control that dies before is still replaced;
               an engine that the sidecar started (engine_runner.py) gets its SIGTERM then, too
 
 - One thread, no event loop, no file, no network: it waits in one place, for a signal. So forking it is sound, and
@@ -33,7 +34,7 @@ from typing import Final, Literal
 from sidecar.runtime.limited_log import LimitedLog
 from sidecar.runtime.prctl import SET_CHILD_SUBREAPER, SET_NAME, die_with, prctl
 
-WATCHED: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD, signal.SIGUSR1)
+WATCHED: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD, signal.SIGUSR1)
 # After a life of so long a death is no sign of a crash loop.
 STEADY_S: Final = 10.0
 # Pauses before restarts; the first restart comes without one.
@@ -94,9 +95,11 @@ class Supervisor:
         self._is_ending = False
         self._limited = LimitedLog(_log)
         self._status: int | None = None  # set when the container is to end
+        self._ignores_hangup = False
 
     def run(self) -> int:
         """Supervise until SIGTERM has ended all, or the first start failed. Returns the container's exit code."""
+        self._ignores_hangup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
         signal.pthread_sigmask(signal.SIG_BLOCK, WATCHED)
         prctl(SET_CHILD_SUBREAPER, 1)
         gc.collect()
@@ -123,6 +126,8 @@ class Supervisor:
                 self._served = True
                 for child in self._children[1:]:
                     child.due = 0.0
+        elif received.si_signo == signal.SIGHUP and self._ignores_hangup:
+            pass  # it is received though ignored, as it is blocked
         elif self._deadline is None:
             self._drain(time.monotonic())
 
@@ -215,6 +220,8 @@ class Supervisor:
         status = 1
         try:
             die_with(parent)
+            if child.role.kind != "engine":  # whose program would inherit it
+                signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a terminal that closes sends it to all: they drain
             prctl(SET_NAME, f"sidecar {child.role.name}".encode()[:15])
             for sock in [sock for other in self._children for sock in other.role.sockets]:
                 if sock not in child.role.sockets:

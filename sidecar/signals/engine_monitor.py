@@ -105,6 +105,11 @@ class EngineMonitor:
         return kind.canary_disturbs or (kind.slots_cache and self.identity.slots == 1)
 
     @property
+    def wakes(self) -> bool:
+        """Whether the engine sleeps when it has been idle, if it sleeps at all, and any request wakes it."""
+        return self.kind is not None and self.kind.wakes
+
+    @property
     def trouble(self) -> str:
         """Why no connection to the engine can be made: what is wrong, a colon, what to do; "" if none is known."""
         return self.scrape.trouble or self._trouble

@@ -31,6 +31,8 @@ BATCH_TIMEOUT_S: Final = 60.0
 CONTACT_TIMEOUT_S: Final = 2.0
 # An older page is no reading any more, and is not merged into the relay's page.
 MAX_PAGE_AGE_S: Final = 10.0
+# Where an ASGI application is mounted at /metrics, the page is at /metrics/ (vLLM 0.5).
+MAX_REDIRECTS: Final = 2
 _REMEDIES: Final = (
     ((400,), "; in llama.cpp's router mode each model has its own, which is not read"),
     ((401, 403), "; set --engine-key"),
@@ -172,17 +174,19 @@ class ScrapeSignal:
             return isinstance(e, aiohttp.ClientConnectorError)
 
     async def _fetch(self, session: aiohttp.ClientSession) -> bytes:
-        async with self._get(session, self.url, self.timeout) as response:
+        async with self._get(session, self.url, self.timeout, max_redirects=MAX_REDIRECTS) as response:
             if response.status != 200:
                 response.close()
                 raise _BadStatus(response.status)
             return await read_body(response, self.max_bytes)
 
     def _get(
-        self, session: aiohttp.ClientSession, url: str, seconds: float
+        self, session: aiohttp.ClientSession, url: str, seconds: float, *, max_redirects: int = 0
     ) -> AbstractAsyncContextManager[aiohttp.ClientResponse]:
-        timeout = aiohttp.ClientTimeout(total=seconds)
-        return session.get(url, headers=self._headers, timeout=timeout, allow_redirects=False)
+        timeout, follow = aiohttp.ClientTimeout(total=seconds), max_redirects > 0
+        return session.get(
+            url, headers=self._headers, timeout=timeout, allow_redirects=follow, max_redirects=max_redirects
+        )
 
     def _store(self, reading: Reading[EngineSample]) -> None:
         if isinstance(reading, Failed) and reading != self._reading:

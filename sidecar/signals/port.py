@@ -12,7 +12,9 @@ import contextlib
 import errno
 import logging
 import socket
+import stat
 import time
+from pathlib import Path
 from typing import Final
 
 from sidecar.signals.engine_address import EngineAddress
@@ -44,6 +46,9 @@ class PortSignal:
 
     async def poll(self) -> None:
         """Connect once."""
+        if self._path and _is_other_file(self._path):
+            self._report(f"{self._path} is no socket: name the one that the engine listens on in --engine")
+            return
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT_S):
                 is_open = await self._connect()
@@ -100,3 +105,11 @@ class PortSignal:
         if trouble and trouble != self.trouble:
             _log.warning("%s", trouble)
         self.trouble = trouble
+
+
+def _is_other_file(path: str) -> bool:
+    """Whether there is something at a path, and it is no socket."""
+    try:
+        return not stat.S_ISSOCK(Path(path).stat().st_mode)
+    except OSError:
+        return False

@@ -32,7 +32,7 @@ from sidecar.errors import UsageError
 from sidecar.flags import directory, file_path, flag, one_of, text
 from sidecar.report.usage_export import ExportRow, exporter_of, final_until, focus, record
 from sidecar.report.usage_query import EMPTY_ROW, hours, provenance
-from sidecar.report.usage_rows import HOUR_S, UsageKey
+from sidecar.report.usage_rows import HOUR_S, QUARTER_S, UsageKey
 from sidecar.report.usage_store import USAGE_FILE
 from sidecar.settings import require_writable
 from sidecar.tools.usage import NoUsageRecords, as_text, moment, seconds_of, time_zone, zone_of
@@ -96,10 +96,12 @@ def export_range(settings: ExportSettings, mark: int, now: float) -> tuple[int, 
     """The full hours to export, in seconds since 1970; without those that are not final yet. Raises UsageError."""
     zone = zone_of(settings.tz)
     since = seconds_of(settings.from_, zone) if settings.from_ else mark
-    until = min(seconds_of(settings.until, zone) if settings.until else final_until(now), final_until(now))
-    if since % HOUR_S or until % HOUR_S:
-        raise UsageError("--from and --until: name full hours of UTC")
-    return since, until
+    first = since % HOUR_S  # hours of a zone may begin at a half or a quarter of one of UTC
+    final = (final_until(now) - first) // HOUR_S * HOUR_S + first
+    until = seconds_of(settings.until, zone) if settings.until else final
+    if first % QUARTER_S or (until - since) % HOUR_S:
+        raise UsageError("--from and --until: name full hours of --tz")
+    return since, min(until, final)
 
 
 def require_hours(keys: Sequence[UsageKey]) -> None:

@@ -40,6 +40,9 @@ class Pod:
     gpus: Reading[tuple[GpuSample, ...]] = NOTHING
     canaries: str = "ok"
     unanswered: bool = False
+    wakes: bool = False
+    resting: str = ""
+    sends: int = 0  # canaries
     control: ControlState = field(init=False)
     requests: int = 0
     sent: tuple[float, float] | None = None
@@ -73,19 +76,24 @@ class Pod:
                 )
             page = NOTHING if self.page is None else Value(self.page, self.now)
             relay = RelayUse(0, 1, 0, 1, 0.0, 0.1)
-            readings = TickReadings(page, self.gpus, NOTHING, (relay,), None, "vllm", self.unanswered, is_fcfs=True)
+            readings = TickReadings(
+                *(page, self.gpus, NOTHING, (relay,), None, "vllm", self.unanswered, self.resting),
+                is_fcfs=True,
+                wakes=self.wakes,
+            )
             self.control.tick(readings, self.now, WALL + self.now)
             self.states.add(self.state)
             self.ends.extend(self.control.health.take_aborts())
             if (allowed := self.control.health.canary_due()) is not None:
                 self.control.health.canary_sent(self.now)
                 self.sent = (self.now, allowed)
+                self.sends += 1
 
     def _canary(self) -> None:
         if self.sent is None:
             return
         started, allowed = self.sent
-        if self.canaries == "ok" or self.now - started >= allowed:
+        if self.canaries in ("ok", "busy") or self.now - started >= allowed:
             self.sent = None
             self.control.canary_ended(CanaryResult(self.canaries, started, self.now, allowed))  # type: ignore[arg-type]
 

@@ -126,3 +126,15 @@ def test_what_a_killed_process_left_is_swept(tmp_path: Path) -> None:
         left.touch()
     state.sweep()
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["20260101T000000-x.json", FOLDER, "my.tmp"]
+
+
+def test_a_directory_that_was_removed_is_made_again(tmp_path: Path) -> None:
+    """A cleaner of /run took it: the next verdict is there for exec probes, which would pass without one."""
+    state = StateDir(str(tmp_path / "state"))
+    state.write(STALLED, time.time())
+    for file in state.path.iterdir():
+        file.unlink()
+    state.path.rmdir()
+    state.write(STALLED, time.time())
+    assert {file.name for file in state.path.iterdir()} == {"verdict.json", "stalled"}
+    assert state.path.stat().st_mode & 0o022 == 0

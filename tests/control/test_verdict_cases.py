@@ -6,7 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from sidecar.events import Admitted, FirstToken, RequestSize, Settled, UnreadRequest
+from sidecar.events import Admitted, Delivered, Directing, FirstToken, RequestSize, Settled, UnreadRequest
+from sidecar.health import probes
+from sidecar.health.verdict import UNASKED_KILLS
 from sidecar.readings import EngineSample
 
 from .judged_pod import WALL, Pod
@@ -66,16 +68,50 @@ def test_4_ten_pictures_after_many_single_ones() -> None:
     assert pod.well, pod.states
 
 
+def served(pod: Pod, work: RequestSize, seconds: float, *, mu: float = 0.5) -> None:
+    """A stream whose first token takes so long."""
+    id = admit(pod, "chat", mu, work, stream=True)
+    pod.tick(seconds)
+    pod.control.on_event(0, FirstToken(id, pod.now))
+    pod.tick(1, id)
+    pod.settle(id, 20, pod.now - 1)
+
+
+@pytest.mark.parametrize(
+    "first", [RequestSize(1100, image_tokens=1000, images=1), RequestSize(900, audio_tokens=800, audios=1)]
+)
+def test_7_the_first_picture_or_sound_on_a_slow_machine(first: RequestSize) -> None:
+    """Texts take seconds on a CPU; the first picture takes minutes, and the one slot takes no canary."""
+    pod = Pod()
+    pod.control.health.progress.learned.measured_to = 0.0
+    for _ in range(12):
+        served(pod, RequestSize(1000, output=64), 12.0)
+    pod.canaries = "starved"
+    pod.watch()
+    id = admit(pod, "chat", 0.5, first, stream=True)
+    pod.tick(170)
+    pod.control.on_event(0, FirstToken(id, pod.now))
+    pod.tick(1, id)
+    assert pod.well, pod.states
+
+
+def test_7_a_first_picture_is_no_excuse_on_a_fast_machine() -> None:
+    """Texts take a moment: a freeze under the first picture is found as under any request."""
+    pod = Pod()
+    for _ in range(12):
+        served(pod, RequestSize(1000, output=64), 0.5)
+    pod.canaries = "starved"
+    admit(pod, "chat", 0.5, RequestSize(1100, image_tokens=1000, images=1), stream=True)
+    assert pod.until("suspect") < 20
+    assert pod.until("stalled") < 90
+
+
 def test_7_pictures_that_were_seen_are_no_excuse() -> None:
     """Once some were encoded in half a second each, a freeze under the next one is found as usual."""
     pod = Pod()
     work = RequestSize(1100, image_tokens=1000, images=1)
     for _ in range(12):
-        id = admit(pod, "chat", 0.5, work, stream=True)
-        pod.tick(0.5)
-        pod.control.on_event(0, FirstToken(id, pod.now))
-        pod.tick(1, id)
-        pod.settle(id, 20, pod.now - 1)
+        served(pod, work, 0.5)
     pod.canaries = "starved"
     admit(pod, "chat", 0.5, work, stream=True)
     assert pod.until("suspect") < 60
@@ -231,3 +267,158 @@ def test_15_a_process_that_replaced_others_and_serves_at_last() -> None:
     pod.watch()
     starts(pod, 200)
     assert "stalled" not in pod.states
+
+
+def test_3_turns_of_a_cache_that_nobody_reports_are_no_speed() -> None:
+    """vLLM finds 40 turns in its cache and does not say so; then the cache is full, and the same prompt takes 100 s."""
+    pod = Pod()
+    pod.control.health.progress.learned.measured_to = 0.0
+    work = RequestSize(20_000, output=64)
+    for seconds in (100.0, *[0.5] * 40):
+        served(pod, work, seconds, mu=8.0)
+    pod.canaries = "starved"
+    pod.watch()
+    id = admit(pod, "chat", 8.0, work, stream=True)
+    pod.tick(100)
+    pod.control.on_event(0, FirstToken(id, pod.now))
+    pod.tick(1, id)
+    assert "stalled" not in pod.states and not pod.ends, pod.states
+
+
+def test_3_eight_answers_side_by_side_are_not_eight_times_as_fast() -> None:
+    """Each of the n = 8 gets a token every 50 ms; that is learned, and not 6 ms."""
+    pod = Pod()
+    learned = pod.control.health.progress.learned
+    for _ in range(30):
+        id = admit(pod, "chat", 2.0, RequestSize(500, output=800, sequences=8), stream=True, most=800)
+        pod.control.on_event(0, FirstToken(id, pod.now))
+        pod.control.on_event(0, Delivered(id, pod.now, 8, 32))
+        first = pod.now
+        for _ in range(10):
+            pod.tick(0.5)
+            pod.control.on_event(0, Delivered(id, pod.now, 80, 320))
+        pod.settle(id, 808, first)
+    assert learned.token_seconds / 2 == pytest.approx(0.05, rel=0.1)  # kept at twice the mean
+
+
+def test_9_a_server_that_sleeps_when_idle_falls_asleep() -> None:
+    """llama.cpp with --sleep-idle-seconds 300: canaries grow apart, so that it sleeps within 900 s."""
+    pod = Pod(wakes=True)
+    pod.tick(60)
+    idle_since, asked_at = pod.now, pod.now
+    while pod.now - asked_at < 300:
+        sends = pod.sends
+        pod.tick()
+        asked_at = pod.now if pod.sends > sends else asked_at
+    assert pod.sends > 2 and pod.now - idle_since < 3 * 300
+
+
+def test_9_a_server_that_sleeps_until_a_request_wakes_it_gets_traffic() -> None:
+    """It is ready while it sleeps; the next request loads the model again, which takes minutes and is no hang."""
+    pod = Pod(wakes=True)
+    pod.tick(30)
+    pod.resting, sends = "engine_sleeping", pod.sends
+    pod.tick(600)
+    assert (pod.state, pod.reason, pod.sends) == ("exempt", "engine_sleeping", sends)
+    state = pod.control.health.probe_state()
+    assert probes.passes("ready", state) and probes.passes("live", state)
+    pod.canaries = "starved"
+    id = pod.admit()
+    pod.tick(5)
+    pod.resting = ""
+    pod.watch()
+    pod.tick(150)
+    pod.control.on_event(0, FirstToken(id, pod.now))
+    pod.tick(1, id)
+    assert pod.well, pod.states
+    assert pod.until("suspect") < 20, "the patience with its loading is over"
+
+
+def test_9_no_canary_foils_a_call_that_needs_an_idle_engine() -> None:
+    """SGLang's /flush_cache is 400 while a request runs: none is sent meanwhile; and a flush excuses no silence."""
+    pod = Pod()
+    pod.control.on_event(0, Directing(pod.now, 1, "cache_reset", True))
+    sends = pod.sends
+    pod.tick(60)
+    assert pod.sends == sends and pod.state == "idle"
+    pod.canaries = "starved"
+    pod.decoding()
+    pod.tick(5)
+    pod.control.on_event(0, Directing(pod.now, 1, "cache_reset", False, taken=True))
+    assert pod.until("suspect") <= 15
+
+
+@pytest.mark.parametrize(
+    ("route", "work"),
+    [
+        ("transcription", RequestSize(4, output=1000, audio_seconds=300)),
+        ("chat", RequestSize(4000, output=64)),
+        ("rerank", RequestSize(51_200, prompts=100, sequences=100)),
+        ("chat", RequestSize(10_000, output=64, image_tokens=9000, images=5, image_squares=5 * 1800**2)),
+    ],
+    ids=["recordings", "prompts", "documents", "pictures"],
+)
+def test_14_patience_is_of_one_piece_of_work_however_many_wait(route: str, work: RequestSize) -> None:
+    """Five hundred wait, and the engine freezes: no more is allowed than with twenty."""
+    allowed = []
+    for count in (20, 500):
+        pod = Pod()
+        pod.control.health.progress.learned.measured_to = 1e9
+        for _ in range(20):
+            id = admit(pod, route, 1.0, work)
+            pod.tick(5)
+            end(pod, id)
+        pod.canaries = "starved"
+        for _ in range(count):
+            admit(pod, route, 1.0, work)
+        pod.tick(1)
+        evidence = pod.control.health.evidence
+        allowed.append((evidence.allowed, evidence.kill_after))
+    assert allowed[1] == pytest.approx(allowed[0], rel=0.2), allowed
+
+
+def test_18_words_keep_their_promise_where_canaries_are_refused_as_too_much() -> None:
+    """The line of the doubt names the second at which liveness fails."""
+    pod = Pod()
+    pod.canaries = "busy"
+    for _ in range(3):
+        pod.decoding()
+    pod.until("suspect")
+    pod.tick(30)
+    detail = pod.control.health.verdict.detail
+    promised = UNASKED_KILLS * pod.control.health.evidence.kill_after
+    assert f"liveness fails at {promised:.0f} s" in detail, detail
+    began = pod.now - (pod.control.health.evidence.age or 0.0)
+    pod.until("stalled", 400)
+    assert pod.now - began == pytest.approx(promised, abs=2)
+
+
+@pytest.mark.parametrize("what", ["engine_sleeping", "engine_paused", "engine_profiling", "weight_update"])
+def test_18_words_say_what_ends_an_exemption(what: str) -> None:
+    """What was ordered, what is done now, and what ends it."""
+    pod = Pod()
+    pod.direct(what, True)
+    pod.tick(5)
+    detail = pod.control.health.verdict.detail
+    assert "readiness fails, liveness passes, until" in detail and "order" in detail
+
+
+def test_8_a_canary_is_known_to_pass_although_users_came_first() -> None:
+    """A restarted engine serves users first; a canary is tried next to them, so that a hang is killed in time."""
+    pod = Pod()
+    pod.page = EngineSample(started_wall=WALL + pod.now - 100)
+    pod.tick(5)
+    pod.canaries = "busy"  # 503 while it loads
+    pod.page = EngineSample(started_wall=WALL + pod.now)
+    pod.tick(5)
+    assert pod.state == "starting"
+    id = pod.decoding()
+    pod.tick(2, id)
+    pod.canaries = "ok"
+    pod.tick(20, id)
+    assert pod.control.health.canary_usable
+    sends = pod.sends
+    pod.tick(60, id)
+    assert pod.sends <= sends + 1, "and then no more of it"
+    pod.canaries = "starved"
+    assert pod.until("stalled") < 90

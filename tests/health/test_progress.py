@@ -28,6 +28,7 @@ class Item:
     route: str = "chat"
     most_tokens: int | None = None
     size: float = 1.0
+    has_media: bool = False
     sequences: int = 1
     delivered: int = 0
     shows: bool = False

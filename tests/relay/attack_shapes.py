@@ -58,6 +58,12 @@ SHAPES: dict[str, Callable[[int], bytes]] = {
     "escaped keys": _messages(b'{"\\u0074ype":"\\u0074ext"}'),
     "tiny images": _parts(b'{"type":"image_url","image_url":"%b"}' % PIXEL),
     "tiny links": _parts(b'{"type":"image_url","image_url":{"url":"http://a/"}}'),
+    "tiny sounds": _parts(b'{"type":"input_audio","input_audio":{"data":"AAAA","format":"wav"}}'),
+    "tiny images of Ollama": lambda size: b'{"messages":[{"images":[%b]}]}' % b",".join([b'"AAAA"'] * (size // 7)),
+    "tiny images of SGLang": lambda size: b'{"text":"a","image_data":[%b]}' % b",".join([b'"AAAA"'] * (size // 7)),
+    "tiny images of Anthropic": _parts(b'{"type":"image","source":{"type":"base64","data":"AAAA"}}'),
+    "lists of token ids": lambda size: b'{"prompt":[%b]}' % b",".join([b"[1,2]"] * (size // 6)),
+    "vectors": lambda size: b'{"input_embeds":[%b]}' % b",".join([b"[0.5,0.25]"] * (size // 11)),
     "tools": lambda size: b'{"tools":[%b]}' % b",".join([b'{"a":[1.5,"\\n"]}'] * (size // 17)),
     "images that are none": _messages(b'{"type":"image","x":{"data":{"data":"a"}}}'),
     "nested in binary": lambda size: (

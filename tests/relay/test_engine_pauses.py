@@ -9,7 +9,15 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from sidecar.events import CanariesOver, Directing, EnginePauseChanged, Event, LoadReport, Settled
+from sidecar.events import (
+    CanariesOver,
+    Directing,
+    EnginePauseChanged,
+    Event,
+    LoadReport,
+    Settled,
+    UnreadRequest,
+)
 from sidecar.relay import canary_gate
 from sidecar.relay.engine_io import MAX_REPEATED_BYTES
 from sidecar.relay.engine_pauses import MAX_TAGS_BYTES, PAUSE_ROUTES, PauseCall, is_partial, route_of
@@ -144,8 +152,9 @@ async def test_a_body_that_never_comes_makes_no_order(rig: Any, serve: Any, anno
 
 
 @pytest.mark.parametrize("answers", [True, False], ids=["control answers", "control does not"])
+@pytest.mark.parametrize("path", ["/release_memory_occupation", "/flush_cache", "/reset_prefix_cache"])
 async def test_a_call_that_stops_the_engine_waits_for_the_canary_with_it(
-    rig: Any, serve: Any, monkeypatch: pytest.MonkeyPatch, answers: bool
+    rig: Any, serve: Any, monkeypatch: pytest.MonkeyPatch, answers: bool, path: str
 ) -> None:
     """It is announced first; control says when no canary is out, and a hung canary delays no call for long."""
     called = asyncio.Event()
@@ -157,13 +166,25 @@ async def test_a_call_that_stops_the_engine_waits_for_the_canary_with_it(
     monkeypatch.setattr(canary_gate, "CANARY_WAIT_S", PATIENCE if answers else 0.05)
     r = await rig(await serve(engine))
     r.relay.on_command(LoadReport("{}", "", "idle"))
-    asked = asyncio.create_task(answered(r, "POST", "/release_memory_occupation"))
+    asked = asyncio.create_task(answered(r, "POST", path))
     [announced] = await r.emitted.wait(Directing)
     if answers:
         assert announced.on and not called.is_set()
         r.relay.on_command(CanariesOver((announced.id, 99)))
     assert await asked == 200
     assert [event.on for event in r.emitted.of(Directing)] == [True, False]
+
+
+async def test_a_call_that_needs_an_idle_engine_is_no_order(rig: Any, serve: Any) -> None:
+    """A cache that was flushed pauses nothing; the call is counted as one that controls the engine."""
+
+    async def engine(request: web.BaseRequest) -> web.StreamResponse:
+        return web.Response()
+
+    r = await rig(await serve(engine))
+    assert await answered(r, "POST", "/flush_cache") == 200
+    assert orders(r) == []
+    assert [event.path_class for event in r.emitted.of(UnreadRequest) if event.on] == ["control"]
 
 
 async def test_a_long_body_is_with_the_engine_when_the_last_of_it_was_sent(rig: Any, serve: Any) -> None:

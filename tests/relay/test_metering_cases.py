@@ -13,6 +13,7 @@ import wave
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+import aiohttp
 import pytest
 from aiohttp import web
 
@@ -438,3 +439,40 @@ async def test_10_streams_that_are_left_teach_what_is_cached(
     first, *_, last = r.emitted.of(Admitted)
     assert first.expected.cached == 0
     assert last.expected.cached > 0.7 * (last.expected.uncached + last.expected.cached)
+
+
+PAINT: Final = {"model": "m", "prompt": "a cat"}
+
+
+@pytest.mark.parametrize(
+    ("named", "times"),
+    [
+        ({}, 1.0),
+        ({"size": "auto"}, 1.0),
+        ({"size": "1024x1024", "num_inference_steps": 30}, 1.0),
+        ({"size": "2048x2048"}, 4.0),
+        ({"size": "512X512", "num_inference_steps": 60}, 0.5),
+        ({"num_inference_steps": 4, "n": 3}, 0.4),
+        ({"size": "99999x99999", "num_inference_steps": 10**9}, 64.0),
+        ({"size": 7, "num_inference_steps": "30"}, 1.0),
+    ],
+)
+async def test_4_a_picture_costs_its_pixels_and_steps(
+    rig: Any, serve: Any, named: dict[str, Any], times: float
+) -> None:
+    """As JSON and as a form; what is not named is as usual, and what is odd is bounded."""
+
+    async def engine(request: web.BaseRequest) -> web.StreamResponse:
+        await request.read()
+        return web.json_response({})
+
+    r = await rig(await serve(engine))
+    form = aiohttp.FormData({name: str(value) for name, value in (PAINT | named).items()})
+    form.add_field("image", b"a picture", filename="a.png")
+    for path, body in (("/v1/images/generations", {"json": PAINT | named}), ("/v1/images/edits", {"data": form})):
+        async with r.client.post(r.url + path, **body) as got:
+            await got.read()
+    usual = 4160 * times
+    generated, edited = (admitted.expected.output for admitted in r.emitted.of(Admitted))
+    assert generated == pytest.approx(usual, rel=0.01)
+    assert edited == pytest.approx(usual, rel=0.01)

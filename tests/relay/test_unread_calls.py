@@ -254,12 +254,23 @@ async def test_pings_and_errors_are_no_progress(
 def test_an_answer_that_takes_no_time_is_no_progress() -> None:
     """A tokenizer answers in one piece while the engine hangs; pieces over a longer time are made meanwhile."""
     call = UnreadCall("a", status=200)
-    assert not call.receive(100, 10.0)
-    assert not call.receive(100, 10.1)
-    assert call.receive(5, 10.3)
+    assert not call.receive(bytes(100), 10.0)
+    assert not call.receive(bytes(100), 10.1)
+    assert call.receive(bytes(5), 10.3)
     assert call.report_delivered(10.4) == Delivered("a", 10.4, 0, 205)
     call.status = 500
-    assert not call.receive(5, 20.0)
+    assert not call.receive(bytes(5), 20.0)
+
+
+@pytest.mark.parametrize(
+    "piece",
+    [b":\n\n", b": keep-alive\n\n", b": ping - 2026-12-01\r\n\r\n", b"\n", b"event: ping\ndata: {}\n\n", b":\n\n:\n\n"],
+)
+def test_what_keeps_a_silent_stream_alive_is_no_progress(piece: bytes) -> None:
+    """llama.cpp, vLLM and Starlette's servers send it from their API, whatever became of the engine."""
+    call = UnreadCall("a", status=200, answered_at=0.0)
+    assert not call.receive(piece, 10.0)
+    assert call.receive(piece + b'data: {"type":"response.output_text.delta"}\n\n', 20.0)
 
 
 async def test_each_of_many_cancelled_calls_ends_once(rig: Any, serve: Any) -> None:

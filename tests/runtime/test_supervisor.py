@@ -129,16 +129,36 @@ async def test_a_process_that_is_killed_is_started_again_and_no_one_else_notices
     assert len([line for line in p.printed if " born " in line]) == 4
 
 
-async def test_control_ends_after_the_last_relay() -> None:
-    """SIGTERM goes to control and relays at once; SIGUSR1 to control when the relays are gone."""
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP], ids=lambda number: number.name)
+async def test_control_ends_after_the_last_relay(number: signal.Signals) -> None:
+    """SIGTERM goes to control and relays at once; SIGUSR1 to control when the relays are gone.
+
+    A terminal that closes sends SIGHUP to all processes: the relays finish their streams first.
+    """
     async with program() as p:
-        for _ in range(2):
-            await p.wait_for("relay")
-        p.process.terminate()
+        pids = [int((await p.wait_for("relay"))[2]) for _ in range(2)]
+        for pid in (*pids, p.process.pid) if number == signal.SIGHUP else (p.process.pid,):
+            os.kill(pid, number)
         assert await p.ended() == 0
     ends = [line.split() for line in p.printed if "SIG" in line]
     assert ["control", "SIGTERM"] in ends and ["relay0", "SIGTERM"] in ends and ["relay1", "SIGTERM"] in ends
     assert ends[-1] == ["control", "SIGUSR1"]
+
+
+async def test_a_hangup_that_nohup_has_ignored_ends_nothing() -> None:
+    """It is followed by SIGTERM, which does."""
+    command = (sys.executable, "-c", "import os, signal, sys; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n" + PROGRAM)
+    process = await asyncio.create_subprocess_exec(
+        *(*command, "", "at once", "20", ""), stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
+    )
+    p = Program(process)
+    for _ in range(2):
+        relay = int((await p.wait_for("relay"))[2])
+    process.send_signal(signal.SIGHUP)
+    os.kill(relay, signal.SIGKILL)
+    await p.wait_for("relay")  # it is started again, as nothing ends
+    process.terminate()
+    assert await p.ended() == 0
 
 
 async def test_a_control_that_dies_in_the_drain_is_replaced_and_drains_too() -> None:

@@ -301,6 +301,7 @@ async def test_a_sleeping_llama_is_not_woken(meet: Callable[..., Any]) -> None:
         contact = await meet(engine)
         result = await contact.canary.send(PATIENCE)
         assert (result.outcome, engine.asked["/v1/completions"]) == ("moot", 0)
+        assert contact.wakes and contact.resting == "engine_sleeping"
         engine.answers["/props"] = awake
         assert (await contact.canary.send(PATIENCE)).outcome == "ok"
 

@@ -102,6 +102,16 @@ async def test_a_unix_socket_is_open_or_refuses(tmp_path: Path) -> None:
     assert path.exists() and port.refused_since is not None
 
 
+async def test_a_file_that_is_no_socket_says_so(tmp_path: Path) -> None:
+    """A folder or a file in the place of the socket is neither open nor refusing: no engine will make one there."""
+    path = tmp_path / "engine.sock"
+    path.touch()
+    for wrong in (path, tmp_path):
+        port = PortSignal(f"unix:{wrong}")
+        await port.poll()
+        assert port.refused_since is None and f"{wrong} is no socket" in port.trouble
+
+
 POLLED = """
 import asyncio, sys
 from sidecar.signals.port import PortSignal

@@ -13,8 +13,10 @@ from PIL import Image
 from sidecar.events import ImagePrepared
 from sidecar.images.service import ImageService
 from sidecar.kernels import families
+from sidecar.load import body_scan
 from sidecar.load.cost_model import Coefficients
 from sidecar.load.estimator import DEFAULT_FRAME_TOKENS, Estimator
+from sidecar.relay.media.other_places import PIECE_BYTES, find_images
 from sidecar.relay.pricing.charge import Pricing
 from sidecar.relay.request_body import parse
 from sidecar.settings import Settings
@@ -110,6 +112,17 @@ async def test_images_of_both_kinds_of_places_are_told_apart(rig: Any, serve: An
         ("", "place"),
     ]
     assert [bytes(image.data).decode() for image in parsed.images] == [JPEG, JPEG, PNG]
+
+
+@pytest.mark.parametrize("before", range(0, 40, 3))
+def test_an_image_on_the_border_of_two_pieces_is_found(before: int) -> None:
+    """A long body is searched piece by piece; wherever one ends, no image is missed, and none counts twice."""
+    head = b'{"messages":[{"role":"user","content":"'
+    text = b"a" * (PIECE_BYTES - len(head) - len(b'","images":["') - before)
+    body = head + text + b'","images":["%b","%b"]}]}' % (PNG.encode(), JPEG.encode())
+    found = body_scan.find(body)
+    assert found is not None
+    assert [bytes(image) for image in find_images(body, found)] == [PNG.encode(), JPEG.encode()]
 
 
 def test_a_text_is_no_image() -> None:
