@@ -60,6 +60,7 @@ from sidecar.settings import Settings
 from sidecar.signals import own_process
 from sidecar.signals.engine_monitor import EngineMonitor
 from sidecar.signals.gpu.poller import GpuSignal
+from sidecar.signals.hang_watch import HangWatch
 from sidecar.signals.limits_file import LimitsFile
 from sidecar.signals.port import PortSignal
 from sidecar.signals.process_examiner import ProcessExaminer
@@ -93,6 +94,7 @@ class ControlLoop:
         self.port = PortSignal(settings.engine)
         self.gpus = GpuSignal()
         self._examiner = ProcessExaminer(settings.engine)
+        self._hang_watch = HangWatch(settings.engine)
         self.tracing = Tracing(settings.otlp_endpoint, __version__)
         self._host, self._listen_port = socket.gethostname(), settings.listen[1]
         self._usage: UsageStore | None = None
@@ -189,6 +191,8 @@ class ControlLoop:
             self._on_hold(counted=is_new_verdict)
         if is_new_verdict or is_new_hold or self._ticks % SAVE_INTERVAL_TICKS == 0:
             self._tasks.start("memory", self._save(saved_state.dump(self.control.save(), now)))
+        if self._hang_watch.is_due(now, health.verdict.state):
+            self._tasks.start("processes", self._hang_watch.look())
         for relay, command in health.take_aborts():
             self._abort(relay, command)
         allowed = health.canary_due()
@@ -222,6 +226,7 @@ class ControlLoop:
             is_fcfs=engine.kind is not None and engine.kind.is_fcfs,
             canary_disturbs=engine.canary_disturbs,
             trouble=engine.trouble or self.port.trouble,
+            hang_signs=self._hang_watch.read(),
         )
 
     def _on_verdict(self, wall: float) -> None:
@@ -234,7 +239,7 @@ class ControlLoop:
         if verdict.state == "stalled":
             id = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime(wall))}-{verdict.cause}"
             page = self.engine.scrape.last_page(MAX_PAGE_BYTES)
-            content = bundle(self.snapshot, list(self.control.ledger.holds()), page)
+            content = bundle(self.snapshot, list(self.control.ledger.holds()), page, self._hang_watch.read())
             self._tasks.start("diagnosis", diagnose(self.diagnoses, self._examiner, content, id))
         elif verdict.state == "starting":
             self.engine.engine_restarted()

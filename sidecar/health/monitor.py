@@ -40,17 +40,27 @@ from sidecar.health import reasons, verdict
 from sidecar.health.canary_schedule import canary_allowed
 from sidecar.health.exemptions import Exemptions
 from sidecar.health.garbage import GARBAGE, GarbageDetector
+from sidecar.health.hang_classes import NO_CLASS, HangClass, hang_class, is_proof
 from sidecar.health.kill_policy import KillPolicy, KillState, kill_limits
 from sidecar.health.latency_model import LatencyModel
 from sidecar.health.partial_hangs import PartialHang, PartialHangDetector
 from sidecar.health.probes import ProbeState
-from sidecar.health.progress import Evidence, Key, OpenWork, Progress, silence_limits
+from sidecar.health.progress import BY_PROCESSES, UNPROVEN, Evidence, Key, OpenWork, Progress, silence_limits
 from sidecar.health.readiness_hold import ReadinessHold
 from sidecar.health.refusals import RefusedWork
 from sidecar.health.start_deadline import start_deadline
 from sidecar.health.token_balance import COUNTER_STALE_S
 from sidecar.health.verdict_text import evidence_json, explain, with_hold
-from sidecar.readings import EngineIdentity, EngineSample, GpuSample, ProcessSample, Reading, Value
+from sidecar.readings import (
+    Absent,
+    EngineIdentity,
+    EngineSample,
+    GpuSample,
+    HangSigns,
+    ProcessSample,
+    Reading,
+    Value,
+)
 from sidecar.settings import Settings
 from sidecar.snapshot import RelayUse
 
@@ -79,6 +89,7 @@ DOUBTED_STATES: Final = frozenset[State]({"suspect", "stalled", "dead"})
 
 RESTORED: Final = "sidecar_restarted"
 UNKNOWN_ENGINE: Final = EngineIdentity()
+NOT_LOOKED: Final = Absent("not looked at")
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +100,7 @@ class TickReadings:
     answers nothing; `resting`: the reason code of a rest that the engine reports, "" while it is awake; `denied_rests`:
     those that it denies, and when it was asked; `is_fcfs`: it serves requests of one model and priority in order;
     `canary_disturbs`: a canary drops what it keeps for its users; `trouble`: why no connection to it can be made, in
-    one sentence, "" if none is known.
+    one sentence, "" if none is known; `hang_signs`: what its processes do, while it is suspect.
     """
 
     engine: Reading[EngineSample]
@@ -106,6 +117,7 @@ class TickReadings:
     canary_disturbs: bool = False
     trouble: str = ""
     denied_rests: Mapping[str, float] = field(default_factory=dict)
+    hang_signs: Reading[HangSigns] = NOT_LOOKED
 
     @property
     def sample(self) -> EngineSample | None:
@@ -336,6 +348,7 @@ class HealthMonitor:
         withheld = self._withheld(now)
         exempt = self._exemption(readings, now)  # before the evidence: where one ends, a new silence begins
         self.evidence = self._evidence(readings, work, now)
+        hang, where = self._hang(readings, now)
         self.is_trusted = withheld is None and exempt is None and not readings.unanswered
         self._record_clues(readings, now)
         inputs = verdict.VerdictInputs(
@@ -353,6 +366,10 @@ class HealthMonitor:
             refusing=self._refusing(now),
             start_overdue=self._is_start_overdue(now),
             trouble=readings.trouble,
+            proven_after=None if self.evidence.proof == UNPROVEN else self.progress.limits.proven,
+            hang=hang,
+            hang_where=where,
+            canary_since=self.canaries.since,
         )
         before, hold_before = self.state, self.kill_policy.reason
         self.state, condition = verdict.judge(before, inputs)
@@ -365,6 +382,15 @@ class HealthMonitor:
         self.readiness_hold.tick(self.state.state, now)
         self.verdict = self._new_verdict(inputs, condition, before, hold_before, wall)
         return self.verdict
+
+    def _hang(self, readings: TickReadings, now: float) -> tuple[HangClass, str]:
+        """Which hang the engine's processes show, and where; the evidence says whether they prove it."""
+        signs = readings.hang_signs
+        if not isinstance(signs, Value) or self.state.state not in DOUBTED_STATES:
+            return NO_CLASS, ""
+        if is_proof(signs.value, now - signs.at):
+            self.evidence = replace(self.evidence, proof=BY_PROCESSES)
+        return hang_class(signs.value), signs.value.where
 
     def _know_engine(self, readings: TickReadings) -> None:
         """What the engine and its machine say of themselves."""

@@ -6,6 +6,8 @@ to the next state and its reason. Rules:
 - Readiness goes at `allowed`, liveness at `kill_after`: traffic can go elsewhere at once, a restart costs minutes.
 - A kill needs all of: work or a canary outstanding; silence beyond `kill_after`; a canary sent in that silence that
   failed or starved; no exemption; nothing withheld because of the sidecar's own trouble.
+- A proof from the engine's processes shortens `kill_after`, and a canary that got nothing so far is enough; all else
+  is needed as before.
 - Where no canary passes, counters that stand still over running work confirm as well, and silence alone does after
   UNASKED_KILLS times as long. "Busy" confirms where the counters stand still.
 - What served and refuses everything now is not ready, then dead. So is a process that replaced another one under the
@@ -20,6 +22,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from sidecar.events import CanaryResult, State
+from sidecar.health.hang_classes import MIN_PROOF_S, NO_CLASS, HangClass
 from sidecar.health.partial_hangs import PartialHang
 from sidecar.health.progress import Evidence
 
@@ -60,7 +63,9 @@ class VerdictInputs:
     `refused_since`: since when connections are refused; `exempt`, `withheld`: reason codes or None; `can_ask`: whether
     canaries pass here, None while that is unknown; `refusing`: seconds for which every request was refused, None while
     some are not; `start_overdue`: this process has started for longer than any is known to take; `trouble`: why
-    the sidecar cannot talk to the engine, "" while it can.
+    the sidecar cannot talk to the engine, "" while it can; `proven_after`: the silence that a kill waits for, where
+    the engine's processes prove a hang; `hang`: which one it is, `hang_where`: in which process; `canary_since`: a
+    canary has been under way since then.
     """
 
     now: float
@@ -77,6 +82,10 @@ class VerdictInputs:
     refusing: float | None = None
     start_overdue: bool = False
     trouble: str = ""
+    proven_after: float | None = None
+    hang: HangClass = NO_CLASS
+    hang_where: str = ""
+    canary_since: float | None = None
 
     @property
     def is_working(self) -> bool:
@@ -198,6 +207,27 @@ def _is_confirmed(before: VerdictState, inputs: VerdictInputs) -> bool:
     return (not inputs.can_ask and evidence.frozen) or silence > UNASKED_KILLS * evidence.kill_after
 
 
+def _is_proven(before: VerdictState, inputs: VerdictInputs) -> bool:
+    """Suspect, silent for as long as a proven kill takes, and what was asked in that silence got nothing."""
+    if before.state != "suspect" or inputs.proven_after is None:
+        return False
+    if not inputs.is_working:
+        is_lost = before.lost_at is not None and inputs.now - before.lost_at > inputs.proven_after
+        return is_lost and _is_canary_lost(before, inputs)
+    if not _is_silent(before, inputs) or _silence(before, inputs) <= inputs.proven_after:
+        return False
+    return inputs.evidence.frozen or _is_canary_unanswered(before, inputs)
+
+
+def _is_canary_unanswered(before: VerdictState, inputs: VerdictInputs) -> bool:
+    """Whether a canary sent in this silence failed, or has waited for as long as a proof takes."""
+    since, at = _asked_since(before), inputs.evidence.progress_at or 0.0
+    if _is_canary_newer(inputs) and _has_canary(inputs, since, "failed", "starved"):
+        return True
+    sent = inputs.canary_since
+    return sent is not None and sent > at and sent >= since and inputs.now - sent >= MIN_PROOF_S
+
+
 def _is_lost(before: VerdictState, inputs: VerdictInputs) -> bool:
     """Nothing is outstanding, and no canary has passed for as long as a kill takes."""
     if before.state != "suspect" or inputs.is_working or before.lost_at is None:
@@ -298,6 +328,7 @@ CONDITIONS: Final[tuple[tuple[str, Condition, str], ...]] = (
     ("refuses_long", _is_refusing_long, "every request has been refused for as long as a kill takes"),
     ("refuses", _is_refusing, "an engine that has served refuses every request, canaries too"),
     ("progress", _is_progressing, f"progress within the last {FRESH_PROGRESS_S:.0f} s"),
+    ("proven", _is_proven, "silent for 30 s, the engine's processes prove a hang, and nothing asked of it is answered"),
     ("confirmed", _is_confirmed, "silent beyond the time of a kill, and a canary or the engine's counters confirm it"),
     ("lost", _is_lost, "idle, and no canary has passed for as long as a kill takes"),
     ("stuck", _is_stuck, f"{STUCK_CYCLES} canaries passed while the users' work stood still"),
@@ -331,6 +362,7 @@ TABLE: dict[str, TransitionRow] = {
     "refuses_long": {"*": ("stalled", "refuses_work")},
     "refuses": {"*": ("suspect", "refuses_work")},
     "progress": {"*": ("progressing", "progress")},
+    "proven": {"*": ("stalled", "no_progress")},
     "confirmed": {"*": ("stalled", "no_progress")},
     "lost": {"*": ("stalled", "canary_lost")},
     "stuck": {"*": ("suspect", "work_stuck")},
