@@ -49,10 +49,12 @@ from sidecar.health.progress import BY_PROCESSES, UNPROVEN, Evidence, Key, OpenW
 from sidecar.health.readiness_hold import ReadinessHold
 from sidecar.health.refusals import RefusedWork
 from sidecar.health.start_deadline import start_deadline
+from sidecar.health.step_watch import StepWatch
 from sidecar.health.token_balance import COUNTER_STALE_S
 from sidecar.health.verdict_text import evidence_json, explain, with_hold
 from sidecar.readings import (
     Absent,
+    CoreSteps,
     EngineIdentity,
     EngineSample,
     GpuSample,
@@ -89,6 +91,8 @@ DOUBTED_STATES: Final = frozenset[State]({"suspect", "stalled", "dead"})
 
 RESTORED: Final = "sidecar_restarted"
 UNKNOWN_ENGINE: Final = EngineIdentity()
+# The reading of the cores' steps is made twice a second; one that is older says nothing.
+STEPS_STALE_S: Final = 3.0
 NOT_LOOKED: Final = Absent("not looked at")
 
 
@@ -100,7 +104,8 @@ class TickReadings:
     answers nothing; `resting`: the reason code of a rest that the engine reports, "" while it is awake; `denied_rests`:
     those that it denies, and when it was asked; `is_fcfs`: it serves requests of one model and priority in order;
     `canary_disturbs`: a canary drops what it keeps for its users; `trouble`: why no connection to it can be made, in
-    one sentence, "" if none is known; `hang_signs`: what its processes do, while it is suspect.
+    one sentence, "" if none is known; `hang_signs`: what its processes do, while it is suspect;
+    `steps`: what the plug-in in its cores reports.
     """
 
     engine: Reading[EngineSample]
@@ -118,6 +123,7 @@ class TickReadings:
     trouble: str = ""
     denied_rests: Mapping[str, float] = field(default_factory=dict)
     hang_signs: Reading[HangSigns] = NOT_LOOKED
+    steps: Reading[tuple[CoreSteps, ...]] = NOT_LOOKED
 
     @property
     def sample(self) -> EngineSample | None:
@@ -196,6 +202,7 @@ class HealthMonitor:
         self.garbage = GarbageDetector()
         self.refusals = RefusedWork()
         self.readiness_hold = ReadinessHold()
+        self.steps = StepWatch()
         self.canaries = CanaryRecord()
         self.state = verdict.VerdictState(since=now, engine_since=now)
         self.verdict = Verdict("starting", "awaiting_first_token", "no token from the engine yet", now, wall)
@@ -487,8 +494,39 @@ class HealthMonitor:
     def _evidence(self, readings: TickReadings, work: Iterable[OpenWork], now: float) -> Evidence:
         """Compare the silence so far with what the outstanding work may take; own lag adds patience."""
         extra = 2 * max((self.lag, *(relay.lag for relay in readings.relays)))
-        learn = self.state.state in CALM_STATES
-        return self.progress.evidence(work, now, extra=extra, learn=learn, unanswered=readings.unanswered)
+        learn, work = self.state.state in CALM_STATES, tuple(work)
+        found = self.progress.evidence(work, now, extra=extra, learn=learn, unanswered=readings.unanswered)
+        return self._with_steps(found, readings.steps, work, now, extra=extra)
+
+    def _with_steps(
+        self,
+        found: Evidence,
+        steps: Reading[tuple[CoreSteps, ...]],
+        work: tuple[OpenWork, ...],
+        now: float,
+        *,
+        extra: float,
+    ) -> Evidence:
+        """What the engine's cores say of their steps, where they do."""
+        if not isinstance(steps, Value) or now - steps.at > STEPS_STALE_S:
+            self.steps.forget()
+            return found
+        self.steps.read(steps.value, steps.at, teaches=self.state.state in CALM_STATES)
+        standing = self.steps.standing(now)
+        if found.age is None or standing is None:
+            return replace(found, step_age=standing)
+        prompts = [hold.prompt_tokens for hold in work if hold.first_at is None]
+        share = min(1.0, self.steps.last_tokens() / max(1, *prompts, 1))
+        step = self.steps.allowed(self.progress.limits.margin * share * found.predicted) + extra
+        # A speed that was not measured may be anything, and a step with it.
+        allowed = found.allowed if found.ruled_by in ("unknown", "cap") else min(step, found.allowed)
+        return replace(
+            found,
+            step_age=standing,
+            stands=min(standing, found.age) > allowed,
+            computing=self.steps.is_computing(now, now - found.age, sum(prompts))
+            and found.age <= self.progress.limits.cap,
+        )
 
     def _record_clues(self, readings: TickReadings, now: float) -> None:
         """Record XID counts and whether the API is unresponsive."""

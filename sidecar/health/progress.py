@@ -206,7 +206,9 @@ class Evidence:
     cost; `allowed`: the one that withdraws readiness; `kill_after`: the one that fails liveness, if a canary confirms
     it. `hidden`: for so long answers may be generated unseen. `frozen`: the engine says that it has work, and none of
     its counters moved in the silence. `foreign`: it has work that did not pass the relay. `untested`: whether it
-    computes several requests at once should be known, and is not. `proof`: what proves a hang beyond silence.
+    computes several requests at once should be known, and is not. `proof`: what proves a hang beyond silence. `stands`:
+    its cores say that they have requests and begin no step, `computing`: that they compute prompts which are open;
+    `step_age`: seconds since they began one, None where they do not say.
     """
 
     now: float
@@ -229,6 +231,9 @@ class Evidence:
     foreign: bool = False
     untested: bool = False
     proof: str = UNPROVEN
+    stands: bool = False
+    computing: bool = False
+    step_age: float | None = None
 
 
 @dataclass(slots=True)

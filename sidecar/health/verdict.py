@@ -142,12 +142,18 @@ def _silence(before: VerdictState, inputs: VerdictInputs) -> float:
 
 
 def _is_silent(before: VerdictState, inputs: VerdictInputs) -> bool:
-    """Silent beyond the allowed time, unless steps or a prefill that takes longer than predicted hold suspicion off."""
+    """Silent beyond the allowed time, unless steps or a prefill that takes longer than predicted hold suspicion off.
+
+    Where the engine's cores report their steps, they say it: one that stands is silent at once, one that computes open
+    prompts is not.
+    """
     evidence, age = inputs.evidence, inputs.evidence.age
+    if age is None or evidence.computing:
+        return False
+    if evidence.stands:
+        return True
     is_blind = inputs.can_ask is False and not evidence.frozen
     allowed = max(UNASKED_FACTOR * evidence.allowed, evidence.hidden) if is_blind else evidence.allowed
-    if age is None:
-        return False
     silence = _silence(before, inputs)
     if inputs.canary and _is_canary_newer(inputs) and _has_canary(inputs, _asked_since(before), "failed", "starved"):
         silence, age = (max(x, inputs.now - inputs.canary.started) for x in (silence, age))  # sent before the work came

@@ -49,6 +49,9 @@ def evidence_json(inputs: VerdictInputs, condition: str) -> dict[str, float | in
         "foreign": evidence.foreign,
         "proof": evidence.proof,
         "hang": inputs.hang.name or None,
+        "step_age": _round(evidence.step_age),
+        "core_stands": evidence.stands,
+        "core_computes": evidence.computing,
         "can_ask": inputs.can_ask,
         "learned": evidence.learned,
         "part": part.reason if part else None,
@@ -172,7 +175,10 @@ def _silence(inputs: VerdictInputs) -> str:
     if evidence.age is None:
         return "nothing outstanding"
     work = f"{evidence.outstanding} outstanding" if evidence.outstanding else "the engine has work of others"
-    return f"{work}, {evidence.age:.1f} s without progress ({evidence.allowed:.1f} s allowed: {evidence.ruled_by})"
+    step = f"; its core has begun no step for {evidence.step_age:.1f} s" if evidence.stands else ""
+    return (
+        f"{work}, {evidence.age:.1f} s without progress ({evidence.allowed:.1f} s allowed: {evidence.ruled_by}){step}"
+    )
 
 
 def _canary(inputs: VerdictInputs) -> str:

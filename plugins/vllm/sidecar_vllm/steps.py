@@ -1,0 +1,147 @@
+"""The steps of vLLM's engine core in a small mapped file, for the sidecar: it sees a prefill move, and a core stand.
+
+Rules: one write when a step begins, and one when no request is left; no call of the kernel, no lock, under a
+microsecond. The file lies in memory (tmpfs), so that no disk can hold the core up. Its name has the folder that the
+plug-in was loaded from, so that of two engines on a machine each sidecar reads its own. A version that is not known, or
+anything that fails, leaves vLLM as it is.
+"""
+
+from __future__ import annotations
+
+import functools
+import mmap
+import os
+import struct
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from sidecar_vllm.locked_file import open_locked
+
+# Versions whose scheduler is tested: tests/vllm/test_steps.py.
+KNOWN_VERSIONS = ("0.32.",)
+STEPS_PREFIX = "sidecar-steps-"
+STEPS_FOLDER = "vllm-steps"  # of the state directory
+SHM_FOLDER = Path("/dev/shm")
+PLUGIN = Path(__file__).resolve().parents[1]  # the folder on PYTHONPATH
+MAGIC = b"SCSTEPS1"
+# magic, pid; then the count of steps, tokens in all, tokens of the last step, running, waiting, nanoseconds, and the
+# count again: where both differ, the write was under way.
+HEAD = struct.Struct("<8sQ")
+BODY = struct.Struct("<QQQQQQQ")
+FILE_BYTES = 4096
+IN_MEMORY = ("tmpfs", "ramfs")
+
+
+class StepFile:
+    """Where the steps of this process's core are written. It is made with the first step, in the process that steps."""
+
+    def __init__(self, path: Path) -> None:
+        fd = open_locked(path)  # stays open: the lock is its
+        os.posix_fallocate(fd, 0, FILE_BYTES)  # a full folder fails here, not with SIGBUS in a step
+        self._map = mmap.mmap(fd, FILE_BYTES)
+        self._map[: HEAD.size + BODY.size] = bytes(HEAD.size + BODY.size)
+        HEAD.pack_into(self._map, 0, MAGIC, os.getpid())
+        self._steps = self._tokens = 0
+
+    def begin(self, tokens: int, running: int, waiting: int) -> None:
+        """A step begins that computes `tokens`."""
+        steps = self._steps = self._steps + 1
+        total = self._tokens = self._tokens + tokens
+        BODY.pack_into(self._map, HEAD.size, steps, total, tokens, running, waiting, time.monotonic_ns(), steps)
+
+    def rest(self) -> None:
+        """No request is left."""
+        steps = self._steps
+        BODY.pack_into(self._map, HEAD.size, steps, self._tokens, 0, 0, 0, time.monotonic_ns(), steps)
+
+
+def install(say: Callable[[str], None], plugin: Path = PLUGIN) -> str:
+    """Have the scheduler write its steps. Returns why it does not, or ""."""
+    import vllm
+
+    if not vllm.__version__.startswith(KNOWN_VERSIONS):
+        return f"vLLM {vllm.__version__} is not known to this plug-in"
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    if not hasattr(Scheduler.schedule, "__wrapped__"):
+        wrap(Scheduler, StepWriter(plugin, say))
+    return ""
+
+
+def wrap(scheduler: Any, writer: StepWriter) -> None:
+    """Put the writer around the methods of vLLM's Scheduler with which a step begins and requests end."""
+    schedule, update, finish = scheduler.schedule, scheduler.update_from_output, scheduler.finish_requests
+
+    @functools.wraps(schedule)
+    def schedule_and_tell(self: Any, *args: Any, **kwargs: Any) -> Any:
+        output = schedule(self, *args, **kwargs)
+        writer.begin(self, output)
+        return output
+
+    @functools.wraps(update)
+    def update_and_tell(self: Any, *args: Any, **kwargs: Any) -> Any:
+        outputs = update(self, *args, **kwargs)
+        if not self.running:
+            writer.rest(self)
+        return outputs
+
+    @functools.wraps(finish)
+    def finish_and_tell(self: Any, *args: Any, **kwargs: Any) -> Any:
+        finished = finish(self, *args, **kwargs)
+        if not self.running:
+            writer.rest(self)
+        return finished
+
+    scheduler.schedule = schedule_and_tell
+    scheduler.update_from_output = update_and_tell
+    scheduler.finish_requests = finish_and_tell
+
+
+class StepWriter:
+    """Writes the steps of a scheduler, from the first one on; after a failure, never again."""
+
+    def __init__(self, plugin: Path, say: Callable[[str], None]) -> None:
+        self._plugin = plugin
+        self._say = say
+        self._file: StepFile | None = None
+        self._off = False
+
+    def begin(self, scheduler: Any, output: Any) -> None:
+        """A step was scheduled."""
+        if self._off:
+            return
+        try:
+            file = self._file
+            if file is None:
+                file = self._file = StepFile(choose_path(self._plugin))
+            file.begin(output.total_num_scheduled_tokens, len(scheduler.running), len(scheduler.waiting))
+        except Exception as e:  # noqa: BLE001 - a step must not fail for its report
+            self._off = True
+            self._say(f"the inference sidecar sees no steps of this engine: {e}")
+
+    def rest(self, scheduler: Any) -> None:
+        """A step or an abort left nothing to run."""
+        if self._file is not None and not self._off and not len(scheduler.waiting):
+            self._file.rest()
+
+
+def choose_path(plugin: Path) -> Path:
+    """A file in the first folder in memory that can be written: the state directory's, or /dev/shm. Raises OSError."""
+    place = plugin.stat()
+    name = f"{STEPS_PREFIX}{place.st_dev:x}-{place.st_ino:x}-{os.getpid()}"
+    for folder in (plugin.parent / STEPS_FOLDER, SHM_FOLDER):
+        if os.access(folder, os.W_OK | os.X_OK) and is_in_memory(folder):
+            return folder / name
+    raise FileNotFoundError(2, f"neither {plugin.parent / STEPS_FOLDER} nor {SHM_FOLDER} is memory that can be written")
+
+
+def is_in_memory(folder: Path) -> bool:
+    """Whether a folder lies on tmpfs, by the mount that is nearest above it."""
+    real, best = os.path.realpath(folder), ("", "")
+    for line in Path("/proc/self/mounts").read_text().splitlines():
+        _, place, kind, *_ = line.split(" ")
+        if len(place) >= len(best[0]) and (real + "/").startswith(place.rstrip("/") + "/"):
+            best = (place, kind)
+    return best[1] in IN_MEMORY
