@@ -22,7 +22,7 @@ from sidecar.events import (
 from sidecar.health.monitor import TICK_S, TickReadings
 from sidecar.health.progress import silence_limits
 from sidecar.load.cost_model import Coefficients
-from sidecar.readings import Absent, EngineSample, GpuSample, HangSigns, Reading, Value
+from sidecar.readings import Absent, CoreSteps, EngineSample, GpuSample, HangSigns, Reading, Value
 from sidecar.settings import Settings
 from sidecar.snapshot import RelayUse
 
@@ -44,6 +44,7 @@ class Pod:
     Each `tick` is half a second; `canaries` is how a canary ends, "" for not yet.
     """
 
+    settings: Settings = SETTINGS
     now: float = 1000.0
     wall: float = WALL
     page: Reading[EngineSample] = NOTHING
@@ -61,9 +62,10 @@ class Pod:
     xids: int = 0
     delivered_at: float = 0.0
     signs: HangSigns | None = None  # of the engine's processes, looked at now
+    steps: tuple[CoreSteps, ...] | None = None  # of its cores, read now
 
     def __post_init__(self) -> None:
-        self.control = ControlState(SETTINGS, CO, self.now, self.wall + self.now)
+        self.control = ControlState(self.settings, CO, self.now, self.wall + self.now)
 
     @property
     def state(self) -> str:
@@ -89,6 +91,7 @@ class Pod:
             self.unanswered,
             self.resting,
             hang_signs=signs,
+            steps=NOTHING if self.steps is None else Value(self.steps, self.now),
         )
         self.control.tick(readings, self.now, self.wall + self.now)
         allowed = self.control.health.canary_due()
@@ -191,7 +194,7 @@ class Pod:
             if remembers
             else None
         )
-        self.control = ControlState(SETTINGS, CO, self.now, self.wall + self.now)
+        self.control = ControlState(self.settings, CO, self.now, self.wall + self.now)
         self.sent = None
         self.open.clear()  # those of the old process's relays are not known to the new one
         self.blocked.clear()
