@@ -29,11 +29,13 @@ from sim.field_reports import (
     released,
     route,
     slow_site,
+    stands,
     unread,
     whole_answers,
     without_canary,
     wrong_names,
 )
+from sim.proofs import PAUSES
 from sim.seqs import UNREAD
 from sim.stories import (
     again,
@@ -153,6 +155,8 @@ ALARMS: tuple[Alarm, ...] = (
     Alarm(0, "raw audio", 0.2, pieces("transcription"), kind=5),
     Alarm(0, "the whole engine compiles for 10-60 s in service", 0.4, compiles(1, 10, 60), kind=6),
     Alarm(0, "the same for 46-50 s, three times", 0.2, compiles(3, 46, 50), kind=6),
+    Alarm(0, "disk, swap, peer, GPU, debugger, freezer or compiler hold it up 10-60 s", 0.4, stands(*PAUSES), kind=6),
+    Alarm(0, "a lock is held for 10-60 s and released", 0.05, stands("lock"), hidden=True, kind=6),
     Alarm(0, "first long prompt, 100-700 times slower", 0.2, slow_site, kind=7),
     Alarm(0, "no canary passes", 0.2, without_canary, kind=8),
     Alarm(0, "memory released through the relay", 0.2, released(seen=True), kind=9),

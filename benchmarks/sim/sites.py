@@ -14,6 +14,7 @@ from sidecar.health.progress import SilenceLimits
 from sidecar.load import cost_model
 from sidecar.settings import Settings
 from sim.engine import CHUNK_SHARE, FAMILY, QUANTUM_S
+from sim.proofs import LEVELS
 from sim.seqs import Site
 from sim.traces import Arrival, Trace
 
@@ -60,6 +61,8 @@ def draw(rng: random.Random, traces: dict[str, Trace], co: cost_model.Coefficien
         shared=rng.random() < 0.1,
         ranks=rng.choice((1, 1, 1, 2, 4)),
         context=rng.choice((0, 131_072)),
+        proof=rng.choice(LEVELS),
+        blocks=rng.random() < 0.5,
     )
     if rng.random() < 1 / 8:
         site = replace(site, order="prefix", kind="sglang")

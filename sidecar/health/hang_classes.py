@@ -20,8 +20,8 @@ from sidecar.readings import HangSigns
 LOOK_INTERVAL_S: Final = 3.0
 # A look that is later than this after the one before begins a new series: what happened between is unknown.
 MAX_LOOK_GAP_S: Final = 3 * LOOK_INTERVAL_S
-# A series proves nothing before it has lasted so long. Samples of a healthy engine that waits are far shorter.
-MIN_PROOF_S: Final = 10.0
+# A series proves nothing before it has lasted so long: five looks.
+MIN_PROOF_S: Final = 12.0
 # A proof that is older than this is none.
 MAX_PROOF_AGE_S: Final = 2 * LOOK_INTERVAL_S
 

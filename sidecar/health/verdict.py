@@ -142,16 +142,18 @@ def _silence(before: VerdictState, inputs: VerdictInputs) -> float:
 
 
 def _is_silent(before: VerdictState, inputs: VerdictInputs) -> bool:
+    """Silent beyond the allowed time, or its core stands in a step: not ready."""
+    return (inputs.is_working and inputs.evidence.stands) or _is_silent_long(before, inputs)
+
+
+def _is_silent_long(before: VerdictState, inputs: VerdictInputs) -> bool:
     """Silent beyond the allowed time, unless steps or a prefill that takes longer than predicted hold suspicion off.
 
-    Where the engine's cores report their steps, they say it: one that stands is silent at once, one that computes open
-    prompts is not.
+    While the engine's cores report that they compute open prompts, nothing is.
     """
     evidence, age = inputs.evidence, inputs.evidence.age
     if age is None or evidence.computing:
         return False
-    if evidence.stands:
-        return True
     is_blind = inputs.can_ask is False and not evidence.frozen
     allowed = max(UNASKED_FACTOR * evidence.allowed, evidence.hidden) if is_blind else evidence.allowed
     silence = _silence(before, inputs)
@@ -200,7 +202,7 @@ def _has_canary_passed(before: VerdictState, inputs: VerdictInputs) -> bool:
 
 def _is_confirmed(before: VerdictState, inputs: VerdictInputs) -> bool:
     """Suspect, silent for as long as a kill takes, and what else can be known says so, too."""
-    if before.state != "suspect" or not inputs.is_working or not _is_silent(before, inputs):
+    if before.state != "suspect" or not inputs.is_working or not _is_silent_long(before, inputs):
         return False
     evidence, silence = inputs.evidence, _silence(before, inputs)
     if silence <= evidence.kill_after:
@@ -220,7 +222,9 @@ def _is_proven(before: VerdictState, inputs: VerdictInputs) -> bool:
     if not inputs.is_working:
         is_lost = before.lost_at is not None and inputs.now - before.lost_at > inputs.proven_after
         return is_lost and _is_canary_lost(before, inputs)
-    if not _is_silent(before, inputs) or _silence(before, inputs) <= inputs.proven_after:
+    silence = _silence(before, inputs) if _is_silent_long(before, inputs) else 0.0
+    step = (inputs.evidence.step_age or 0.0) if inputs.evidence.stands else 0.0
+    if max(silence, step) <= inputs.proven_after:
         return False
     return inputs.evidence.frozen or _is_canary_unanswered(before, inputs)
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from sidecar.health.progress import Evidence
 from sidecar.health.step_watch import HALF_LIFE_S, STEP_FLOOR_S, STEP_MARGIN, StepWatch
 from sidecar.readings import CoreSteps
 from sidecar.settings import Settings
 
 from .verdict_pod import Pod
+from .verdict_world import World, evidence
 
 
 def core(steps: int, at: float, *, tokens: int = 0, running: int = 1, pid: int = 1) -> CoreSteps:
@@ -125,3 +129,25 @@ def test_steps_of_old_say_nothing() -> None:
     pod.steps = None
     pod.tick()
     assert pod.control.health.evidence.step_age is None
+
+
+def test_a_standing_core_alone_kills_no_sooner() -> None:
+    """Silent for long within what is allowed: not ready, and only a proof of half a minute in that step kills."""
+    world = World().started()
+    world.work_since = world.progress_at = world.now
+
+    def seen(step: float) -> Evidence:
+        age = world.now + 0.5 - (world.progress_at or 0.0)
+        work = evidence(world.now + 0.5, age=age, at=world.progress_at, allowed=200.0)
+        return replace(work, kill_after=200.0, stands=step > 6, step_age=step)
+
+    while world.now < (world.progress_at or 0.0) + 100:
+        assert world.tick(evidence=seen(0.5)).state in ("progressing", "quiet")
+    began = world.now
+    world.canary_ends("starved")
+    while world.now < began + 20:
+        world.tick(evidence=seen(world.now - began), proven_after=30.0)
+    assert world.memory.state == "suspect"
+    while world.tick(evidence=seen(world.now - began), proven_after=30.0).state == "suspect":
+        assert world.now < began + 60
+    assert world.memory.state == "stalled" and 30 <= world.now - began <= 32

@@ -213,7 +213,7 @@ def tree(at: float, thread: ThreadState, stack: str | Failed, memory: MemoryLook
 
 
 def signs(thread: ThreadState, stack: str | Failed, memory: MemoryLook = UNKNOWN, **more: object) -> HangSigns:
-    first, last = tree(0.0, thread, stack, **more), tree(12.0, thread, stack, memory, **more)
+    first, last = tree(0.0, thread, stack, **more), tree(13.0, thread, stack, memory, **more)
     return signs_of(first, first, last, steady=True)
 
 
@@ -244,7 +244,7 @@ def test_a_call_into_the_driver_is_a_wait_for_the_gpu() -> None:
 def test_a_want_of_memory_is_no_lock(memory: MemoryLook, pressed: bool) -> None:
     """By the kernel's pressure, or by a process that it killed meanwhile."""
     first, last = (tree(at, LOCKED, WAITS.format("acquire (threading.py:300)"), which, holds_gpu=False)
-                   for at, which in ((0.0, MemoryLook(0.0, 0)), (12.0, memory)))  # fmt: skip
+                   for at, which in ((0.0, MemoryLook(0.0, 0)), (13.0, memory)))  # fmt: skip
     found = named(signs_of(first, first, last, steady=True))
     assert found == ("memory_pressure" if pressed else "host_lock")
 
@@ -264,12 +264,12 @@ def test_a_transfer_is_named_by_its_stack() -> None:
 
 
 def test_a_short_or_old_series_is_no_proof() -> None:
-    """The signs of a lock count after ten seconds, and until the next look is late."""
+    """The signs of a lock count after twelve seconds, and until the next look is late."""
     found = signs(LOCKED, WAITS.format("acquire (threading.py:300)"), holds_gpu=False)
     assert is_proof(found, 1.0) and found.seconds > MIN_PROOF_S
     assert not is_proof(found, 7.0)
     begun = tree(3.0, LOCKED, WAITS.format("acquire (threading.py:300)"), holds_gpu=False)
-    assert not is_proof(signs_of(begun, begun, tree(12.0, LOCKED, "", holds_gpu=False), steady=True), 0.0)
+    assert not is_proof(signs_of(begun, begun, tree(13.0, LOCKED, "", holds_gpu=False), steady=True), 0.0)
 
 
 # --- what holds a process still ---
