@@ -1,9 +1,9 @@
 """What an engine's processes and cores show, at sites where they can be seen: raw signs of what goes on inside.
 
 Rules: signs only, no class and no proof; the production table decides what they mean. A look comes as the production
-watch makes one, every three seconds while the verdict is suspect; one in fifty fails, and the series begins anew. A hang
-shows what its mode says, an alarm what its story says; else an engine shows whether it works, waits for its GPU or is
-idle. Where prefills go first, they are one long step.
+watch makes one, every three seconds while the verdict is suspect; one in fifty fails, and the series begins anew. A
+hang shows what its mode says, an alarm what its story says; else an engine shows whether it works, waits for its GPU or
+is idle. Where prefills go first, they are one long step.
 """
 
 from __future__ import annotations
