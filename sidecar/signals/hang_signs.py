@@ -45,6 +45,8 @@ FRAMES: Final = (
 )  # fmt: skip
 # The idle wait of vLLM's core, which is told of its requests there.
 AWAITS_WORK: Final = re.compile(r"_process_input_queue|recv_requests")
+# Frames of the queue above it, and it.
+IDLE_FRAMES: Final = 3
 # Files whose functions wait on the host, and nothing else.
 HOST_WAIT: Final = re.compile(
     r"\((?:.*/)?(threading|queue|selectors|socket|subprocess|connection|synchronize|_base|runners|base_events|zmq/.*|"
@@ -203,7 +205,7 @@ def _wait_of_process(last: TreeLook, process: EngineProcess) -> str | None:
     main = _main_thread(last, process)
     wait = wait_of(main) if main is not None else None
     if isinstance(stack, str):
-        if AWAITS_WORK.search(stack_of(stack, process.pid)):
+        if AWAITS_WORK.search("\n".join(stack_of(stack, process.pid).splitlines()[:IDLE_FRAMES])):
             return "work"
         if look.holds_gpu is not False and not _is_on_host(stack):
             return "device" if wait == "lock" else wait

@@ -294,8 +294,8 @@ def traced(pid: int) -> Iterator[None]:
 
 
 @contextmanager
-def frozen(pid: int) -> Iterator[None]:
-    """In a frozen control group of its own, of either version."""
+def frozen(pid: int, *, ends: bool = True) -> Iterator[None]:
+    """In a frozen control group of its own, of either version. `ends`: it is killed after that."""
     for root, members, switch, on, off in (
         ("/sys/fs/cgroup/freezer", "cgroup.procs", "freezer.state", "FROZEN", "THAWED"),
         ("/sys/fs/cgroup/unified", "cgroup.procs", "cgroup.freeze", "1", "0"),
@@ -317,7 +317,7 @@ def frozen(pid: int) -> Iterator[None]:
             with suppress(OSError):
                 (group / switch).write_text(off)
             with suppress(OSError):
-                os.kill(pid, signal.SIGKILL)
+                os.kill(pid, signal.SIGKILL) if ends else (group.parent / members).write_text(str(pid))
             deadline = time.monotonic() + 5
             while group.exists() and time.monotonic() < deadline:
                 with suppress(OSError):
