@@ -155,8 +155,6 @@ ALARMS: tuple[Alarm, ...] = (
     Alarm(0, "raw audio", 0.2, pieces("transcription"), kind=5),
     Alarm(0, "the whole engine compiles for 10-60 s in service", 0.4, compiles(1, 10, 60), kind=6),
     Alarm(0, "the same for 46-50 s, three times", 0.2, compiles(3, 46, 50), kind=6),
-    Alarm(0, "disk, swap, peer, GPU, debugger, freezer or compiler hold it up 10-60 s", 0.4, stands(*PAUSES), kind=6),
-    Alarm(0, "a lock is held for 10-60 s and released", 0.05, stands("lock"), hidden=True, kind=6),
     Alarm(0, "first long prompt, 100-700 times slower", 0.2, slow_site, kind=7),
     Alarm(0, "no canary passes", 0.2, without_canary, kind=8),
     Alarm(0, "memory released through the relay", 0.2, released(seen=True), kind=9),
@@ -175,4 +173,6 @@ ALARMS: tuple[Alarm, ...] = (
     Alarm(0, "metrics page takes 3 s", 0.2, odd_pages(page_seconds=3.0), kind=17),
     Alarm(0, "pages of two backends behind one port", 0.1, odd_pages(backends=2), kind=17),
     Alarm(0, "pages of four backends behind one port", 0.1, odd_pages(backends=4), kind=17),
+    Alarm(0, "disk, swap, peer, GPU, debugger, freezer or compiler hold it up 10-60 s", 0.4, stands(*PAUSES), kind=6),
+    Alarm(0, "a lock is held for 10-60 s and released", 0.05, stands("lock"), hidden=True, kind=6),
 )

@@ -195,7 +195,7 @@ def stands(*shown: str) -> Callable[[World], None]:
 
     def story(w: World) -> None:
         seconds = spread(w.rng, 10, 60)
-        w.request(1000, 200, w.streams())
+        w.request(1000, 5000, w.streams())
         w.run(2)
         w.shows = w.rng.choice(shown)
         w.engine.fault("jit", duration=seconds)

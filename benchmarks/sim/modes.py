@@ -19,9 +19,9 @@ from sidecar.load import cost_model
 from sidecar.tools.scripted_engine.hang_catalogue import MODES as CATALOGUE
 from sidecar.tools.scripted_engine.hang_catalogue import HangCase
 from sim.engine import CHUNK_SHARE
-from sim.proofs import HANGS, LEVELS
+from sim.proofs import HANGS
 from sim.seqs import PLAIN, Site, Special
-from sim.sites import spread
+from sim.sites import spread, with_proof
 from sim.traces import Arrival
 from sim.world import UNLIVE, UNPROVEN, UNREADY, Change, Ended, World
 
@@ -279,10 +279,9 @@ def made_for(mode: Mode, rng: random.Random, *, tells: bool = True) -> World:
         lacks=rng.choice((frozenset(), frozenset({"iterations"}))),
         page=tells,
         streams=1.0 if tells else 0.5,
-        proof=rng.choice(LEVELS),
-        blocks=rng.random() < 0.5,
     )
-    return World(replace(site, **mode.site), rng, compare=not mode.is_field, relief=False)  # type: ignore[arg-type]
+    site = with_proof(replace(site, **mode.site))  # type: ignore[arg-type]
+    return World(site, rng, compare=not mode.is_field, relief=False)
 
 
 def trial(w: World, mode: Mode, load: str, horizon: float = HORIZON_S) -> Trial:
@@ -324,7 +323,7 @@ def strike(w: World, mode: Mode) -> None:
     if mode.trigger is not None:
         mode.trigger(w)
     if mode.whole and mode.fault in HANGS:
-        w.shows = w.rng.choice(HANGS[mode.fault])
+        w.shows = random.Random(repr((w.site, mode.number))).choice(HANGS[mode.fault])
 
 
 def over(w: World, mode: Mode, at: float) -> bool:

@@ -9,7 +9,7 @@ is idle. Where prefills go first, they are one long step.
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from sidecar.health.hang_classes import LOOK_INTERVAL_S
@@ -65,8 +65,9 @@ class ProcessLooks:
     began: float = 0.0
     due: float = 0.0
     reading: Reading[HangSigns] = NOTHING
+    rng: random.Random = field(default_factory=lambda: random.Random(0))  # its own: other draws stay what they are
 
-    def tick(self, engine: Engine, shows: str, now: float, rng: random.Random, *, suspect: bool) -> None:
+    def tick(self, engine: Engine, shows: str, now: float, *, suspect: bool) -> None:
         """A look, if one is due."""
         if not suspect:
             self.what, self.reading = "", NOTHING
@@ -74,7 +75,7 @@ class ProcessLooks:
         if now < self.due:
             return
         self.due = now + LOOK_INTERVAL_S
-        if not engine.how.port_open or rng.random() < MISSED:
+        if not engine.how.port_open or self.rng.random() < MISSED:
             self.what, self.reading = "", NOTHING
             return
         what = shows or shown(engine)

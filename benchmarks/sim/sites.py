@@ -61,13 +61,18 @@ def draw(rng: random.Random, traces: dict[str, Trace], co: cost_model.Coefficien
         shared=rng.random() < 0.1,
         ranks=rng.choice((1, 1, 1, 2, 4)),
         context=rng.choice((0, 131_072)),
-        proof=rng.choice(LEVELS),
-        blocks=rng.random() < 0.5,
     )
     if rng.random() < 1 / 8:
         site = replace(site, order="prefix", kind="sglang")
+    site = with_proof(site)
     # Otherwise a whole answer could wait for any number of prefills.
     return replace(site, starves=False) if unseen(site) else site
+
+
+def with_proof(site: Site) -> Site:
+    """What can be seen of a site besides, drawn by all else of it: other draws stay what they are."""
+    rng = random.Random(repr(site))
+    return replace(site, proof=rng.choice(LEVELS), blocks=rng.random() < 0.5)
 
 
 def unseen(site: Site) -> bool:

@@ -396,7 +396,7 @@ class World:
         identity = EngineIdentity(max_context=self.site.context, slots=slots)
         sees_processes, sees_steps = self.site.proof in ("processes", "both"), self.site.proof in ("steps", "both")
         if sees_processes:
-            self.looks.tick(self.engine, self.shows, self.now, self.rng, suspect=self.verdict == "suspect")
+            self.looks.tick(self.engine, self.shows, self.now, suspect=self.verdict == "suspect")
         steps = proofs.core_steps(self.engine, self.now) if sees_steps and how.port_open else proofs.NOTHING
         more = {"hang_signs": self.looks.reading, "steps": steps}
         more |= {"is_fcfs": KINDS[self.site.kind].is_fcfs, "canary_disturbs": slots == 1}
