@@ -34,27 +34,32 @@ FILE_BYTES = 4096
 IN_MEMORY = ("tmpfs", "ramfs")
 
 
-class StepFile:
-    """Where the steps of this process's core are written. It is made with the first step, in the process that steps."""
+Write = Callable[[int, int, int], None]
 
-    def __init__(self, path: Path) -> None:
-        fd = open_locked(path)  # stays open: the lock is its
-        os.posix_fallocate(fd, 0, FILE_BYTES)  # a full folder fails here, not with SIGBUS in a step
-        self._map = mmap.mmap(fd, FILE_BYTES)
-        self._map[: HEAD.size + BODY.size] = bytes(HEAD.size + BODY.size)
-        HEAD.pack_into(self._map, 0, MAGIC, os.getpid())
-        self._steps = self._tokens = 0
 
-    def begin(self, tokens: int, running: int, waiting: int) -> None:
-        """A step begins that computes `tokens`."""
-        steps = self._steps = self._steps + 1
-        total = self._tokens = self._tokens + tokens
-        BODY.pack_into(self._map, HEAD.size, steps, total, tokens, running, waiting, time.monotonic_ns(), steps)
+def open_file(path: Path) -> tuple[Write, Callable[[], None]]:
+    """Make a file for the steps of this process's core, which keeps it locked. Raises OSError.
 
-    def rest(self) -> None:
-        """No request is left."""
-        steps = self._steps
-        BODY.pack_into(self._map, HEAD.size, steps, self._tokens, 0, 0, 0, time.monotonic_ns(), steps)
+    Returns what writes a step that begins (its tokens, running and waiting requests), and that none is left.
+    """
+    fd = open_locked(path)  # stays open: the lock is its
+    os.posix_fallocate(fd, 0, FILE_BYTES)  # a full folder fails here, not with SIGBUS in a step
+    memory = mmap.mmap(fd, FILE_BYTES)
+    memory[: HEAD.size + BODY.size] = bytes(HEAD.size + BODY.size)
+    HEAD.pack_into(memory, 0, MAGIC, os.getpid())
+    pack, at, now = BODY.pack_into, HEAD.size, time.monotonic_ns  # names of this function are the quickest
+    steps = total = 0
+
+    def begin(tokens: int, running: int, waiting: int) -> None:
+        nonlocal steps, total
+        steps += 1
+        total += tokens
+        pack(memory, at, steps, total, tokens, running, waiting, now(), steps)
+
+    def rest() -> None:
+        pack(memory, at, steps, total, 0, 0, 0, now(), steps)
+
+    return begin, rest
 
 
 def install(say: Callable[[str], None], plugin: Path = PLUGIN) -> str:
@@ -73,25 +78,26 @@ def install(say: Callable[[str], None], plugin: Path = PLUGIN) -> str:
 def wrap(scheduler: Any, writer: StepWriter) -> None:
     """Put the writer around the methods of vLLM's Scheduler with which a step begins and requests end."""
     schedule, update, finish = scheduler.schedule, scheduler.update_from_output, scheduler.finish_requests
+    begin, rest = writer.begin, writer.rest
 
     @functools.wraps(schedule)
     def schedule_and_tell(self: Any, *args: Any, **kwargs: Any) -> Any:
         output = schedule(self, *args, **kwargs)
-        writer.begin(self, output)
+        begin(self, output)
         return output
 
     @functools.wraps(update)
     def update_and_tell(self: Any, *args: Any, **kwargs: Any) -> Any:
         outputs = update(self, *args, **kwargs)
         if not self.running:
-            writer.rest(self)
+            rest(self)
         return outputs
 
     @functools.wraps(finish)
     def finish_and_tell(self: Any, *args: Any, **kwargs: Any) -> Any:
         finished = finish(self, *args, **kwargs)
         if not self.running:
-            writer.rest(self)
+            rest(self)
         return finished
 
     scheduler.schedule = schedule_and_tell
@@ -100,31 +106,37 @@ def wrap(scheduler: Any, writer: StepWriter) -> None:
 
 
 class StepWriter:
-    """Writes the steps of a scheduler, from the first one on; after a failure, never again."""
+    """Writes the steps of a scheduler; after a failure, never again.
+
+    The file is made with the first step, in the process that steps.
+    """
 
     def __init__(self, plugin: Path, say: Callable[[str], None]) -> None:
         self._plugin = plugin
         self._say = say
-        self._file: StepFile | None = None
-        self._off = False
+        self._write: Write = self._open
+        self._rest = nothing
 
     def begin(self, scheduler: Any, output: Any) -> None:
         """A step was scheduled."""
-        if self._off:
-            return
         try:
-            file = self._file
-            if file is None:
-                file = self._file = StepFile(choose_path(self._plugin))
-            file.begin(output.total_num_scheduled_tokens, len(scheduler.running), len(scheduler.waiting))
+            self._write(output.total_num_scheduled_tokens, len(scheduler.running), len(scheduler.waiting))
         except Exception as e:  # noqa: BLE001 - a step must not fail for its report
-            self._off = True
+            self._write = self._rest = nothing
             self._say(f"the inference sidecar sees no steps of this engine: {e}")
 
     def rest(self, scheduler: Any) -> None:
         """A step or an abort left nothing to run."""
-        if self._file is not None and not self._off and not len(scheduler.waiting):
-            self._file.rest()
+        if not len(scheduler.waiting):
+            self._rest()
+
+    def _open(self, tokens: int, running: int, waiting: int) -> None:
+        self._write, self._rest = open_file(choose_path(self._plugin))
+        self._write(tokens, running, waiting)
+
+
+def nothing(*_: int) -> None:
+    """What is done where nothing can be written."""
 
 
 def choose_path(plugin: Path) -> Path:
