@@ -18,6 +18,9 @@ from sidecar.readings import HangSigns
 
 # What the engine's processes do is looked at so often while the engine is suspect.
 LOOK_INTERVAL_S: Final = 3.0
+# After so long in one doubt it is looked at more seldom: by then silence alone has decided.
+LONG_DOUBT_S: Final = 180.0
+SELDOM_INTERVAL_S: Final = 60.0
 # A look that is later than this after the one before begins a new series: what happened between is unknown.
 MAX_LOOK_GAP_S: Final = 3 * LOOK_INTERVAL_S
 # A series proves nothing before it has lasted so long: five looks.
@@ -69,7 +72,7 @@ HANG_CLASSES: Final[tuple[HangClass, ...]] = (
     HangClass("collective_spin", "the GPUs are all busy at idle power: a collective operation spins", proves=True,
               cpu="busy", same_stacks=True, gpu_activity="busy", gpu_power="idle"),
     HangClass("collective_spin", "a collective operation spins: another rank or GPU does not come; see the ranks' logs",
-              cpu="busy", frames="collective", same_stacks=True),
+              frames="collective", same_stacks=True),
     HangClass("network_wait", "the engine waits for another machine (a KV transfer, a store, a peer)",
               cpu="none", frames="transfer"),
     HangClass("network_wait", "the engine waits for another machine (a KV transfer, a store, a peer)",

@@ -10,7 +10,7 @@ Rules:
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from sidecar.readings import CoreSteps
@@ -41,6 +41,7 @@ class StepWatch:
     def read(self, cores: tuple[CoreSteps, ...], now: float, *, teaches: bool) -> None:
         """A new reading. `teaches`: the steps that it ends were of a healthy engine."""
         self.longest *= 0.5 ** (max(0.0, now - self._read_at) / HALF_LIFE_S) if self._read_at else 1.0
+        seen = {core.pid: self._timed(core, now) for core in cores}
         for core in cores:
             before = self._cores.get(core.pid)
             if before is None or core.steps < before.steps:
@@ -50,7 +51,16 @@ class StepWatch:
                 self._moved_at = now
             if teaches and core.steps > before.steps and has_work(before):
                 self.longest = max(self.longest, self._read_at - before.at)  # it still stood when it was read
-        self._cores, self._read_at = {core.pid: core for core in cores}, now
+        self._cores, self._read_at = seen, now
+
+    def _timed(self, core: CoreSteps, now: float) -> CoreSteps:
+        """When its step began, by what was seen: its clock may differ. A new one began after the reading before."""
+        before = self._cores.get(core.pid)
+        if before is None:
+            return replace(core, at=now)
+        if core.steps == before.steps:
+            return replace(core, at=before.at)
+        return replace(core, at=min(max(core.at, self._read_at), now))
 
     def forget(self) -> None:
         """Nothing can be read: of what comes later, nothing is known."""

@@ -95,8 +95,9 @@ def look(process: EngineProcess) -> ProcessLook | Failed:
             return Failed(REPLACED)
         state, threads, rss = fields[0], int(fields[17]), int(fields[21]) * _PAGE_BYTES
         wchan, by_thread = _read_wchan(directory / "wchan"), tuple(_read_threads(directory))
-        cpu, faults, gpu = _cpu_seconds(fields), int(fields[9]), _holds_gpu(directory / "fd")
-        return ProcessLook(time.monotonic(), state, wchan, threads, cpu, rss, by_thread, faults, gpu)
+        cpu, children, faults = _cpu_seconds(fields), _cpu_seconds(fields[2:]), int(fields[9])
+        gpu = _holds_gpu(directory / "fd")
+        return ProcessLook(time.monotonic(), state, wchan, threads, cpu, rss, by_thread, children, faults, gpu)
     except (FileNotFoundError, ProcessLookupError):
         return Failed(ENDED)
     except (OSError, ValueError, IndexError) as e:

@@ -243,7 +243,8 @@ def _cpu_between(early: TreeLook, last: TreeLook) -> str | None:
             if has_ended(late):
                 continue
             return None
-        used = late.cpu - (then.cpu if isinstance(then, ProcessLook) else 0.0)  # a new child: all that it used
+        before = then.cpu + then.children_cpu if isinstance(then, ProcessLook) else 0.0  # a new child: all that it used
+        used = late.cpu + late.children_cpu - before  # with those of compilers too quick to be seen
         idle = IDLE_API_CORES if process.role == "api" else IDLE_CORES
         cores = used / seconds
         found.append("none" if cores < idle else "busy" if cores >= BUSY_CORES else "some")

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Final
 
 from sidecar.events import State
-from sidecar.health.hang_classes import LOOK_INTERVAL_S, MAX_LOOK_GAP_S
+from sidecar.health.hang_classes import LONG_DOUBT_S, LOOK_INTERVAL_S, MAX_LOOK_GAP_S, SELDOM_INTERVAL_S
 from sidecar.readings import Absent, Failed, HangSigns, Reading, Value
 from sidecar.runtime import safe_files
 from sidecar.signals import engine_processes, stack_dump
@@ -44,6 +44,7 @@ class HangWatch:
     _steady: bool = field(default=True, init=False)
     _signs: Reading[HangSigns] = field(default=NOT_SUSPECT, init=False)
     _due: float = field(default=0.0, init=False)
+    _since: float | None = field(default=None, init=False)  # of the doubt
     _said: str = field(default="", init=False)
 
     def read(self) -> Reading[HangSigns]:
@@ -55,9 +56,12 @@ class HangWatch:
         if state not in ("suspect", "stalled"):
             self._first = self._last = None
             self._signs = NOT_SUSPECT
+            self._since = None
         if state != "suspect" or now < self._due:
             return False
-        self._due = now + self.interval_s
+        self._since = now if self._since is None else self._since
+        is_long = now - self._since >= LONG_DOUBT_S
+        self._due = now + (SELDOM_INTERVAL_S if is_long else self.interval_s)
         return True
 
     async def look(self) -> None:

@@ -71,7 +71,9 @@ class ThreadState:
 class ProcessLook:
     """One process at one moment. `by_thread` is bounded; `threads` counts all.
 
-    `faults`: pages that it has waited for so far; `holds_gpu`: it has a GPU open, None where that cannot be read.
+    `children_cpu`: CPU seconds of its children that
+    have ended; `faults`: pages that it has waited for so far; `holds_gpu`: it has a GPU open, None where that cannot be
+    read.
     """
 
     at: float
@@ -81,6 +83,7 @@ class ProcessLook:
     cpu: float  # seconds so far
     rss: int  # bytes
     by_thread: tuple[ThreadState, ...] = ()
+    children_cpu: float = 0.0
     faults: int = 0
     holds_gpu: bool | None = None
 

@@ -29,13 +29,26 @@ def test_a_core_stands_only_with_requests() -> None:
 def test_of_several_cores_all_must_stand() -> None:
     """One rank that hangs is another finding."""
     watch = StepWatch()
-    watch.read((core(1, 100.0, pid=1), core(1, 130.0, pid=2), core(9, 10.0, running=0, pid=3)), 131.0, teaches=True)
+    watch.read((core(1, 100.0, pid=1), core(1, 100.0, pid=2), core(9, 10.0, running=0, pid=3)), 100.0, teaches=True)
+    watch.read((core(1, 100.0, pid=1), core(2, 130.0, pid=2), core(9, 10.0, running=0, pid=3)), 131.0, teaches=True)
     assert watch.standing(131.0) == 1.0
+
+
+def test_a_clock_that_differs_makes_no_core_stand() -> None:
+    """What was first seen now began now at the earliest; what has changed did so after the reading before."""
+    watch = StepWatch()
+    watch.read((core(1, 10.0),), 1000.0, teaches=True)
+    assert watch.standing(1001.0) == 1.0
+    watch.read((core(2, 11.0),), 1002.0, teaches=True)
+    assert watch.standing(1003.0) == 3.0
+    watch.read((core(2, 11.0),), 1004.0, teaches=True)
+    assert watch.standing(1007.0) == 7.0
 
 
 def test_long_steps_teach_patience_and_fade() -> None:
     """What a healthy engine took for a step; not what ended a doubt."""
     watch = StepWatch()
+    watch.read((core(1, 100.0),), 100.0, teaches=True)
     watch.read((core(1, 100.0),), 108.0, teaches=True)
     watch.read((core(2, 108.5),), 108.5, teaches=False)
     assert watch.allowed(0.0) == STEP_FLOOR_S

@@ -194,6 +194,7 @@ async def test_it_looks_only_while_suspect() -> None:
     watch = HangWatch("http://127.0.0.1:9")
     assert not watch.is_due(10.0, "progressing")
     assert [at for at in range(20, 30) if watch.is_due(at, "suspect")] == [20, 23, 26, 29]
+    assert [at for at in range(195, 400) if watch.is_due(at, "suspect")] == [195, 198, 201, 261, 321, 381]  # seldom
     await watch.look()
     seen = watch.read()
     assert not watch.is_due(40.0, "stalled") and watch.read() is seen
