@@ -218,6 +218,7 @@ class HealthMonitor:
         self._ticked_at, self._ticked_wall = now, wall
         self._read_at = 0.0  # the last metrics page
         self._was_refused = False
+        self._computed_at = 0.0  # its core last computed open prompts
         self._disturbs = False  # a canary would drop what the engine keeps for its users
         self._withheld_until, self._withheld_reason = 0.0, ""
         self._judged_from = 0.0  # when the last exemption ended: an older canary proves nothing
@@ -320,9 +321,13 @@ class HealthMonitor:
         self.canaries.since = self.canaries.touched = now
 
     def canary_ended(self, result: CanaryResult) -> CanaryResult:
-        """Record a canary's end. One that did not pass while real work progressed proves nothing: it is moot."""
+        """Record a canary's end. One that did not pass while real work progressed proves nothing: it is moot.
+
+        So does one that waited behind a prompt that the engine's core computed.
+        """
         at = self.progress.last()[1]
-        if result.outcome in ("failed", "starved") and at is not None and at > result.started:
+        worked_at = max(at or 0.0, self._computed_at)
+        if result.outcome in ("failed", "starved") and worked_at > result.started:
             result = replace(result, outcome="moot")
         is_idle = self.evidence.age is None
         self.refusals.canary(result, idle=self._is_engine_idle())
@@ -357,6 +362,8 @@ class HealthMonitor:
         self.evidence = self._evidence(readings, work, now)
         hang, where = self._hang(readings, now)
         self.is_trusted = withheld is None and exempt is None and not readings.unanswered
+        if self.evidence.computing:
+            self._computed_at = now
         self._record_clues(readings, now)
         inputs = verdict.VerdictInputs(
             now=now,

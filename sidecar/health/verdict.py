@@ -420,7 +420,8 @@ def _count(before: VerdictState, inputs: VerdictInputs) -> VerdictState:
         lost_at = before.lost_at if before.lost_at is not None else canary.started
         lost = {"ok": None, "moot": before.lost_at, "refused": before.lost_at}.get(canary.outcome, lost_at)
         before = replace(before, canary_seen=canary.ended, rejected=rejected, lost_at=lost)
-    if _is_progressing(before, inputs):
+    is_calm = inputs.is_working and before.state not in ("suspect", "stalled", "dead")
+    if _is_progressing(before, inputs) or is_calm:  # behind work that is silent within its time a canary may starve
         before = replace(before, lost_at=None)
     if before.stuck_cycles and (not inputs.is_working or _is_progressing(before, inputs)):
         before = replace(before, stuck_cycles=0)

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import psutil
 import pytest
 
@@ -227,7 +228,7 @@ async def test_a_prefill_of_200_s_stays_ready(place: Place, sidecar: Sidecar, ht
 
 async def drained_post(http: Http, url: str, body: dict[str, Any]) -> None:
     with contextlib.suppress(Exception):
-        async with http.post(url, json=body) as answer:
+        async with http.post(url, json=body, timeout=aiohttp.ClientTimeout(total=400)) as answer:
             await answer.read()
 
 
