@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import pytest
-
 from sidecar.health.progress import Evidence
 from sidecar.health.step_watch import HALF_LIFE_S, STEP_FLOOR_S, STEP_MARGIN, StepWatch
 from sidecar.readings import CoreSteps
@@ -138,25 +136,6 @@ def test_a_canary_that_waited_behind_a_prefill_proves_nothing() -> None:
     pod.settle("client_cancelled")
     pod.steps, pod.canaries = (core(500, pod.now, running=0),), "ok"
     assert {pod.tick() for _ in range(20)} == {"idle"}
-
-
-@pytest.mark.parametrize("measured", ["", "measured.json"])
-def test_neither_does_one_behind_a_prefill_within_its_time(measured: str) -> None:
-    """The same without the plug-in: not ready at most, until the next canary passes."""
-    pod = Pod(Settings(engine="http://engine", coefficients=measured)).served()
-    for _ in range(12):
-        pod.request()
-        pod.tick()
-        pod.deliver()
-        pod.settle()
-    pod.canaries = "starved"
-    pod.request(tokens=200_000)
-    for _ in range(240):
-        if pod.tick() == "suspect":
-            break
-    pod.settle("client_cancelled")
-    pod.canaries = "ok"
-    assert "stalled" not in {pod.tick() for _ in range(40)}
 
 
 def test_the_same_without_the_plug_in_is_a_doubt() -> None:
