@@ -1,15 +1,17 @@
 """What writing its steps costs a real vLLM: tokens per second with the plug-in and without, one after the other.
 
-    python benchmarks/vllm_steps.py [--rounds N] [--streams N] [--tokens N]
+    python benchmarks/vllm_steps.py [--rounds N] [--streams N] [--tokens N] [--write]
 
 Two engines of the environment of `make test-vllm`, on the CPU with a tiny model, where a step takes least and its
-report weighs most. The rounds alternate; a row is the median and the quartiles over the rounds.
+report weighs most. The rounds alternate; a row is the median and the quartiles over the rounds. `--write` keeps
+the table in benchmarks/results/.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import datetime
 import os
 import platform
 import statistics
@@ -36,6 +38,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--streams", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=400, help="of each stream")
+    parser.add_argument("--write", action="store_true")
     args = parser.parse_args()
     if not environment.complete():
         parser.error("the real vLLM is not installed: python tests/vllm/environment.py makes its environment")
@@ -54,15 +57,29 @@ def main() -> None:
                 rate = asyncio.run(tokens_per_second(engines[name].url, args.streams, args.tokens))
                 if number:  # the first round warms up
                     found[name].append(rate)
-        print(f"vLLM {environment.VERSION}, {args.streams} streams of {args.tokens} tokens, {args.rounds} rounds, "
-              f"{platform.processor() or platform.machine()}, load average {os.getloadavg()[0]:.1f}\n")  # fmt: skip
-        print("| plug-in | tokens/s, median | quartiles |\n|---|---|---|")
-        for name, rates in found.items():
-            low, middle, high = statistics.quantiles(rates, n=4)
-            print(f"| {name} | {middle:.0f} | {low:.0f} to {high:.0f} |")
-        ratios = [a / b for a, b in zip(found["with"], found["without"], strict=True)]
-        low, middle, high = statistics.quantiles(ratios, n=4)
-        print(f"\nwith / without, round by round: median {middle:.3f}, quartiles {low:.3f} to {high:.3f}")
+    text = page(args, found)
+    print(text)
+    if args.write:
+        stem = f"vllm-steps-{datetime.datetime.now(datetime.UTC):%Y-%m-%d}"
+        (Path(__file__).parent / "results" / f"{stem}.md").write_text(text + "\n")
+
+
+def page(args: argparse.Namespace, found: dict[str, list[float]]) -> str:
+    """The table."""
+    machine, load = platform.processor() or platform.machine(), os.getloadavg()[0]
+    lines = [
+        f"vLLM {environment.VERSION}, {args.streams} streams of {args.tokens} tokens, {args.rounds} rounds, {machine}, "
+        f"load average {load:.1f}\n",
+        "| plug-in | tokens/s, median | quartiles |",
+        "|---|---|---|",
+    ]
+    for name, rates in found.items():
+        low, middle, high = statistics.quantiles(rates, n=4)
+        lines.append(f"| {name} | {middle:.0f} | {low:.0f} to {high:.0f} |")
+    ratios = [a / b for a, b in zip(found["with"], found["without"], strict=True)]
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    lines.append(f"\nwith / without, round by round: median {middle:.3f}, quartiles {low:.3f} to {high:.3f}")
+    return "\n".join(lines)
 
 
 async def tokens_per_second(url: str, streams: int, tokens: int) -> float:
