@@ -131,6 +131,9 @@ def test_a_core_that_ended_has_no_steps(tmp_path: Path, start: Start) -> None:
     core.process.wait()
     reader.refresh()
     assert isinstance(reader.read(), Absent)
+    left = list(Path("/dev/shm").glob(f"sidecar-steps-*-{core.process.pid}"))
+    start(state).tell("ask", "step 1")  # the next core removes what it left
+    assert len(left) == 1 and not left[0].exists()
 
 
 def test_of_two_sidecars_each_reads_its_own_engine(tmp_path: Path, start: Start) -> None:

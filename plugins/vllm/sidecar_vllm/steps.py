@@ -8,6 +8,7 @@ anything that fails, leaves vLLM as it is.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import mmap
 import os
@@ -142,11 +143,20 @@ def nothing(*_: int) -> None:
 def choose_path(plugin: Path) -> Path:
     """A file in the first folder in memory that can be written: the state directory's, or /dev/shm. Raises OSError."""
     place = plugin.stat()
-    name = f"{STEPS_PREFIX}{place.st_dev:x}-{place.st_ino:x}-{os.getpid()}"
+    prefix = f"{STEPS_PREFIX}{place.st_dev:x}-{place.st_ino:x}-"
     for folder in (plugin.parent / STEPS_FOLDER, SHM_FOLDER):
         if os.access(folder, os.W_OK | os.X_OK) and is_in_memory(folder):
-            return folder / name
+            remove_old(folder, prefix)
+            return folder / f"{prefix}{os.getpid()}"
     raise FileNotFoundError(2, f"neither {plugin.parent / STEPS_FOLDER} nor {SHM_FOLDER} is memory that can be written")
+
+
+def remove_old(folder: Path, prefix: str) -> None:
+    """Remove what processes left that are no more."""
+    for file in folder.glob(prefix + "*"):
+        if not Path(f"/proc/{file.name.rpartition('-')[2]}").exists():
+            with contextlib.suppress(OSError):
+                file.unlink()
 
 
 def is_in_memory(folder: Path) -> bool:
