@@ -24,6 +24,7 @@ from sidecar.control.admin_api import make_app
 from sidecar.engines import image_loading
 from sidecar.engines.image_loading import ENGINE_REASONS
 from sidecar.events import STATES, State
+from sidecar.health.hang_classes import HANG_CLASSES, HangClass
 from sidecar.health.kill_policy import ESCALATIONS, HOLDS
 from sidecar.health.probes import FAILS
 from sidecar.health.reasons import CAUSES, REASON_TEXTS, STATE_TEXTS
@@ -305,6 +306,20 @@ def calibration_tables() -> str:
     return "\n".join([table(of, errors), table(ran, runs), *plots, ""])
 
 
+def hang_classes_table() -> str:
+    """The rows of HANG_CLASSES: signs as in the code."""
+
+    def cell(name: str, value: str | bool) -> str:
+        return f"{name} {value}" if isinstance(value, str) else name if value else f"no {name}"
+
+    def signs(row: HangClass) -> str:
+        named = ((each.name, getattr(row, each.name)) for each in fields(row)[3:])
+        return ", ".join(cell(name.replace("_", " "), value) for name, value in named if value is not None)
+
+    rows = ((f"`{row.name}`", row.text, signs(row), "proves" if row.proves else "") for row in HANG_CLASSES)
+    return table(("class", "what it is", "signs", ""), rows)
+
+
 def verdict_page() -> str:
     """docs/verdict.md."""
     conditions = ((str(n), f"`{name}`", text) for n, (name, _, text) in enumerate(CONDITIONS, 1))
@@ -490,6 +505,7 @@ BLOCKS: Final[dict[str, Callable[[], str]]] = {
     "image_rows": image_rows_table,
     "pass_reasons": pass_reasons_table,
     "calibration": calibration_tables,
+    "hang_classes": hang_classes_table,
     "modes": lambda: cases_table(hang_catalogue.MODES),
     "alarms": lambda: cases_table(hang_catalogue.ALARMS),
 }

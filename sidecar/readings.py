@@ -146,6 +146,49 @@ class GpuSample:
 
 
 @dataclass(frozen=True, slots=True)
+class HangSigns:
+    """What the engine's processes did over `seconds`, in looks that followed each other without a gap.
+
+    None: it cannot be read here. A flag is that of any core, worker or front end in the last look. `cpu`: of all
+    processes, "none", "some" or "busy"; `wait`: what they wait for ("lock", "device", "disk",
+    "network"); `frames`: what their Python stacks are in ("compiler", "transfer", "collective"); `same_stacks`: their
+    main threads stayed where they were; `memory`: "none", "pressure" or "oom"; `gpu_power`, `gpu_activity`: "idle" or
+    "busy", which nothing reads yet; `where`: the process that shows most.
+    """
+
+    seconds: float
+    lost: bool = False  # an inner process ended
+    debugged: bool = False
+    frozen: bool | None = None
+    stopped: bool = False
+    compilers: tuple[str, ...] = ()
+    cpu: str | None = None
+    wait: str | None = None
+    frames: str | None = None
+    same_stacks: bool | None = None
+    memory: str | None = None
+    gpu_power: str | None = None
+    gpu_activity: str | None = None
+    where: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class CoreSteps:
+    """What the plug-in in an engine core says: its steps so far, the tokens that they scheduled, its queue.
+
+    `at`: monotonic seconds when the last step began; `last_tokens`: that it scheduled.
+    """
+
+    pid: int
+    steps: int
+    tokens: int
+    last_tokens: int
+    running: int
+    waiting: int
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
 class ProcessSample:
     """One process: resident bytes, CPU seconds used so far, threads, open files and how many it may have open."""
 

@@ -29,11 +29,13 @@ from sim.field_reports import (
     released,
     route,
     slow_site,
+    stands,
     unread,
     whole_answers,
     without_canary,
     wrong_names,
 )
+from sim.proofs import PAUSES
 from sim.seqs import UNREAD
 from sim.stories import (
     again,
@@ -171,4 +173,6 @@ ALARMS: tuple[Alarm, ...] = (
     Alarm(0, "metrics page takes 3 s", 0.2, odd_pages(page_seconds=3.0), kind=17),
     Alarm(0, "pages of two backends behind one port", 0.1, odd_pages(backends=2), kind=17),
     Alarm(0, "pages of four backends behind one port", 0.1, odd_pages(backends=4), kind=17),
+    Alarm(0, "disk, swap, peer, GPU, debugger, freezer or compiler hold it up 10-60 s", 0.4, stands(*PAUSES), kind=6),
+    Alarm(0, "a lock is held for 10-60 s and released", 0.05, stands("lock"), hidden=True, kind=6),
 )

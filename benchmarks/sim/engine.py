@@ -64,6 +64,10 @@ class Engine:
     zero_gauge: bool = False
     released: bool = False
     harmed: int = 0  # canaries that killed it
+    steps: int = 0  # that the core began, the last one at `step_at`, of `step_tokens`; of all of them: `scheduled`
+    step_at: float = 0.0
+    step_tokens: float = 0.0
+    scheduled: float = 0.0
     _inbox: list[Seq] = field(default_factory=list)  # sent while the API did not answer
     _held: list[Event] = field(default_factory=list)
     _late: list[Seq] = field(default_factory=list)  # canaries that ended while the API did not answer
@@ -73,7 +77,7 @@ class Engine:
     _speed: float = 0.0
 
     def __post_init__(self) -> None:
-        self.loop_at = self.token_at = self.chunk_at = self.busy_at = self.started
+        self.step_at = self.loop_at = self.token_at = self.chunk_at = self.busy_at = self.started
         self._speed = self.co.d * FAMILY / 1000
         self.counters.ranks = [0.0] * self.site.ranks
 
@@ -188,15 +192,38 @@ class Engine:
         if self.how.admitting:
             self._admit(now)
         gpu = dt / (self.site.slowness * self.how.step_factor)
-        outputs = self.counters.generation
+        outputs, done = self.counters.generation, self._computed()
+        self._begin_step(now - dt)
         left = self._prefill(gpu, dt, now, out) if self.how.prefilling else gpu
         self.counters.iterations += self.site.counts_prefill and left < gpu
         if self.how.decoding:
             self._decode(left, now, out)
         self.counters.iterations += self.how.empty_steps or self.counters.generation > outputs
+        self._schedule(done, now)
         self.loop_at = now
         users = [s for s in self.running if not s.shadow]
         self.gauges = (float(len(users)), float(sum(not s.shadow for s in self.waiting)))
+
+    def _computed(self) -> float:
+        return sum(s.computed() for s in self.running)
+
+    def _in_one_step(self) -> Seq | None:
+        """The prompt that a step without chunks computes to its end."""
+        prefills = (s for s in self._movable() if not s.first and s.done > 0)
+        return next(prefills, None) if self.site.starves else None
+
+    def _begin_step(self, now: float) -> None:
+        """A step begins with each quantum, unless the one before goes on."""
+        if self._in_one_step() is None:
+            self.steps, self.step_at = self.steps + 1, now
+
+    def _schedule(self, before: float, now: float) -> None:
+        """Count the tokens of the step, from its beginning all those of a prompt without chunks."""
+        whole = self._in_one_step()
+        tokens = max(0.0, self._computed() - before)
+        self.step_tokens = whole.prompt if whole is not None else tokens
+        if whole is None or self.step_at >= now - QUANTUM_S:
+            self.scheduled += self.step_tokens
 
     def _admit(self, now: float) -> None:
         used = sum(s.prompt + s.tokens for s in self.running)

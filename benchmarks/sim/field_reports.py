@@ -190,6 +190,22 @@ def compiles(times: int, low: float, high: float) -> Callable[[World], None]:
     return story
 
 
+def stands(*shown: str) -> Callable[[World], None]:
+    """The whole engine stands for 10 to 60 s and goes on; meanwhile its processes show one of these."""
+
+    def story(w: World) -> None:
+        seconds = spread(w.rng, 10, 60)
+        w.request(1000, 5000, w.streams())
+        w.run(2)
+        w.shows = w.rng.choice(shown)
+        w.engine.fault("jit", duration=seconds)
+        w.run(seconds)
+        w.shows = ""
+        w.run(spread(w.rng, 20, 60))
+
+    return story
+
+
 def slow_site(w: World) -> None:
     """A sidecar that has seen short prompts only meets a long one, 100 to 700 times slower than its coefficients."""
     slow = spread(w.rng, 100, 700) / w.site.slowness

@@ -19,8 +19,9 @@ from sidecar.load import cost_model
 from sidecar.tools.scripted_engine.hang_catalogue import MODES as CATALOGUE
 from sidecar.tools.scripted_engine.hang_catalogue import HangCase
 from sim.engine import CHUNK_SHARE
+from sim.proofs import HANGS
 from sim.seqs import PLAIN, Site, Special
-from sim.sites import spread
+from sim.sites import spread, with_proof
 from sim.traces import Arrival
 from sim.world import UNLIVE, UNPROVEN, UNREADY, Change, Ended, World
 
@@ -221,6 +222,7 @@ class Trial:
     mode: int
     load: str
     owed: str
+    level: str  # what can be seen of the engine besides
     proof: str  # of the verdict that failed liveness
     predicted: float
     real: float
@@ -278,7 +280,8 @@ def made_for(mode: Mode, rng: random.Random, *, tells: bool = True) -> World:
         page=tells,
         streams=1.0 if tells else 0.5,
     )
-    return World(replace(site, **mode.site), rng, compare=not mode.is_field, relief=False)  # type: ignore[arg-type]
+    site = with_proof(replace(site, **mode.site))  # type: ignore[arg-type]
+    return World(site, rng, compare=not mode.is_field, relief=False)
 
 
 def trial(w: World, mode: Mode, load: str, horizon: float = HORIZON_S) -> Trial:
@@ -319,6 +322,8 @@ def strike(w: World, mode: Mode) -> None:
         w.engine.fault(mode.fault, **mode.parameters)
     if mode.trigger is not None:
         mode.trigger(w)
+    if mode.whole and mode.fault in HANGS:
+        w.shows = random.Random(repr((w.site, mode.number))).choice(HANGS[mode.fault])
 
 
 def over(w: World, mode: Mode, at: float) -> bool:
@@ -362,6 +367,7 @@ def result(w: World, mode: Mode, load: str, predicted: tuple[float, float, float
         mode.number,
         load,
         owed,
+        w.site.proof,
         UNPROVEN if live is None else live.proof,
         *predicted,
         since(live, at),

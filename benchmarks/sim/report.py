@@ -8,14 +8,14 @@ from math import ceil
 from sim.alarms import ALARMS
 from sim.detectors import CHECKS
 from sim.modes import CASES, FULL, LOADS, Trial
-from sim.weeks import BUSY, NATURAL, OURS, PLAIN, RATE, WEEK_S, Tally, label
+from sim.proofs import LEVELS
+from sim.weeks import BUSY, HIDDEN, NATURAL, OURS, PLAIN, RATE, WEEK_S, Tally, label
 from sim.world import UNPROVEN
 
 NAMES = tuple(check.name for check in CHECKS)
 EXTRA_PROBE_S = 10.0  # seconds that the manifests' liveness probe takes more: three probes in 5 s each
 API_BLOCKED = 12  # the mode whose hang looks like work that blocks the API, which gets more patience
 NO_FALSE = 3.0  # rule of three: none seen in n means a rate under 3/n, with 95 % confidence
-HIDDEN = {label(a) for a in ALARMS if a.hidden}
 
 Times = Sequence[float | None]
 
@@ -80,6 +80,12 @@ def figures(tally: Tally, trials: Sequence[Trial]) -> str:
             kills = cell([t.liveness for t in some if t.proof == proof])
             target = "<= 120" if proof == UNPROVEN else "<= 40"
             rows.append((f"kill, proof {proof}{which}: found/all, p50 / p99 s", kills, target))
+    for level in LEVELS:
+        weeks, wrong = tally.levels.get(level, 0.0), tally.mistaken.get(level, 0)
+        rows.append((f"false kills, {weeks:.0f} weeks of engines of which is seen: {level}", wrong, 0))
+        some = [t for t in short if t.mode != API_BLOCKED and t.level == level]
+        rows.append((f"readiness withdrawn, seen: {level}, from the fault", cell([t.readiness for t in some]), ""))
+        rows.append((f"kill, seen: {level}", cell([t.liveness for t in some]), ""))
     return table(("figure", "simulated", "target"), rows)
 
 

@@ -41,6 +41,8 @@ class Site:
     context: int = 0  # context length in tokens, as reported by the engine; 0: not reported
     page_seconds: float = 0.0  # that its metrics page takes
     backends: int = 1  # processes behind its port, each with counters of its own
+    proof: str = "none"  # what can be seen of it besides: one of proofs.LEVELS
+    blocks: bool = False  # it waits for its GPU and its compilers without CPU time
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from sidecar.health.progress import SilenceLimits
 from sidecar.load import cost_model
 from sidecar.settings import Settings
 from sim.engine import CHUNK_SHARE, FAMILY, QUANTUM_S
+from sim.proofs import LEVELS
 from sim.seqs import Site
 from sim.traces import Arrival, Trace
 
@@ -63,8 +64,15 @@ def draw(rng: random.Random, traces: dict[str, Trace], co: cost_model.Coefficien
     )
     if rng.random() < 1 / 8:
         site = replace(site, order="prefix", kind="sglang")
+    site = with_proof(site)
     # Otherwise a whole answer could wait for any number of prefills.
     return replace(site, starves=False) if unseen(site) else site
+
+
+def with_proof(site: Site) -> Site:
+    """What can be seen of a site besides, drawn by all else of it: other draws stay what they are."""
+    rng = random.Random(repr(site))
+    return replace(site, proof=rng.choice(LEVELS), blocks=rng.random() < 0.5)
 
 
 def unseen(site: Site) -> bool:

@@ -71,7 +71,9 @@ class Tally:
     detector: for how long a mistake stood, or would have, were the engine not killed for it. `worst`: the largest ratio
     among the windows that were run.
 
-    `unready`: times that /readyz failed; `cut`: requests that the control ended; `harmed`: canaries that did harm.
+    `levels`: weeks by what can be seen of the engine besides, `mistaken`: false kills by the same, without those of
+    stories that nothing shows. `unready`: times that /readyz failed; `cut`: requests that the control ended; `harmed`:
+    canaries that did harm.
     """
 
     weeks: float = 0.0
@@ -83,6 +85,8 @@ class Tally:
     unready: dict[str, int] = field(default_factory=dict)
     cut: dict[str, int] = field(default_factory=dict)
     harmed: dict[str, int] = field(default_factory=dict)
+    levels: dict[str, float] = field(default_factory=dict)
+    mistaken: dict[str, int] = field(default_factory=dict)
     kills: dict[tuple[str, str], int] = field(default_factory=dict)
     unrecovered: int = 0
     baseline: dict[tuple[str, str], int] = field(default_factory=dict)
@@ -97,8 +101,8 @@ class Tally:
         self.windows += other.windows
         self.drawn += other.drawn
         self.unrecovered += other.unrecovered
-        for name in ("events", "suspects", "unready", "cut", "harmed", "kills", "baseline"):
-            mine: dict[object, int] = getattr(self, name)
+        for name in ("events", "suspects", "unready", "cut", "harmed", "levels", "mistaken", "kills", "baseline"):
+            mine: dict[object, float] = getattr(self, name)
             for key, n in getattr(other, name).items():
                 mine[key] = mine.get(key, 0) + n
         self.worst = max(self.worst, other.worst)
@@ -112,6 +116,9 @@ def label(alarm: Alarm) -> str:
     if alarm.kind:
         return f"kind {alarm.kind}: {alarm.text}"
     return f"{alarm.number}: {alarm.text}" if alarm.number else alarm.text
+
+
+HIDDEN = {label(alarm) for alarm in ALARMS if alarm.hidden}
 
 
 def week(
@@ -140,6 +147,7 @@ def week(
     if w.now < end:
         pass_over(w, end - w.now, True, traces)
     tally.weeks, tally.full = (w.now - start) / WEEK_S, full
+    tally.levels[site.proof] = tally.weeks
     return tally
 
 
@@ -225,6 +233,8 @@ def judged(w: World, name: str, began: float, tally: Tally, seed: str) -> World:
     if killed is not None:
         proof = (name, next(c.proof for c in seen if c.at == killed and c.state in UNLIVE))
         tally.kills[proof] = tally.kills.get(proof, 0) + 1
+        if name not in HIDDEN:
+            tally.mistaken[w.site.proof] = tally.mistaken.get(w.site.proof, 0) + 1
     if killed is not None or w.cut:
         start = max(began, w.story_at)
         after = None if killed is None else killed - start

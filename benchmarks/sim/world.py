@@ -22,6 +22,7 @@ from sidecar.load import cost_model
 from sidecar.readings import Absent, EngineIdentity, EngineSample, GpuSample, Reading, Value
 from sidecar.settings import Settings
 from sidecar.snapshot import RelayUse, Snapshot
+from sim import proofs
 from sim.engine import NOT_FOUND, REFUSED, TOO_MANY, Engine
 from sim.rivals import Rivals
 from sim.seqs import FOREIGN, OURS, PLAIN, Seq, Site, Special, admitted, refused, settled
@@ -104,6 +105,8 @@ class World:
     engine: Engine = field(init=False)
     control: ControlState = field(init=False)
     gpu: GpuSample = HEALTHY_GPU
+    shows: str = ""  # what the engine's processes show, one of proofs.SHOWN; "": what it does
+    looks: proofs.ProcessLooks = field(default_factory=proofs.ProcessLooks)
     rivals: Rivals = field(default_factory=Rivals)
     _next: Arrival | None = None
     _events: list[Event] = field(default_factory=list)
@@ -260,7 +263,7 @@ class World:
             learned.token_seconds = min(learned.token_seconds, 2 * self.engine.fastest)
             self.engine.counters.generation += 1
         e = self.engine
-        e.loop_at = e.token_at = e.chunk_at = e.busy_at = self._pulse_at = self._foreign_at = self.now
+        e.step_at = e.loop_at = e.token_at = e.chunk_at = e.busy_at = self._pulse_at = self._foreign_at = self.now
         self.forget_baselines()
 
     def forget_baselines(self) -> None:
@@ -391,7 +394,12 @@ class World:
         gpus = Value((self.gpu,), self.now)
         slots = self.site.max_batch if self.site.kind == "llamacpp" else 0  # others do not say
         identity = EngineIdentity(max_context=self.site.context, slots=slots)
-        more = {"is_fcfs": KINDS[self.site.kind].is_fcfs, "canary_disturbs": slots == 1}
+        sees_processes, sees_steps = self.site.proof in ("processes", "both"), self.site.proof in ("steps", "both")
+        if sees_processes:
+            self.looks.tick(self.engine, self.shows, self.now, suspect=self.verdict == "suspect")
+        steps = proofs.core_steps(self.engine, self.now) if sees_steps and how.port_open else proofs.NOTHING
+        more = {"hang_signs": self.looks.reading, "steps": steps}
+        more |= {"is_fcfs": KINDS[self.site.kind].is_fcfs, "canary_disturbs": slots == 1}
         return TickReadings(
             self._reading,
             gpus,

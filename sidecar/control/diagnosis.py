@@ -21,7 +21,9 @@ from msgspec import structs
 
 from sidecar.control.state_dir import StateDir
 from sidecar.events import DiagnosisSummary
+from sidecar.health.hang_classes import hang_class
 from sidecar.load.ledger import AdmissionHold
+from sidecar.readings import HangSigns, Reading, Value
 from sidecar.runtime import safe_files
 from sidecar.signals.process_examiner import ProcessExaminer
 from sidecar.snapshot import Snapshot
@@ -53,8 +55,13 @@ async def diagnose(store: Diagnoses, examiner: ProcessExaminer, content: dict[st
         _log.warning("diagnosis %s taken (%d bytes): %s", taken.id, taken.bytes, taken.summary)
 
 
-def bundle(snapshot: Snapshot, holds: list[AdmissionHold], page: tuple[float, str] | None) -> dict[str, Any]:
-    """A bundle before the engine's processes were examined. `page`: (age in seconds, text) of its last metrics page."""
+def bundle(
+    snapshot: Snapshot, holds: list[AdmissionHold], page: tuple[float, str] | None, signs: Reading[HangSigns]
+) -> dict[str, Any]:
+    """A bundle before the engine's processes were examined.
+
+    `page`: (age in seconds, text) of the engine's last metrics page; `signs`: what its processes did meanwhile.
+    """
     verdict = snapshot.verdict
     return {
         "at": snapshot.at_wall,
@@ -65,6 +72,7 @@ def bundle(snapshot: Snapshot, holds: list[AdmissionHold], page: tuple[float, st
         "complete": False,
         "processes": [],
         "evidence": dict(verdict.evidence),
+        "hang": _hang(signs),
         "engine_kind": snapshot.engine_kind,
         "engine": dataclasses.asdict(snapshot.engine),
         "gpus": dataclasses.asdict(snapshot.gpus),
@@ -79,6 +87,14 @@ def bundle(snapshot: Snapshot, holds: list[AdmissionHold], page: tuple[float, st
         "engine_metrics_age": round(page[0], 3) if page else None,
         "engine_metrics": page[1][:MAX_PAGE_BYTES] if page else None,
     }
+
+
+def _hang(signs: Reading[HangSigns]) -> dict[str, Any]:
+    """Which hang it is, in words, and by which signs."""
+    if not isinstance(signs, Value):
+        return {"class": None, "text": "", "signs": dataclasses.asdict(signs)}
+    found = hang_class(signs.value)
+    return {"class": found.name or None, "text": found.text, "signs": dataclasses.asdict(signs.value)}
 
 
 class Diagnoses:

@@ -59,7 +59,9 @@ from sidecar.runtime.limited_log import LimitedLog
 from sidecar.settings import Settings
 from sidecar.signals import own_process
 from sidecar.signals.engine_monitor import EngineMonitor
+from sidecar.signals.engine_steps import EngineSteps
 from sidecar.signals.gpu.poller import GpuSignal
+from sidecar.signals.hang_watch import HangWatch
 from sidecar.signals.limits_file import LimitsFile
 from sidecar.signals.port import PortSignal
 from sidecar.signals.process_examiner import ProcessExaminer
@@ -67,6 +69,8 @@ from sidecar.signals.process_examiner import ProcessExaminer
 # Between checks of the engine's port. A restart can be over in a second, so it is checked often while one is awaited.
 PORT_INTERVAL_S, RESTART_PORT_INTERVAL_S = 1.0, 0.1
 # Ticks between what goes to relays, page and files: once a second.
+# Engines whose plug-in reports the steps of their cores.
+STEPPING_KINDS: Final = ("vllm",)
 MAX_ANNOUNCED: Final = 256
 PUBLISH_INTERVAL_TICKS: Final = 2
 GPU_COUNT_TICKS: Final = 120  # a minute, after which the engine and NVML have reported the number of GPUs
@@ -93,6 +97,8 @@ class ControlLoop:
         self.port = PortSignal(settings.engine)
         self.gpus = GpuSignal()
         self._examiner = ProcessExaminer(settings.engine)
+        self._hang_watch = HangWatch(settings.engine)
+        self._steps = EngineSteps(state_dir.path)
         self.tracing = Tracing(settings.otlp_endpoint, __version__)
         self._host, self._listen_port = socket.gethostname(), settings.listen[1]
         self._usage: UsageStore | None = None
@@ -189,6 +195,10 @@ class ControlLoop:
             self._on_hold(counted=is_new_verdict)
         if is_new_verdict or is_new_hold or self._ticks % SAVE_INTERVAL_TICKS == 0:
             self._tasks.start("memory", self._save(saved_state.dump(self.control.save(), now)))
+        if self.engine.kind_name in STEPPING_KINDS:
+            self._tasks.start("steps", asyncio.to_thread(self._steps.refresh))
+        if self._hang_watch.is_due(now, health.verdict.state):
+            self._tasks.start("processes", self._hang_watch.look())
         for relay, command in health.take_aborts():
             self._abort(relay, command)
         allowed = health.canary_due()
@@ -224,6 +234,8 @@ class ControlLoop:
             canary_disturbs=engine.canary_disturbs,
             wakes=engine.wakes,
             trouble=engine.trouble or self.port.trouble,
+            hang_signs=self._hang_watch.read(),
+            steps=self._steps.read(),
         )
 
     def _on_verdict(self, wall: float) -> None:
@@ -236,7 +248,7 @@ class ControlLoop:
         if verdict.state == "stalled":
             id = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime(wall))}-{verdict.cause}"
             page = self.engine.scrape.last_page(MAX_PAGE_BYTES)
-            content = bundle(self.snapshot, list(self.control.ledger.holds()), page)
+            content = bundle(self.snapshot, list(self.control.ledger.holds()), page, self._hang_watch.read())
             self._tasks.start("diagnosis", diagnose(self.diagnoses, self._examiner, content, id))
         elif verdict.state == "starting":
             self.engine.engine_restarted()

@@ -41,17 +41,29 @@ from sidecar.health import reasons, verdict
 from sidecar.health.canary_schedule import canary_allowed
 from sidecar.health.exemptions import Exemptions
 from sidecar.health.garbage import GARBAGE, GarbageDetector
+from sidecar.health.hang_classes import NO_CLASS, HangClass, hang_class, is_proof
 from sidecar.health.kill_policy import KillPolicy, KillState, kill_limits
 from sidecar.health.latency_model import LatencyModel
 from sidecar.health.partial_hangs import PartialHang, PartialHangDetector
 from sidecar.health.probes import ProbeState
-from sidecar.health.progress import Evidence, Key, OpenWork, Progress, silence_limits
+from sidecar.health.progress import BY_PROCESSES, UNPROVEN, Evidence, Key, OpenWork, Progress, silence_limits
 from sidecar.health.readiness_hold import ReadinessHold
 from sidecar.health.refusals import RefusedWork
 from sidecar.health.start_deadline import start_deadline
+from sidecar.health.step_watch import StepWatch
 from sidecar.health.token_balance import COUNTER_STALE_S
 from sidecar.health.verdict_text import evidence_json, explain, with_hold
-from sidecar.readings import EngineIdentity, EngineSample, GpuSample, ProcessSample, Reading, Value
+from sidecar.readings import (
+    Absent,
+    CoreSteps,
+    EngineIdentity,
+    EngineSample,
+    GpuSample,
+    HangSigns,
+    ProcessSample,
+    Reading,
+    Value,
+)
 from sidecar.settings import Settings
 from sidecar.snapshot import RelayUse
 
@@ -81,6 +93,9 @@ DOUBTED_STATES: Final = frozenset[State]({"suspect", "stalled", "dead"})
 SLEEPING: Final = "engine_sleeping"
 RESTORED: Final = "sidecar_restarted"
 UNKNOWN_ENGINE: Final = EngineIdentity()
+# The reading of the cores' steps is made twice a second; one that is older says nothing.
+STEPS_STALE_S: Final = 3.0
+NOT_LOOKED: Final = Absent("not looked at")
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,9 +105,9 @@ class TickReadings:
     `refused_since`: since when the engine's port refuses connections; `unanswered`: it accepts them, and the API
     answers nothing; `resting`: the reason code of a rest that the engine reports, "" while it is awake; `denied_rests`:
     those that it denies, and when it was asked; `is_fcfs`: it serves requests of one model and priority in order;
-    `canary_disturbs`: a canary drops what it keeps for its users; `wakes`: it sleeps when it has been idle, and any
-    request wakes it; `trouble`: why no connection to it can be made, in
-    one sentence, "" if none is known.
+    `canary_disturbs`: a canary drops what it keeps for its users; `trouble`: why no connection to it can be made, in
+    one sentence, "" if none is known; `hang_signs`: what its processes do, while it is suspect;
+    `steps`: what the plug-in in its cores reports.
     """
 
     engine: Reading[EngineSample]
@@ -110,6 +125,8 @@ class TickReadings:
     wakes: bool = False
     trouble: str = ""
     denied_rests: Mapping[str, float] = field(default_factory=dict)
+    hang_signs: Reading[HangSigns] = NOT_LOOKED
+    steps: Reading[tuple[CoreSteps, ...]] = NOT_LOOKED
 
     @property
     def sample(self) -> EngineSample | None:
@@ -188,6 +205,7 @@ class HealthMonitor:
         self.garbage = GarbageDetector()
         self.refusals = RefusedWork()
         self.readiness_hold = ReadinessHold()
+        self.steps = StepWatch()
         self.canaries = CanaryRecord()
         self.state = verdict.VerdictState(since=now, engine_since=now)
         self.verdict = Verdict("starting", "awaiting_first_token", "no token from the engine yet", now, wall)
@@ -203,6 +221,7 @@ class HealthMonitor:
         self._ticked_at, self._ticked_wall = now, wall
         self._read_at = 0.0  # the last metrics page
         self._was_refused = False
+        self._computed_at = 0.0  # its core last computed open prompts
         self._disturbs = False  # a canary would drop what the engine keeps for its users
         self._wakes = False  # it sleeps when it has been idle, and a request wakes it
         self._woken_at: float | None = None  # a sleep ended then, and nothing has come since: it loads its model
@@ -311,9 +330,13 @@ class HealthMonitor:
         self.canaries.since = self.canaries.touched = now
 
     def canary_ended(self, result: CanaryResult) -> CanaryResult:
-        """Record a canary's end. One that did not pass while real work progressed proves nothing: it is moot."""
+        """Record a canary's end. One that did not pass while real work progressed proves nothing: it is moot.
+
+        So does one that waited behind a prompt that the engine's core computed.
+        """
         at = self.progress.last()[1]
-        if result.outcome in ("failed", "starved") and at is not None and at > result.started:
+        worked_at = max(at or 0.0, self._computed_at)
+        if result.outcome in ("failed", "starved") and worked_at > result.started:
             result = replace(result, outcome="moot")
         is_idle = self.evidence.age is None
         self.refusals.canary(result, idle=self._is_engine_idle())
@@ -346,7 +369,10 @@ class HealthMonitor:
         withheld = self._withheld(now)
         exempt = self._exemption(readings, now)  # before the evidence: where one ends, a new silence begins
         self.evidence = self._evidence(readings, work, now)
+        hang, where = self._hang(readings, now)
         self.is_trusted = withheld is None and exempt is None and not readings.unanswered
+        if self.evidence.computing:
+            self._computed_at = now
         self._record_clues(readings, now)
         inputs = verdict.VerdictInputs(
             now=now,
@@ -363,7 +389,10 @@ class HealthMonitor:
             refusing=self._refusing(now),
             start_overdue=self._is_start_overdue(now),
             trouble=readings.trouble,
-            wakes=readings.wakes,
+            proven_after=None if self.evidence.proof == UNPROVEN else self.progress.limits.proven,
+            hang=hang,
+            hang_where=where,
+            canary_since=self.canaries.since,
         )
         before, hold_before = self.state, self.kill_policy.reason
         self.state, condition = verdict.judge(before, inputs)
@@ -376,6 +405,15 @@ class HealthMonitor:
         self.readiness_hold.tick(self.state.state, now)
         self.verdict = self._new_verdict(inputs, condition, before, hold_before, wall)
         return self.verdict
+
+    def _hang(self, readings: TickReadings, now: float) -> tuple[HangClass, str]:
+        """Which hang the engine's processes show, and where; the evidence says whether they prove it."""
+        signs = readings.hang_signs
+        if not isinstance(signs, Value) or self.state.state not in DOUBTED_STATES:
+            return NO_CLASS, ""
+        if is_proof(signs.value, now - signs.at):
+            self.evidence = replace(self.evidence, proof=BY_PROCESSES)
+        return hang_class(signs.value), signs.value.where
 
     def _know_engine(self, readings: TickReadings) -> None:
         """What the engine and its machine say of themselves."""
@@ -473,9 +511,40 @@ class HealthMonitor:
 
     def _evidence(self, readings: TickReadings, work: Iterable[OpenWork], now: float) -> Evidence:
         """Compare the silence so far with what the outstanding work may take; own lag adds patience."""
-        extra = 2 * max((self.lag, *(relay.lag for relay in readings.relays))) + self._waking_seconds()
-        learn = self.state.state in CALM_STATES
-        return self.progress.evidence(work, now, extra=extra, learn=learn, unanswered=readings.unanswered)
+        extra = 2 * max((self.lag, *(relay.lag for relay in readings.relays)))
+        learn, work = self.state.state in CALM_STATES, tuple(work)
+        found = self.progress.evidence(work, now, extra=extra, learn=learn, unanswered=readings.unanswered)
+        return self._with_steps(found, readings.steps, work, now, extra=extra)
+
+    def _with_steps(
+        self,
+        found: Evidence,
+        steps: Reading[tuple[CoreSteps, ...]],
+        work: tuple[OpenWork, ...],
+        now: float,
+        *,
+        extra: float,
+    ) -> Evidence:
+        """What the engine's cores say of their steps, where they do."""
+        if not isinstance(steps, Value) or now - steps.at > STEPS_STALE_S:
+            self.steps.forget()
+            return found
+        self.steps.read(steps.value, steps.at, teaches=self.state.state in CALM_STATES)
+        standing = self.steps.standing(now)
+        if found.age is None or standing is None:
+            return replace(found, step_age=standing)
+        prompts = [hold.prompt_tokens for hold in work if hold.first_at is None]
+        share = min(1.0, self.steps.last_tokens() / max(1, *prompts, 1))
+        step = self.steps.allowed(self.progress.limits.margin * share * found.predicted) + extra
+        # A speed that was not measured may be anything, and a step with it.
+        allowed = found.allowed if found.ruled_by in ("unknown", "cap") else min(step, found.allowed)
+        return replace(
+            found,
+            step_age=standing,
+            stands=min(standing, found.age) > allowed,
+            computing=self.steps.is_computing(now, now - found.age, sum(prompts))
+            and found.age <= self.progress.limits.cap,
+        )
 
     def _waking_seconds(self) -> float:
         """Patience with an engine that loads its model again, as a request asks for it."""

@@ -33,6 +33,8 @@ from sidecar.settings import Settings
 
 Key = tuple[int, str]  # (relay index, request id)
 
+# Seconds of silence that a kill waits for where the engine's processes prove a hang.
+PROVEN_KILL_S: Final = 30.0
 # The floor until this engine's own gaps are known. Five floors, which is what any part of an engine may always be
 # silent.
 UNLEARNED_FLOOR_S: Final = 60.0
@@ -97,11 +99,16 @@ PREFILLING: Final = ("prompt_tokens", "kv_usage")
 ALL: Final = (*PROGRESS, *PREFILLING, "iterations")
 
 
+# What proves a hang beyond silence.
+UNPROVEN: Final = "none"
+BY_PROCESSES: Final = "processes"
+
+
 @dataclass(frozen=True, slots=True)
 class SilenceLimits:
     """The bounds of allowed silence, in seconds.
 
-    `floor`, `kill` and `cap` are settings, `silence_limits` derives the others.
+    `floor`, `kill` and `cap` are settings, `silence_limits` derives the others. `proven`: of a kill with a proof.
     """
 
     floor: float = 12.0
@@ -110,17 +117,20 @@ class SilenceLimits:
     cap: float = 900.0
     blocked: float = BLOCKED_API_S
     kill: float = 75.0
+    proven: float = PROVEN_KILL_S
 
 
 def silence_limits(settings: Settings) -> SilenceLimits:
     """The bounds by the settings."""
     cap = settings.silence_cap
+    kill = min(max(settings.silence_kill, settings.silence_floor), cap)
     return SilenceLimits(
         floor=settings.silence_floor,
         unlearned=min(UNLEARNED_FLOOR_S, cap * UNLEARNED_SHARE),
         cap=cap,
         blocked=min(BLOCKED_API_S, cap * BLOCKED_SHARE),
-        kill=min(max(settings.silence_kill, settings.silence_floor), cap),
+        kill=kill,
+        proven=min(kill, max(PROVEN_KILL_S, settings.silence_floor)),
     )
 
 
@@ -204,7 +214,9 @@ class Evidence:
     cost; `allowed`: the one that withdraws readiness; `kill_after`: the one that fails liveness, if a canary confirms
     it. `hidden`: for so long answers may be generated unseen. `frozen`: the engine says that it has work, and none of
     its counters moved in the silence. `foreign`: it has work that did not pass the relay. `untested`: whether it
-    computes several requests at once should be known, and is not. `proof`: what proves a hang beyond silence.
+    computes several requests at once should be known, and is not. `proof`: what proves a hang beyond silence. `stands`:
+    its cores say that they have requests and begin no step, `computing`: that they compute prompts which are open;
+    `step_age`: seconds since they began one, None where they do not say.
     """
 
     now: float
@@ -226,7 +238,10 @@ class Evidence:
     frozen: bool = False
     foreign: bool = False
     untested: bool = False
-    proof: str = "none"
+    proof: str = UNPROVEN
+    stands: bool = False
+    computing: bool = False
+    step_age: float | None = None
 
 
 @dataclass(slots=True)

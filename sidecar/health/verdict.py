@@ -6,6 +6,8 @@ to the next state and its reason. Rules:
 - Readiness goes at `allowed`, liveness at `kill_after`: traffic can go elsewhere at once, a restart costs minutes.
 - A kill needs all of: work or a canary outstanding; silence beyond `kill_after`; a canary sent in that silence that
   failed or starved; no exemption; nothing withheld because of the sidecar's own trouble.
+- A proof from the engine's processes shortens `kill_after`, and a canary that got nothing so far is enough; all else
+  is needed as before.
 - Where no canary passes, counters that stand still over running work confirm as well, and silence alone does after
   UNASKED_KILLS times as long. "Busy" confirms where the counters stand still.
 - What served and refuses everything now is not ready, then dead. So is a process that replaced another one under the
@@ -20,6 +22,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from sidecar.events import CanaryResult, State
+from sidecar.health.hang_classes import MIN_PROOF_S, NO_CLASS, HangClass
 from sidecar.health.partial_hangs import PartialHang
 from sidecar.health.progress import Evidence
 
@@ -60,7 +63,9 @@ class VerdictInputs:
     `refused_since`: since when connections are refused; `exempt`, `withheld`: reason codes or None; `can_ask`: whether
     canaries pass here, None while that is unknown; `refusing`: seconds for which every request was refused, None while
     some are not; `start_overdue`: this process has started for longer than any is known to take; `trouble`: why
-    the sidecar cannot talk to the engine, "" while it can; `wakes`: a request wakes it when it sleeps.
+    the sidecar cannot talk to the engine, "" while it can; `proven_after`: the silence that a kill waits for, where
+    the engine's processes prove a hang; `hang`: which one it is, `hang_where`: in which process; `canary_since`: a
+    canary has been under way since then.
     """
 
     now: float
@@ -77,7 +82,10 @@ class VerdictInputs:
     refusing: float | None = None
     start_overdue: bool = False
     trouble: str = ""
-    wakes: bool = False
+    proven_after: float | None = None
+    hang: HangClass = NO_CLASS
+    hang_where: str = ""
+    canary_since: float | None = None
 
     @property
     def is_working(self) -> bool:
@@ -134,12 +142,20 @@ def _silence(before: VerdictState, inputs: VerdictInputs) -> float:
 
 
 def _is_silent(before: VerdictState, inputs: VerdictInputs) -> bool:
-    """Silent beyond the allowed time, unless steps or a prefill that takes longer than predicted hold suspicion off."""
+    """Silent beyond the allowed time, or its core stands in a step: not ready."""
+    return (inputs.is_working and inputs.evidence.stands) or _is_silent_long(before, inputs)
+
+
+def _is_silent_long(before: VerdictState, inputs: VerdictInputs) -> bool:
+    """Silent beyond the allowed time, unless steps or a prefill that takes longer than predicted hold suspicion off.
+
+    While the engine's cores report that they compute open prompts, nothing is.
+    """
     evidence, age = inputs.evidence, inputs.evidence.age
+    if age is None or evidence.computing:
+        return False
     is_blind = inputs.can_ask is False and not evidence.frozen
     allowed = max(UNASKED_FACTOR * evidence.allowed, evidence.hidden) if is_blind else evidence.allowed
-    if age is None:
-        return False
     silence = _silence(before, inputs)
     if inputs.canary and _is_canary_newer(inputs) and _has_canary(inputs, _asked_since(before), "failed", "starved"):
         silence, age = (max(x, inputs.now - inputs.canary.started) for x in (silence, age))  # sent before the work came
@@ -186,7 +202,7 @@ def _has_canary_passed(before: VerdictState, inputs: VerdictInputs) -> bool:
 
 def _is_confirmed(before: VerdictState, inputs: VerdictInputs) -> bool:
     """Suspect, silent for as long as a kill takes, and what else can be known says so, too."""
-    if before.state != "suspect" or not inputs.is_working or not _is_silent(before, inputs):
+    if before.state != "suspect" or not inputs.is_working or not _is_silent_long(before, inputs):
         return False
     evidence, silence = inputs.evidence, _silence(before, inputs)
     if silence <= evidence.kill_after:
@@ -197,6 +213,29 @@ def _is_confirmed(before: VerdictState, inputs: VerdictInputs) -> bool:
     if inputs.can_ask and _is_canary_newer(inputs) and _has_canary(inputs, since, "failed", "starved"):
         return True
     return (not inputs.can_ask and evidence.frozen) or silence > UNASKED_KILLS * evidence.kill_after
+
+
+def _is_proven(before: VerdictState, inputs: VerdictInputs) -> bool:
+    """Suspect, silent for as long as a proven kill takes, and what was asked in that silence got nothing."""
+    if before.state != "suspect" or inputs.proven_after is None:
+        return False
+    if not inputs.is_working:
+        is_lost = before.lost_at is not None and inputs.now - before.lost_at > inputs.proven_after
+        return is_lost and _is_canary_lost(before, inputs)
+    silence = _silence(before, inputs) if _is_silent_long(before, inputs) else 0.0
+    step = (inputs.evidence.step_age or 0.0) if inputs.evidence.stands else 0.0
+    if max(silence, step) <= inputs.proven_after:
+        return False
+    return inputs.evidence.frozen or _is_canary_unanswered(before, inputs)
+
+
+def _is_canary_unanswered(before: VerdictState, inputs: VerdictInputs) -> bool:
+    """Whether a canary sent in this silence failed, or has waited for as long as a proof takes."""
+    since, at = _asked_since(before), inputs.evidence.progress_at or 0.0
+    if _is_canary_newer(inputs) and _has_canary(inputs, since, "failed", "starved"):
+        return True
+    sent = inputs.canary_since
+    return sent is not None and sent > at and sent >= since and inputs.now - sent >= MIN_PROOF_S
 
 
 def _is_lost(before: VerdictState, inputs: VerdictInputs) -> bool:
@@ -299,6 +338,7 @@ CONDITIONS: Final[tuple[tuple[str, Condition, str], ...]] = (
     ("refuses_long", _is_refusing_long, "every request has been refused for as long as a kill takes"),
     ("refuses", _is_refusing, "an engine that has served refuses every request, canaries too"),
     ("progress", _is_progressing, f"progress within the last {FRESH_PROGRESS_S:.0f} s"),
+    ("proven", _is_proven, "silent for 30 s, the engine's processes prove a hang, and nothing asked of it is answered"),
     ("confirmed", _is_confirmed, "silent beyond the time of a kill, and a canary or the engine's counters confirm it"),
     ("lost", _is_lost, "idle, and no canary has passed for as long as a kill takes"),
     ("stuck", _is_stuck, f"{STUCK_CYCLES} canaries passed while the users' work stood still"),
@@ -332,6 +372,7 @@ TABLE: dict[str, TransitionRow] = {
     "refuses_long": {"*": ("stalled", "refuses_work")},
     "refuses": {"*": ("suspect", "refuses_work")},
     "progress": {"*": ("progressing", "progress")},
+    "proven": {"*": ("stalled", "no_progress")},
     "confirmed": {"*": ("stalled", "no_progress")},
     "lost": {"*": ("stalled", "canary_lost")},
     "stuck": {"*": ("suspect", "work_stuck")},
@@ -379,7 +420,8 @@ def _count(before: VerdictState, inputs: VerdictInputs) -> VerdictState:
         lost_at = before.lost_at if before.lost_at is not None else canary.started
         lost = {"ok": None, "moot": before.lost_at, "refused": before.lost_at}.get(canary.outcome, lost_at)
         before = replace(before, canary_seen=canary.ended, rejected=rejected, lost_at=lost)
-    if _is_progressing(before, inputs):
+    is_calm = inputs.is_working and before.state not in ("suspect", "stalled", "dead")
+    if _is_progressing(before, inputs) or is_calm:  # behind work that is silent within its time a canary may starve
         before = replace(before, lost_at=None)
     if before.stuck_cycles and (not inputs.is_working or _is_progressing(before, inputs)):
         before = replace(before, stuck_cycles=0)

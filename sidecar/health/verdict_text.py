@@ -55,6 +55,10 @@ def evidence_json(inputs: VerdictInputs, condition: str) -> dict[str, float | in
         "frozen": evidence.frozen,
         "foreign": evidence.foreign,
         "proof": evidence.proof,
+        "hang": inputs.hang.name or None,
+        "step_age": _round(evidence.step_age),
+        "core_stands": evidence.stands,
+        "core_computes": evidence.computing,
         "can_ask": inputs.can_ask,
         "learned": evidence.learned,
         "part": part.reason if part else None,
@@ -67,7 +71,7 @@ def evidence_json(inputs: VerdictInputs, condition: str) -> dict[str, float | in
 
 def explain(state: VerdictState, inputs: VerdictInputs, condition: str, hold: KillHold | None = None) -> str:
     """One line for an operator: what was seen, for how long, what is done now, and what can be done."""
-    parts = [_seen(state, inputs, condition), _done(state, inputs, condition, hold)]
+    parts = [_seen(state, inputs, condition), _hang(state, inputs), _done(state, inputs, condition, hold)]
     if inputs.trouble and state.state in TROUBLED_STATES:
         parts.insert(0, inputs.trouble)
     return "; ".join(filter(None, parts))
@@ -93,6 +97,7 @@ def _seen(state: VerdictState, inputs: VerdictInputs, condition: str) -> str:
         "refuses_long": f"{why}, for {inputs.refusing or 0.0:.0f} s; {canary}",
         "silent": f"{silence}{_named(state)}",
         "confirmed": f"{silence}; {_confirmation(inputs)}{_named(state)}",
+        "proven": f"{silence}{_named(state)}",
         "held": f"{silence}; {canary}: {why}; nothing shows recovery",
         "canary_lost": f"{silence}; {canary}{_named(state)}",
         "lost": f"{silence}; no canary has passed for {_since(inputs, state.lost_at)}, {canary}{_named(state)}",
@@ -112,6 +117,15 @@ def _seen(state: VerdictState, inputs: VerdictInputs, condition: str) -> str:
         "withheld": why,
     }
     return texts.get(condition, silence)
+
+
+def _hang(state: VerdictState, inputs: VerdictInputs) -> str:
+    """What the engine's processes show, while it is thought to hang."""
+    if state.state not in ("suspect", "stalled") or not inputs.hang.name:
+        return ""
+    proved = "proved by its processes" if inputs.proven_after is not None else "by its processes"
+    where = f", {inputs.hang_where}" if inputs.hang_where else ""
+    return f"{proved}{where}: {inputs.hang.name}, {inputs.hang.text}"
 
 
 def _done(state: VerdictState, inputs: VerdictInputs, condition: str, hold: KillHold | None) -> str:
@@ -138,7 +152,7 @@ def _done(state: VerdictState, inputs: VerdictInputs, condition: str, hold: Kill
 def _outlook(state: VerdictState, inputs: VerdictInputs, condition: str) -> str:
     """What will follow a doubt."""
     evidence = inputs.evidence
-    kill = f"{evidence.kill_after:.0f} s"
+    kill = f"{evidence.kill_after if inputs.proven_after is None else inputs.proven_after:.0f} s"
     if condition == "part":
         may_kill = inputs.part is not None and inputs.part.reason not in NEVER_SEVERE
         return f"liveness fails if it lasts {SEVERE_AFTER_S:.0f} s" if may_kill else "liveness does not for this"
@@ -172,7 +186,10 @@ def _silence(inputs: VerdictInputs) -> str:
     if evidence.age is None:
         return "nothing outstanding"
     work = f"{evidence.outstanding} outstanding" if evidence.outstanding else "the engine has work of others"
-    return f"{work}, {evidence.age:.1f} s without progress ({evidence.allowed:.1f} s allowed: {evidence.ruled_by})"
+    step = f"; its core has begun no step for {evidence.step_age:.1f} s" if evidence.stands else ""
+    return (
+        f"{work}, {evidence.age:.1f} s without progress ({evidence.allowed:.1f} s allowed: {evidence.ruled_by}){step}"
+    )
 
 
 def _canary(inputs: VerdictInputs) -> str:

@@ -10,23 +10,19 @@ sidecar only queries the lock and never takes it, so it cannot block an engine.
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import json
 import logging
 import os
-import stat
-import struct
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import islice
-from pathlib import Path
 from typing import Any, Final
 
 from sidecar.images.shm_cache import SHM_DIR, shared_group
 from sidecar.kernels.families.single_view import Qwen2VLSpec
 from sidecar.kernels.grid import ProcessorSpec
+from sidecar.runtime.locked_marks import read_marks
+from sidecar.runtime.plugin_folders import PLUGIN_FOLDER
 
 MARK_PREFIX: Final = "sidecar-plugin-"
 OFFER_PREFIX: Final = "sidecar-tensors-"
@@ -36,14 +32,10 @@ CHECK_INTERVAL_S: Final = 1.0
 QWEN_PROCESSORS: Final = ("Qwen2VLImageProcessor",)
 BYTES: Final = ("U8",)
 HALF_OR_FLOAT: Final = ("F32", "BF16", "F16")
-MAX_MARKS: Final = 64  # one per user that an engine has run as
-MAX_MARK_BYTES: Final = 4096
 REMEDY: Final = (
     "install plugins/vllm into vLLM's environment, start it with VLLM_MEDIA_CONNECTOR=inference_sidecar, and mount one "
     f"folder at {SHM_DIR} in both containers"
 )
-PLUGIN_FOLDER: Final = "vllm-plugin"  # of the state directory
-_FLOCK_FORMAT: Final = "hhqqi"  # struct flock: type, whence, start, length, pid
 
 _log = logging.getLogger("sidecar")
 
@@ -84,7 +76,7 @@ NO_OFFER: Final = TensorOffer("no vLLM with the sidecar's plugin offers to take 
 def read_status(shm: str) -> PluginStatus:
     """The plugin's state by the marks in the folder `shm`. Never raises, never waits."""
     last = PluginStatus("no vLLM with the sidecar's plugin uses this folder")
-    for content in _locked_marks(shm, MARK_PREFIX):
+    for content in read_marks(shm, MARK_PREFIX):
         last = check_mark(content, os.geteuid(), _group(shm))
         if not last.why:
             break
@@ -94,7 +86,7 @@ def read_status(shm: str) -> PluginStatus:
 def read_offer(shm: str, spec: ProcessorSpec) -> TensorOffer:
     """The offer of a running vLLM, for a sidecar whose model's files give `spec`. Never raises, never waits."""
     last = NO_OFFER
-    for content in _locked_marks(shm, OFFER_PREFIX):
+    for content in read_marks(shm, OFFER_PREFIX):
         last = check_offer(content, os.geteuid(), spec, _group(shm))
         if not last.why:
             break
@@ -171,31 +163,6 @@ def path_remedy(state_dir: str) -> str:
         f"start vLLM with PYTHONPATH={state_dir}/{PLUGIN_FOLDER}, with the state directory mounted, and one folder "
         f"mounted at {SHM_DIR} in both containers"
     )
-
-
-def _locked_marks(shm: str, prefix: str) -> Iterator[bytes]:
-    """The contents of the marks in a folder whose processes are running."""
-    with contextlib.suppress(OSError):
-        for path in islice(Path(shm).glob(prefix + "*"), MAX_MARKS):
-            if (content := _read_mark(path)) is not None:
-                yield content
-
-
-def _read_mark(path: Path) -> bytes | None:
-    """The content of one mark; None if the process that wrote it has exited."""
-    with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-        stack.callback(os.close, fd)
-        if stat.S_ISREG(os.fstat(fd).st_mode) and _is_locked(fd):
-            return os.pread(fd, MAX_MARK_BYTES, 0)
-    return None
-
-
-def _is_locked(fd: int) -> bool:
-    """True if a running process holds a lock on the file."""
-    request = struct.pack(_FLOCK_FORMAT, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
-    answer = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, request)
-    return bool(struct.unpack(_FLOCK_FORMAT, answer)[0] != fcntl.F_UNLCK)
 
 
 class PluginWatch:

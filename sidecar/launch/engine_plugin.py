@@ -2,6 +2,7 @@
 
     state directory/vllm-plugin/sidecar_vllm/                   the package
                                 inference_sidecar_vllm-VERSION.dist-info/   its entry point: vLLM loads it at its start
+                    vllm-steps/                                 where an engine of the same user writes its steps
 
 Rules: a user who may write there may run code in the engine, so the directory belongs to the sidecar's user, and the
 engine's container mounts it read-only. Files are replaced one by one, atomically: an engine that starts meanwhile finds
@@ -15,8 +16,8 @@ import re
 from pathlib import Path
 from typing import Final
 
-from sidecar.images.vllm_plugin import PLUGIN_FOLDER
 from sidecar.runtime import safe_files
+from sidecar.runtime.plugin_folders import PLUGIN_FOLDER, STEPS_FOLDER
 
 FOLDER: Final = PLUGIN_FOLDER
 SOURCES: Final = Path(__file__).parent / "plugin-sources"  # a link to plugins/vllm; a copy in a wheel
@@ -31,13 +32,16 @@ def write(state_dir: str) -> str:
     """Write the plug-in below `state_dir`. Returns the directory for PYTHONPATH, or "" if it cannot be written."""
     target = Path(state_dir) / FOLDER
     try:
+        safe_files.make_folder(Path(state_dir) / STEPS_FOLDER)
         for name, content in files().items():
             path = target / name
             for folder in reversed(path.relative_to(state_dir).parents[:-1]):
                 safe_files.make_folder(Path(state_dir) / folder)
             safe_files.replace(path, content)
     except OSError as e:
-        _log.warning("%s: vLLM's plug-in cannot be written (%s): images go inline", target, e.strerror)
+        _log.warning(
+            "%s: vLLM's plug-in cannot be written (%s): its steps are not seen, images go inline", target, e.strerror
+        )
         return ""
     return str(target)
 

@@ -101,9 +101,9 @@ def main(chosen: Settings, run_to_exit_code: ExitCodeRunner, command: Sequence[s
             (folder / "accounts").write_bytes(b"")
             os.truncate(folder / "accounts", tenant_accounts.table_bytes(chosen.workers))
             context = replace(context, accounts=str(folder / "accounts"), limits=limits)
+        if chosen.engine_kind in ("auto", "vllm"):
+            engine_plugin.write(str(StateDir(chosen.state_dir).path))
         if chosen.images != "off":
-            if chosen.engine_kind in ("auto", "vllm"):
-                engine_plugin.write(str(StateDir(chosen.state_dir).path))
             cache = CacheFolder(SHM_DIR, chosen.image_cache_bytes, needed=chosen.images in ("auto", "shm"))
             stack.callback(cache.close)
             if cache.why:

@@ -1,6 +1,8 @@
 """Finds the engine's processes on this machine, and reads their state from /proc.
 
 - Everything here blocks, and reading /proc of a process in trouble can hang: call it on a thread that may be abandoned.
+- The engine is the whole tree of its launcher: the front end that listens may be any child of it (vLLM's Rust front
+  end, one of several API servers), next to the processes that compute.
 - Command lines are never read, because they may contain a key.
 - Without permission over a process the kernel still shows its state, CPU time and memory.
 """
@@ -13,6 +15,7 @@ import socket
 import time
 from collections.abc import Iterable
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import Final
 
@@ -27,8 +30,19 @@ from sidecar.signals.stack_dump import PERMISSION_HINT
 MAX_PROCESSES: Final = 32
 MAX_THREADS: Final = 64  # per process
 PROC: Final = Path("/proc")
+ENDED: Final = "it has ended"
+REPLACED: Final = "it has ended; its pid belongs to another process now"
 SHARE_HINT: Final = "set shareProcessNamespace: true on the pod (sidecar manifests --stack-dumps on)"
 _ENGINES: Final = re.compile(r"VLLM::|vllm|sglang|text-generation|llama-server", re.IGNORECASE)
+# What starts engines and is none: it may have other children.
+_STARTERS: Final = re.compile(
+    r"(ba|da|z|k|fi)?sh|systemd|init|tini|dumb-init|docker-init|catatonit|supervisord|s6-.*|runsv|tmux.*|screen|sshd.*"
+    r"|login|sudo|su|containerd-shim.*|conmon|make|timeout|nohup|kubelet"
+)
+_INNER: Final = ("core", "worker")
+# Device files of GPUs and other accelerators.
+DEVICES: Final = ("/dev/nvidia", "/dev/kfd", "/dev/dri/", "/dev/davinci", "/dev/habana", "/dev/neuron", "/dev/accel")
+MAX_FILES: Final = 512  # of a process, that are looked through for a GPU
 _TICKS_PER_S: Final = os.sysconf("SC_CLK_TCK")
 _PAGE_BYTES: Final = os.sysconf("SC_PAGE_SIZE")
 
@@ -78,12 +92,14 @@ def look(process: EngineProcess) -> ProcessLook | Failed:
     try:
         fields = _read_stat(directory / "stat")[1]
         if int(fields[19]) != process.started:
-            return Failed("it has ended; its pid belongs to another process now")
+            return Failed(REPLACED)
         state, threads, rss = fields[0], int(fields[17]), int(fields[21]) * _PAGE_BYTES
-        wchan, by_thread = _read_wchan(directory / "wchan"), tuple(_read_threads(directory / "task"))
-        return ProcessLook(time.monotonic(), state, wchan, threads, _cpu_seconds(fields), rss, by_thread)
-    except FileNotFoundError:
-        return Failed("it has ended")
+        wchan, by_thread = _read_wchan(directory / "wchan"), tuple(_read_threads(directory))
+        cpu, children, faults = _cpu_seconds(fields), _cpu_seconds(fields[2:]), int(fields[9])
+        gpu = _holds_gpu(directory / "fd")
+        return ProcessLook(time.monotonic(), state, wchan, threads, cpu, rss, by_thread, children, faults, gpu)
+    except (FileNotFoundError, ProcessLookupError):
+        return Failed(ENDED)
     except (OSError, ValueError, IndexError) as e:
         return Failed(f"it could not be examined ({type(e).__name__})")
 
@@ -109,10 +125,29 @@ def _find_trees(pids: Iterable[int], own: set[int]) -> list[list[psutil.Process]
 
 
 def _find_root(process: psutil.Process, own: set[int]) -> psutil.Process:
-    """The engine's launcher: the top parent with an engine's name (TGI's port belongs to a sibling of its shards)."""
-    while (parent := process.parent()) is not None and parent.pid not in own and _ENGINES.search(parent.name()):
-        process = parent
-    return process
+    """The engine's launcher: the top parent with an engine's name (TGI's port belongs to a sibling of its shards).
+
+    Where what listens has nothing that computes below it, its parent of any name that has: `python -m vllm` starts a
+    front end and cores side by side. A parent that starts engines and is none is no launcher.
+    """
+    root = process
+    for parent in process.parents():
+        if parent.pid in own or parent.pid == 1:
+            break
+        name = parent.name()
+        if _STARTERS.fullmatch(name):
+            continue
+        if _ENGINES.search(name) or (not _computes(root) and _computes(parent)):
+            root = parent
+    return root
+
+
+def _computes(process: psutil.Process) -> bool:
+    """Whether a core or a worker is among a process and its descendants."""
+    with suppress(psutil.Error, OSError):
+        tree = (process, *process.children(recursive=True))
+        return any(classify_role(each.name(), listens=False) in _INNER for each in tree)
+    return False
 
 
 def _find_named(engine: str) -> list[int]:
@@ -163,7 +198,40 @@ def _read_wchan(path: Path) -> str:
 
 
 def _read_threads(directory: Path) -> Iterable[ThreadState]:
-    for path in sorted(directory.iterdir(), key=lambda path: int(path.name))[:MAX_THREADS]:
+    for path in sorted((directory / "task").iterdir(), key=lambda path: int(path.name))[:MAX_THREADS]:
         with suppress(OSError, ValueError, IndexError):
             name, fields = _read_stat(path / "stat")
-            yield ThreadState(int(path.name), name, fields[0], _cpu_seconds(fields))
+            wchan, syscall = _read_wchan(path / "wchan"), _read_syscall(path / "syscall")
+            file = _read_file(directory / "fd", syscall)
+            yield ThreadState(int(path.name), name, fields[0], _cpu_seconds(fields), wchan, syscall, file)
+
+
+def _read_syscall(path: Path) -> str:
+    """The kernel's line: number and arguments of the call; "" while it runs, or where this is not permitted."""
+    try:
+        text = printable(path.read_text("ascii", "replace"))
+    except OSError:
+        return ""
+    return "" if text == "running" else text
+
+
+def _read_file(files: Path, syscall: str) -> str:
+    """What the first argument of a system call stands for, if it is a file descriptor."""
+    with suppress(OSError, ValueError, IndexError):
+        number = int(syscall.split()[1], 16)
+        if 0 <= number < 1 << 20:
+            return printable(str((files / str(number)).readlink()))
+    return ""
+
+
+def _holds_gpu(files: Path) -> bool | None:
+    """Whether a process has a GPU open; None where that cannot be read."""
+    try:
+        names = [path.name for path in islice(files.iterdir(), MAX_FILES)]
+    except OSError:
+        return None
+    for name in names:
+        with suppress(OSError):
+            if str((files / name).readlink()).startswith(DEVICES):
+                return True
+    return None if len(names) == MAX_FILES else False

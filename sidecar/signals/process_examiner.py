@@ -2,7 +2,7 @@
 
 - One examination at a time, within 10 s. The evidence is stored after each round, because the kill may come in between.
 - /proc is read on a thread that is abandoned when it hangs: a process blocked in the kernel can block even `ps`.
-- Nothing waits without a timeout, and nothing touches the engine's processes.
+- Nothing waits without a timeout. Nothing stops the engine's processes but a dump of a native one, which is stalled.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Final, TypeVar
 
 from sidecar.readings import Absent, Failed
-from sidecar.signals import engine_processes, stack_dump
+from sidecar.signals import engine_processes, native_stacks, stack_dump
 from sidecar.signals.process_state import EngineProcess, ProcessEvidence, ProcessLook, find_symptom, summarize
 
 ROUND_INTERVAL_S: Final = 5.0
@@ -67,6 +67,7 @@ class ProcessExaminer:
     engine: str
     interval_s: float = ROUND_INTERVAL_S
     locate_py_spy: Callable[[], str | None] = stack_dump.locate
+    locate_native: Callable[[], list[str] | None] = native_stacks.locate
     _thread: HangProofThread = field(default_factory=HangProofThread, init=False)
 
     async def examine(self, store: Store) -> None:
@@ -87,7 +88,11 @@ class ProcessExaminer:
         """Add a look and a dump of each process."""
         processes = tuple(item.process for item in evidence)
         looks = await self._thread.run(lambda: tuple(engine_processes.look(process) for process in processes))
-        dumps = await dump_all(processes[:MAX_DUMPED_PROCESSES], self.locate_py_spy())
+        native = self.locate_native()
+        dumps = await dump_all(processes[:MAX_DUMPED_PROCESSES], self.locate_py_spy(), native=native)
+        if native is None:
+            foreign, install = Failed(stack_dump.FOREIGN), Failed(native_stacks.INSTALL)
+            dumps = {pid: install if text == foreign else text for pid, text in dumps.items()}
         each = [looks] * len(processes) if isinstance(looks, Failed) else looks
         return tuple(
             item.with_round(look, dumps.get(item.process.pid)) for item, look in zip(evidence, each, strict=True)
@@ -95,11 +100,16 @@ class ProcessExaminer:
 
 
 async def dump_all(
-    processes: tuple[EngineProcess, ...], py_spy: str | None, timeout_s: float = DUMPS_TIMEOUT_S
+    processes: tuple[EngineProcess, ...],
+    py_spy: str | None,
+    timeout_s: float = DUMPS_TIMEOUT_S,
+    *,
+    native: list[str] | None = None,
 ) -> dict[int, str | Failed]:
-    """pid -> its stacks, or why there are none; all within `timeout_s`."""
-    if py_spy is None:
-        return {process.pid: Failed(stack_dump.INSTALL) for process in processes}
+    """pid -> its stacks, or why there are none; all within `timeout_s`.
+
+    `native`: the command that dumps a process without Python, and stops it for that; None: none is dumped.
+    """
     turns, loop = asyncio.Semaphore(MAX_CONCURRENT_DUMPS), asyncio.get_running_loop()
     until = loop.time() + timeout_s
 
@@ -108,7 +118,12 @@ async def dump_all(
             left = min(stack_dump.DUMP_TIMEOUT_S, until - loop.time())
             if left <= 0:
                 return Failed(f"the dumps before it took {timeout_s:.0f} s")
-            return await stack_dump.dump(process.pid, py_spy, left)
+            if py_spy is None:
+                return Failed(stack_dump.INSTALL)
+            text = await stack_dump.dump(process.pid, py_spy, left)
+            if native is None or text != Failed(stack_dump.FOREIGN):
+                return text
+            return await native_stacks.dump(process.pid, native, min(native_stacks.TIMEOUT_S, until - loop.time()))
 
     texts = await asyncio.gather(*(dump(process) for process in processes))
     return {process.pid: text for process, text in zip(processes, texts, strict=True)}

@@ -52,17 +52,29 @@ class EngineProcess:
 
 @dataclass(frozen=True, slots=True)
 class ThreadState:
-    """One thread at one moment: name, state letter, CPU seconds so far."""
+    """One thread at one moment: name, state letter, CPU seconds so far.
+
+    `wchan`: where it sleeps in the kernel; `syscall`: the kernel's line about the call that it is in; `file`: what that
+    call's first argument, a file descriptor, stands for. "" where it has none, or it cannot be read.
+    """
 
     tid: int
     name: str
     state: str
     cpu: float
+    wchan: str = ""
+    syscall: str = ""
+    file: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class ProcessLook:
-    """One process at one moment. `by_thread` is bounded; `threads` counts all."""
+    """One process at one moment. `by_thread` is bounded; `threads` counts all.
+
+    `children_cpu`: CPU seconds of its children that
+    have ended; `faults`: pages that it has waited for so far; `holds_gpu`: it has a GPU open, None where that cannot be
+    read.
+    """
 
     at: float
     state: str  # the kernel's letter
@@ -71,6 +83,9 @@ class ProcessLook:
     cpu: float  # seconds so far
     rss: int  # bytes
     by_thread: tuple[ThreadState, ...] = ()
+    children_cpu: float = 0.0
+    faults: int = 0
+    holds_gpu: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)

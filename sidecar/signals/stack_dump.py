@@ -69,6 +69,12 @@ async def dump(pid: int, py_spy: str, timeout_s: float = DUMP_TIMEOUT_S) -> str 
 
 
 async def _attempt(command: list[str]) -> str | Failed:
+    code, out, err = await run(command)
+    return clean_dump(out) if code == 0 else Failed(explain_failure(err.decode("utf-8", "replace")))
+
+
+async def run(command: list[str]) -> tuple[int | None, bytes, bytes]:
+    """The exit code and the beginnings of what a command printed. It is killed where this is cancelled."""
     env = {"PATH": os.environ.get("PATH", ""), "RUST_BACKTRACE": "0"}
     pipe, null = asyncio.subprocess.PIPE, asyncio.subprocess.DEVNULL
     child = await asyncio.create_subprocess_exec(*command, stdin=null, stdout=pipe, stderr=pipe, env=env)
@@ -79,7 +85,7 @@ async def _attempt(command: list[str]) -> str | Failed:
         code = await child.wait()
     finally:
         await _kill(child)
-    return clean_dump(out) if code == 0 else Failed(explain_failure(err.decode("utf-8", "replace")))
+    return code, out, err
 
 
 async def _read_start(stream: asyncio.StreamReader, max_bytes: int) -> bytes:

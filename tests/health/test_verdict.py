@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from sidecar.events import STATES
+from sidecar.health.progress import Evidence
 from sidecar.health.verdict import (
     CONDITIONS,
     DEAD_HOLD_S,
@@ -332,3 +333,23 @@ def test_a_start_up_without_a_sign_of_progress_is_named_and_stays_the_startup_pr
     assert w.tick(startup_stuck=True).state == "starting"
     assert w.memory.reason == "startup_stuck"
     assert w.tick().reason == "awaiting_first_token"
+
+
+def test_a_canary_that_starved_behind_work_within_its_time_is_no_loss() -> None:
+    """The client of a long prefill leaves: the idle engine is in doubt, and not killed for a canary sent before."""
+    world = World().started()
+    world.work_since = world.now
+
+    def busy() -> Evidence:
+        return evidence(world.now + 0.5, age=world.now + 0.5 - (world.work_since or 0.0), allowed=200.0)
+
+    while world.now < world.work_since + 60:
+        world.tick(evidence=busy())
+    world.canary_ends("starved", took=50.0)
+    for _ in range(20):
+        assert world.tick(evidence=busy()).state == "quiet"
+    world.work_since = None
+    world.wait(KILL - 2)
+    assert world.states()[-1] == "suspect"
+    world.canary_ends("starved", took=KILL + 1)  # and one that was sent to the idle engine counts
+    assert world.wait(2).state == "stalled"

@@ -269,6 +269,8 @@ CLAIMS: dict[str, Callable[[Watched], bool]] = {
     "metrics page takes 3 s": lambda w: w.longest["page"] >= 3,
     "pages of two backends behind one port": lambda w: w.falls > 5,
     "pages of four backends behind one port": lambda w: w.falls > 5,
+    "disk, swap, peer, GPU, debugger, freezer or compiler hold it up 10-60 s": lambda w: w.longest["stands"] > 9,
+    "a lock is held for 10-60 s and released": lambda w: w.longest["stands"] > 9,
 }
 
 

@@ -22,7 +22,7 @@ from sidecar.events import (
 from sidecar.health.monitor import TICK_S, TickReadings
 from sidecar.health.progress import silence_limits
 from sidecar.load.cost_model import Coefficients
-from sidecar.readings import Absent, EngineSample, GpuSample, Reading, Value
+from sidecar.readings import Absent, CoreSteps, EngineSample, GpuSample, HangSigns, Reading, Value
 from sidecar.settings import Settings
 from sidecar.snapshot import RelayUse
 
@@ -44,6 +44,7 @@ class Pod:
     Each `tick` is half a second; `canaries` is how a canary ends, "" for not yet.
     """
 
+    settings: Settings = SETTINGS
     now: float = 1000.0
     wall: float = WALL
     page: Reading[EngineSample] = NOTHING
@@ -60,9 +61,11 @@ class Pod:
     resting: str = ""
     xids: int = 0
     delivered_at: float = 0.0
+    signs: HangSigns | None = None  # of the engine's processes, looked at now
+    steps: tuple[CoreSteps, ...] | None = None  # of its cores, read now
 
     def __post_init__(self) -> None:
-        self.control = ControlState(SETTINGS, CO, self.now, self.wall + self.now)
+        self.control = ControlState(self.settings, CO, self.now, self.wall + self.now)
 
     @property
     def state(self) -> str:
@@ -77,8 +80,18 @@ class Pod:
         page = Value(self.page.value, self.now) if isinstance(self.page, Value) else self.page
         relay = RelayUse(0, 1, 0, len(self.open), 0.0, 0.0)
         gpu = GpuSample(0, "GPU", "GPU-0", NOTHING, NOTHING, NOTHING, NOTHING, NOTHING, ((31, self.xids),))
+        signs = NOTHING if self.signs is None else Value(self.signs, self.now)
         readings = TickReadings(
-            page, Value((gpu,), self.now), NOTHING, (relay,), self.refused, "vllm", self.unanswered, self.resting
+            page,
+            Value((gpu,), self.now),
+            NOTHING,
+            (relay,),
+            self.refused,
+            "vllm",
+            self.unanswered,
+            self.resting,
+            hang_signs=signs,
+            steps=NOTHING if self.steps is None else Value(self.steps, self.now),
         )
         self.control.tick(readings, self.now, self.wall + self.now)
         allowed = self.control.health.canary_due()
@@ -181,7 +194,7 @@ class Pod:
             if remembers
             else None
         )
-        self.control = ControlState(SETTINGS, CO, self.now, self.wall + self.now)
+        self.control = ControlState(self.settings, CO, self.now, self.wall + self.now)
         self.sent = None
         self.open.clear()  # those of the old process's relays are not known to the new one
         self.blocked.clear()

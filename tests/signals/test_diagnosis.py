@@ -25,6 +25,7 @@ from sidecar.readings import Failed
 from sidecar.report import diagnosis_page
 from sidecar.settings import Settings, load
 from sidecar.signals import stack_dump
+from sidecar.signals.hang_watch import NOT_SUSPECT
 from sidecar.signals.process_examiner import HangProofThread, ProcessExaminer, dump_all
 from sidecar.signals.process_state import EngineProcess
 
@@ -44,7 +45,8 @@ async def ticker(tmp_path: Path) -> AsyncIterator[ControlLoop]:
 
 
 def content(ticker: ControlLoop) -> dict[str, Any]:
-    return bundle(ticker.snapshot, list(ticker.control.ledger.holds()), (2.5, "vllm:num_requests_running 1\n"))
+    page = (2.5, "vllm:num_requests_running 1\n")
+    return bundle(ticker.snapshot, list(ticker.control.ledger.holds()), page, NOT_SUSPECT)
 
 
 def kept(folder: Path, id: str = ID) -> dict[str, Any]:

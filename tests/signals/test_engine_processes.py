@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from sidecar.labels import printable
@@ -45,6 +46,31 @@ listener.listen()
 print(0, flush=True)
 time.sleep(1000)
 """
+# Front ends and cores side by side, below a parent whose name says nothing; "/" begins another engine below one parent.
+SIBLINGS = """
+import subprocess, sys, time
+CHILD = '''
+import pathlib, socket, sys, time
+pathlib.Path("/proc/self/comm").write_text(sys.argv[1])
+listener = socket.create_server(("127.0.0.1", 0))
+print(listener.getsockname()[1], flush=True)
+time.sleep(1000)
+'''
+LAUNCHER = '''
+import subprocess, sys
+start = lambda name: subprocess.Popen([sys.executable, "-c", sys.argv[1], name], stdout=subprocess.PIPE, text=True)
+children = [start(name) for name in sys.argv[2:]]
+print(*(child.stdout.readline().strip() for child in children), flush=True)
+children[0].wait()
+'''
+def engine(names):
+    command = [sys.executable, "-c", LAUNCHER, CHILD, *names]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+engines = [engine(names.split(",")) for names in sys.argv[1].split("/")]
+ports = [each.stdout.readline().split() for each in engines]
+print(ports[0][0], flush=True)
+time.sleep(1000)
+"""
 PROGRAM = """
 import sys
 from sidecar.signals.engine_processes import find, look
@@ -75,6 +101,27 @@ def test_its_children_are_found_too() -> None:
         processes = found(engine.url)
         assert len(processes) == 2 and processes[0].pid == engine.pid
         os.kill(processes[1].pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize(
+    ("names", "roles"),
+    [
+        ("vllm-rs,VLLM::EngineCor,VLLM::Worker", ["core", "worker", "api", "other"]),  # a Rust front end
+        ("python3,VLLM::EngineCor", ["core", "api", "other"]),
+        ("VLLM::ApiServer,VLLM::ApiServer,VLLM::EngineCor", ["core", "api", "api", "other"]),
+        ("vllm-rs,VLLM::EngineCor/vllm-rs,VLLM::EngineCor", ["core", "api", "other"]),  # of two engines, one
+        ("llama-server", ["api"]),  # nothing computes next to it
+    ],
+)
+def test_a_front_end_is_found_with_the_cores_beside_it(names: str, roles: list[str]) -> None:
+    """Whatever the name of what started both; and nothing of another engine below the same grandparent."""
+    with victim(names, program=SIBLINGS) as launcher:
+        tree = psutil.Process(launcher.pid).children(recursive=True)
+        try:
+            assert [process.role for process in found(launcher.url)] == roles
+        finally:
+            for process in tree:
+                process.kill()
 
 
 def test_the_process_behind_a_unix_socket_is_found(tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
-"""vLLM's side of the hand-off through shared memory: RGB pixels, or finished tensors (tensors.py).
+"""vLLM's side of the sidecar: the steps of its core (steps.py), and images through shared memory: RGB pixels, or
+finished tensors (tensors.py).
 
 Pixels come as `sidecar-shm://FOLDER/NAME?h=H&w=W&o=OFFSET`.
 
@@ -12,18 +13,18 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import fcntl
 import json
 import logging
 import os
 import re
-import struct
 from pathlib import Path
 from typing import Any
 
+from sidecar_vllm import steps
+from sidecar_vllm.locked_file import open_locked
 from sidecar_vllm.tensors import IMAGE_PROCESSOR, Offer, TensorHandoff, map_file
 
-__version__ = "0.3.0"
+__version__ = "0.4.0"
 
 SHM_FOLDER = Path("/dev/shm")  # mounted in both containers; the sidecar uses no other folder
 URL_SCHEME = "sidecar-shm://"
@@ -44,10 +45,15 @@ URL_PATTERN = re.compile(
 
 
 def register() -> None:
-    """Register the connector, and take tensors where this vLLM is known. vLLM calls this in each of its processes.
+    """Report steps, register the connector, and take tensors where this vLLM is known.
 
-    Never raises: what is raised here would end vLLM.
+    vLLM calls this in each of its processes. Never raises: what is raised here would end vLLM.
     """
+    try:
+        if why := steps.install(lambda text: _say_once(text, "steps")):
+            _say_once(f"the inference sidecar sees no steps of this engine: {why}", "steps")
+    except Exception as e:  # noqa: BLE001
+        _say_once(f"the inference sidecar sees no steps of this engine: {type(e).__name__}", "steps")
     try:
         _register()
     except Exception as e:  # noqa: BLE001
@@ -88,10 +94,11 @@ def _register() -> None:
     leave_mark()
 
 
-def _say_once(text: str) -> None:
+def _say_once(text: str, of: str = "images") -> None:
     """Log a warning in the first of vLLM's processes only: the others inherit its environment."""
-    if not os.environ.get(SAID_VARIABLE):
-        os.environ[SAID_VARIABLE] = "1"
+    said = os.environ.get(SAID_VARIABLE, "").split()
+    if of not in said:
+        os.environ[SAID_VARIABLE] = " ".join([*said, of])
         logging.getLogger("vllm").warning(text)
 
 
@@ -108,10 +115,7 @@ def leave_mark(folder: Path = SHM_FOLDER) -> None:
 
 def _lock_mark(path: Path, content: bytes, consequence: str) -> None:
     try:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
-        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, struct.pack("hhqqi", fcntl.F_RDLCK, os.SEEK_SET, 0, 0, 0))
-        os.fchmod(fd, 0o644)  # regardless of the umask: it holds no secret
-        os.pwrite(fd, content.ljust(MARK_BYTES), 0)
+        os.pwrite(open_locked(path), content.ljust(MARK_BYTES), 0)  # it stays open: the lock is its
     except OSError as e:
         text = "the inference sidecar will send %s: cannot write a mark into %s (%s)"
         logging.getLogger("vllm").warning(text, consequence, path.parent, e.strerror)

@@ -1,0 +1,110 @@
+"""Pure: which hang it is, from a literal table: the first row of HANG_CLASSES whose signs are all there names it.
+
+Rules:
+- A cell that is None does not matter. A sign that cannot be read matches no cell that asks for it.
+- `proves`: these signs are never those of a healthy engine with work, so that a kill need not wait any longer. Without
+  a proof everything stays as it is.
+- Compilers, disks, transfers, memory pressure and waits for the GPU end by themselves: they prove nothing. Who debugs
+  or freezes an engine does so on purpose.
+- A wait for the GPU and a collective that spins are proved by the GPU's signs only, which nothing reads yet.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Final
+
+from sidecar.readings import HangSigns
+
+# What the engine's processes do is looked at so often while the engine is suspect.
+LOOK_INTERVAL_S: Final = 3.0
+# After so long in one doubt it is looked at more seldom: by then silence alone has decided.
+LONG_DOUBT_S: Final = 180.0
+SELDOM_INTERVAL_S: Final = 60.0
+# A look that is later than this after the one before begins a new series: what happened between is unknown.
+MAX_LOOK_GAP_S: Final = 3 * LOOK_INTERVAL_S
+# A series proves nothing before it has lasted so long: five looks.
+MIN_PROOF_S: Final = 12.0
+# A proof that is older than this is none.
+MAX_PROOF_AGE_S: Final = 2 * LOOK_INTERVAL_S
+
+Cell = str | bool | None
+
+
+@dataclass(frozen=True, slots=True)
+class HangClass:
+    """One row: signs by the names of HangSigns. `compilers`: whether any runs."""
+
+    name: str
+    text: str
+    proves: bool = False
+    lost: Cell = None
+    debugged: Cell = None
+    frozen: Cell = None
+    stopped: Cell = None
+    compilers: Cell = None
+    cpu: Cell = None
+    wait: Cell = None
+    frames: Cell = None
+    same_stacks: Cell = None
+    memory: Cell = None
+    gpu_power: Cell = None
+    gpu_activity: Cell = None
+
+
+HANG_CLASSES: Final[tuple[HangClass, ...]] = (
+    HangClass("debugger", "a debugger or profiler has stopped a process of the engine; it goes on when that lets it",
+              debugged=True),
+    HangClass("frozen", "the engine's control group is frozen; it goes on when that is thawed",
+              frozen=True),
+    HangClass("compiling", "a compiler runs among the engine's processes: it may take minutes and ends by itself",
+              compilers=True),
+    HangClass("compiling", "the engine compiles kernels: it may take minutes and ends by itself",
+              frames="compiler"),
+    HangClass("memory_pressure", "a process was killed for want of memory (OOM); raise the container's memory limit",
+              memory="oom"),
+    HangClass("memory_pressure", "the machine or container is short of memory, and processes wait for pages",
+              memory="pressure"),
+    HangClass("lost_worker", "a process of the engine has ended, and the others wait for it", proves=True,
+              lost=True, cpu="none"),
+    HangClass("stopped", "a process of the engine is stopped by a signal; SIGCONT resumes it", proves=True,
+              stopped=True, cpu="none"),
+    HangClass("collective_spin", "the GPUs are all busy at idle power: a collective operation spins", proves=True,
+              cpu="busy", same_stacks=True, gpu_activity="busy", gpu_power="idle"),
+    HangClass("collective_spin", "a collective operation spins: another rank or GPU does not come; see the ranks' logs",
+              frames="collective", same_stacks=True),
+    HangClass("network_wait", "the engine waits for another machine (a KV transfer, a store, a peer)",
+              cpu="none", frames="transfer"),
+    HangClass("network_wait", "the engine waits for another machine (a KV transfer, a store, a peer)",
+              cpu="none", wait="network"),
+    HangClass("device_wait", "the engine waits for a GPU that does nothing: a kernel's launch is lost", proves=True,
+              cpu="none", wait="device", gpu_activity="idle", gpu_power="idle"),
+    HangClass("device_wait", "the engine waits for its GPU",
+              cpu="none", wait="device"),
+    HangClass("device_wait", "the engine waits for a driver or a disk",
+              cpu="none", wait="disk"),
+    HangClass("host_lock", "all threads of the engine wait for each other: a lock is never released", proves=True,
+              cpu="none", wait="lock", same_stacks=True),
+)  # fmt: skip
+
+_SIGNS: Final = tuple(field.name for field in fields(HangClass) if field.name not in ("name", "text", "proves"))
+NO_CLASS: Final = HangClass("", "")
+
+
+def hang_class(signs: HangSigns) -> HangClass:
+    """The row that these signs match; NO_CLASS for none."""
+    return next((row for row in HANG_CLASSES if _matches(row, signs)), NO_CLASS)
+
+
+def is_proof(signs: HangSigns, age: float) -> bool:
+    """Whether these signs, read `age` seconds ago, prove that the engine hangs."""
+    return hang_class(signs).proves and signs.seconds >= MIN_PROOF_S and age <= MAX_PROOF_AGE_S
+
+
+def _matches(row: HangClass, signs: HangSigns) -> bool:
+    wanted = ((name, cell) for name in _SIGNS if (cell := getattr(row, name)) is not None)
+    return all(_seen(signs, name) == cell for name, cell in wanted)
+
+
+def _seen(signs: HangSigns, name: str) -> Cell:
+    return bool(signs.compilers) if name == "compilers" else getattr(signs, name)

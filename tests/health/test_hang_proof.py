@@ -1,0 +1,100 @@
+"""A proof from the engine's processes shortens the wait for a kill, and nothing else does; on simulated clocks."""
+
+from __future__ import annotations
+
+import pytest
+
+from sidecar.health.hang_classes import HANG_CLASSES, NO_CLASS, hang_class
+from sidecar.health.progress import PROVEN_KILL_S, SilenceLimits, silence_limits
+from sidecar.readings import HangSigns
+from sidecar.settings import Settings
+
+from .verdict_pod import LIMITS, Pod
+
+LOCK = HangSigns(13.0, frozen=False, cpu="none", wait="lock", same_stacks=True, memory="none", where="core (pid 7)")
+COMPILES = HangSigns(13.0, frozen=False, cpu="none", wait="lock", same_stacks=True, compilers=("ptxas",))
+BUSY = HangSigns(13.0, frozen=False, cpu="busy", same_stacks=False)
+
+
+def silent(signs: HangSigns | None, *, canaries: str = "", idle: bool = False) -> tuple[Pod, float, list[float]]:
+    """A served engine that falls silent with a request open, until it is stalled.
+
+    Returns the seconds until then, and those until it was suspect.
+    """
+    pod = Pod().served()
+    for _ in range(12):  # enough to know this engine's gaps
+        pod.request()
+        pod.tick()
+        pod.deliver()
+        pod.settle()
+    pod.tick()
+    if not idle:
+        pod.request()
+        pod.deliver()
+    pod.canaries, pod.signs = canaries, signs
+    began, suspected = pod.now, []
+    while pod.state != "stalled" and pod.now < began + 300:
+        if pod.tick() == "suspect":
+            suspected.append(pod.now - began)
+    return pod, pod.now - began, suspected
+
+
+def test_a_proof_kills_at_30_s() -> None:
+    """All of it: silence, an unanswered canary, and signs that prove a hang; the verdict and its detail name it."""
+    pod, seconds, suspected = silent(LOCK)
+    assert PROVEN_KILL_S < seconds <= PROVEN_KILL_S + 2 and suspected[0] < 10
+    seen = pod.control.health.verdict
+    assert (seen.evidence["proof"], seen.evidence["hang"], seen.evidence["condition"]) == (
+        "processes",
+        "host_lock",
+        "proven",
+    )
+    assert "proved by its processes, core (pid 7): host_lock" in seen.detail
+
+
+@pytest.mark.parametrize("signs", [None, COMPILES, BUSY])
+def test_without_a_proof_everything_stays_as_it_is(signs: HangSigns | None) -> None:
+    """Nothing readable, a compiler, and work in all its forms: the usual bound of a kill."""
+    pod, seconds, _ = silent(signs)
+    assert seconds > LIMITS.kill and pod.control.health.verdict.evidence["proof"] == "none"
+
+
+def test_a_canary_that_passes_is_stronger_than_a_proof() -> None:
+    """The engine computes, whatever its processes seem to do."""
+    pod, seconds, _ = silent(LOCK, canaries="ok")
+    assert pod.state != "stalled" and seconds >= 300
+
+
+def test_an_idle_engine_is_killed_by_proof_only_once_its_canary_was_lost() -> None:
+    """Nothing is outstanding: from the first lost canary on."""
+    pod, seconds, _ = silent(LOCK, canaries="starved", idle=True)
+    usual, later, _ = silent(None, canaries="starved", idle=True)
+    assert (pod.state, usual.state) == ("stalled", "stalled") and PROVEN_KILL_S < seconds < later
+
+
+def test_a_proof_needs_its_time() -> None:
+    """Signs of three seconds are those of any pause."""
+    pod, seconds, _ = silent(HangSigns(3.0, frozen=False, cpu="none", wait="lock", same_stacks=True))
+    assert seconds > LIMITS.kill and pod.control.health.verdict.evidence["hang"] == "host_lock"
+
+
+def test_the_proven_bound_is_never_longer_than_the_usual_one() -> None:
+    """And never shorter than the floor, which is what any engine may be silent."""
+    assert SilenceLimits().proven == PROVEN_KILL_S
+    for floor, kill in ((12.0, 75.0), (3.0, 9.0), (40.0, 60.0), (40.0, 10.0)):
+        limits = silence_limits(Settings(engine="http://engine", silence_floor=floor, silence_kill=kill))
+        assert floor <= limits.proven <= limits.kill
+
+
+def test_the_table_reads_each_row_before_those_that_it_excludes() -> None:
+    """Every row is the answer to its own signs, so none is hidden behind another."""
+    for row in HANG_CLASSES:
+        cells = {name: getattr(row, name) for name in HangSigns.__slots__ if getattr(row, name, None) is not None}
+        if "compilers" in cells:
+            cells["compilers"] = ("nvcc",)
+        assert hang_class(HangSigns(**({"seconds": 12.0} | cells))) is row, row
+
+
+def test_no_sign_no_class() -> None:
+    """What cannot be read proves nothing."""
+    assert hang_class(HangSigns(60.0)) is NO_CLASS
