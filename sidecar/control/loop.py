@@ -13,6 +13,7 @@ import socket
 import sqlite3
 import time
 from collections import deque
+from collections.abc import Mapping
 from contextlib import suppress
 from functools import partial
 from typing import Any, Final
@@ -63,6 +64,7 @@ from sidecar.signals.gpu.poller import GpuSignal
 from sidecar.signals.limits_file import LimitsFile
 from sidecar.signals.port import PortSignal
 from sidecar.signals.process_examiner import ProcessExaminer
+from sidecar.snapshot import PodNames
 
 # Between checks of the engine's port. A restart can be over in a second, so it is checked often while one is awaited.
 PORT_INTERVAL_S, RESTART_PORT_INTERVAL_S = 1.0, 0.1
@@ -85,7 +87,8 @@ class ControlLoop:
     ) -> None:
         now, wall = time.monotonic(), time.time()
         pod = ".".join(filter(None, (os.environ.get("POD_NAME"), os.environ.get("POD_UID"))))
-        self.control = control = ControlState(settings, co, now, wall, pod)
+        self._host, self._listen_port = socket.gethostname(), settings.listen[1]
+        self.control = control = ControlState(settings, co, now, wall, pod, pod_names(os.environ, self._host))
         self._state_dir = state_dir
         self._state_store = StateStore(state_dir, settings.engine, co.fingerprint)
         self._state_store.restore(control, now)
@@ -94,7 +97,6 @@ class ControlLoop:
         self.gpus = GpuSignal()
         self._examiner = ProcessExaminer(settings.engine)
         self.tracing = Tracing(settings.otlp_endpoint, __version__)
-        self._host, self._listen_port = socket.gethostname(), settings.listen[1]
         self._usage: UsageStore | None = None
         if settings.usage_bytes:
             self._usage = UsageStore(state_dir.path, settings.usage_days, settings.usage_bytes)
@@ -414,6 +416,11 @@ class ControlLoop:
         except OSError as e:
             text = "cannot save the learned state (%s); a restart of the sidecar would forget it"
             self._log.error("memory", text, e.strerror)
+
+
+def pod_names(env: Mapping[str, str], host: str) -> PodNames:
+    """Where this runs, by the variables of the printed manifests; a host's name where there is no pod's."""
+    return PodNames(env.get("POD_NAME") or host, env.get("POD_NAMESPACE", ""), env.get("NODE_NAME", ""))
 
 
 def describe(eviction: Eviction) -> str:

@@ -72,18 +72,14 @@ class FanOut:
         if settlement.relabelled:
             self.metrics.relabel(self.labels.of)
         self.tracing.settled(settled, mu, lambda: self.price_terms(settlement.work) if mu else ())
-        # A long answer in one piece may have a first byte; it has no first token.
-        first_at, later_tokens = settled.first_at if admitted.stream else None, settlement.delivered - 1
         key = key_of(settlement, rate_of(price, self.fingerprint), wall)
         sums = sums_of(settlement, price, self.unit_ms)
         self.metrics.settled(
             key,
             sums,
             request=settled.at - admitted.at,
-            time_to_first_token=None if first_at is None else first_at - admitted.at,
-            time_per_output_token=None
-            if first_at is None or later_tokens < 1
-            else (settled.at - first_at) / later_tokens,
+            time_to_first_token=settlement.first_token_s,
+            time_per_output_token=settlement.output_token_s,
             relay_overhead=None if settled.sent_at is None else settled.overhead,
         )
         is_new = self.usage is not None and self.usage.add(admitted.id, key, sums)
