@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import shutil
 import sqlite3
+import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -76,8 +77,10 @@ def main(settings: MergeSettings, as_json: bool = False) -> int:
     except (OSError, sqlite3.Error) as e:
         raise NoUsageRecords(f"usage records cannot be merged: {e}") from None
     written, sidecars = str(folder / USAGE_FILE), len(known | exported.origins)
-    found = {"written": written, "sidecars": sidecars}
-    print(json.dumps(found, indent=1) if as_json else f"written: {written}, the records of {sidecars} sidecars")
+    if as_json:
+        print(json.dumps({"written": written, "sidecars": sidecars}, indent=1))
+    else:
+        print(f"written: {written}, the records of {sidecars} sidecar(s)", file=sys.stderr)
     return 0
 
 
