@@ -160,7 +160,7 @@ PLATFORM = (
 
 @dataclass(frozen=True)
 class Search:
-    """The site's own index, searched as the theme's worker does: no stemmer, prefixes, titles a thousand times a text."""
+    """The site's own index, searched as the theme's worker does: prefixes, no stemmer, titles far before texts."""
 
     index: Any
     sections: dict[str, dict[str, str]]

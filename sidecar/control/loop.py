@@ -45,13 +45,13 @@ from sidecar.health.monitor import TICK_S, TickReadings
 from sidecar.load import cost_model
 from sidecar.load.cost_model import Coefficients
 from sidecar.report import orca
-from sidecar.report.fan_out import FanOut, make_server_metrics
+from sidecar.report.fan_out import FanOut, make_log_handler, make_server_metrics
 from sidecar.report.live_page import PageFeed
 from sidecar.report.merged_page import merge_pages
 from sidecar.report.metrics import Metrics
 from sidecar.report.prometheus import MetricsPages
 from sidecar.report.request_log import RequestLog
-from sidecar.report.semantic_conventions import Service
+from sidecar.report.semantic_conventions import Service, verdict_attributes
 from sidecar.report.tracing import Tracing
 from sidecar.report.usage_database import STATEMENT_TIMEOUT_S, UsageDatabase
 from sidecar.report.usage_rows import Eviction
@@ -110,6 +110,7 @@ class ControlLoop:
         if settings.request_log_bytes:
             self._request_log = RequestLog(state_dir.path, settings.request_log_bytes)
         self.server_metrics = make_server_metrics(settings.otlp_endpoint, __version__)
+        self.log_handler = make_log_handler(settings.otlp_endpoint, __version__)
         reports = metrics, self.tracing, self._usage, labels, control.price_terms
         self._fan_out = FanOut(*reports, *priced, self._request_log, self.server_metrics)
         self._limits = LimitsFile(settings.tenant_limits) if settings.tenant_limits else None
@@ -180,7 +181,8 @@ class ControlLoop:
         self.ticked_at = now
         self.engine.set_busy(health.verdict.state != "idle")
         self._fan_out.metrics.update(self.snapshot)
-        self._fan_out.metrics.spans_dropped(self.tracing.dropped)
+        unlogged = self.log_handler.dropped if self.log_handler is not None else 0
+        self._fan_out.metrics.exports_dropped(self.tracing.dropped, unlogged)
         self.tracing.service = Service(self.engine.kind_name, self._host, self._listen_port)
         self._log_coefficients(stale_before)
         self._log_capacity(slowness_before)
@@ -230,7 +232,8 @@ class ControlLoop:
         verdict = self.control.health.verdict
         is_bad = verdict.state in ("suspect", "stalled", "dead") or verdict.reason in reasons.NOTABLE
         level = logging.WARNING if is_bad else logging.INFO
-        _log.log(level, "verdict %s (%s): %s", verdict.state, verdict.reason, verdict.detail)
+        event = {"otlp_event": ("sidecar.verdict", verdict_attributes(verdict, self.tracing.service))}
+        _log.log(level, "verdict %s (%s): %s", verdict.state, verdict.reason, verdict.detail, extra=event)
         self._fan_out.on_decision(verdict)
         self.port.period = RESTART_PORT_INTERVAL_S if verdict.state == "stalled" else PORT_INTERVAL_S
         if verdict.state == "stalled":
