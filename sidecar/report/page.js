@@ -130,7 +130,7 @@ function showPlace({ place, models, engine_kind: kind, engine_version: version }
 // A time and what it is judged by; "–" where no stream has shown it.
 function showTimes(id, times, of) {
   put(id, times ? span(times.p50) : "–");
-  put(`${id}-of`, times ? `p95 ${span(times.p95)}${of}` : "no stream in the last minute");
+  put(`${id}-of`, times ? `p95 ${span(times.p95)}${of}` : "no stream");
 }
 
 function showProbes(probes, handover) {

@@ -39,6 +39,7 @@ LABEL_CHARS, VALUE_CHARS = 13, 30
 # Alternate screen, hidden cursor; and back.
 ENTER, LEAVE = "\x1b[?1049h\x1b[?25l", "\x1b[?25h\x1b[?1049l"
 HOME, CLEAR_LINE, CLEAR_BELOW = "\x1b[H", "\x1b[K", "\x1b[J"
+LIMITS: Final = {"stock": "MU in flight", "flow": "MU per minute", "kv": "KV cache", "ttft": "first token"}
 QUIT: Final = (b"q", b"Q", b"\x1b", b"\x03", b"\x04")
 
 
@@ -211,7 +212,8 @@ def _rows(status: Mapping[str, Any], past: Sequence[Update]) -> Iterator[tuple[s
         times = status.get(key)
         text = f"{span(times['p50'])}, p95 {span(times['p95'])}" if times else "none in the last minute"
         yield label, text, _history(past, key, "p95")
-    load = f"{status.get('utilization') or 0:.0%}, limited by {safe(status.get('limited_by'))}"
+    part = str(status.get("limited_by"))
+    load = f"{status.get('utilization') or 0:.0%}, limited by {LIMITS.get(part, safe(part))}"
     yield "load", load, _history(past, "utilization")
     age, allowed = status.get("silence"), status.get("silence_allowed") or 0
     silence = "nothing outstanding" if age is None else f"{span(age)} of {span(allowed)} allowed"
