@@ -156,7 +156,7 @@ def test_hours_can_be_shown(site: Any, open_page: Callable[..., webdriver.Chrome
     """The reader chooses the time that is shown; a choice beyond the history shows all of it."""
     site.publish(*(moment(float(at)) for at in range(0, 4000, 2)))
     driver = open_page()
-    await_text(driver, "#span", "last 10 min")
+    await_text(driver, "#state", "progressing")
     for choice, words in (("1\u00a0h", "last 1 h"), ("6\u00a0h", "last 6 h"), ("10\u00a0min", "last 10 min")):
         button = next(
             b
