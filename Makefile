@@ -1,4 +1,4 @@
-# make run | test | test-slow | check | matrix | test-vllm | test-clients | test-charts | test-fixtures | test-containers | compiled | test-compiled | sanitize | soak | fuzz | bench | docs | clean
+# make run | test | test-slow | check | matrix | test-vllm | test-clients | test-charts | test-fixtures | test-containers | site | compiled | test-compiled | sanitize | soak | fuzz | bench | docs | clean
 #
 # Needs GNU make, Python 3.11-3.13 with pip and venv, and C and C++ compilers for the kernel and a test. Everything else
 # is installed into .venv, pinned by constraints.txt, again only when pyproject.toml or constraints.txt changes.
@@ -19,7 +19,7 @@ PYTEST := $(if $(COMPILED),$(ON_COMPILED),$(BIN)/pytest)
 # Without bytecode on disk, every start of a test or a worker would compile torch's thousands of modules again.
 INSTALL := env -u PYTHONDONTWRITEBYTECODE $(BIN)/uv pip install --quiet --python $(BIN)/python --compile-bytecode -c constraints.txt
 
-.PHONY: help run test test-slow check matrix test-vllm test-clients test-charts test-fixtures test-containers compiled test-compiled sanitize soak fuzz bench docs constraints clean
+.PHONY: help run test test-slow check matrix test-vllm test-clients test-charts test-fixtures test-containers site compiled test-compiled sanitize soak fuzz bench docs constraints clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
@@ -28,7 +28,7 @@ run: .venv/.installed ## The demo: scripted engine, traffic, a stall and its rec
 	@exec $(BIN)/sidecar demo $(ARGS)
 
 test: check ## All checks, and all tests except those of the other test targets; ARGS go to pytest
-	$(BIN)/pytest -m "not vllm and not clients and not charts and not fixtures and not containers and not matrix and not slow" --durations 15 $(ARGS)
+	$(BIN)/pytest -m "not vllm and not clients and not charts and not fixtures and not containers and not site and not matrix and not slow" --durations 15 $(ARGS)
 
 check: .venv/.installed-test ## Format, lint, layers, types
 	$(BIN)/ruff format --check .
@@ -60,6 +60,11 @@ test-clients: .venv/.installed-test ## The openai, anthropic, litellm and langch
 test-charts: .venv/.installed-test ## The Helm chart and the Kustomize component by real helm and kubectl; installs them first (36 MB)
 	$(BIN)/python tests/tools/kubernetes_tools.py
 	$(BIN)/pytest tests/tools/test_charts.py -m charts $(ARGS)
+
+site: .venv/.installed-test ## The documentation as a site in build/site, warnings as errors; its links, and what its search finds
+	$(INSTALL) -e ".[site]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	$(BIN)/pytest -m site tests/test_site.py $(ARGS)
 
 compiled: .venv/.installed-test ## The sidecar with its hot path compiled (COMPILE=1), in build/compiled
 	@if [ ! -e build/compiled/.made ] || [ -n "$$(find setup.py pyproject.toml sidecar kernels -newer build/compiled/.made -name '*.[pch]*' -print -quit)" ]; then
@@ -103,7 +108,7 @@ docs: .venv/.installed-test ## Regenerate the tables of the documents, docs/verd
 	$(BIN)/python docs/generate.py
 
 constraints: .venv/.installed-test ## Upgrade all packages and pin them in constraints.txt
-	$(BIN)/uv pip install --upgrade --python $(BIN)/python --compile-bytecode -e ".[images,gpu,diagnose,orca,postgres,tokenizer,test,fuzz,lint]"
+	$(BIN)/uv pip install --upgrade --python $(BIN)/python --compile-bytecode -e ".[images,gpu,diagnose,orca,postgres,tokenizer,test,fuzz,site,lint]"
 	{
 		grep '^#' constraints.txt
 		$(BIN)/uv pip freeze --python $(BIN)/python --exclude-editable

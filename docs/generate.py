@@ -25,6 +25,7 @@ from sidecar.engines import image_loading
 from sidecar.engines.image_loading import ENGINE_REASONS
 from sidecar.events import STATES, State
 from sidecar.health.hang_classes import HANG_CLASSES, HangClass
+from sidecar.flags import headings
 from sidecar.health.kill_policy import ESCALATIONS, HOLDS
 from sidecar.health.probes import FAILS
 from sidecar.health.reasons import CAUSES, REASON_TEXTS, STATE_TEXTS
@@ -80,6 +81,7 @@ ANSWERS: Final[dict[str, str]] = {
     "/readyz": "503 for `starting`, `suspect`, `stalled`, `dead`, `exempt`, and while draining; never for mere load",
     "/startupz": "200 once the engine has served a token since it started",
     "/healthz": "the sidecar's own health; nothing about the engine",
+    "/status": "what `sidecar status` shows, as JSON: verdict, probes, pod, model, requests, latencies, GPUs, tenants",
     "/load": "load as JSON: model units, tokens, requests, GPUs, verdict; `?unit=milli`: whole thousandths of MU",
     "/cost": "what a request costs, [term by term](model-units.md#cost): `/cost?in=3500&cached=0&out=300&images=1`",
     "/coefficients": "the coefficients in use, as a file for `--coefficients`",
@@ -100,12 +102,13 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     return "\n".join([texts[0], "|" + "---|" * len(lines[0]), *texts[1:]]) + "\n"
 
 
-def settings_table(cls: type = Settings) -> str:
-    """Every setting of a command; by default those of `sidecar run`."""
-    return table(
-        ("flag", "default", "meaning"),
-        ((f"`{format_key(f.name)}`", shown(f), f.metadata["help"] + choices(f)) for f in fields(cls)),
-    )
+def settings_table() -> str:
+    """Every setting of `sidecar run`, below its heading."""
+    parts: dict[str, list[tuple[str, str, str]]] = {}
+    for f, heading in zip(fields(Settings), headings(fields(Settings)).values(), strict=True):
+        row = f"`{format_key(f.name)}`", shown(f), f.metadata["help"] + choices(f)
+        parts.setdefault(heading, []).append(row)
+    return "\n".join(f"### {name}\n\n{table(('flag', 'default', 'meaning'), rows)}" for name, rows in parts.items())
 
 
 def choices(field: Any) -> str:

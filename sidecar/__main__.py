@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
+import json
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -10,11 +12,12 @@ from dataclasses import fields
 from typing import Any, Final, Literal
 
 import click
+from click.shell_completion import CompletionItem
 
 from sidecar import __version__, settings
 from sidecar.control import state_dir as statefile
 from sidecar.errors import SidecarError, UsageError
-from sidecar.flags import Parser
+from sidecar.flags import Parser, headings
 from sidecar.health import probes
 from sidecar.runtime import logs
 from sidecar.settings import Settings
@@ -51,6 +54,8 @@ def run_to_exit_code(job: Callable[[], int]) -> int:
 
 # Imported on use, because kubelet starts `sidecar probe` every few seconds: name -> (module, settings class).
 LAZY_COMMANDS: Final = {
+    "status": ("sidecar.tools.status", "StatusSettings"),
+    "top": ("sidecar.tools.top", "TopSettings"),
     "engine": ("sidecar.tools.scripted_engine.server", "EngineSettings"),
     "demo": ("sidecar.tools.demo.command", "DemoSettings"),
     "inject": ("sidecar.tools.manifests.inject", "InjectSettings"),
@@ -68,6 +73,21 @@ LAZY_SUBCOMMANDS: Final = {
         "merge": ("sidecar.tools.usage_merge", "MergeSettings"),
     }
 }
+# Those that write files in the formats of other programs, or run until they are stopped: they have no result to report,
+# and so no --json. All others print one JSON document with it, and progress and errors on stderr.
+WITHOUT_JSON: Final = frozenset({"run", "engine", "manifests", "inject", "usage export"})
+
+# What `sidecar --help` shows together.
+COMMAND_GROUPS: Final = {
+    "Run": ("run", "probe"),
+    "Look": ("status", "top", "doctor"),
+    "Deploy": ("manifests", "inject"),
+    "Measure": ("calibrate", "bench"),
+    "Account and plan": ("usage", "forecast", "cel"),
+    "Try out": ("demo", "engine"),
+}
+MAX_HELP_CHARS: Final = 200
+JSON_HELP: Final = "Print the result as one JSON document; progress goes to stderr"
 
 
 class Commands(click.Group):
@@ -76,10 +96,62 @@ class Commands(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:
         return sorted({*super().list_commands(ctx), *LAZY_COMMANDS})
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """The command that was named; the error for an unknown one names the nearest."""
+        if args and not args[0].startswith("-") and self.get_command(ctx, args[0]) is None:
+            near = difflib.get_close_matches(args[0], self.list_commands(ctx), n=1)
+            ctx.fail(f"no command is named {args[0][:80]!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The commands in COMMAND_GROUPS, each with its whole first sentence."""
+        for title, names in COMMAND_GROUPS.items():
+            commands = ((name, self.get_command(ctx, name)) for name in names)
+            rows = [(name, command.get_short_help_str(MAX_HELP_CHARS)) for name, command in commands if command]
+            with formatter.section(title):
+                formatter.write_dl(rows)
+
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in LAZY_COMMANDS:
             return super().get_command(ctx, cmd_name)
         return _lazy_command(cmd_name, *LAZY_COMMANDS[cmd_name], LAZY_SUBCOMMANDS.get(cmd_name, {}))
+
+
+class SettingOption(click.Option):
+    """The flag of a setting: `--help` shows it below its heading, and shells complete its value."""
+
+    def __init__(self, *args: Any, heading: str, parser: Parser, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.heading, self._parser = heading, parser
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        if kind := {"FILE": "file", "DIR": "dir"}.get(self._parser.metavar):
+            return [CompletionItem(incomplete, type=kind)]
+        return [CompletionItem(choice) for choice in self._parser.choices if choice.startswith(incomplete)]
+
+
+class GroupedCommand(click.Command):
+    """A command whose `--help` shows its settings below their headings, and what has none last."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for param in self.get_params(ctx):
+            if (row := param.get_help_record(ctx)) is not None:
+                sections.setdefault(getattr(param, "heading", ""), []).append(row)
+        others = sections.pop("", [])
+        for heading, rows in [*sections.items(), ("Other options" if sections else "Options", others)]:
+            with formatter.section(heading):
+                formatter.write_dl(rows)
+
+
+class GroupedGroup(click.Group, GroupedCommand):
+    """The same, with commands below it."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        GroupedCommand.format_options(self, ctx, formatter)
+        self.format_commands(ctx, formatter)
 
 
 def _lazy_command(
@@ -89,21 +161,28 @@ def _lazy_command(
     code = importlib.import_module(module)
     cls = getattr(code, settings_class)
 
-    def command(config: str | None, **flags: str | tuple[str, ...] | None) -> int:
+    def command(config: str | None, as_json: bool = False, **flags: str | tuple[str, ...] | None) -> int:
         texts = {flag: ",".join(value) or None if isinstance(value, tuple) else value for flag, value in flags.items()}
         if (subcommand := click.get_current_context().invoked_subcommand) is not None:
-            if config or any(texts.values()):
+            if config or as_json or any(texts.values()):
                 raise UsageError(f"put the flags of `sidecar {name} {subcommand}` after its name")
             return 0
-        return int(code.main(settings.load(cls, texts, os.environ, config, also=(Settings,))))
+        if as_json and texts.get("format") not in (None, "json"):
+            raise UsageError("--json and --format: use only one of them")
+        chosen = settings.load(cls, texts, os.environ, config, also=(Settings,))
+        return int(code.main(chosen, as_json) if reports else code.main(chosen))
 
+    reports = name not in WITHOUT_JSON
     summary = str(code.__doc__).strip().splitlines()[0]
+    callback = add_options(cls)(add_json(command) if reports else command)
+    whole = click.command(name, cls=GroupedCommand, help=summary)(callback)
     if not subcommands:
-        return click.command(name, help=summary)(add_options(cls)(command))
-    group = click.Group(name, invoke_without_command=True, help=summary)
-    group.callback, group.params = command, click.command(name)(add_options(cls)(command)).params
+        return whole
+    group = GroupedGroup(name, invoke_without_command=True, help=summary)
+    group.callback, group.params = command, whole.params
     for subcommand, (module, settings_class) in subcommands.items():
-        group.add_command(_lazy_command(subcommand, module, settings_class, {}))
+        below = _lazy_command(f"{name} {subcommand}", module, settings_class, {})
+        group.add_command(below, subcommand)
     return group
 
 
@@ -116,6 +195,8 @@ def cli() -> None:
 def add_options(cls: type) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Add one option per field of a settings class. The values stay text until settings.load parses them."""
 
+    heading_of = headings(fields(cls))
+
     def wrap(command: Callable[..., Any]) -> Callable[..., Any]:
         for field in reversed(fields(cls)):
             parser: Parser = field.metadata["parser"]
@@ -126,13 +207,19 @@ def add_options(cls: type) -> Callable[[Callable[..., Any]], Callable[..., Any]]
                 continue
             name = settings.format_key(field.name)
             names = [name, "-f"] if field.name == "file" else [name]
-            command = click.option(*names, field.name, default=None, metavar=parser.metavar, help=text)(command)
+            made: dict[str, Any] = {"cls": SettingOption, "heading": heading_of[field.name], "parser": parser}
+            command = click.option(*names, field.name, metavar=parser.metavar, help=text, **made)(command)
         return click.option("--config", default=None, metavar="FILE", help="TOML file of settings [none]")(command)
 
     return wrap
 
 
-@cli.command("run")
+def add_json(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add `--json`, which means the same for every command that reports."""
+    return click.option("--json", "as_json", is_flag=True, help=JSON_HELP)(command)
+
+
+@cli.command("run", cls=GroupedCommand)
 @add_options(Settings)
 @click.argument("command", nargs=-1, metavar="[-- COMMAND]")
 def run_command(command: tuple[str, ...], config: str | None, **flags: str | None) -> int:
@@ -151,10 +238,11 @@ def run_command(command: tuple[str, ...], config: str | None, **flags: str | Non
 
 
 @cli.command("probe")
-@click.argument("kind", type=click.Choice((*probes.KINDS, "self")))
+@add_json
+@click.argument("kind", type=click.Choice((*probes.KINDS, "self")), metavar="|".join((*probes.KINDS, "self")))
 @click.option("--state-dir", default=None, metavar="DIR", help="Directory shared with the sidecar [/run/sidecar]")
 @click.option("--admin", default=None, metavar="HOST:PORT", help="Of `self`: the sidecar's admin port [0.0.0.0:9400]")
-def probe_command(kind: Literal["self"] | probes.Kind, state_dir: str | None, admin: str | None) -> int:
+def probe_command(kind: Literal["self"] | probes.Kind, state_dir: str | None, admin: str | None, as_json: bool) -> int:
     """Exec probe: reads the verdict file, needs no network. Passes if the file is missing or stale.
 
     `self` asks the sidecar's own /healthz instead, for containers without curl, and fails without an answer.
@@ -163,17 +251,16 @@ def probe_command(kind: Literal["self"] | probes.Kind, state_dir: str | None, ad
         from sidecar.tools import self_probe
 
         passed, text = self_probe.ask(admin or os.environ.get("SIDECAR_ADMIN") or "")
-        click.echo(text)
-        return 0 if passed else 1
-    path = state_dir or os.environ.get("SIDECAR_STATE_DIR") or str(Settings().state_dir)
-    passed, text = probes.exec_answer(kind, *statefile.read(path))
-    click.echo(text)
+    else:
+        path = state_dir or os.environ.get("SIDECAR_STATE_DIR") or str(Settings().state_dir)
+        passed, text = probes.exec_answer(kind, *statefile.read(path))
+    click.echo(json.dumps({"probe": kind, "passes": passed, "detail": text}, indent=1) if as_json else text)
     return 0 if passed else 1
 
 
-@cli.command("doctor")
+@cli.command("doctor", cls=GroupedCommand)
 @add_options(Settings)
-@click.option("--json", "as_json", is_flag=True, help="Print JSON")
+@add_json
 def doctor_command(as_json: bool, config: str | None, **flags: str | None) -> int:
     """Check settings, engine, GPU, shared memory and CPU quota; report what is missing and how to fix it."""
     from sidecar.tools.doctor import report
@@ -205,8 +292,11 @@ def _unwrap_group(job: Callable[[], int]) -> int:
 
 
 def _one_line(error: click.ClickException) -> str:
-    """Click's message, which names the flag and the nearest one, as one line."""
-    return " ".join(error.format_message().split())
+    """Click's message, which names the flag and the nearest one, as one line that says where to look."""
+    text = " ".join(error.format_message().split()).rstrip(".")
+    if not isinstance(error, click.UsageError) or error.ctx is None:
+        return text
+    return f"{text}{' See' if text.endswith('?') else '; see'} `{error.ctx.command_path} --help`"
 
 
 def _fail(text: str, code: int) -> int:

@@ -6,8 +6,8 @@ A parser turns text into a value. It also names what it expects, for errors, and
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable
+from dataclasses import Field, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import unquote
@@ -18,17 +18,32 @@ MAX_SHOWN_CHOICES_CHARS: Final = 60
 
 @dataclass(frozen=True, slots=True)
 class Parser:
-    """`parse` raises ValueError for any text that is not `expected`."""
+    """`parse` raises ValueError for any text that is not `expected`. `choices`: all texts that it takes, if few."""
 
     expected: str
     metavar: str
     parse: Callable[[str], Any]
+    choices: tuple[str, ...] = ()
 
 
-def flag(default: Any, parser: Parser, help: str, *, expected: str = "", secret: bool = False) -> Any:
-    """One setting as a dataclass field. `expected` replaces that of the parser."""
+def flag(
+    default: Any, parser: Parser, help: str, *, expected: str = "", secret: bool = False, heading: str = ""
+) -> Any:
+    """One setting as a dataclass field. `expected` replaces that of the parser.
+
+    `heading`: `--help` and the reference show it, and those after it up to the next heading, below this one.
+    """
     parser = replace(parser, expected=expected) if expected else parser
-    return field(default=default, metadata={"parser": parser, "help": help, "secret": secret})
+    return field(default=default, metadata={"parser": parser, "help": help, "secret": secret, "heading": heading})
+
+
+def headings(settings: Iterable[Field[Any]]) -> dict[str, str]:
+    """The heading of each setting by its name; "" before the first. A heading may come back."""
+    found, heading = {}, ""
+    for setting in settings:
+        heading = setting.metadata.get("heading") or heading
+        found[setting.name] = heading
+    return found
 
 
 def argument(parser: Parser, help: str) -> Any:
@@ -64,7 +79,8 @@ def one_of(*options: str) -> Parser:
     words = [option for option in options if option]
     choices = "|".join(words)
     metavar = choices if len(choices) <= MAX_SHOWN_CHOICES_CHARS else "NAME"
-    return checked(options.__contains__, f"one of {', '.join(words)}", metavar)
+    found = checked(options.__contains__, f"one of {', '.join(words)}", metavar)
+    return replace(found, choices=tuple(words))
 
 
 _METAVARS: Final = {"seconds": "SECONDS", "milliseconds": "MS", "dollars": "DOLLARS"}
@@ -77,7 +93,8 @@ def _ranged(convert: Callable[[str], float], low: float, high: float, unit: str)
             raise ValueError
         return value
 
-    return Parser(f"{unit} from {low} to {high}", _METAVARS.get(unit, "N"), parse)
+    kind = unit if unit.startswith("a ") else f"a number of {unit}"
+    return Parser(f"{kind} from {low} to {high}", _METAVARS.get(unit, "N"), parse)
 
 
 def number(low: float, high: float, unit: str = "a number") -> Parser:
@@ -136,7 +153,7 @@ _DOMAIN: Final = r"(\*\.)?[a-z0-9_]([a-z0-9_.-]{0,251}[a-z0-9])?(:[1-9][0-9]{0,4
 domains: Final = matching(rf"(?i)off|{_DOMAIN}(\s*,\s*{_DOMAIN})*", "off, or domains divided by commas", then=str.lower)
 
 
-@parser("HOST:PORT", "HOST:PORT")
+@parser("HOST:PORT, such as 127.0.0.1:9400", "HOST:PORT")
 def address(text: str) -> tuple[str, int]:
     host, sep, port = text.rpartition(":")
     host = host.strip("[]")

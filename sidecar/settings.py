@@ -38,10 +38,13 @@ class Settings:
         "",
         flags.engine_url,
         "Base URL of the engine, e.g. http://127.0.0.1:8000, or its socket, e.g. unix:/run/vllm.sock",
+        heading="Engine and model",
     )
     engine_ca: str = flag("", flags.ca_file, "Authorities of an https engine's certificate (PEM); none: the system's")
     engine_kind: str = flag("auto", one_of(*ENGINE_KINDS), "Kind of the engine; auto: recognised by its responses")
-    listen: tuple[str, int] = flag(("0.0.0.0", 8080), address, "Address of the relay")
+    listen: tuple[str, int] = flag(
+        ("0.0.0.0", 8080), address, "Address of the relay", heading="Addresses and processes"
+    )
     tls_cert: str = flag("", existing_file, "Certificate chain of the relay's port (PEM); read again when it changes")
     tls_key: str = flag("", existing_file, "Its private key (PEM)")
     admin: tuple[str, int] = flag(("0.0.0.0", 9400), address, "Address of probes, load, metrics and the status page")
@@ -52,7 +55,12 @@ class Settings:
         "other machines",
     )
     workers: int = flag(1, integer(1, 64), "Number of relay processes")
-    model: str = flag("", flags.existing_dir, "Model directory: config.json, preprocessor_config.json, tokenizer.json")
+    model: str = flag(
+        "",
+        flags.existing_dir,
+        "Model directory: config.json, preprocessor_config.json, tokenizer.json",
+        heading="Engine and model",
+    )
     coefficients: str = flag("", existing_file, "Coefficients file; default: a roofline of --model on its GPU")
     gpu: str = flag("", flags.gpu, "GPUs of that roofline, e.g. H100 or 2xL40S; default: as NVML reports, else an H100")
     gpus: int = flag(
@@ -60,8 +68,15 @@ class Settings:
         integer(0, 1024),
         "Number of the engine's GPUs, for GPU seconds and dollars; 0: from --gpu, the engine or NVML",
     )
-    state_dir: str = flag("/run/sidecar", flags.directory, "Directory shared with the engine's container")
-    tenant_header: str = flag("x-tenant-id", flags.header_name, "Request header that names the tenant")
+    state_dir: str = flag(
+        "/run/sidecar",
+        flags.directory,
+        "Directory shared with the engine's container",
+        heading="Addresses and processes",
+    )
+    tenant_header: str = flag(
+        "x-tenant-id", flags.header_name, "Request header that names the tenant", heading="Tenants and limits"
+    )
     tenant_limits: str = flag(
         "", existing_file, "TOML or JSON file of model units per minute and in flight by tenant; reloaded when changed"
     )
@@ -72,6 +87,7 @@ class Settings:
         "auto",
         one_of("auto", "off", "inline", "shm"),
         "How prepared images reach the engine; auto: what costs least, if the model's processor is known, else off",
+        heading="Images",
     )
     images_device: str = flag(
         "auto", one_of("auto", "cpu", "cuda"), "Where images are resized; auto: on a visible GPU, else on the CPU"
@@ -87,7 +103,7 @@ class Settings:
         "", existing_file, "Secret that all replicas share, so that an image has one name in all engines' caches (vLLM)"
     )
     image_cache_bytes: int = flag(256 << 20, size, "Size of the cache of prepared images in shared memory; 0: no cache")
-    max_body_bytes: int = flag(256 << 20, size, "Maximum size of a request body")
+    max_body_bytes: int = flag(256 << 20, size, "Maximum size of a request body", heading="Tenants and limits")
     max_concurrent: int = flag(
         0,
         integer(0, 1_000_000),
@@ -95,7 +111,10 @@ class Settings:
         "the canary, and queues the rest; 0: no limit",
     )
     silence_floor: float = flag(
-        12.0, number(0.5, 600, "seconds"), "Minimum silence before the engine is suspect; 60 s before ten first tokens"
+        12.0,
+        number(0.5, 600, "seconds"),
+        "Minimum silence before the engine is suspect; 60 s before ten first tokens",
+        heading="Progress and restarts",
     )
     silence_kill: float = flag(
         75.0,
@@ -117,8 +136,15 @@ class Settings:
     )
     canary_interval: float = flag(7.0, number(0.5, 3600, "seconds"), "Time between canaries while the engine is idle")
     canary_model: str = flag("", text, "Model name in canaries; default: one that is loaded, or that users used last")
-    engine_key: str = flag("", text, "API key for the sidecar's own requests to the engine", secret=True)
-    slo_seconds: float = flag(10.0, number(0.1, 3600, "seconds"), "Target request time; max_in_flight follows from it")
+    engine_key: str = flag(
+        "", text, "API key for the sidecar's own requests to the engine", secret=True, heading="Engine and model"
+    )
+    slo_seconds: float = flag(
+        10.0,
+        number(0.1, 3600, "seconds"),
+        "Target request time; max_in_flight follows from it",
+        heading="Load and objectives",
+    )
     slo_ttft_seconds: float = flag(
         2.0,
         number(0.01, 3600, "seconds"),
@@ -129,7 +155,7 @@ class Settings:
         one_of("measured", "coefficients"),
         "Capacity to relate load to; measured: the coefficients' capacity at the engine's own speed, once known",
     )
-    usage_days: int = flag(35, integer(1, 3660), "Days to keep usage records")
+    usage_days: int = flag(35, integer(1, 3660), "Days to keep usage records", heading="Usage and billing")
     usage_bytes: int = flag(64 << 20, size, "Maximum size of the usage records; 0: keep none")
     usage_url: str = flag(
         "",
@@ -145,11 +171,21 @@ class Settings:
         0.0, number(0, 10_000, "dollars"), "Price of an hour of one GPU, for usage records and metrics; 0: unknown"
     )
     orca_grpc: tuple[str, int] | Literal[""] = flag(
-        "", address, "Address of the gRPC stream of load reports (ORCA, out of band); none: off; needs the extra `orca`"
+        "",
+        address,
+        "Address of the gRPC stream of load reports (ORCA, out of band); none: off; needs the extra `orca`",
+        heading="Reports and logs",
     )
     otlp_endpoint: str = flag("", url, "OTLP collector for spans; none: as OTEL_EXPORTER_OTLP_ENDPOINT says")
-    drain_seconds: float = flag(30.0, number(0, 3600, "seconds"), "Maximum wait for open streams after SIGTERM")
-    log_level: str = flag("info", one_of("debug", "info", "warning", "error"), "Minimum level of log lines")
+    drain_seconds: float = flag(
+        30.0,
+        number(0, 3600, "seconds"),
+        "Maximum wait for open streams after SIGTERM",
+        heading="Addresses and processes",
+    )
+    log_level: str = flag(
+        "info", one_of("debug", "info", "warning", "error"), "Minimum level of log lines", heading="Reports and logs"
+    )
 
 
 # Settings that no longer exist, of any command. The error names the setting and appends this sentence.

@@ -143,6 +143,32 @@ class RelayUse:
 
 
 @dataclass(frozen=True, slots=True)
+class PodNames:
+    """Where this sidecar runs, as its environment names it; "" for what it does not name."""
+
+    pod: str = ""
+    namespace: str = ""
+    node: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Percentiles:
+    """Percentiles of `count` recent values, in seconds."""
+
+    p50: float
+    p95: float
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class RecentLatencies:
+    """What users of streams have waited in the last minute; None where no stream has shown it."""
+
+    first_token: Percentiles | None = None
+    output_token: Percentiles | None = None  # between two tokens: the mean of each stream
+
+
+@dataclass(frozen=True, slots=True)
 class Snapshot:
     """Everything a report may show."""
 
@@ -174,3 +200,8 @@ class Snapshot:
     canaries: CanaryUse = CanaryUse()
     prices: PriceUse = PriceUse()
     engine_gpus: int = 1  # GPUs of the engine, as they are billed
+    place: PodNames = PodNames()
+    models: tuple[str, ...] = ()  # that the engine lists
+    engine_version: str = ""
+    probes: tuple[tuple[str, bool], ...] = ()  # kind -> whether it passes
+    latencies: RecentLatencies = RecentLatencies()

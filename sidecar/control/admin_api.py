@@ -21,7 +21,7 @@ from sidecar.control.state import ControlState
 from sidecar.events import DiagnosisSummary
 from sidecar.health import probes
 from sidecar.load.cost_model import Coefficients
-from sidecar.report import cost_json, diagnosis_page, live_page, load_json
+from sidecar.report import cost_json, diagnosis_page, live_page, load_json, status_json
 
 TICK_LOST_S: Final = 5.0  # without a tick for so long, /healthz fails
 
@@ -36,6 +36,7 @@ def make_app(loop: ControlLoop, *middlewares: Middleware) -> web.Application:
         "/readyz": lambda _: _probe("ready", loop.control.health.probe_state()),
         "/startupz": lambda _: _probe("startup", loop.control.health.probe_state()),
         "/healthz": lambda _: _own_health(loop, time.monotonic()),
+        "/status": lambda _: (status_json.render(loop.snapshot), 200),
         "/load": lambda request: _load(request.query, loop),
         "/cost": lambda request: _cost(request.query, loop.control),
         "/coefficients": lambda _: _file(loop.control.coefficients.co),

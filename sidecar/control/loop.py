@@ -13,6 +13,7 @@ import socket
 import sqlite3
 import time
 from collections import deque
+from collections.abc import Mapping
 from contextlib import suppress
 from functools import partial
 from typing import Any, Final
@@ -44,13 +45,13 @@ from sidecar.health.monitor import TICK_S, TickReadings
 from sidecar.load import cost_model
 from sidecar.load.cost_model import Coefficients
 from sidecar.report import orca
-from sidecar.report.fan_out import FanOut, make_server_metrics
+from sidecar.report.fan_out import FanOut, make_log_handler, make_server_metrics
 from sidecar.report.live_page import PageFeed
 from sidecar.report.merged_page import merge_pages
 from sidecar.report.metrics import Metrics
 from sidecar.report.prometheus import MetricsPages
 from sidecar.report.request_log import RequestLog
-from sidecar.report.semantic_conventions import Service
+from sidecar.report.semantic_conventions import Service, verdict_attributes
 from sidecar.report.tracing import Tracing
 from sidecar.report.usage_database import STATEMENT_TIMEOUT_S, UsageDatabase
 from sidecar.report.usage_rows import Eviction
@@ -65,6 +66,7 @@ from sidecar.signals.hang_watch import HangWatch
 from sidecar.signals.limits_file import LimitsFile
 from sidecar.signals.port import PortSignal
 from sidecar.signals.process_examiner import ProcessExaminer
+from sidecar.snapshot import PodNames
 
 # Between checks of the engine's port. A restart can be over in a second, so it is checked often while one is awaited.
 PORT_INTERVAL_S, RESTART_PORT_INTERVAL_S = 1.0, 0.1
@@ -89,7 +91,8 @@ class ControlLoop:
     ) -> None:
         now, wall = time.monotonic(), time.time()
         pod = ".".join(filter(None, (os.environ.get("POD_NAME"), os.environ.get("POD_UID"))))
-        self.control = control = ControlState(settings, co, now, wall, pod)
+        self._host, self._listen_port = socket.gethostname(), settings.listen[1]
+        self.control = control = ControlState(settings, co, now, wall, pod, pod_names(os.environ, self._host))
         self._state_dir = state_dir
         self._state_store = StateStore(state_dir, settings.engine, co.fingerprint)
         self._state_store.restore(control, now)
@@ -100,7 +103,6 @@ class ControlLoop:
         self._hang_watch = HangWatch(settings.engine)
         self._steps = EngineSteps(state_dir.path)
         self.tracing = Tracing(settings.otlp_endpoint, __version__)
-        self._host, self._listen_port = socket.gethostname(), settings.listen[1]
         self._usage: UsageStore | None = None
         if settings.usage_bytes:
             self._usage = UsageStore(state_dir.path, settings.usage_days, settings.usage_bytes)
@@ -114,6 +116,7 @@ class ControlLoop:
         if settings.request_log_bytes:
             self._request_log = RequestLog(state_dir.path, settings.request_log_bytes)
         self.server_metrics = make_server_metrics(settings.otlp_endpoint, __version__)
+        self.log_handler = make_log_handler(settings.otlp_endpoint, __version__)
         reports = metrics, self.tracing, self._usage, labels, control.price_terms
         self._fan_out = FanOut(*reports, *priced, self._request_log, self.server_metrics)
         self._limits = LimitsFile(settings.tenant_limits) if settings.tenant_limits else None
@@ -184,7 +187,8 @@ class ControlLoop:
         self.ticked_at = now
         self.engine.set_busy(health.verdict.state != "idle")
         self._fan_out.metrics.update(self.snapshot)
-        self._fan_out.metrics.spans_dropped(self.tracing.dropped)
+        unlogged = self.log_handler.dropped if self.log_handler is not None else 0
+        self._fan_out.metrics.exports_dropped(self.tracing.dropped, unlogged)
         self.tracing.service = Service(self.engine.kind_name, self._host, self._listen_port)
         self._log_coefficients(stale_before)
         self._log_capacity(slowness_before)
@@ -242,7 +246,8 @@ class ControlLoop:
         verdict = self.control.health.verdict
         is_bad = verdict.state in ("suspect", "stalled", "dead") or verdict.reason in reasons.NOTABLE
         level = logging.WARNING if is_bad else logging.INFO
-        _log.log(level, "verdict %s (%s): %s", verdict.state, verdict.reason, verdict.detail)
+        event = {"otlp_event": ("sidecar.verdict", verdict_attributes(verdict, self.tracing.service))}
+        _log.log(level, "verdict %s (%s): %s", verdict.state, verdict.reason, verdict.detail, extra=event)
         self._fan_out.on_decision(verdict)
         self.port.period = RESTART_PORT_INTERVAL_S if verdict.state == "stalled" else PORT_INTERVAL_S
         if verdict.state == "stalled":
@@ -428,6 +433,11 @@ class ControlLoop:
         except OSError as e:
             text = "cannot save the learned state (%s); a restart of the sidecar would forget it"
             self._log.error("memory", text, e.strerror)
+
+
+def pod_names(env: Mapping[str, str], host: str) -> PodNames:
+    """Where this runs, by the variables of the printed manifests; a host's name where there is no pod's."""
+    return PodNames(env.get("POD_NAME") or host, env.get("POD_NAMESPACE", ""), env.get("NODE_NAME", ""))
 
 
 def describe(eviction: Eviction) -> str:

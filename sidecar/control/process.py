@@ -126,6 +126,10 @@ def build(
     """The control loop; what it starts and opens ends with `stack`."""
     loop = ControlLoop(settings, co, state_dir, session)
     stack.push_async_callback(loop.tracing.close)
+    if loop.log_handler is not None:
+        logging.getLogger().addHandler(loop.log_handler)
+        stack.push_async_callback(loop.log_handler.stop)
+        stack.callback(logging.getLogger().removeHandler, loop.log_handler)
     if loop.server_metrics is not None:
         stack.push_async_callback(loop.server_metrics.close)
     loop.gpus.start()

@@ -20,6 +20,7 @@ from sidecar.events import (
     RequestBlocked,
     RequestSize,
 )
+from sidecar.health import probes
 from sidecar.health.kill_policy import kills_by_reason
 from sidecar.health.monitor import HealthMonitor, TickReadings
 from sidecar.health.progress import PREDICTION_MARGIN
@@ -31,17 +32,28 @@ from sidecar.load.coefficient_monitor import CoefficientMonitor
 from sidecar.load.gpu_price import GpuCount, GpuPrice, count_gpus, mean_watts
 from sidecar.load.latency_prediction import LatencyPredictor
 from sidecar.load.ledger import Ledger, Settlement
+from sidecar.load.recent_times import RecentTimes
 from sidecar.readings import EngineSample, Value
 from sidecar.settings import Settings
-from sidecar.snapshot import CanaryUse, Load, Snapshot
+from sidecar.snapshot import CanaryUse, Load, PodNames, RecentLatencies, Snapshot
 
 
 class ControlState:
     """State of the control process. The control loop feeds it and acts on it after each tick."""
 
-    def __init__(self, settings: Settings, co: cost_model.Coefficients, now: float, wall: float, pod: str = "") -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        co: cost_model.Coefficients,
+        now: float,
+        wall: float,
+        pod: str = "",
+        place: PodNames = PodNames(),  # noqa: B008 - frozen
+    ) -> None:
         self._settings = settings
         self._co = co
+        self._place = place
+        self._first_tokens, self._output_tokens = RecentTimes(), RecentTimes()
         self.gpu_count = GpuCount()
         self._watts: float | None = None  # of a GPU
         self.ledger = Ledger(co, ClientLabels(settings.max_tenants))
@@ -64,7 +76,11 @@ class ControlState:
         if isinstance(event, Admitted | FirstToken | Delivered | RequestBlocked):
             self.latency.apply((relay, event.id), event, hold)
         self.health.on_event(relay, event, hold)
+        if isinstance(event, FirstToken) and hold is not None and hold.admitted.stream:
+            self._first_tokens.add(event.at, event.at - hold.admitted.at)
         if settlement is not None:
+            if settlement.output_token_s is not None:
+                self._output_tokens.add(settlement.settled.at, settlement.output_token_s)
             self.latency.end((relay, settlement.admitted.id), settlement.settled.at)
             self.coefficients.settled(settlement)
             pace = None if settlement.slowed else settlement.pace
@@ -192,6 +208,11 @@ class ControlState:
             canaries=replace(self._canaries, garbage=health.garbage.found, usable=health.canary_usable),
             prices=self.coefficients.use(),
             engine_gpus=self.gpu_count.gpus,
+            place=self._place,
+            models=readings.identity.models,
+            engine_version=readings.identity.engine,
+            probes=tuple((kind, probes.passes(kind, health.probe_state())) for kind in probes.KINDS),
+            latencies=RecentLatencies(self._first_tokens.percentiles(now), self._output_tokens.percentiles(now)),
         )
 
     def _load(self, readings: TickReadings, now: float) -> Load:

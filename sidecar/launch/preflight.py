@@ -161,7 +161,10 @@ def check_certificate(chosen: Settings) -> None:
     try:
         ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(chosen.tls_cert, chosen.tls_key)
     except OSError as e:  # SSLError included
-        raise UsageError(f"--tls-cert, --tls-key: not a certificate and its key ({type(e).__name__})") from None
+        is_other = getattr(e, "reason", "") == "KEY_VALUES_MISMATCH"
+        forms = f"{chosen.tls_cert} or {chosen.tls_key} is not PEM, or cannot be read"
+        why = f"{chosen.tls_key} is not the key of {chosen.tls_cert}" if is_other else forms
+        raise UsageError(f"--tls-cert, --tls-key: not a certificate and its key: {why}") from None
 
 
 def bind(name: str, address: tuple[str, int]) -> socket.socket:

@@ -130,6 +130,20 @@ class Settlement(msgspec.Struct, frozen=True, gc=False):
     told: bool = False
     relabelled: bool = False
 
+    @property
+    def first_token_s(self) -> float | None:
+        """Seconds from admission to a stream's first token. A long answer in one piece has a first byte, no token."""
+        first_at = self.settled.first_at if self.admitted.stream else None
+        return None if first_at is None else first_at - self.admitted.at
+
+    @property
+    def output_token_s(self) -> float | None:
+        """Mean seconds between two tokens of a stream."""
+        first_at, later_tokens = self.settled.first_at, self.delivered - 1
+        if not self.admitted.stream or first_at is None or later_tokens < 1:
+            return None
+        return (self.settled.at - first_at) / later_tokens
+
 
 @dataclass(slots=True)
 class TenantTotals:

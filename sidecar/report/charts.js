@@ -2,16 +2,33 @@
 "use strict";
 // Drawing: rows of history in, SVG out. Text is only ever set as textContent.
 
-const WINDOW = 600; // seconds of history
+const WINDOW = 600; // seconds of history, each second; before that a row each OLD_INTERVAL seconds
+const OLD_INTERVAL = 15;
+const OLDEST = 6 * 3600;
 // Seconds shown -> seconds between marks. A young sidecar has a short history, which should fill the width.
-const SPANS = [[60, 10], [120, 30], [300, 60], [WINDOW, 120]];
+const SPANS = [[60, 10], [120, 30], [300, 60], [WINDOW, 120], [3600, 600], [OLDEST, 3600]];
+// What a reader can choose: the most that is shown.
+const CHOICES = [WINDOW, 3600, OLDEST];
 let shown = SPANS[0];
 
-function fit(rows, now) {
+function fit(rows, now, most) {
   const age = rows.length ? now - rows[0].t : 0;
-  shown = SPANS.find(([seconds]) => age <= seconds) ?? SPANS.at(-1);
+  shown = SPANS.find(([seconds]) => age <= seconds || seconds === most) ?? SPANS.at(-1);
 }
-const HOLE = 5; // seconds without a row that interrupt a line: the sidecar was not running
+// Seconds without a row that interrupt a line: the sidecar was not running.
+const HOLE = 5;
+const hole = (row, newest) => (row.t < newest.t - WINDOW + OLD_INTERVAL ? 3 * OLD_INTERVAL : HOLE);
+
+// Rows older than WINDOW: one each OLD_INTERVAL, and one at each change of the verdict.
+function thin(rows, now) {
+  const kept = [];
+  for (const row of rows) {
+    const last = kept.at(-1);
+    const tells = !last || row.t >= now - WINDOW || row.t - last.t >= OLD_INTERVAL || row.state !== last.state || row.reason !== last.reason;
+    if (tells && row.t >= now - OLDEST) kept.push(row);
+  }
+  return kept;
+}
 const PLOT = { height: 132, left: 66, right: 10, top: 8, bottom: 20 };
 const BAND = { height: 88, left: 10, right: 10, top: 4, bottom: 20 };
 const RANK = { stalled: 3, dead: 3, suspect: 2, unknown: 1, starting: 1, exempt: 1, quiet: 1, progressing: 0, idle: 0 };
@@ -96,7 +113,7 @@ function runs(rows) {
   const found = [];
   for (const row of rows) {
     const last = found.at(-1);
-    const joined = last && row.t - last.end < HOLE;
+    const joined = last && row.t - last.end < hole(row, rows.at(-1));
     if (joined) last.end = row.t;
     if (!joined || last.state !== row.state || last.reason !== row.reason) {
       found.push({ state: row.state, reason: row.reason, start: row.t, end: row.t });
@@ -166,7 +183,7 @@ function unbroken(rows, column) {
   let last = null;
   for (const row of rows) {
     const shown = row[column] !== null && row[column] !== undefined;
-    if (shown && last !== null && row.t - last < HOLE) pieces.at(-1).push(row);
+    if (shown && last !== null && row.t - last < hole(row, rows.at(-1))) pieces.at(-1).push(row);
     else if (shown) pieces.push([row]);
     last = shown ? row.t : null;
   }

@@ -9,7 +9,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from sidecar.errors import UsageError, place_of
 from sidecar.events import (
@@ -35,7 +35,10 @@ from sidecar.report.usage_store import UsageStore
 from sidecar.trace_context import is_exported
 
 if TYPE_CHECKING:  # it imports OpenTelemetry
+    from sidecar.report.otlp_logs import OtlpLogHandler
     from sidecar.report.otlp_metrics import ServerMetrics
+
+T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 
@@ -72,18 +75,14 @@ class FanOut:
         if settlement.relabelled:
             self.metrics.relabel(self.labels.of)
         self.tracing.settled(settled, mu, lambda: self.price_terms(settlement.work) if mu else ())
-        # A long answer in one piece may have a first byte; it has no first token.
-        first_at, later_tokens = settled.first_at if admitted.stream else None, settlement.delivered - 1
         key = key_of(settlement, rate_of(price, self.fingerprint), wall)
         sums = sums_of(settlement, price, self.unit_ms)
         self.metrics.settled(
             key,
             sums,
             request=settled.at - admitted.at,
-            time_to_first_token=None if first_at is None else first_at - admitted.at,
-            time_per_output_token=None
-            if first_at is None or later_tokens < 1
-            else (settled.at - first_at) / later_tokens,
+            time_to_first_token=settlement.first_token_s,
+            time_per_output_token=settlement.output_token_s,
             relay_overhead=None if settled.sent_at is None else settled.overhead,
         )
         is_new = self.usage is not None and self.usage.add(admitted.id, key, sums)
@@ -109,12 +108,33 @@ class FanOut:
 
 def make_server_metrics(endpoint: str, version: str) -> ServerMetrics | None:
     """The metrics by OTLP, where OTEL_METRICS_EXPORTER asks for them: many collectors of spans take no metrics."""
-    if not is_exported("METRICS", os.environ, endpoint, default=""):
-        return None
-    from sidecar.report.otlp_metrics import ServerMetrics
 
-    try:
+    def make() -> ServerMetrics:
+        from sidecar.report.otlp_metrics import ServerMetrics
+
         return ServerMetrics(endpoint, version)
+
+    return _make_if_exported("METRICS", endpoint, make)
+
+
+def make_log_handler(endpoint: str, version: str) -> OtlpLogHandler | None:
+    """The log records by OTLP, where OTEL_LOGS_EXPORTER asks for them: many collectors of spans take no logs."""
+
+    def make() -> OtlpLogHandler:
+        from sidecar.report.otlp_logs import OtlpLogHandler
+
+        return OtlpLogHandler(endpoint, version)
+
+    return _make_if_exported("LOGS", endpoint, make)
+
+
+def _make_if_exported(signal: str, endpoint: str, make: Callable[[], T]) -> T | None:
+    """The export of a signal; None where nobody asks for it, and with a line in the log where it cannot be."""
+    if not is_exported(signal, os.environ, endpoint, default=""):
+        return None
+    try:
+        return make()
     except (UsageError, ValueError) as error:  # the SDK's names a variable, which may hold secrets
-        _log.error("metrics by OTLP are off: %s", error if isinstance(error, UsageError) else place_of(error))
+        why = error if isinstance(error, UsageError) else place_of(error)
+        _log.error("%s by OTLP are off: %s", signal.lower(), why)
         return None

@@ -20,19 +20,25 @@ from aiohttp import web
 
 from sidecar.readings import Absent, Failed, Value
 from sidecar.report.diagnosis_page import page_headers, source_hash
-from sidecar.snapshot import Snapshot
+from sidecar.snapshot import Percentiles, Snapshot
 
 MAX_READERS: Final = 32
 MAX_QUEUED_EVENTS: Final = 3  # per reader
 MAX_TENANTS: Final = 50  # rows of the table; the largest users come first
 HISTORY_S: Final = 600
 MIN_POINT_INTERVAL_S: Final = 0.5  # so that the history covers its window, however often snapshots are published
+# Before that: a point each OLD_INTERVAL_S and at each change of the verdict.
+OLD_S: Final = 6 * 3600
+OLD_INTERVAL_S: Final = 15
+MAX_OLD_POINTS: Final = 2000
 
 # The columns of the history. A value of None is drawn as a gap.
 POINT_COLUMNS: Final = (
     *("t", "state", "reason", "progress_age", "allowed", "mu_in_flight", "mu_per_minute", "utilization"),
     *("tokens_per_second", "in_flight", "waiting", "gpu"),
+    *("first_token_p50", "first_token_p95", "output_token_p50", "output_token_p95"),
 )
+VERDICT_COLUMNS: Final = slice(1, 3)
 
 
 @cache
@@ -79,15 +85,20 @@ def render(snapshot: Snapshot) -> dict[str, Any]:
 
 
 def point(snapshot: Snapshot) -> list[Any]:
-    """One row of the history, in the order of POINT_COLUMNS: wall seconds, MU, MU/min, shares of 1, tokens/s."""
+    """One row of the history, in the order of POINT_COLUMNS: times in seconds, MU, MU/min, shares of 1, tokens/s."""
     load = snapshot.load
     row = (
         *(snapshot.at_wall, snapshot.verdict.state, snapshot.verdict.reason),
         *(snapshot.progress_age, snapshot.silence_allowed),
         *(load.mu_in_flight, load.mu_per_minute, load.utilization, load.tokens_per_second),
         *(load.requests_in_flight, load.requests_waiting, _gpu_utilization(snapshot)),
+        *(getattr(found, name, None) for found in _latencies(snapshot) for name in ("p50", "p95")),
     )
     return [_plain(item) for item in row]
+
+
+def _latencies(snapshot: Snapshot) -> tuple[Percentiles | None, Percentiles | None]:
+    return snapshot.latencies.first_token, snapshot.latencies.output_token
 
 
 def _gpu_utilization(snapshot: Snapshot) -> float | None:
@@ -120,12 +131,13 @@ def _event(name: str, data: Any) -> bytes:
 
 
 class PageFeed:
-    """Server-sent events: first `history` ({"columns", "points"}), then one `snapshot` for each `publish`."""
+    """Server-sent events: first `history` ({"columns", "points", "older"}), then one `snapshot` for each `publish`."""
 
     def __init__(self, write_timeout_s: float = 20.0) -> None:
         self._write_timeout_s = write_timeout_s
         self._readers: set[asyncio.Queue[bytes | None]] = set()
         self._points: deque[tuple[float, list[Any]]] = deque(maxlen=round(HISTORY_S / MIN_POINT_INTERVAL_S))
+        self._older: deque[tuple[float, list[Any]]] = deque(maxlen=MAX_OLD_POINTS)
         self._last: Snapshot | None = None
         self._closed = False
 
@@ -139,11 +151,19 @@ class PageFeed:
         if not points or snapshot.at - points[-1][0] >= MIN_POINT_INTERVAL_S:
             points.append((snapshot.at, point(snapshot)))
             while points[0][0] < snapshot.at - HISTORY_S:
-                points.popleft()
+                self._keep(*points.popleft())
+            while self._older and self._older[0][0] < snapshot.at - OLD_S:
+                self._older.popleft()
         if self._readers:
             event = _event("snapshot", render(snapshot))
             for reader in self._readers:
                 _offer(reader, event)
+
+    def _keep(self, at: float, row: list[Any]) -> None:
+        """Keep a point that has left the history, unless it says nothing that the last one kept did not."""
+        last = self._older[-1] if self._older else None
+        if last is None or at - last[0] >= OLD_INTERVAL_S or last[1][VERDICT_COLUMNS] != row[VERDICT_COLUMNS]:
+            self._older.append((at, row))
 
     def close(self) -> None:
         """End all streams, and accept no more. Call it before the server waits for its handlers."""
@@ -177,7 +197,8 @@ class PageFeed:
         return response
 
     def _opening(self) -> bytes:
-        history = _event("history", {"columns": POINT_COLUMNS, "points": [row for _, row in self._points]})
+        points, older = ([row for _, row in kept] for kept in (self._points, self._older))
+        history = _event("history", {"columns": POINT_COLUMNS, "points": points, "older": older})
         return history + (_event("snapshot", render(self._last)) if self._last else b"")
 
 

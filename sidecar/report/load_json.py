@@ -40,12 +40,12 @@ def render(
             "prefill_in_flight": load.prefill_tokens_in_flight,
             "decode_in_flight": load.decode_tokens_in_flight,
             "delivered_total": load.tokens_delivered_total,
-            **_entry("cached_share", _cached_share(snapshot)),
+            **entry("cached_share", _cached_share(snapshot)),
         },
         "requests": {"in_flight": load.requests_in_flight, "waiting": load.requests_waiting},
         "objectives": dict(load.objectives),
         **({} if load.forecast is None else {"predicted": _predicted(load.forecast, size, co)}),
-        **(_entry("gpu", gpus) if not isinstance(gpus, Value) else {"gpu": [_gpu(gpu) for gpu in gpus.value]}),
+        **(entry("gpu", gpus) if not isinstance(gpus, Value) else {"gpu": [gpu_json(gpu) for gpu in gpus.value]}),
         "coefficients": {
             "fingerprint": load.coefficients_fingerprint,
             "stale": load.coefficients_stale,
@@ -61,7 +61,7 @@ def _parts(snapshot: Snapshot) -> dict[str, Any]:
     engine = snapshot.engine
     reading = Absent("not reported by the engine") if isinstance(engine, Value) else engine
     for name, share in snapshot.load.parts:
-        parts |= {name: share} if share is not None else _entry(name, reading)
+        parts |= {name: share} if share is not None else entry(name, reading)
     return parts
 
 
@@ -107,14 +107,16 @@ def _prices(prices: PriceUse) -> dict[str, Any]:
     }
 
 
-def _gpu(gpu: GpuSample) -> dict[str, Any]:
+def gpu_json(gpu: GpuSample) -> dict[str, Any]:
+    """A GPU's numbers, as reports for programs have them."""
     shown: dict[str, Any] = {"index": gpu.index, "mig": gpu.mig, "name": gpu.name}
     for key, field in GPU_READINGS:
-        shown |= _entry(key, getattr(gpu, field))
+        shown |= entry(key, getattr(gpu, field))
     return shown
 
 
-def _entry(key: str, reading: Reading[Any]) -> dict[str, Any]:
+def entry(key: str, reading: Reading[Any]) -> dict[str, Any]:
+    """A reading under its key; null with the reason where there is none."""
     if isinstance(reading, Value):
         return {key: reading.value}
     why = reading.reason if isinstance(reading, Absent) else f"failed: {reading.error}"

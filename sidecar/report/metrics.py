@@ -155,6 +155,10 @@ METRICS: Final = (
     Metric(
         "sidecar_spans_dropped_total", "Spans that the collector did not take, or that came while its queue was full."
     ),
+    Metric(
+        "sidecar_log_records_dropped_total",
+        "Log records that the collector did not take, or that came while its queue was full.",
+    ),
     # The name and unit of DCGM's exporter, for its consumers.
     Metric("DCGM_FI_DEV_GPU_UTIL", "GPU utilization (in %).", ("gpu", "UUID")),
 )
@@ -173,6 +177,7 @@ _FROM_ZERO: Final[tuple[tuple[str, tuple[Labels, ...]], ...]] = (
     ("sidecar_requests_unlogged_total", ((),)),
     ("sidecar_usage_database_writes_total", tuple((result,) for result in DATABASE_RESULTS)),
     ("sidecar_spans_dropped_total", ((),)),
+    ("sidecar_log_records_dropped_total", ((),)),
     ("sidecar_canaries_total", tuple((outcome,) for outcome in CANARY_OUTCOMES)),
     ("sidecar_streams_ended_total", tuple((reason,) for reason in ABORT_REASONS)),
     ("sidecar_image_bytes_total", (("in",), ("out",))),
@@ -272,9 +277,10 @@ class Metrics(Collector):
         """Count a write of usage records to the database."""
         self._count("sidecar_usage_database_writes_total", (result,))
 
-    def spans_dropped(self, total: int) -> None:
-        """Show how many spans were dropped so far."""
-        self._counters["sidecar_spans_dropped_total"][()] = float(total)
+    def exports_dropped(self, spans: int, log_records: int) -> None:
+        """Show how many spans and log records were dropped so far."""
+        self._counters["sidecar_spans_dropped_total"][()] = float(spans)
+        self._counters["sidecar_log_records_dropped_total"][()] = float(log_records)
 
     def relabel(self, of: Callable[[str, str], tuple[str, str]]) -> None:
         """Add the series of clients that lost their label to those of `of`."""

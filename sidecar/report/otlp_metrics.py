@@ -1,15 +1,18 @@
 """The GenAI server metrics by OTLP, for those who have no Prometheus: with OTEL_METRICS_EXPORTER=otlp only.
 
 Names, units, buckets and attributes are those of the conventions (semantic_conventions.py). Models have the bounded
-labels of the other metrics.
+labels of the other metrics. Exemplars are the spans of sampled requests, unless OTEL_METRICS_EXEMPLAR_FILTER says
+otherwise.
 """
 
 from __future__ import annotations
 
 from typing import Final
 
+from opentelemetry.context import Context
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import PeriodicExportingMetricReader
+from opentelemetry.trace import NonRecordingSpan, SpanContext, TraceFlags, set_span_in_context
 
 from sidecar.report import otlp
 from sidecar.report.semantic_conventions import COMMON, FinishedRequest, attributes
@@ -29,6 +32,14 @@ HISTOGRAMS: Final[dict[str, tuple[float, ...]]] = {
         *(0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5),
     ),
 }
+
+
+def _span_of(request: FinishedRequest) -> Context:
+    """The request's own span as the current one, so that the SDK keeps it as an exemplar where it is sampled."""
+    if (trace := request.admitted.trace) is None or not trace.sampled:
+        return Context()
+    ids = int(trace.trace_id, 16), int(trace.span_id, 16)
+    return set_span_in_context(NonRecordingSpan(SpanContext(*ids, False, TraceFlags(TraceFlags.SAMPLED))), Context())
 
 
 class ServerMetrics:
@@ -52,9 +63,10 @@ class ServerMetrics:
             "gen_ai.server.time_to_first_token": request.first_token_s if is_ok else None,
             "gen_ai.server.time_per_output_token": request.output_token_s if is_ok else None,
         }
+        context = _span_of(request)
         for name, value in seconds.items():
             if value is not None:
-                self._histograms[name].record(max(0.0, value), labels)
+                self._histograms[name].record(max(0.0, value), labels, context)
 
     async def close(self, seconds: float = 3.0) -> bool:
         """Export what was counted. False if the collector did not accept it in time."""

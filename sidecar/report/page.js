@@ -38,6 +38,14 @@ const CHARTS = [
   { title: "Tokens delivered", tick: (v) => amount(v, "tok/s"), lines: [
       { column: "tokens_per_second", kind: "a", label: "rate", show: (v) => amount(v, "tok/s") }],
     note: (s) => `${amount(s.load.tokens_delivered_total, "tok")} since the start` },
+  { title: "Time to first token", time: true, tick: (v) => (v ? span(v) : "0\u00a0s"), objective: (s) => s.load.objectives.find(([name]) => name === "ttft_seconds")?.[1], lines: [
+      { column: "first_token_p95", kind: "a", label: "p95", show: span, none: "no stream" },
+      { column: "first_token_p50", kind: "b", label: "median", show: span, none: "no stream" }],
+    note: (s) => `streams of the last minute: ${amount(s.latencies.first_token?.count ?? 0)}` },
+  { title: "Time per output token", time: true, tick: (v) => (v ? span(v) : "0\u00a0s"), lines: [
+      { column: "output_token_p95", kind: "a", label: "p95", show: span, none: "no stream" },
+      { column: "output_token_p50", kind: "b", label: "median", show: span, none: "no stream" }],
+    note: (s) => `streams that ended in the last minute: ${amount(s.latencies.output_token?.count ?? 0)}` },
   { title: "Model units in flight", tick: (v) => amount(v, "MU"), limit: (s) => s.load.mu_max_in_flight, lines: [
       { column: "mu_in_flight", kind: "a", label: "in flight", show: (v) => amount(v, "MU") }],
     capacity: (v) => amount(v, "MU"), note: (s) => `prefill ${amount(s.load.prefill_tokens_in_flight, "tok")}, decode ${amount(s.load.decode_tokens_in_flight, "tok")} outstanding` },
@@ -50,7 +58,7 @@ const CHARTS = [
     note: (s) => `load is limited by ${LIMITS[s.load.limited_by] ?? s.load.limited_by}` },
 ];
 
-const page = { rows: [], columns: [], snapshot: null, receivedAt: 0, hover: null, source: null, drawn: {} };
+const page = { rows: [], columns: [], most: WINDOW, snapshot: null, receivedAt: 0, hover: null, source: null, drawn: {} };
 const $ = (id) => document.getElementById(id);
 const put = (id, text) => { if ($(id).textContent !== text) $(id).textContent = text; };
 const silence = () => (performance.now() - page.receivedAt) / 1000;
@@ -62,9 +70,9 @@ function connect() {
   page.source?.close();
   page.source = new EventSource("events");
   page.source.addEventListener("history", (event) => {
-    const { columns, points } = JSON.parse(event.data);
+    const { columns, points, older } = JSON.parse(event.data);
     page.columns = columns;
-    page.rows = points.map(toRow);
+    page.rows = [...older, ...points].map(toRow);
   });
   page.source.addEventListener("snapshot", (event) => {
     page.snapshot = JSON.parse(event.data);
@@ -79,8 +87,7 @@ const toRow = (point) => Object.fromEntries(page.columns.map((column, index) => 
 
 function remember(row) {
   while (page.rows.length && page.rows.at(-1).t >= row.t) page.rows.pop();
-  page.rows.push(row);
-  while (page.rows[0].t < row.t - WINDOW) page.rows.shift();
+  page.rows = thin([...page.rows, row], row.t);
 }
 
 function tick() {
@@ -105,23 +112,53 @@ function showTime(now, lost) {
   put("since", `since ${today ? "" : new Date(since * 1000).toLocaleDateString("en-GB") + " "}${clock(since)}`);
   const zone = new Intl.DateTimeFormat("en-GB", { timeZoneName: "short" }).formatToParts().find((part) => part.type === "timeZoneName").value;
   put("clock", `${clock(now)} ${zone}`);
-  document.title = lost ? `no data – ${page.snapshot.engine_kind}` : `${STATES[state][0]} ${state} ${held} – ${page.snapshot.engine_kind}`;
+  const name = page.snapshot.place.pod || page.snapshot.engine_kind;
+  document.title = lost ? `no data – ${name}` : `${STATES[state][0]} ${state} ${held} – ${name}`;
 }
 
-function showVerdict({ verdict, draining, engine_kind: kind, version, load, progress_age: age, silence_allowed: allowed }) {
+// Where it is, for whoever has ten of these pages open.
+function showPlace({ place, models, engine_kind: kind, engine_version: version }) {
+  put("engine-kind", `engine: ${[kind, version].filter(Boolean).join(" ")}`);
+  const pod = [place.namespace, place.pod].filter(Boolean).join("/");
+  const more = models.length > 1 ? ` and ${models.length - 1} more` : "";
+  for (const [id, label, text] of [["model", "model", models.length ? models[0] + more : ""], ["pod", "pod", pod], ["node", "node", place.node]]) {
+    $(id).hidden = !text;
+    put(id, `${label}: ${text}`);
+  }
+}
+
+// A time and what it is judged by; "–" where no stream has shown it.
+function showTimes(id, times, of) {
+  put(id, times ? span(times.p50) : "–");
+  put(`${id}-of`, times ? `p95 ${span(times.p95)}${of}` : "no stream");
+}
+
+function showProbes(probes, handover) {
+  $("probes").replaceChildren("probes: ", ...probes.flatMap(([kind, passes], index) =>
+    [index ? ", " : "", passes ? `${kind} passes` : node("b", { textContent: `${kind} fails` })]));
+  $("operator").hidden = !handover;
+  put("operator", `An operator must act: ${handover}`);
+}
+
+function showVerdict({ verdict, draining, version, load, latencies, probes, handover, progress_age: age, silence_allowed: allowed }) {
   $("verdict").dataset.state = verdict.state;
   put("glyph", STATES[verdict.state][0]);
   put("state", verdict.state);
   put("detail", verdict.detail);
   put("reason", verdict.reason);
   put("meaning", STATES[verdict.state][1]);
-  put("engine-kind", `engine: ${kind}`);
+  put("what-to-do", RANK[verdict.state] && verdict.state !== "quiet" ? `What to do: docs/runbook.md#${verdict.reason}` : "");
   put("version", version);
   $("draining").hidden = !draining;
   put("now-silence", age === null ? "–" : span(age));
   put("now-silence-of", age === null ? "nothing outstanding" : `of ${span(allowed)} allowed`);
   put("now-requests", amount(load.requests_in_flight));
-  put("now-requests-of", `in flight, ${amount(load.requests_waiting)} waiting`);
+  const failing = load.errors_per_second ? `, ${amount(load.errors_per_second)}/s fail` : "";
+  put("now-requests-of", `in flight, ${amount(load.requests_waiting)} waiting${failing}`);
+  const objective = load.objectives.find(([name]) => name === "ttft_seconds")?.[1];
+  showTimes("now-first", latencies.first_token, objective ? `, objective ${span(objective)}` : "");
+  showTimes("now-token", latencies.output_token, "");
+  showProbes(probes, handover);
   put("now-utilization", share(load.utilization));
   put("now-utilization-of", `limited by ${LIMITS[load.limited_by] ?? load.limited_by}`);
   const colour = getComputedStyle($("verdict")).getPropertyValue("--state");
@@ -139,6 +176,12 @@ function buildCharts() {
     follow(chart.plot, PLOT);
   }
   follow($("timeline"), BAND);
+  for (const most of CHOICES) {
+    const choice = node("button", { type: "button", textContent: span(most) });
+    choice.addEventListener("click", () => { page.most = most; draw(); });
+    choice.dataset.most = most;
+    $("spans").append(choice);
+  }
 }
 
 function follow(host, frame) {
@@ -168,13 +211,15 @@ function showTip(event, box) {
 function draw() {
   if (!page.snapshot || document.hidden) return;
   const now = page.snapshot.at_wall;
-  fit(page.rows, now);
+  fit(page.rows, now, page.most);
+  for (const choice of $("spans").children) choice.setAttribute("aria-pressed", String(Number(choice.dataset.most) === page.most));
   put("span", `last ${span(shown[0])}`);
-  drawBand($("timeline"), page.rows, now, page.hover);
+  const rows = page.rows.filter((row) => row.t >= now - shown[0]);
   const row = page.hover === null ? page.rows.at(-1) : page.rows.findLast((row) => row.t <= page.hover);
+  drawBand($("timeline"), rows, now, page.hover);
   for (const chart of CHARTS) {
-    const limit = chart.limit?.(page.snapshot);
-    drawChart(chart, page.rows, now, page.hover, limit);
+    const limit = (chart.limit ?? chart.objective)?.(page.snapshot);
+    drawChart(chart, rows, now, page.hover, limit);
     chart.legend.replaceChildren(...legend(chart, row, limit));
   }
 }
@@ -185,7 +230,7 @@ function legend(chart, row, limit) {
     const value = row?.[column];
     return entry(kind, label, value === null || value === undefined ? none ?? "no data" : show(value));
   });
-  if (limit) entries.push(entry("limit", "capacity", chart.capacity(limit)));
+  if (limit) entries.push(chart.capacity ? entry("limit", "capacity", chart.capacity(limit)) : entry("limit", "objective", span(limit)));
   const note = page.hover !== null && row ? `at ${clock(row.t)}` : chart.note?.(page.snapshot);
   return [...entries, note ? node("span", { textContent: note }) : null].filter(Boolean);
 }
@@ -201,6 +246,7 @@ function once(id, data, build) {
 
 function show() {
   $("main").hidden = false;
+  showPlace(page.snapshot);
   showVerdict(page.snapshot);
   for (const [id, select, build] of SECTIONS) once(id, select(page.snapshot), (data) => $(id).replaceChildren(...build(data)));
   draw();

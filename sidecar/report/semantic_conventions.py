@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from sidecar.events import Admitted, HttpRequest, Settled
+from sidecar.events import Admitted, HttpRequest, Settled, Verdict
 from sidecar.labels import printable
 
 AttributeValue = str | int | float | bool | Sequence[str]
@@ -141,6 +141,13 @@ def attributes(table: Sequence[tuple[str, Value]], request: FinishedRequest) -> 
     """The attributes of a table that the request has."""
     found = ((name, value(request)) for name, value in table)
     return {name: value for name, value in found if value is not None}
+
+
+def verdict_attributes(verdict: Verdict, service: Service) -> Attributes:
+    """The attributes of the event `sidecar.verdict`: the new verdict and its evidence, plain numbers and codes."""
+    evidence = {f"sidecar.evidence.{name}": value for name, value in verdict.evidence.items() if value is not None}
+    state = {"sidecar.verdict.state": verdict.state, "sidecar.verdict.reason": verdict.reason}
+    return {**state, "gen_ai.provider.name": service.provider, **evidence}
 
 
 def span_name(of: Attributes) -> str:

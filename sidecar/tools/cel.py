@@ -9,6 +9,7 @@ without the work of their encoder (g, h, q).
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 
 from sidecar.flags import existing_file, flag
@@ -27,10 +28,11 @@ class CelSettings:
     coefficients: str = flag("", existing_file, "Coefficients file; default: a documented roofline")
 
 
-def main(settings: CelSettings) -> int:
+def main(settings: CelSettings, as_json: bool = False) -> int:
     """Print the expression. Returns 0. Raises UsageError."""
     file = settings.coefficients
-    print(expression(preflight.load_coefficients(file) if file else cost_model.Coefficients()))
+    co = preflight.load_coefficients(file) if file else cost_model.Coefficients()
+    print(json.dumps({"cel": expression(co), "coefficients": co.fingerprint}, indent=1) if as_json else expression(co))
     return 0
 
 

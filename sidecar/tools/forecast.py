@@ -67,12 +67,12 @@ class ForecastSpan:
     replicas: int
 
 
-def main(settings: ForecastSettings) -> int:
+def main(settings: ForecastSettings, as_json: bool = False) -> int:
     """Print the forecast. Returns 0. Raises NoHistory."""
     now = int(time.time())
     first, demand = _from_prometheus(settings, now) if settings.prometheus else _from_records(settings, now)
     spans = forecast(first, demand, now, settings)
-    print(FORMATS[settings.format](spans))
+    print(FORMATS["json" if as_json else settings.format](spans))
     return 0
 
 
@@ -114,7 +114,9 @@ def as_keda(spans: Sequence[ForecastSpan]) -> str:
     return "\n".join(lines)
 
 
-def as_json(spans: Sequence[ForecastSpan]) -> str:
+def as_json_text(spans: Sequence[ForecastSpan]) -> str:
+    """An array of spans."""
+
     def shown(at: int) -> str:
         return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
@@ -131,7 +133,7 @@ def as_prometheus(spans: Sequence[ForecastSpan]) -> str:
 
 FORMATS: Final[dict[str, Callable[[Sequence[ForecastSpan]], str]]] = {
     "keda": as_keda,
-    "json": as_json,
+    "json": as_json_text,
     "prometheus": as_prometheus,
 }
 

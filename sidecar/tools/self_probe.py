@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import http.client
-from typing import Final
 
 from sidecar.errors import UsageError
 from sidecar.flags import address
 from sidecar.settings import Settings
-
-TIMEOUT_S: Final = 3.0
-# Where a server that listens everywhere is asked.
-LOOPBACKS: Final = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+from sidecar.tools.admin_port import fetch
 
 
 def ask(admin: str) -> tuple[bool, str]:
@@ -20,12 +16,8 @@ def ask(admin: str) -> tuple[bool, str]:
         host, port = address.parse(admin) if admin else Settings().admin
     except ValueError:
         raise UsageError(f"--admin: {admin[:80]!r} is not {address.expected}") from None
-    connection = http.client.HTTPConnection(LOOPBACKS.get(host, host), port, timeout=TIMEOUT_S)
     try:
-        connection.request("GET", "/healthz")
-        status = connection.getresponse().status
+        status, _ = fetch((host, port), "/healthz")
     except (OSError, http.client.HTTPException) as e:
         return False, f"no answer on port {port} ({type(e).__name__})"
-    finally:
-        connection.close()
     return status == 200, f"HTTP {status} on port {port}"

@@ -97,7 +97,7 @@ class NoUsageRecords(SidecarError):
     code = "no_records"
 
 
-def main(settings: UsageSettings) -> int:
+def main(settings: UsageSettings, as_json: bool = False) -> int:
     """Print the report. Returns 0. Raises NoUsageRecords and UsageError."""
     path, by = Path(settings.state_dir) / USAGE_FILE, tuple(filter(None, settings.by.split(",")))
     since, until = time_range(settings, time.time())
@@ -116,7 +116,8 @@ def main(settings: UsageSettings) -> int:
         price = settings.dollars_per_gpu_hour
         sums.dollars = sums.gpu_seconds / HOUR_S * price if price else sums.dollars
     priced = any(sums.dollars for _, sums in found)
-    FORMATS[settings.format]([line(by, key, sums, priced=priced) for key, sums in found], summary(found, wasted, idle))
+    write = FORMATS["json" if as_json else settings.format]
+    write([line(by, key, sums, priced=priced) for key, sums in found], summary(found, wasted, idle))
     return 0
 
 
@@ -162,7 +163,7 @@ def summary(rows: Sequence[Row], wasted: float, idle: float = 0.0) -> str:
     return f"{sums_up}; {wasted_share:.1%} wasted (not ok)" + (f", {idle_share:.1%} idle" if idle else "")
 
 
-def as_table(rows: Sequence[dict[str, Any]], total: str) -> None:
+def print_table(rows: Sequence[dict[str, Any]], total: str) -> None:
     """Print aligned columns, without those that hold nothing."""
     if rows:
         used = [name for name in rows[0] if any(row[name] not in (0, None) for row in rows)]
@@ -175,7 +176,7 @@ def as_table(rows: Sequence[dict[str, Any]], total: str) -> None:
     print(total)
 
 
-def as_csv(rows: Sequence[dict[str, Any]], total: str) -> None:
+def print_csv(rows: Sequence[dict[str, Any]], total: str) -> None:
     """Print CSV. A name that starts like a spreadsheet formula is quoted as text."""
     writer = csv.writer(sys.stdout)
     if rows:
@@ -183,12 +184,12 @@ def as_csv(rows: Sequence[dict[str, Any]], total: str) -> None:
         writer.writerows([as_text(value) for value in row.values()] for row in rows)
 
 
-def as_json(rows: Sequence[dict[str, Any]], total: str) -> None:
+def print_json(rows: Sequence[dict[str, Any]], total: str) -> None:
     """Print JSON."""
     print(json.dumps(rows, indent=1))
 
 
-FORMATS: Final = {"table": as_table, "csv": as_csv, "json": as_json}
+FORMATS: Final = {"table": print_table, "csv": print_csv, "json": print_json}
 
 
 def _short(value: Any) -> str:

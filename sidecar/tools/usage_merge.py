@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import shutil
 import sqlite3
+import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -48,7 +49,7 @@ class MergeSettings:
     into: str = flag("", directory, "Directory to write usage.db to, for --state-dir of other commands")
 
 
-def main(settings: MergeSettings) -> int:
+def main(settings: MergeSettings, as_json: bool = False) -> int:
     """Write the merged file. Returns 0. Raises NoUsageRecords and UsageError."""
     if not settings.files or not settings.into:
         raise UsageError("give the files to merge, and a directory for the result with --into")
@@ -75,6 +76,11 @@ def main(settings: MergeSettings) -> int:
             shutil.move(store.path, folder / USAGE_FILE)
     except (OSError, sqlite3.Error) as e:
         raise NoUsageRecords(f"usage records cannot be merged: {e}") from None
+    written, sidecars = str(folder / USAGE_FILE), len(known | exported.origins)
+    if as_json:
+        print(json.dumps({"written": written, "sidecars": sidecars}, indent=1))
+    else:
+        print(f"written: {written}, the records of {sidecars} sidecar(s)", file=sys.stderr)
     return 0
 
 

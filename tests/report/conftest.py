@@ -16,6 +16,7 @@ from aiohttp import web
 from selenium import webdriver
 
 from sidecar import events, readings, snapshot
+from sidecar.health import probes
 from sidecar.report import live_page
 
 from ..waiting import PATIENCE
@@ -65,8 +66,19 @@ def moment(at: float = 600.0, **changed: Any) -> snapshot.Snapshot:
         relays=(snapshot.RelayUse(0, 21, 0, 5, 0.0009, 0.4), snapshot.RelayUse(1, 22, 1, 4, 0.0013, 0.7)),
         canary=events.CanaryResult("ok", at - 61.0, at - 60.8, 8.0),
         changes=(verdict(), verdict("idle", "no_work", since=-30.0)),
+        place=snapshot.PodNames("llm-7d9f6c5b8-x2k4p", "serving", "gpu-node-12"),
+        models=("Qwen/Qwen2.5-VL-7B-Instruct",),
+        engine_version="0.32.0",
+        probes=(("live", True), ("ready", True), ("startup", True)),
+        latencies=snapshot.RecentLatencies(
+            snapshot.Percentiles(0.21, 0.64, 41), snapshot.Percentiles(0.018, 0.027, 38)
+        ),
     )
     return replace(whole, **changed)
+
+
+def passes_in(kind: Any, state: events.State) -> bool:
+    return state not in probes.FAILS[kind]
 
 
 ACTS: tuple[tuple[float, events.State, str, str], ...] = (
@@ -127,6 +139,10 @@ def story(until: int) -> Iterator[snapshot.Snapshot]:
             utilization=max(rate * 0.05 / 100, flying * 0.48 / 12),
             limited_by="stock" if not live else "flow",
         )
+        # of the last minute: after a minute of silence there is none
+        first = snapshot.Percentiles(*(scale * noise.uniform(0.9, 1.1) for scale in (0.21, 0.64)), 41)
+        token = snapshot.Percentiles(*(scale * noise.uniform(0.95, 1.05) for scale in (0.018, 0.027)), 38)
+        seen = 50 <= at < 358 or at >= 436
         gpu = base.gpus.value[0]  # type: ignore[union-attr]
         busy = 0.0 if 362 <= at < 410 else 1.0 if 298 <= at < 362 else noise.uniform(0.86, 0.97) if flying else 0.02
         yield replace(
@@ -134,6 +150,8 @@ def story(until: int) -> Iterator[snapshot.Snapshot]:
             verdict=changes[0],
             changes=tuple(changes),
             load=load,
+            latencies=snapshot.RecentLatencies(first, token) if seen else snapshot.RecentLatencies(),
+            probes=tuple((kind, passes_in(kind, state)) for kind in ("live", "ready", "startup")),
             progress_age=None if flying == 0 else age,
             silence_allowed=42.0 if 190 <= at < 214 else 8.0,
             silence_ruled_by="predicted" if 190 <= at < 214 else "floor",

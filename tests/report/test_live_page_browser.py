@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -49,7 +50,12 @@ def test_the_page_shows_every_part_with_units(
         "#reason": "progress",
         "#now-silence-of": "of 8 s allowed",
         "#now-utilization-of": "limited by MU per minute",
-        "#engine-kind": "vllm",
+        "#engine-kind": "engine: vllm 0.32.0",
+        "#model": "model: Qwen/Qwen2.5-VL-7B-Instruct",
+        "#pod": "pod: serving/llm-7d9f6c5b8-x2k4p",
+        "#node": "node: gpu-node-12",
+        "#now-first-of": "objective 2 s",
+        "#probes": "probes: live passes, ready passes, startup passes",
         "#charts": "capacity 12 MU",
         "#tenants": "client_cancelled 14",
         "#images": "6.02 ms",
@@ -68,7 +74,8 @@ def test_the_page_shows_every_part_with_units(
     assert "XID 31 × 2" in text_of(driver, "#gpus")
     link = driver.find_element(By.CSS_SELECTOR, "#diagnoses a").get_attribute("href")
     assert link == site.url + "diagnoses/20251121-030522-stalled"
-    assert len(driver.find_elements(By.CSS_SELECTOR, "#charts svg")) == 6
+    assert len(driver.find_elements(By.CSS_SELECTOR, "#charts svg")) == 8
+    assert driver.title.endswith("– llm-7d9f6c5b8-x2k4p")
 
 
 def test_a_stall_turns_the_headline(site: Any, open_page: Callable[..., webdriver.Chrome], story: Script) -> None:
@@ -111,6 +118,55 @@ def test_the_band_tells_each_change_and_its_reason(
     await_text(driver, "#tip", "stalled: no_progress")
     assert "40 s" in text_of(driver, "#tip")
     assert driver.find_elements(By.CSS_SELECTOR, "#charts .cross"), "the same moment is marked in the charts"
+
+
+def test_latencies_are_drawn_against_their_objective(
+    site: Any, open_page: Callable[..., webdriver.Chrome], moment: Script, story: Script
+) -> None:
+    """Time to first token and per token have a chart and a tile; without a stream in the last minute they say so."""
+    site.publish(*story(600))
+    driver = open_page()
+    await_text(driver, "#charts", "Time to first token")
+    await_text(driver, "#charts", "objective 2 s")
+    assert "Time per output token" in text_of(driver, "#charts")
+    assert re.match(r"(19|2[0-3])\d ms", text_of(driver, "#now-first")) and " ms" in text_of(driver, "#now-token")
+    site.publish(moment(601.0, latencies=snapshot.RecentLatencies()))
+    await_text(driver, "#now-first-of", "no stream")
+    assert (text_of(driver, "#now-first"), text_of(driver, "#now-token")) == ("–", "–")
+
+
+def test_a_stall_says_what_fails_and_where_to_read_on(
+    site: Any, open_page: Callable[..., webdriver.Chrome], moment: Script, story: Script
+) -> None:
+    """Failing probes are named, with the runbook's paragraph; and whether a person must act."""
+    past = list(story(340))
+    site.publish(*past)
+    driver = open_page()
+    await_text(driver, "#probes", "live fails, ready fails, startup fails")
+    assert text_of(driver, "#what-to-do") == "What to do: docs/runbook.md#no_progress"
+    assert not driver.find_element(By.ID, "operator").is_displayed()
+    site.publish(replace(past[-1], handover="useless_restarts"))
+    await_text(driver, "#operator", "An operator must act: useless_restarts")
+    site.publish(moment(341.0))
+    await_text(driver, "#state", "progressing")
+    assert text_of(driver, "#what-to-do") == ""
+
+
+def test_hours_can_be_shown(site: Any, open_page: Callable[..., webdriver.Chrome], moment: Script) -> None:
+    """The reader chooses the time that is shown; a choice beyond the history shows all of it."""
+    site.publish(*(moment(float(at)) for at in range(0, 4000, 2)))
+    driver = open_page()
+    await_text(driver, "#state", "progressing")
+    for choice, words in (("1\u00a0h", "last 1 h"), ("6\u00a0h", "last 6 h"), ("10\u00a0min", "last 10 min")):
+        button = next(
+            b
+            for b in driver.find_elements(By.CSS_SELECTOR, "#spans button")
+            if b.text.replace("\u00a0", " ") == choice.replace("\u00a0", " ")
+        )
+        button.click()
+        await_text(driver, "#span", words)
+        assert button.get_attribute("aria-pressed") == "true"
+        assert len(driver.find_elements(By.CSS_SELECTOR, "#timeline .run")) == 1, "coarse points are no gaps"
 
 
 def test_evidence_unfolds_and_stays_unfolded(

@@ -10,6 +10,7 @@ import re
 import socket
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import aiohttp
@@ -135,6 +136,32 @@ async def test_history_is_bounded_in_time_and_number(moment: Script) -> None:
     assert len(points) <= live_page.HISTORY_S / live_page.MIN_POINT_INTERVAL_S
     assert points[0][0] >= points[-1][0] - live_page.HISTORY_S
     assert points[-1][0] - points[0][0] > live_page.HISTORY_S - 1
+
+
+async def test_older_history_is_coarse_and_keeps_each_change(moment: Script, verdict: Script) -> None:
+    """Before the last ten minutes a point each 15 s is kept for hours, and one for each verdict, however short."""
+    feed = live_page.PageFeed()
+    short = verdict("suspect", "no_progress", since=1000.0)
+    for at in range(int(live_page.OLD_S) + 3000):
+        feed.publish(moment(float(at), verdict=short) if at in (5000, 5001) else moment(float(at)))
+    async with served(feed) as client, client.get("/events") as response:
+        history = (await next_event(response))[1]
+    older = history["older"]
+    times = [row[0] for row in older]
+    assert times == sorted(times) and times[-1] < history["points"][0][0]
+    assert history["points"][-1][0] - times[0] == pytest.approx(live_page.OLD_S, abs=live_page.OLD_INTERVAL_S)
+    steps = {round(after - before) for before, after in pairwise(times)}
+    assert max(steps) == live_page.OLD_INTERVAL_S and len(older) < live_page.OLD_S / live_page.OLD_INTERVAL_S + 4
+    assert [row[1] for row in older].count("suspect") == 1
+
+
+async def test_a_flapping_verdict_does_not_fill_memory(moment: Script, verdict: Script) -> None:
+    """However often the verdict changes, the number of points is bounded."""
+    feed = live_page.PageFeed()
+    for at in range(live_page.MAX_OLD_POINTS + 1000):
+        feed.publish(moment(float(at), verdict=verdict(("idle", "suspect")[at % 2])))
+    async with served(feed) as client, client.get("/events") as response:
+        assert len((await next_event(response))[1]["older"]) == live_page.MAX_OLD_POINTS
 
 
 async def test_nothing_is_rendered_while_nobody_listens(monkeypatch: pytest.MonkeyPatch, moment: Script) -> None:

@@ -5,23 +5,26 @@ from __future__ import annotations
 import asyncio
 import gzip
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 from aiohttp import web
+from opentelemetry.proto.collector.logs.v1.logs_service_pb2 import ExportLogsServiceRequest, ExportLogsServiceResponse
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
     ExportTraceServiceRequest,
     ExportTraceServiceResponse,
 )
 
-from sidecar.events import Admitted, RequestSize, Settled, Trace, Usage
-from sidecar.report.fan_out import make_server_metrics
-from sidecar.report.otlp import DEFAULT_QUEUED_SPANS
-from sidecar.report.semantic_conventions import FinishedRequest, Service
+from sidecar.events import Admitted, RequestSize, Settled, Trace, Usage, Verdict
+from sidecar.report.fan_out import make_log_handler, make_server_metrics
+from sidecar.report.otlp import DEFAULT_QUEUED
+from sidecar.report.otlp_logs import OtlpLogHandler
+from sidecar.report.semantic_conventions import FinishedRequest, Service, verdict_attributes
 from sidecar.report.tracing import Tracing
 
 from ..waiting import PATIENCE
@@ -42,6 +45,13 @@ def request(traces: Tracing, id: str = "r") -> None:
     traces.settled(settled(id))
 
 
+FORMS = {
+    "/v1/traces": ExportTraceServiceRequest,
+    "/v1/metrics": ExportMetricsServiceRequest,
+    "/v1/logs": ExportLogsServiceRequest,
+}
+
+
 class Collector:
     """An OTLP/HTTP receiver: what came to which path, with which header fields. `status`: how it answers."""
 
@@ -54,7 +64,7 @@ class Collector:
         body = await request.read()
         if body[:2] == b"\x1f\x8b":
             body = gzip.decompress(body)
-        form = ExportTraceServiceRequest if request.path == "/v1/traces" else ExportMetricsServiceRequest
+        form = FORMS[request.path]
         self.headers.append(request.headers)
         if self.status == 200:
             self.received.append((request.path, form.FromString(body)))
@@ -183,6 +193,126 @@ async def test_a_collector_that_is_away_costs_one_warning_and_its_spans(
     assert traces.dropped == 4
 
 
+def records(sent: list[Any]) -> list[Any]:
+    return [r for one in sent for x in one.resource_logs for scope in x.scope_logs for r in scope.log_records]
+
+
+@contextmanager
+def exported_logger(url: str) -> Iterator[tuple[logging.Logger, OtlpLogHandler]]:
+    """A logger of the sidecar's whose lines are exported."""
+    handler = make_log_handler(url, "1.2.3")
+    assert handler is not None
+    logger = logging.getLogger("sidecar.control.loop")
+    logger.addHandler(handler)
+    try:
+        yield logger, handler
+    finally:
+        logger.removeHandler(handler)
+
+
+def write_lines(logger: logging.Logger) -> None:
+    """What control logs: a change of the verdict, a warning, an error, and a line that is not exported."""
+    verdict = Verdict("suspect", "no_progress", "9 outstanding", 1.0, 2.0, {"outstanding": 9, "part": None})
+    found = verdict_attributes(verdict, Service("vllm", "pod-0", 8080))
+    logger.info("verdict %s", "suspect", extra={"otlp_event": ("sidecar.verdict", found)})
+    logger.warning("canary %s", "starved")
+    logger.info("draining")
+    try:
+        raise OSError("disk /secret is full")
+    except OSError:
+        logger.exception("cannot write")
+
+
+def check_records(sent: list[Any]) -> None:
+    event, warning, error = records(sent)
+    assert (event.event_name, event.severity_text, event.body.string_value) == (
+        "sidecar.verdict",
+        "INFO",
+        "verdict suspect",
+    )
+    attributes = {a.key: a.value.string_value or a.value.int_value for a in event.attributes}
+    assert attributes["sidecar.verdict.state"] == "suspect" and attributes["sidecar.verdict.reason"] == "no_progress"
+    assert attributes["sidecar.evidence.outstanding"] == 9 and attributes["gen_ai.provider.name"] == "vllm"
+    assert event.time_unix_nano and not warning.event_name
+    assert [r.severity_number for r in (event, warning, error)] == [9, 13, 17]  # INFO, WARN, ERROR of the specification
+    kinds = {a.key: a.value.string_value for a in error.attributes}
+    assert kinds["exception.type"] == "OSError" and "secret" not in str(error)
+    resource = {a.key: a.value.string_value for a in sent[0].resource_logs[0].resource.attributes}
+    assert (resource["service.name"], resource["service.version"]) == ("inference-sidecar", "1.2.3")
+
+
+async def test_verdicts_and_warnings_are_log_records(collector: Collector, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A verdict is an event with attributes, a warning its text, other lines stay at home; all with the resource."""
+    monkeypatch.setenv("OTEL_LOGS_EXPORTER", "otlp")
+    with exported_logger(collector.url) as (logger, handler):
+        logger.setLevel(logging.INFO)
+        write_lines(logger)
+        assert await handler.stop(PATIENCE)
+    check_records([sent for path, sent in collector.received if path == "/v1/logs"])
+
+
+async def test_log_records_by_grpc(requires: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same records, by the other protocol."""
+    requires("python:opentelemetry.exporter.otlp.proto.grpc")
+    import grpc
+    from opentelemetry.proto.collector.logs.v1.logs_service_pb2_grpc import add_LogsServiceServicer_to_server
+
+    received: list[Any] = []
+
+    class Receiver:
+        def Export(self, sent: Any, context: Any) -> Any:  # gRPC's name
+            received.append(sent)
+            return ExportLogsServiceResponse()
+
+    server = grpc.server(ThreadPoolExecutor(1))
+    add_LogsServiceServicer_to_server(Receiver(), server)
+    url = f"http://127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    server.start()
+    try:
+        monkeypatch.setenv("OTEL_LOGS_EXPORTER", "otlp")
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc")
+        with exported_logger(url) as (logger, handler):
+            logger.setLevel(logging.INFO)
+            write_lines(logger)
+            assert await handler.stop(PATIENCE)
+    finally:
+        server.stop(None)
+    check_records(received)
+
+
+async def test_lost_records_are_counted_and_do_not_feed_themselves(
+    collector: Collector, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One warning about the collector, which is not queued for it; what was lost is counted exactly."""
+    monkeypatch.setenv("OTEL_LOGS_EXPORTER", "otlp")
+    monkeypatch.setenv("OTEL_BLRP_SCHEDULE_DELAY", "1")
+    collector.status = 400
+    handler = make_log_handler(collector.url, "1")
+    assert handler is not None
+    root = logging.getLogger()
+    root.addHandler(handler)
+    try:
+        for n in range(3):
+            logging.getLogger("sidecar.control.loop").warning("line")
+            await until(lambda n=n: handler.dropped == n + 1)
+        assert await handler.stop(PATIENCE)
+    finally:
+        root.removeHandler(handler)
+    assert handler.dropped == 3
+    (line,) = [r.getMessage() for r in caplog.records if r.name == "sidecar.report.otlp"]
+    assert "no log records" in line and "sidecar_log_records_dropped_total" in line
+
+
+@pytest.mark.parametrize(
+    "environ", [{}, {"OTEL_LOGS_EXPORTER": "none"}, {"OTEL_LOGS_EXPORTER": "otlp", "OTEL_SDK_DISABLED": "true"}]
+)
+def test_logs_are_exported_only_if_asked_for(environ: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """An endpoint alone is not enough, as many collectors of spans take no logs."""
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    assert make_log_handler("http://127.0.0.1:1", "1") is None
+
+
 async def test_a_full_queue_drops_and_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     """While a collector hangs, spans beyond the queue are counted, and none is waited for."""
     release = asyncio.Event()
@@ -195,7 +325,7 @@ async def test_a_full_queue_drops_and_counts(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", str(PATIENCE))
     try:
         traces = Tracing(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", "1")
-        for n in range(DEFAULT_QUEUED_SPANS + 100):
+        for n in range(DEFAULT_QUEUED + 100):
             request(traces, str(n))
         assert traces.dropped == 100
     finally:

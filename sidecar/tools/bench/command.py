@@ -70,7 +70,7 @@ class BenchSettings:
     plot: str = flag("", file_path, "SVG file to write")
 
 
-def main(settings: BenchSettings) -> int:
+def main(settings: BenchSettings, as_json: bool = False) -> int:
     """Run and report. Returns 0, or 1 if interrupted. Raises UsageError and EngineRefused."""
     if not settings.engine:
         raise UsageError("--engine is missing; expected the engine's base URL, e.g. --engine http://127.0.0.1:8000")
@@ -84,7 +84,9 @@ def main(settings: BenchSettings) -> int:
         show_progress("")
         print("interrupted; these are the results so far", file=sys.stderr)
         exit_code = 1
-    print(json.dumps([asdict(r) for r in rows], indent=1) if settings.format == "json" else report.table(rows))
+    print(
+        json.dumps([asdict(r) for r in rows], indent=1) if as_json or settings.format == "json" else report.table(rows)
+    )
     if settings.plot:
         load = f"{settings.input_tokens} in, {settings.output_tokens} out"
         Path(settings.plot).write_text(report.plot(rows, f"Useful work: {load}, p95 <= {settings.slo_seconds:g} s"))

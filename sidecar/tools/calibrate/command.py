@@ -81,7 +81,7 @@ class CalibrateSettings:
     context: int = flag(0, integer(0, 1 << 20, "tokens"), "Context length; 0: ask the engine")
 
 
-def main(settings: CalibrateSettings) -> int:
+def main(settings: CalibrateSettings, as_json: bool = False) -> int:
     """Measure, report, write. Returns 0, or 1 if interrupted. Raises UsageError and EngineRefused."""
     if not settings.engine:
         raise UsageError("--engine is missing; expected the engine's base URL, e.g. --engine http://127.0.0.1:8000")
@@ -95,10 +95,14 @@ def main(settings: CalibrateSettings) -> int:
         show_progress("")
         print("interrupted; run the same command again to resume", file=sys.stderr)
         return 1
-    print(report.text(found, settings.slo_seconds))
+    if not as_json:
+        print(report.text(found, settings.slo_seconds))
     out.write_text(cost_model.to_json(found.co) + "\n")
     journal.close(kept)
-    print(f"written: {out}; use it with sidecar run --coefficients {out}")
+    if as_json:
+        print(json.dumps({"written": str(out)} | report.summary(found), indent=1))
+    else:
+        print(f"written: {out}; use it with sidecar run --coefficients {out}")
     return 0
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import statistics
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Final
+from dataclasses import asdict, dataclass
+from typing import Any, Final
 
 from sidecar.load import cost_model
 from sidecar.load.cost_model import Coefficients
@@ -62,6 +62,23 @@ def text(found: CalibrationReport, slo: float) -> str:
         *found.notes,
     ]
     return "\n".join(lines)
+
+
+def summary(found: CalibrationReport) -> dict[str, Any]:
+    """The result for programs: coefficients, errors on held-out shapes as shares, and every shape in milliseconds."""
+    co = found.co
+    shapes = [
+        {"shape": row.shape.name, "measured_ms": row.ms, "model_ms": predicted_ms(row, co), "held_out": row_is_held_out}
+        for row_is_held_out, rows in ((False, found.fitted), (True, found.held_out))
+        for row in rows
+    ]
+    return {
+        "coefficients": asdict(co),
+        "max_mu_per_minute": None if co.no_capacity else cost_model.max_mu_per_minute(co),
+        "held_out": asdict(accuracy(found.held_out, co)),
+        "shapes": shapes,
+        "notes": list(found.notes),
+    }
 
 
 def _capacity(found: CalibrationReport) -> str:

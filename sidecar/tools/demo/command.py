@@ -7,9 +7,11 @@ demo, the processes it started end with it. Their output goes to files, which ar
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Coroutine
 from dataclasses import dataclass
@@ -23,7 +25,7 @@ from sidecar.tools.demo import processes
 from sidecar.tools.demo.admin_client import AdminClient
 from sidecar.tools.demo.kubelet import EventKind, Kubelet, KubeletEvent
 from sidecar.tools.demo.processes import MODEL, DemoProcesses, url
-from sidecar.tools.demo.scorecard import Scorecard, summary
+from sidecar.tools.demo.scorecard import Scorecard, summary, summary_json
 from sidecar.tools.demo.traffic import OUTCOMES, DemoTraffic, TrafficPlan, TrafficTally, load_pictures, make_pictures
 
 WATCH_INTERVAL_S: Final = 0.25
@@ -48,22 +50,22 @@ class DemoSettings:
     seed: int = flag(1, integer(0, 2**31), "Seed of the traffic")
 
 
-def main(settings: DemoSettings) -> int:
+def main(settings: DemoSettings, as_json: bool = False) -> int:
     """Run the demo to its end. Returns 0 if every stall was detected without a false alarm, otherwise 1."""
-    return asyncio.run(_main(settings))
+    return asyncio.run(_main(settings, as_json))
 
 
-async def _main(settings: DemoSettings) -> int:
+async def _main(settings: DemoSettings, as_json: bool) -> int:
     found = await asyncio.to_thread(load_pictures, Path(settings.images)) if settings.images else []
     stage = await asyncio.to_thread(processes.make, settings.listen, settings.admin)
-    demo = Demo(settings, stage, found)
+    demo = Demo(settings, stage, found, as_json=as_json)
     failures = ["the demo itself failed"]
     try:
         demo.introduce()
         failures = await demo.run()
     finally:
         if failures:
-            print(f"logs: {stage.sidecar_log} and {stage.engine_log}", flush=True)
+            demo.say(f"logs: {stage.sidecar_log} and {stage.engine_log}")
         else:
             await asyncio.to_thread(shutil.rmtree, stage.directory, ignore_errors=True)
     return 1 if failures else 0
@@ -84,10 +86,13 @@ ENGINE_LINES: Final[dict[EventKind, str]] = {
 class Demo:
     """One run: the pod's two containers, the traffic, the stalls, and their scorecard."""
 
-    def __init__(self, settings: DemoSettings, stage: DemoProcesses, found: list[str]) -> None:
+    def __init__(
+        self, settings: DemoSettings, stage: DemoProcesses, found: list[str], *, as_json: bool = False
+    ) -> None:
         self.settings: Final = settings
         self.stage: Final = stage
         self.card: Final = Scorecard()
+        self._as_json = as_json
         self._pictures_found = found
         self._began = time.monotonic()
         self._stop = asyncio.Event()
@@ -98,22 +103,26 @@ class Demo:
         self._broken: list[str] = []
         self._traffic: DemoTraffic | None = None
 
+    def say(self, line: str) -> None:
+        """Print one line; where the result is JSON, as progress."""
+        print(line, file=sys.stderr if self._as_json else sys.stdout, flush=True)
+
     def log(self, line: str) -> None:
         """Print one line, with the seconds since the start."""
-        print(f"[{time.monotonic() - self._began:6.1f} s] {line}", flush=True)
+        self.say(f"[{time.monotonic() - self._began:6.1f} s] {line}")
 
     def introduce(self) -> None:
         """Print the page's URL, and what the user should know before the start."""
         stage, settings = self.stage, self.settings
-        print(f"page:   {url(stage.admin)}/", flush=True)
-        print(f'relay:  {url(stage.relay)}/v1 (OpenAI-compatible, model "{MODEL}")')
+        self.say(f"page:   {url(stage.admin)}/")
+        self.say(f'relay:  {url(stage.relay)}/v1 (OpenAI-compatible, model "{MODEL}")')
         stall = f"; stalls ({settings.fault}) after every {settings.stall_after:g} s of service"
-        print(f"engine: scripted, behind the relay{stall if settings.stall_after else ''}")
-        print(f"shortened settings: {processes.describe_quick_settings()}")
+        self.say(f"engine: scripted, behind the relay{stall if settings.stall_after else ''}")
+        self.say(f"shortened settings: {processes.describe_quick_settings()}")
         for note in stage.notes:
-            print(f"note:   {note}")
+            self.say(f"note:   {note}")
         end = f"The demo ends after {settings.seconds:g} s." if settings.seconds else "Press Ctrl-C to end."
-        print(end, flush=True)
+        self.say(end)
 
     async def run(self) -> list[str]:
         """Run to the end and print the summary. Returns the failures, a line each."""
@@ -240,7 +249,13 @@ class Demo:
         failures = self._broken + self.card.failures()
         if self._traffic is None:
             failures.append("the engine never became ready")
-        print("summary", *summary(self.card, counts, tally.pictures, mu, time.monotonic() - self._began), sep="\n")
+        seconds = time.monotonic() - self._began
+        if self._as_json:
+            print(
+                json.dumps(summary_json(self.card, counts, tally.pictures, mu, seconds, failures), indent=1), flush=True
+            )
+            return failures
+        print("summary", *summary(self.card, counts, tally.pictures, mu, seconds), sep="\n")
         if self.settings.stall_after and not self.card.stalls:
             print(f"  no stall was injected: one needs {self.settings.stall_after + RECOVERY_ROOM_S:g} s of service")
         for line in failures:

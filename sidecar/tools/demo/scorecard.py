@@ -8,9 +8,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final
 
 ALARMS: Final = frozenset({"stalled", "dead"})
 
@@ -124,6 +124,30 @@ def summary(
         ("false alarms", str(len(card.false_alarms))),
     ]
     return [f"  {name:<16} {value}" for name, value in rows]
+
+
+def summary_json(
+    card: Scorecard,
+    requests: Mapping[str, int],
+    pictures: int,
+    mu: Mapping[str, float] | None,
+    seconds: float,
+    failures: Sequence[str],
+) -> dict[str, Any]:
+    """The same for programs. Times are seconds since the stall; null for what did not happen."""
+
+    def after(stall: Stall, at: float | None) -> float | None:
+        return None if at is None else at - stall.injected
+
+    return {
+        "seconds": seconds,
+        "requests": dict(requests),
+        "images": pictures,
+        "mu": None if mu is None else dict(mu),
+        "stalls": [{"detected": after(s, s.detected), "recovered": after(s, s.recovered)} for s in card.stalls],
+        "false_alarms": list(card.false_alarms),
+        "failures": list(failures),
+    }
 
 
 def _format_units(mu: Mapping[str, float] | None) -> str:

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Final
 
 from sidecar.settings import Settings
+from sidecar.tools import terminal
 from sidecar.tools.doctor import engine, image_costs, machine, stacks
-from sidecar.tools.doctor.finding import DoctorFinding
+from sidecar.tools.doctor.finding import DoctorFinding, Level
 
 Check = Callable[[Settings], DoctorFinding]
 
@@ -37,11 +39,21 @@ CHECKS: Final[dict[str, Check]] = {
     "stack-dumps": stacks.check,
 }
 
+LEVEL_STYLES: Final[dict[Level, tuple[str, ...]]] = {
+    "ok": ("green",),
+    "warn": ("bold", "yellow"),
+    "fail": ("bold", "red"),
+    "absent": ("dim",),
+}
+
 
 def main(chosen: Settings, as_json: bool) -> int:
     """Print the findings. Returns 1 if any is a `fail`, otherwise 0."""
     found = asyncio.run(examine(chosen))
-    print(json.dumps([{"name": name} | asdict(f) for name, f in found.items()], indent=1) if as_json else text(found))
+    if as_json:
+        print(json.dumps([{"name": name} | asdict(f) for name, f in found.items()], indent=1))
+    else:
+        print(text(found, colours=terminal.has_colours(sys.stdout)))
     return 1 if any(f.level == "fail" for f in found.values()) else 0
 
 
@@ -59,12 +71,13 @@ async def _safely(check: Check, chosen: Settings) -> DoctorFinding:
         return DoctorFinding("fail", f"the check itself failed ({type(e).__name__})", "please report this")
 
 
-def text(found: dict[str, DoctorFinding]) -> str:
+def text(found: dict[str, DoctorFinding], *, colours: bool = False) -> str:
     """Aligned lines; a remedy follows its finding."""
     width = max(map(len, found))
     lines = []
     for name, f in found.items():
-        lines.append(f"{f.level:<6}  {name:<{width}}  {f.what}")
+        level = terminal.paint(f"{f.level:<6}", *LEVEL_STYLES[f.level], on=colours)
+        lines.append(f"{level}  {name:<{width}}  {f.what}")
         if f.remedy:
             lines.append(f"{'':<6}  {'':<{width}}  -> {f.remedy}")
     failed, warned = (sum(f.level == level for f in found.values()) for level in ("fail", "warn"))

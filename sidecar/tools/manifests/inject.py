@@ -85,7 +85,12 @@ SPECS: Final[dict[str, tuple[str, ...]]] = {
 class InjectSettings:
     """Settings of `sidecar inject`."""
 
-    file: str = flag("", file_path, "File with the workload, or - for standard input; a List or several documents, too")
+    file: str = flag(
+        "",
+        file_path,
+        "File with the workload, or - for standard input; a List or several documents, too",
+        heading="Workload",
+    )
     container: str = flag("", optional_label, "Name of the engine's container; default: the one that starts an engine")
     engine_kind: str = flag("auto", one_of("auto", *KINDS), "Which engine it is; auto: by its command line or image")
     engine_port: int = flag(0, integer(0, 65_535), "Where the engine moves to, on 127.0.0.1; 0: 10000 above its port")
@@ -94,7 +99,7 @@ class InjectSettings:
         integer(0, 65_535),
         "Leave the engine's command line alone: it listens on this port, and clients must use the relay's, 8080",
     )
-    sidecar_image: str = flag(ManifestSettings().sidecar_image, reference, "The sidecar's image")
+    sidecar_image: str = flag(ManifestSettings().sidecar_image, reference, "The sidecar's image", heading="Sidecar")
     sidecar_cpus: int = flag(2, integer(1, 128), "CPUs of the sidecar")
     sidecar_memory: str = flag("4Gi", quantity(SIDECAR_MEMORY), f"Memory of the sidecar, at least {SIDECAR_MEMORY}")
     qos: str = flag("guaranteed", one_of("guaranteed", "burstable"), "Whether all that the sidecar may use is reserved")

@@ -107,15 +107,20 @@ class ManifestSettings:
         one_of("yaml", "helm", "kustomize", "llm-d"),
         "What is printed: manifests, or values for llm-d's chart; a Helm chart and a Kustomize component are several "
         "files, in the directory --out",
+        heading="Output",
     )
     out: str = flag("", directory, "Directory to write the files to; default: standard output")
     container: str = flag("engine", label, "Kustomize and llm-d: name of the engine's container, the first of its pod")
     port: int = flag(8000, integer(1, 65_535), "Kustomize and llm-d: port of the engine, which the relay takes over")
 
-    name: str = flag("llm", label, "Name of the Deployment and its Service")
+    name: str = flag("llm", label, "Name of the Deployment and its Service", heading="Deployment")
     namespace: str = flag("", optional_label, "Namespace; default: kubectl's own")
     engine_kind: str = flag(
-        "vllm", one_of(*KINDS), "Which engine it is", expected=f"one of {', '.join(KINDS)} (auto cannot be rendered)"
+        "vllm",
+        one_of(*KINDS),
+        "Which engine it is",
+        expected=f"one of {', '.join(KINDS)} (auto cannot be rendered)",
+        heading="Engine",
     )
     model: str = flag("Qwen/Qwen2.5-VL-7B-Instruct", text, "The model: a hub's name, or a directory below /models")
     image: str = flag("", optional_reference, "The engine's image; default: the tested one, if any")
@@ -124,9 +129,11 @@ class ManifestSettings:
     gpus: int = flag(1, integer(0, 64), "GPUs of the engine")
     cpus: int = flag(8, integer(1, 512), "CPUs of the engine")
     memory: str = flag("64Gi", quantity(), "Memory of the engine")
-    sidecar_cpus: int = flag(2, integer(1, 128), "CPUs of the sidecar; it prepares that many images at once")
+    sidecar_cpus: int = flag(
+        2, integer(1, 128), "CPUs of the sidecar; it prepares that many images at once", heading="Sidecar"
+    )
     sidecar_memory: str = flag("4Gi", quantity(SIDECAR_MEMORY), f"Memory of the sidecar, at least {SIDECAR_MEMORY}")
-    replicas: int = flag(1, integer(0, 10_000), "Pods")
+    replicas: int = flag(1, integer(0, 10_000), "Pods", heading="Deployment")
     max_surge: int = flag(
         0,
         integer(0, 10_000),
@@ -137,18 +144,23 @@ class ManifestSettings:
         3600, integer(60, 86_400, "seconds"), "Longest time until the engine serves its first token"
     )
     claim: str = flag(
-        "", optional_label, "PersistentVolumeClaim with the models, mounted at /models; needed to prepare images"
+        "",
+        optional_label,
+        "PersistentVolumeClaim with the models, mounted at /models; needed to prepare images",
+        heading="Engine",
     )
     images: str = flag(
         "auto",
         one_of("auto", "shm"),
         "How the engine gets prepared images; shm: through shared memory, by the plugin in vLLM's image; needs --claim",
+        heading="Sidecar",
     )
     probe: str = flag(
         "safe",
         one_of("safe", "http", "restart-rules"),
         "How a stalled engine is restarted: safe cannot kill a healthy one; for images without a shell, restart-rules "
         "cannot either (Kubernetes 1.36 or later), and http fails closed",
+        heading="Probes, metrics and access",
     )
     monitor: str = flag(
         "annotations",
@@ -161,22 +173,25 @@ class ManifestSettings:
         "guaranteed",
         one_of("guaranteed", "burstable"),
         "Class of the pod; guaranteed: all that the sidecar may use is reserved, so the engine keeps exclusive CPUs",
+        heading="Deployment",
     )
     gpu_access: str = flag(
         "none",
         one_of("none", "dra"),
         "How the sidecar sees the engine's GPUs; dra: both share a claim (Kubernetes 1.34, NVIDIA's DRA driver)",
+        heading="Sidecar",
     )
-    env: str = flag("", variables, "Variables of the engine")
+    env: str = flag("", variables, "Variables of the engine", heading="Engine")
     env_secret: str = flag("", optional_name, "Secret whose keys become variables of the engine, such as HF_TOKEN")
     key_secret: str = flag("", optional_name, "Secret with vLLM's API key under `api-key`, for engine and sidecar")
-    pull_secrets: str = flag("", names, "Secrets to pull the images with")
+    pull_secrets: str = flag("", names, "Secrets to pull the images with", heading="Deployment")
     node_selector: str = flag("", labels, "Labels of the nodes")
     tolerations: str = flag("", taints, "Taints of the nodes that the pods tolerate")
     stack_dumps: str = flag(
         "off",
         one_of("off", "on"),
         "Whether the sidecar may read the engine's stacks when it hangs: it then runs as root with SYS_PTRACE",
+        heading="Sidecar",
     )
 
 

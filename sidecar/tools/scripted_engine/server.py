@@ -39,20 +39,29 @@ SHUTDOWN_TIMEOUT_S = 0.05
 class EngineSettings:
     """Settings of `sidecar engine`. The default speeds are those of an 8B model on one H100, rounded."""
 
-    listen: tuple[str, int] = flag(("127.0.0.1", 8000), address, "Where the engine listens")
+    listen: tuple[str, int] = flag(("127.0.0.1", 8000), address, "Where the engine listens", heading="Server")
     served_model: str = flag("scripted", text, "Name of the model it serves")
-    prefill_tokens_per_second: float = flag(20_000.0, number(1, 1_000_000_000, "tokens per second"), "Speed of prefill")
+    prefill_tokens_per_second: float = flag(
+        20_000.0, number(1, 1_000_000_000, "tokens per second"), "Speed of prefill", heading="Speed and scheduling"
+    )
     decode_step_ms: float = flag(10.0, number(0, 60_000, "milliseconds"), "Time of one decode step")
     max_batch: int = flag(64, integer(1, 4096), "Most running sequences")
     max_waiting: int = flag(2048, integer(1, 100_000), "Most waiting sequences before requests are refused")
     full_status: int = flag(503, integer(400, 599), "Status of requests beyond --max-waiting")
     scheduling: str = flag("fcfs", one_of("fcfs", "priority"), "Order of waiting requests, as vLLM's policies")
-    adapters: int = flag(0, integer(0, 1000), "LoRA adapters that it serves as models: adapter-1, adapter-2, ...")
+    adapters: int = flag(
+        0, integer(0, 1000), "LoRA adapters that it serves as models: adapter-1, adapter-2, ...", heading="Models"
+    )
     max_adapters: int = flag(1, integer(1, 1000), "Most adapters in the batch; requests for others wait")
     models: int = flag(1, integer(1, 1000), "Models that it serves, one loaded at a time: NAME, NAME-2, ...")
     model_load_seconds: float = flag(5.0, number(0, 3600, "seconds"), "Time to load one of several models")
     model_status: str = flag("none", one_of("none", "listed"), "Whether /v1/models says which of several is loaded")
-    answer_tokens: int = flag(0, integer(0, 1_000_000), "Tokens of an answer without a limit; 0: a seeded number")
+    answer_tokens: int = flag(
+        0,
+        integer(0, 1_000_000),
+        "Tokens of an answer without a limit; 0: a seeded number",
+        heading="Speed and scheduling",
+    )
     kv_tokens: int = flag(131_072, integer(64, 100_000_000), "Tokens that the KV cache holds")
     chunked_prefill_tokens: int = flag(2048, integer(1, 1_000_000), "Token budget of one step")
     data_parallel: int = flag(1, integer(1, 64), "Ranks, each with a core of its own")
@@ -61,7 +70,7 @@ class EngineSettings:
         number(0, 10_000, "milliseconds"),
         "Own preprocessing of an image that is no BMP, per megapixel, on one thread",
     )
-    load_seconds: float = flag(0.0, number(0, 86_400, "seconds"), "Length of start-up")
+    load_seconds: float = flag(0.0, number(0, 86_400, "seconds"), "Length of start-up", heading="Start-up and faults")
     load_port: str = flag("open", one_of("open", "refused"), "The port during start-up: open with 503, or refused")
     seed: int = flag(0, integer(0, 2**63), "Seed of lengths and texts")
     fault: str = flag("", one_of("", *FAULTS), "A fault that is active from the start")
