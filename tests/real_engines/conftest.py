@@ -49,9 +49,10 @@ def note(request: pytest.FixtureRequest) -> Callable[[str, str, str], None]:
 def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EnginePlace]:
     """The engine of a row, serving. pytest runs the cases of one row together, and ends it before the next starts."""
     row: RealEngine = request.param
-    if not row.environment.complete():
-        why = environments.why_not(row.environment) or "`make test-engines` makes its environment"
-        pytest.skip(f"{row.environment.name} is not there: {why}")
+    for environment in {row.environment, row.maker or row.environment}:
+        if not environment.complete():
+            why = environments.why_not(environment) or "`make test-engines` makes its environment"
+            pytest.skip(f"{environment.name} is not there: {why}")
     with place(row, tmp_path_factory.mktemp("engine")) as running:
         yield running
 

@@ -35,9 +35,9 @@ class RealEngine:
     """One way to run an engine.
 
     `series`: the fields of a sample that its metrics page fills once it has worked; none: there is no page to read.
-    `model` is made by `script` as its kind `made`. `parts`: processes by what their command line holds; empty is the
-    first one. `routes`: which of chat, completions and embeddings it serves. `unharmed`: parts whose loss users do not
-    see. `absent` says of a case why it does not apply.
+    Its model is made by `script` as the kind `made`, in the environment `maker` if it is not its own. `parts`:
+    processes by what their command line holds; empty is the first one. `routes`: which of chat, completions and
+    embeddings it serves. `unharmed`: parts whose loss users do not see. `absent` says of a case why it does not apply.
     """
 
     name: str
@@ -47,6 +47,7 @@ class RealEngine:
     kind: str
     script: Path
     made: str
+    maker: Environment | None = None
     series: frozenset[str] = frozenset()
     prefix: str = ""  # of its own series' names
     environ: Mapping[str, str] = field(default_factory=dict)
@@ -114,6 +115,14 @@ LLAMACPP_CALLS = (
 
 VLLM_SERIES = frozenset(
     {"running", "waiting", "kv_usage", "prompt_tokens", "generation_tokens", "finished", "iterations"}
+)
+# What depends neither on the connection nor on the key is seen once.
+AS_WITHOUT = dict.fromkeys(
+    (
+        *("tools", "images", "embeddings", "long_prompts", "bundle", "kill_worker", "kill_9", "restart"),
+        *(f"stop_{part}_{when}" for part in ("front", "worker") for when in ("idle", "in_a_stream")),
+    ),
+    "as without TLS, key and path",
 )
 VLLM_CALLS = (
     Call("/v1/messages", {"max_tokens": 8, "temperature": 0, "messages": [{"role": "user", "content": "hi"}]}),
@@ -196,7 +205,30 @@ ENGINES = (
         is_tls=True,
         key="a-key-of-this-test",
         base="/llm",
+        absent=ALONE | AS_WITHOUT,
     ),
-    vllm("vLLM 0.32, two ranks", "--data-parallel-size", "2", hides_in_work=True),
-    vllm("vLLM 0.32, two API servers", "--api-server-count", "2"),
+    RealEngine(
+        "Dynamo 1.6, mocker",
+        "dynamo",
+        environments.DYNAMO,
+        ("{python}", str(HERE / "serve_dynamo.py"), "{model}", "{port}", "{folder}"),
+        "openai",
+        TINY_MODELS,
+        "text",
+        maker=environments.VLLM,
+        prefix="dynamo_",
+        sees_images=True,  # its preprocessor takes them, the mocker looks at none
+        parts={"front": "dynamo.frontend", "worker": "dynamo.mocker"},
+        calls=(
+            Call("/v1/messages", {"max_tokens": 8, "temperature": 0, "messages": [{"role": "user", "content": "hi"}]}),
+            Call("/v1/responses", {"max_output_tokens": 8, "temperature": 0, "input": "hi"}),
+            Call("/v1/models", is_work=False),
+        ),
+        absent=without(("core",), "its workers are engines of their own")
+        | ALONE
+        | dict.fromkeys(
+            ("abort", "stop_front_in_a_stream", "stop_worker_in_a_stream"),
+            "the mocker's tokens have no text here: its streams show nothing before they end",
+        ),
+    ),
 )

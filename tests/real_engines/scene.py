@@ -64,12 +64,12 @@ class EnginePlace:
         self.stop()
         self.starts += 1
         row = self.row
-        python = row.environment.python()
+        maker = (row.maker or row.environment).python()
         words = {
             "home": str(row.environment.home()),
-            "python": str(python),
+            "python": str(row.environment.python()),
             "port": str(self.port),
-            "model": str(made_model(row.script, row.made, python, processes.ENGINE_ENV)),
+            "model": str(made_model(row.script, row.made, maker, processes.ENGINE_ENV)),
             "folder": str(self.folder),
         }
         if row.is_tls:

@@ -32,7 +32,12 @@ def keep(cells: dict[str, dict[str, str]]) -> None:
         new, old = cells.get(row.name, {}), known.get(row.name, {})
         if new:
             date = f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}"
-            old = {"page": row.page, "date": date, "machine": f"{os.cpu_count()} CPUs", "cells": old.get("cells", {}) | new}
+            old = {
+                "page": row.page,
+                "date": date,
+                "machine": f"{os.cpu_count()} CPUs",
+                "cells": old.get("cells", {}) | new,
+            }
         if old:
             kept[row.name] = old | {"cells": {case: old["cells"][case] for case in CASES if case in old["cells"]}}
     content = {"cases": {case: legend(case) for case in CASES}, "engines": kept}
