@@ -354,7 +354,7 @@ def _with_moved(choice: bytes, usage: bytes) -> bytes:
     for key in _MOVED_KEYS:
         start, end = _find_member(usage, key)
         at = choice.rfind(b"}")
-        if 0 <= start and 0 <= at and key not in choice:
+        if start >= 0 and at >= 0 and key not in choice:
             choice = b"%b,%b%b" % (choice[:at], usage[start:end], choice[at:])
     return choice
 
