@@ -203,7 +203,7 @@ async def abort(scene: EngineScene) -> str:
 
 
 async def long_prompts(scene: EngineScene) -> str:
-    """Six prompts near the model's limit at once: all are served, and no verdict turns against the engine."""
+    """Six long prompts at once: all are served, and no verdict turns against the engine."""
     began = now()
     prompts = (f"{n}: " + "The tokens come one by one. " * scene.row.sentences for n in range(LONG_PROMPTS))
     answers = await asyncio.gather(*(scene.relayed(generate(scene.row, each, max_tokens=8)) for each in prompts))
@@ -263,7 +263,11 @@ async def doctor(scene: EngineScene) -> str:
     run = await asyncio.create_subprocess_exec(
         *command, cwd=processes.ROOT, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
     )
-    out, errors = await asyncio.wait_for(run.communicate(), client.WAIT)
+    try:
+        out, errors = await asyncio.wait_for(run.communicate(), client.WAIT)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            run.kill()
     found = {each["name"]: each for each in json.loads(out)}
     of_engine = {name: each for name, each in found.items() if name.startswith(("engine", "canary", "images-engine"))}
     assert not [each for each in of_engine.values() if each["level"] == "fail"], (of_engine, errors)
