@@ -315,7 +315,7 @@ def seen_tables() -> str:
         engines = {name: engine for name, engine in kept["engines"].items() if engine["page"] == page}
         head = ("case", *(f"{name} ({engine['date']}, {engine['machine']})" for name, engine in engines.items()))
         cells = ((case.replace("_", " "), *(e["cells"].get(case, "") for e in engines.values())) for case in rows)
-        parts.append(f"## [{page}]({page}.md)\n\n{table(head, cells)}")
+        parts.append(f"## {page}\n\nHow to start it: [{page}.md]({page}.md).\n\n{table(head, cells)}")
     legend = table(("case", "holds"), ((case.replace("_", " "), text) for case, text in rows.items()))
     return "\n".join([legend, *parts])
 
