@@ -1,4 +1,4 @@
-# make run | test | test-slow | check | matrix | test-vllm | test-clients | test-charts | test-fixtures | test-containers | site | compiled | test-compiled | sanitize | soak | fuzz | bench | docs | clean
+# make run | test | test-slow | check | matrix | test-vllm | test-engines | test-clients | test-charts | test-fixtures | test-containers | site | compiled | test-compiled | sanitize | soak | fuzz | bench | docs | clean
 #
 # Needs GNU make, Python 3.11-3.13 with pip and venv, and C and C++ compilers for the kernel and a test. Everything else
 # is installed into .venv, pinned by constraints.txt, again only when pyproject.toml or constraints.txt changes.
@@ -10,6 +10,7 @@ SHELL := /bin/bash
 
 PYTHON ?= python3
 ARGS ?=
+ENGINES ?=
 BIN := .venv/bin
 PINS := pyproject.toml constraints.txt
 # COMPILED=1: a target's real processes run the compiled form, which `make compiled` builds.
@@ -19,7 +20,7 @@ PYTEST := $(if $(COMPILED),$(ON_COMPILED),$(BIN)/pytest)
 # Without bytecode on disk, every start of a test or a worker would compile torch's thousands of modules again.
 INSTALL := env -u PYTHONDONTWRITEBYTECODE $(BIN)/uv pip install --quiet --python $(BIN)/python --compile-bytecode -c constraints.txt
 
-.PHONY: help run test test-slow check matrix test-vllm test-clients test-charts test-fixtures test-containers site compiled test-compiled sanitize soak fuzz bench docs constraints clean
+.PHONY: help run test test-slow check matrix test-vllm test-engines test-clients test-charts test-fixtures test-containers site compiled test-compiled sanitize soak fuzz bench docs constraints clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
@@ -28,7 +29,7 @@ run: .venv/.installed ## The demo: scripted engine, traffic, a stall and its rec
 	@exec $(BIN)/sidecar demo $(ARGS)
 
 test: check ## All checks, and all tests except those of the other test targets; ARGS go to pytest
-	$(BIN)/pytest -m "not vllm and not clients and not charts and not fixtures and not containers and not site and not matrix and not slow" --durations 15 $(ARGS)
+	$(BIN)/pytest -m "not vllm and not engines and not clients and not charts and not fixtures and not containers and not site and not matrix and not slow" --durations 15 $(ARGS)
 
 check: .venv/.installed-test ## Format, lint, layers, types
 	$(BIN)/ruff format --check .
@@ -50,8 +51,12 @@ matrix: .venv/.installed-test ## Every hang mode and every alarm against the scr
 	$(PYTEST) -v -m matrix tests/e2e/test_matrix.py $(ARGS)
 
 test-vllm: .venv/.installed-test ## Tests against a real vLLM on the CPU; installs it first (12 GB of disk, once)
-	$(BIN)/python tests/vllm/engine_sources.py
+	$(BIN)/python -m tests.vllm.engine_sources
 	$(BIN)/pytest tests/vllm -m vllm $(ARGS)
+
+test-engines: .venv/.installed-test ## The same cases beside real engines on the CPU; installs them first; ENGINES="llamacpp" for some
+	$(BIN)/python -m tests.real_engines.environments $(ENGINES)
+	$(BIN)/pytest tests/real_engines -m engines $(ARGS)
 
 test-clients: .venv/.installed-test ## The openai, anthropic, litellm and langchain clients through the relay; installs them first
 	$(BIN)/python tests/e2e/clients/environment.py

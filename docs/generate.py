@@ -9,6 +9,7 @@ documents, between the marks stands what is generated.
 
 from __future__ import annotations
 
+import json
 import re
 import runpy
 import sys
@@ -323,6 +324,20 @@ def hang_classes_table() -> str:
     return table(("class", "what it is", "signs", ""), rows)
 
 
+def seen_tables() -> str:
+    """What each real engine showed in the cases of tests/real_engines: a table for each page of engines."""
+    kept = json.loads((DOCS / "engines" / "seen.json").read_text())
+    rows: dict[str, str] = kept["cases"]
+    parts = []
+    for page in dict.fromkeys(engine["page"] for engine in kept["engines"].values()):
+        engines = {name: engine for name, engine in kept["engines"].items() if engine["page"] == page}
+        head = ("case", *(f"{name} ({engine['date']}, {engine['machine']})" for name, engine in engines.items()))
+        cells = ((case.replace("_", " "), *(e["cells"].get(case, "") for e in engines.values())) for case in rows)
+        parts.append(f"## {page}\n\nHow to start it: [{page}.md]({page}.md).\n\n{table(head, cells)}")
+    legend = table(("case", "holds"), ((case.replace("_", " "), text) for case, text in rows.items()))
+    return "\n".join([legend, *parts])
+
+
 def verdict_page() -> str:
     """docs/verdict.md."""
     conditions = ((str(n), f"`{name}`", text) for n, (name, _, text) in enumerate(CONDITIONS, 1))
@@ -509,6 +524,7 @@ BLOCKS: Final[dict[str, Callable[[], str]]] = {
     "pass_reasons": pass_reasons_table,
     "calibration": calibration_tables,
     "hang_classes": hang_classes_table,
+    "seen": seen_tables,
     "modes": lambda: cases_table(hang_catalogue.MODES),
     "alarms": lambda: cases_table(hang_catalogue.ALARMS),
 }
@@ -526,7 +542,7 @@ def outputs() -> dict[Path, str]:
     kubernetes = ROOT / "deploy" / "kubernetes"
     group = kubernetes.parent / "lws" / "group.yaml"
     return {
-        **{path: filled(text) for path in DOCS.glob("*.md") if _BLOCK.search(text := path.read_text())},
+        **{path: filled(text) for path in DOCS.rglob("*.md") if _BLOCK.search(text := path.read_text())},
         DOCS / "verdict.md": verdict_page(),
         **{DOCS / "assets" / name: drawing for name, drawing in pictures()["drawings"]().items()},
         GATEWAY: re.sub(r'(?<= cel: )".*"', f'"{cel.expression(Coefficients())}"', GATEWAY.read_text()),

@@ -37,6 +37,9 @@ MAX_FIRST_PIECES = 2
 # Later requests that were served, before one that still waits counts as stuck.
 MIN_OVERTAKES = 3
 MAX_SERVED_KEPT = 64
+# Requests that came within so many seconds may enter the engine's queue in any order: its front end reads and tokenizes
+# them on several threads (llama.cpp: of eight long prompts at once, the first was seen to be served as the eighth).
+ARRIVAL_SPREAD_S = 2.0
 # Fewer silent streams are no finding on decodes.
 MIN_SILENT_STREAMS = 2
 # First tokens without any other, before the silence of all streams counts as stalled decodes.
@@ -117,8 +120,8 @@ class StreamTable:
     is_fcfs: bool = False  # the engine serves the requests of a lane in order
     max_context: int = 0  # tokens of its longest sequence; 0 if unknown
     prefilled: float = 0.0  # seconds of prefill, by the cost model, whose first token came
-    # The last streams: number, lane, clock.
-    served: deque[tuple[int, tuple[str, int] | None, float]] = field(
+    # The last streams: when each came, its lane, and when it was served, on the clock.
+    served: deque[tuple[float, tuple[str, int] | None, float]] = field(
         default_factory=lambda: deque(maxlen=MAX_SERVED_KEPT)
     )
     served_at: float = 0.0  # the last first token
@@ -244,9 +247,8 @@ class StreamTable:
         """Later requests that were served while this one was silent, although they come after it in the queue."""
         if not self.is_fcfs or stream.lane is None:
             return 0
-        return sum(
-            number > stream.number and lane == stream.lane and at >= stream.seen for number, lane, at in self.served
-        )
+        later = stream.came + ARRIVAL_SPREAD_S
+        return sum(came > later and lane == stream.lane and at >= stream.seen for came, lane, at in self.served)
 
     def waiting_since(self) -> float | None:
         """When the oldest open request came; None where one of them was begun, or none is open."""
@@ -263,7 +265,7 @@ class StreamTable:
 
     def _serve(self, stream: OpenStream) -> None:
         self.prefilled += stream.prefill
-        self.served.append((stream.number, stream.lane, self.clock))
+        self.served.append((stream.came, stream.lane, self.clock))
         self.served_at, self.freed = self.clock, 0
 
     def _receive(self, stream: OpenStream, at: float) -> None:

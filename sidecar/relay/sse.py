@@ -1,8 +1,9 @@
 """Sans-I/O: what an engine's streamed answer delivers, counted while it passes.
 
 Rules: bytes go out unchanged, and no later than their event is complete. Two exceptions: the usage that only the
-sidecar asked for is removed, and a usage gets its price if the client asked for it. llama.cpp puts its timings into the
-usage event if there is one: they go back into the last choice, which waits for the event after it. Events are found by
+sidecar asked for is removed, and a usage gets its price if the client asked for it. What engines put into the usage
+event, if there is one, instead of the last choice (llama.cpp its timings, vLLM the fingerprint) goes back into that
+choice, which waits for the event after it. Events are found by
 their blank line, or their line feed (Ollama's lines of JSON); only events with usage or errors are parsed. Memory is
 bounded.
 
@@ -32,6 +33,7 @@ _LINE_END: Final = re.compile(rb"\n")
 _LINES: Final = re.compile(rb"\r\n|\r|\n")
 _USAGE_KEY: Final = b'"usage"'  # inside a JSON text the quotes would be escaped, so this is always a key
 _TIMINGS_KEY: Final = b'"timings"'
+_MOVED_KEYS: Final = (_TIMINGS_KEY, b'"system_fingerprint"')
 _CHOICES_KEY: Final = b'"choices"'
 # Members that report usage or an engine failure: an event without them is not parsed.
 _TELLING: Final = (
@@ -157,7 +159,7 @@ class SSE:
             unsent = self._held - (len(self._open) - match.end()) if self._held else 0
             is_hidden = self._count(event)
             if self._last_choice:
-                out.append(_with_timings(self.release(), event) if is_hidden else self.release())
+                out.append(_with_moved(self.release(), event) if is_hidden else self.release())
             if is_hidden:
                 event = event[: len(event) - len(event.lstrip(b"\r\n"))]  # keep the blank lines before it
                 unsent = min(unsent, len(event))
@@ -347,11 +349,14 @@ def _without_null_usage(event: bytes) -> bytes:
     return event[:start] + after[1:].lstrip() if after.startswith(b",") else event[:start] + event[end:]
 
 
-def _with_timings(choice: bytes, usage: bytes) -> bytes:
-    """The event of the last choice with the `timings` of the usage event after it, where llama.cpp had put them."""
-    start, end = _find_member(usage, _TIMINGS_KEY)
-    at = choice.rfind(b"}")
-    return choice if start < 0 or at < 0 else b"%b,%b%b" % (choice[:at], usage[start:end], choice[at:])
+def _with_moved(choice: bytes, usage: bytes) -> bytes:
+    """The event of the last choice with those members of the usage event after it that would else stand in it."""
+    for key in _MOVED_KEYS:
+        start, end = _find_member(usage, key)
+        at = choice.rfind(b"}")
+        if start >= 0 and at >= 0 and key not in choice:
+            choice = b"%b,%b%b" % (choice[:at], usage[start:end], choice[at:])
+    return choice
 
 
 def _find_member(text: bytes, key: bytes) -> tuple[int, int]:

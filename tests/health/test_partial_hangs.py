@@ -131,6 +131,25 @@ def test_a_request_that_waits_is_never_ended_and_overtaking_withdraws_readiness(
     assert e.finding is not None and not e.finding.severe, "the engine serves others: no restart"
 
 
+def test_requests_that_come_together_are_served_in_any_order() -> None:
+    """Of eight at once the first may be the last in the engine's queue: its front end reads them on several threads."""
+    e = Engine()
+    e.parts.table.is_fcfs = True
+    running = e.decoding()
+    first, *others = (e.admit() for _ in range(8))
+    e.tick(100, running)
+    for key in others:
+        e.first(key)
+        e.settle(key)
+        e.tick(30, running)
+        assert e.finding is None
+    for _ in range(3):
+        e.serve()
+    e.tick(1, running)
+    assert e.finding is not None and e.finding.reason == "request_overtaken", "these came later"
+    assert first in e.parts.table.streams
+
+
 @pytest.mark.parametrize("later", [{"priority": -5}, {"model": "adapter-2"}, {"reorders": True}])
 def test_requests_of_another_lane_may_go_first(later: dict[str, Any]) -> None:
     """Priority scheduling, adapters and grammars reorder the queue of a healthy engine."""
@@ -288,7 +307,7 @@ def test_preempted_streams_get_more_time_while_the_cache_is_full() -> None:
     e = Engine(sample=EngineSample(running=9, waiting=4, kv_usage=0.97))
     e.parts.table.is_fcfs = True
     stuck, other = e.decoding(), e.decoding()
-    e.tick(1, other)
+    e.tick(5, other)
     for _ in range(3):
         e.serve()
     e.tick(200, other)

@@ -79,6 +79,17 @@ def test_the_timings_of_a_hidden_usage_go_back_into_the_last_choice() -> None:
     assert (sse.feed(last), sse.finish(), sse.finish()) == (b"", last, b"")
 
 
+def test_the_fingerprint_of_a_hidden_usage_goes_back_into_the_last_choice() -> None:
+    """vLLM moves it there, too; a choice that has its own keeps it."""
+    last = b'data: {"choices":[{"finish_reason":"stop","delta":{}}]}\n\n'
+    own = b'data: {"choices":[{"finish_reason":"stop","delta":{}}],"system_fingerprint":"a"}\n\n'
+    usage = b'data: {"choices":[],"usage":{"prompt_tokens":3,"completion_tokens":1},"system_fingerprint":"b"}\n\n'
+    sse = SSE(True)
+    assert sse.feed(last + usage) == last[:-3] + b',"system_fingerprint":"b"}\n\n'
+    sse = SSE(True)
+    assert sse.feed(own + usage) == own
+
+
 def test_an_event_with_choices_and_usage_stays() -> None:
     """Continuous usage comes on events that carry output; they are never taken out, and what follows counts, too."""
     out, sse = run([CONTINUOUS, NO_USAGE, TOKEN], hide=True)

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
-import shutil
-import subprocess
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +11,7 @@ from typing import Any
 import aiohttp
 import pytest
 
+from ..environments import made_model
 from . import environment, processes
 from .processes import Engine, Sidecar
 
@@ -49,15 +47,7 @@ def model(vllm_python: Path) -> Callable[[str], Path]:
     """A function: "text", "vision" or "small" -> directory of the tiny model, made once per version of the script."""
 
     def directory(kind: str) -> Path:
-        version = hashlib.sha256(SCRIPT.read_bytes()).hexdigest()[:12]
-        made = environment.cache() / f"tiny-{kind}-{version}"
-        if not made.exists():
-            unfinished = made.with_suffix(f".{os.getpid()}")
-            shutil.rmtree(unfinished, ignore_errors=True)
-            run = [str(vllm_python), str(SCRIPT), kind, str(unfinished)]
-            subprocess.run(run, check=True, env=os.environ | processes.ENGINE_ENV, timeout=120)
-            unfinished.rename(made)
-        return made
+        return made_model(SCRIPT, kind, vllm_python, processes.ENGINE_ENV)
 
     return directory
 

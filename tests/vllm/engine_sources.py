@@ -1,6 +1,6 @@
 """Other versions of engines and of transformers, as folders that are put in front of the real vLLM's environment.
 
-    .venv/bin/python tests/vllm/engine_sources.py      makes all of them (0.7 GB of disk, once)
+    .venv/bin/python -m tests.vllm.engine_sources      makes all of them (0.7 GB of disk, once)
 
 Only their Python code is kept: what opens and resizes an image needs none of their kernels. Nothing is installed into
 the environment itself. An engine whose code does not load on what that environment has is skipped, with the error.
@@ -15,10 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-if __package__:
-    from . import environment
-else:
-    import environment  # type: ignore[no-redef]
+from . import environment
 
 # By folder: what is installed, without dependencies. SGLang imports a few packages that vLLM does not need.
 SOURCES: dict[str, tuple[str, ...]] = {
@@ -53,8 +50,8 @@ def make(name: str) -> None:
         target = folder(name)
         shutil.rmtree(target, ignore_errors=True)
         environment.say(f"installing {', '.join(SOURCES[name])} into {target}")
-        uv = environment._uv(), "pip", "install", "-q", "--no-deps", "--python", str(environment.python())
-        environment._run(*uv, "--target", str(target), *SOURCES[name])
+        uv = environment.find_uv(), "pip", "install", "-q", "--no-deps", "--python", str(environment.python())
+        environment.run(*uv, "--target", str(target), *SOURCES[name])
         for package in ENGINES:
             for path in (target / package).rglob("*"):
                 if path.is_file() and (".so" in path.suffixes or path.stat().st_size > 2 << 20):

@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import signal
+import ssl
 import subprocess
 import sys
 import time
@@ -124,16 +125,16 @@ def engine(
         | ENGINE_ENV
         | dict(environ)
     )
-    with _running(command, log, env) as process:
+    with running(command, log, env) as process:
         if ready:
-            _await(lambda: _serves(url), process, log, START_SECONDS)
+            wait_for(lambda: _serves(url), process, log, START_SECONDS)
         yield Engine(url, model, psutil.Process(process.pid))
 
 
 def with_plugin(site: Path) -> dict[str, str]:
     """Install the plugin in a separate folder, not into the shared environment; returns the engine's variables."""
     uv = [
-        environment._uv(),
+        environment.find_uv(),
         "pip",
         "install",
         "--quiet",
@@ -167,13 +168,14 @@ def sidecar(engine_url: str, state: Path, log: Path, **flags: str) -> Iterator[S
         *(word for name, value in chosen.items() for word in (f"--{name}", value)),
     ]
     env = {key: value for key, value in os.environ.items() if not key.startswith("SIDECAR_")}
-    with _running(command, log, env) as process:
-        _await(lambda: _status(f"http://127.0.0.1:{admin}/healthz") == 200, process, log, 60)
+    with running(command, log, env) as process:
+        wait_for(lambda: http_status(f"http://127.0.0.1:{admin}/healthz") == 200, process, log, 60)
         yield Sidecar(f"http://127.0.0.1:{relay}", f"http://127.0.0.1:{admin}", state, process)
 
 
 @contextlib.contextmanager
-def _running(command: list[str], log: Path, env: dict[str, str]) -> Iterator[subprocess.Popen[bytes]]:
+def running(command: Sequence[str], log: Path, env: Mapping[str, str]) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a command in a process group of its own; nothing of the group is left at the end."""
     with log.open("ab") as output:
         process = subprocess.Popen(
             command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
@@ -201,7 +203,8 @@ def _end(process: subprocess.Popen[bytes]) -> None:
             time.sleep(0.05)
 
 
-def _await(ready: Callable[[], bool], process: subprocess.Popen[bytes], log: Path, seconds: float) -> None:
+def wait_for(ready: Callable[[], bool], process: subprocess.Popen[bytes], log: Path, seconds: float) -> None:
+    """Wait until it is ready. Raises NotReady."""
     deadline = time.monotonic() + seconds
     while not ready():
         if process.poll() is not None:
@@ -213,18 +216,22 @@ def _await(ready: Callable[[], bool], process: subprocess.Popen[bytes], log: Pat
 
 def _serves(url: str) -> bool:
     return (
-        _status(f"{url}/v1/models") == 200
-        and _status(f"{url}/v1/completions", {"model": MODEL, "prompt": "1", "max_tokens": 1}) == 200
+        http_status(f"{url}/v1/models") == 200
+        and http_status(f"{url}/v1/completions", {"model": MODEL, "prompt": "1", "max_tokens": 1}) == 200
     )
 
 
-def _status(url: str, body: dict[str, Any] | None = None) -> int:
+def http_status(
+    url: str,
+    body: dict[str, Any] | None = None,
+    headers: Mapping[str, str] = MappingProxyType({}),
+    trust: ssl.SSLContext | None = None,
+) -> int:
     """HTTP status of a GET, or of a POST with `body`; 0 when nothing answers."""
     data = json.dumps(body).encode() if body else None
     try:
-        with urllib.request.urlopen(
-            urllib.request.Request(url, data, {"content-type": "application/json"}), timeout=30
-        ) as answer:
+        request = urllib.request.Request(url, data, {"content-type": "application/json", **headers})
+        with urllib.request.urlopen(request, timeout=30, context=trust) as answer:
             return int(answer.status)
     except urllib.error.HTTPError as e:
         with e:

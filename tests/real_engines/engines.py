@@ -1,0 +1,219 @@
+"""The table of real engines: how each is started, what it is expected to show, and which cases do not apply to it.
+
+A command's words may hold `{home}` (its environment), `{python}`, `{port}`, `{model}` (a folder), `{folder}` (an empty
+one), `{certificate}` and `{certificate_key}`. All are on loopback and compute with one CPU thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..environments import Environment
+from ..vllm import processes
+from . import environments
+
+HERE = Path(__file__).parent
+TINY_GGUF = HERE / "tiny_gguf.py"
+TINY_MODELS = HERE.parent / "vllm" / "tiny_models.py"
+HEALTHY = frozenset({"starting", "idle", "progressing", "quiet"})
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A request of a route of the engine's own; without a body a GET. `is_work`: it is charged where it is served."""
+
+    path: str
+    body: Mapping[str, Any] | None = None
+    is_work: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class RealEngine:
+    """One way to run an engine.
+
+    `series`: the fields of a sample that its metrics page fills once it has worked; none: there is no page to read.
+    Its model is made by `script` as the kind `made`, in the environment `maker` if it is not its own. `parts`:
+    processes by what their command line holds; empty is the first one. `routes`: which of chat, completions and
+    embeddings it serves. `unharmed`: parts whose loss users do not see. `absent` says of a case why it does not apply.
+    """
+
+    name: str
+    page: str  # docs/engines/PAGE.md
+    environment: Environment
+    command: tuple[str, ...]
+    kind: str
+    script: Path
+    made: str
+    maker: Environment | None = None
+    series: frozenset[str] = frozenset()
+    prefix: str = ""  # of its own series' names
+    environ: Mapping[str, str] = field(default_factory=dict)
+    parts: Mapping[str, str] = field(default_factory=lambda: {"front": ""})
+    routes: frozenset[str] = frozenset({"chat", "completions"})
+    sees_images: bool = False
+    calls: tuple[Call, ...] = ()
+    hides_in_work: bool = False  # a stopped part of several shows only beside working ones
+    is_asked_idle: bool = True  # canaries while it is idle
+    unharmed: frozenset[str] = frozenset()
+    sentences: int = 480  # of 28 letters, in a long prompt
+    absent: Mapping[str, str] = field(default_factory=dict)
+    base: str = ""  # path in front of the engine's own
+    key: str = ""
+    is_tls: bool = False
+    start_seconds: float = processes.START_SECONDS
+
+    @property
+    def id(self) -> str:
+        """The name as `pytest -k` takes it."""
+        return self.name.replace(",", "").replace(" ", "-")
+
+
+def without(parts: tuple[str, ...], why: str) -> dict[str, str]:
+    """Cases that do not apply to an engine without these processes."""
+    cases = [f"stop_{part}_{when}" for part in parts for when in ("idle", "in_a_stream")]
+    return dict.fromkeys([*cases, *(["kill_worker"] if "worker" in parts else [])], why)
+
+
+def llamacpp(name: str, *flags: str, **more: Any) -> RealEngine:
+    """The server of llama.cpp's older build."""
+    flags = ("--host", "127.0.0.1", "--port", "{port}", "-t", "1", "--metrics", *flags)
+    chosen: dict[str, Any] = {
+        "page": "llamacpp",
+        "environment": environments.LLAMACPP,
+        "command": ("{home}/bin/llama-server-vulkan", *flags),
+        "kind": "llamacpp",
+        "script": TINY_GGUF,
+        "made": "text",
+        "series": LLAMACPP_SERIES,
+        "prefix": "llamacpp:",
+        "calls": LLAMACPP_CALLS,
+        "absent": ONE_PROCESS,
+        "sentences": 64,  # a token is a letter
+        "start_seconds": 60.0,
+    }
+    return RealEngine(name=name, **(chosen | more))
+
+
+ALONE = {"stop_one_of_many": "each part is there once"}
+ONE_PROCESS = without(("core", "worker"), "one process does all") | ALONE
+ONE_MODEL = ("-m", "{model}/tiny.gguf", "--alias", "tiny")
+LLAMACPP_SERIES = frozenset({"running", "waiting", "prompt_tokens", "iterations", "cached_tokens", "generation_tokens"})
+LLAMACPP_CALLS = (
+    Call("/completion", {"prompt": "Count to ten.", "n_predict": 8, "temperature": 0}),
+    Call("/infill", {"input_prefix": "one, ", "input_suffix": ", three", "n_predict": 8, "temperature": 0}),
+    Call("/v1/messages", {"max_tokens": 8, "temperature": 0, "messages": [{"role": "user", "content": "hi"}]}),
+    Call("/v1/responses", {"max_output_tokens": 8, "temperature": 0, "input": "hi"}),
+    Call("/v1/systemone", {"model": "tiny", "prompt": "Is it so?"}),
+    Call("/tokenize", {"content": "Count to ten."}, is_work=False),
+    Call("/apply-template", {"messages": [{"role": "user", "content": "hi"}]}, is_work=False),
+    Call("/props", is_work=False),
+    Call("/v1/models", is_work=False),
+)
+
+VLLM_SERIES = frozenset(
+    {"running", "waiting", "kv_usage", "prompt_tokens", "generation_tokens", "finished", "iterations"}
+)
+VLLM_CALLS = (
+    Call("/v1/messages", {"max_tokens": 8, "temperature": 0, "messages": [{"role": "user", "content": "hi"}]}),
+    Call("/v1/responses", {"max_output_tokens": 8, "temperature": 0, "input": "hi"}),
+    Call("/tokenize", {"prompt": "Count to ten."}, is_work=False),
+    Call("/v1/models", is_work=False),
+    Call("/version", is_work=False),
+)
+
+
+def vllm(name: str, *flags: str, **more: Any) -> RealEngine:
+    """vLLM's Python front end."""
+    start = (
+        "{python}",
+        "-m",
+        "vllm.entrypoints.openai.api_server",
+        "--model",
+        "{model}",
+        "--served-model-name",
+        "tiny",
+    )
+    served = ("--host", "127.0.0.1", "--port", "{port}", "--enable-auto-tool-choice", "--tool-call-parser", "hermes")
+    chosen: dict[str, Any] = {
+        "page": "vllm",
+        "environment": environments.VLLM,
+        "command": (*start, *served, *processes.ENGINE_FLAGS, *flags),
+        "kind": "vllm",
+        "script": TINY_MODELS,
+        "made": "vision",
+        "series": VLLM_SERIES,
+        "prefix": "vllm:",
+        "calls": VLLM_CALLS,
+        "sees_images": True,
+        "parts": {"front": "", "core": "VLLM::EngineCore", "worker": "VLLM::Worker"},
+        "start_seconds": 300.0,
+        "absent": ALONE,
+    }
+    return RealEngine(name=name, **(chosen | more))
+
+
+ENGINES = (
+    llamacpp(
+        "llama.cpp b10434",
+        *(*ONE_MODEL, "--mmproj", "{model}/tiny.mmproj.gguf", "-np", "4", "-c", "16384"),
+        made="vision",
+        sees_images=True,
+    ),
+    llamacpp(
+        "llama.cpp b11549",
+        command=("{python}", str(HERE / "serve_xllamacpp.py"), "{model}", "{port}"),
+        made="vision",
+        sees_images=True,
+    ),
+    llamacpp("llama.cpp, one slot", *ONE_MODEL, "-np", "1", "-c", "4096", "--cache-ram", "0", is_asked_idle=False),
+    llamacpp(
+        "llama.cpp, embeddings",
+        *(*ONE_MODEL, "-np", "2", "-c", "8192", "--embeddings", "--pooling", "mean"),
+        routes=frozenset({"embeddings"}),
+        calls=(Call("/embedding", {"content": "hi"}), Call("/tokenize", {"content": "hi"}, is_work=False)),
+        absent=ONE_PROCESS
+        | dict.fromkeys(
+            ("tokens", "streams", "whole", "tools", "images", "abort", "long_prompts", "stop_front_in_a_stream"),
+            "it makes vectors, no tokens",
+        ),
+    ),
+    llamacpp(
+        "llama.cpp, router",
+        *("--models-dir", "{model}", "--models-max", "1", "-np", "2", "-c", "8192"),
+        made="two",
+        series=frozenset(),
+        prefix="",
+        parts={"front": "", "worker": "--alias tiny"},
+        unharmed=frozenset({"worker"}),
+        absent=without(("core",), "the model's process does all but the front's work") | ALONE,
+    ),
+    vllm("vLLM 0.32"),
+    RealEngine(
+        "Dynamo 1.6, mocker",
+        "dynamo",
+        environments.DYNAMO,
+        ("{python}", str(HERE / "serve_dynamo.py"), "{model}", "{port}", "{folder}"),
+        "openai",
+        TINY_MODELS,
+        "text",
+        maker=environments.VLLM,
+        prefix="dynamo_",
+        sees_images=True,  # its preprocessor takes them, the mocker looks at none
+        parts={"front": "dynamo.frontend", "worker": "dynamo.mocker"},
+        calls=(
+            Call("/v1/messages", {"max_tokens": 8, "temperature": 0, "messages": [{"role": "user", "content": "hi"}]}),
+            Call("/v1/responses", {"max_output_tokens": 8, "temperature": 0, "input": "hi"}),
+            Call("/v1/models", is_work=False),
+        ),
+        absent=without(("core",), "its workers are engines of their own")
+        | ALONE
+        | dict.fromkeys(
+            ("abort", "stop_front_in_a_stream", "stop_worker_in_a_stream"),
+            "the mocker's tokens have no text here: its streams show nothing before they end",
+        )
+        | {"stop_worker_idle": "Dynamo drops a worker that is stopped for long, and it stays lost: see kill worker"},
+    ),
+)
