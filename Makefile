@@ -1,4 +1,4 @@
-# make run | test | test-slow | check | matrix | test-vllm | test-clients | test-charts | test-containers | compiled | test-compiled | sanitize | soak | fuzz | bench | docs | clean
+# make run | test | test-slow | check | matrix | test-vllm | test-clients | test-charts | test-containers | cubins | compiled | test-compiled | sanitize | soak | fuzz | bench | docs | clean
 #
 # Needs GNU make, Python 3.11-3.13 with pip and venv, and C and C++ compilers for the kernel and a test. Everything else
 # is installed into .venv, pinned by constraints.txt, again only when pyproject.toml or constraints.txt changes.
@@ -19,7 +19,7 @@ PYTEST := $(if $(COMPILED),$(ON_COMPILED),$(BIN)/pytest)
 # Without bytecode on disk, every start of a test or a worker would compile torch's thousands of modules again.
 INSTALL := env -u PYTHONDONTWRITEBYTECODE $(BIN)/uv pip install --quiet --python $(BIN)/python --compile-bytecode -c constraints.txt
 
-.PHONY: help run test test-slow check matrix test-vllm test-clients test-charts test-containers compiled test-compiled sanitize soak fuzz bench docs constraints clean
+.PHONY: help run test test-slow check matrix test-vllm test-clients test-charts test-containers cubins compiled test-compiled sanitize soak fuzz bench docs constraints clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
@@ -56,6 +56,9 @@ test-clients: .venv/.installed-test ## The openai, anthropic, litellm and langch
 test-charts: .venv/.installed-test ## The Helm chart and the Kustomize component by real helm and kubectl; installs them first (36 MB)
 	$(BIN)/python tests/tools/kubernetes_tools.py
 	$(BIN)/pytest tests/tools/test_charts.py -m charts $(ARGS)
+
+cubins: .venv/.installed-test ## Compile the GPU's kernels for every architecture into kernels/cubins.zip; ARGS=--check compares, --table shows
+	$(BIN)/python -m sidecar.kernels.compile_cubins $(ARGS)
 
 compiled: .venv/.installed-test ## The sidecar with its hot path compiled (COMPILE=1), in build/compiled
 	@if [ ! -e build/compiled/.made ] || [ -n "$$(find setup.py pyproject.toml sidecar kernels -newer build/compiled/.made -name '*.[pch]*' -print -quit)" ]; then
@@ -99,7 +102,7 @@ docs: .venv/.installed-test ## Regenerate the tables of the documents, docs/verd
 	$(BIN)/python docs/generate.py
 
 constraints: .venv/.installed-test ## Upgrade all packages and pin them in constraints.txt
-	$(BIN)/uv pip install --upgrade --python $(BIN)/python --compile-bytecode -e ".[images,gpu,diagnose,orca,postgres,tokenizer,test,fuzz,lint]"
+	$(BIN)/uv pip install --upgrade --python $(BIN)/python --compile-bytecode -e ".[images,diagnose,orca,postgres,tokenizer,test,fuzz,lint]"
 	{
 		grep '^#' constraints.txt
 		$(BIN)/uv pip freeze --python $(BIN)/python --exclude-editable

@@ -14,8 +14,9 @@ lanes read neighbouring words. Down, the planes' rows are aligned, so a lane loa
 windows share come from the first-level cache. Values come from a table of 256 per channel that the CPU made by the
 processor's own operations: a division on a GPU need not round alike. Sums fit 32 bits (see csrc/passes.hpp).
 
-Rules: the tensors' device decides where it runs. With TRITON_INTERPRET=1 at import, Triton runs it on the CPU, for
-tests. Layout and descriptors: ragged.py.
+Rules: nothing imports this at run time. `make cubins` compiles it ahead of time, and cuda_resize.py launches what that
+made. With TRITON_INTERPRET=1 at import, Triton runs it on the CPU, for tests; `launch` is for those and for benchmarks.
+Layout and descriptors: ragged.py.
 """
 
 from __future__ import annotations
@@ -31,10 +32,9 @@ from torch import Tensor
 
 from sidecar.kernels import ragged
 
-GPU_TILES: Final = ragged.Tiles((8, 128), (16, 256))
-INTERPRETER_TILES: Final = ragged.Tiles(
-    (64, 512), (64, 512)
-)  # there, the cost of an operation does not depend on its size
+GPU_TILES: Final = ragged.GPU_TILES
+# There, the cost of an operation does not depend on its size.
+INTERPRETER_TILES: Final = ragged.Tiles((64, 512), (64, 512))
 NUM_WARPS: Final = 4
 
 SOURCE, ROW_BYTES, TOP, ROWS = (tl.constexpr(i) for i in (ragged.SOURCE, ragged.ROW_BYTES, ragged.TOP, ragged.ROWS))

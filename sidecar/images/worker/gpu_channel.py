@@ -31,6 +31,7 @@ GPU_TIMEOUT_S: Final = 0.25  # ten times what the CPU needs for 1080p
 GPU_BACKOFF_S: Final = (1.0, 30.0)  # first and longest pause after a failed request
 MAX_REQUEST_BYTES: Final = 8192
 OK, FULL, READY = b"ok", b"full", b"ready"
+RELEASE: Final = b"release"  # instead of an arena: the engine needs its GPU
 SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 GPU_SOCKET_SUFFIX: Final = ".gpu"  # appended to the image server's socket name: the socket of the GPU process
 
@@ -79,6 +80,14 @@ def map_arena(fd: int) -> mmap.mmap:
     except OSError:
         pass
     raise FrameError("not a sealed arena")
+
+
+def release(server_path: str) -> None:
+    """Ask the GPU process of an image server to end, if there is one with a context. Never waits, never raises."""
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
+        connection.setblocking(False)
+        connection.connect(server_path + GPU_SOCKET_SUFFIX)
+        connection.send(RELEASE)
 
 
 class GpuChannel:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import numpy as np
@@ -22,7 +22,7 @@ from sidecar.images.tensor_layout import ELEMENT_BYTES
 from sidecar.images.worker import calibration, tiles
 from sidecar.images.worker.decode import ImageRejected, check_size, decode, orientation, turned
 from sidecar.images.worker.gpu_channel import GpuChannel, GpuRequest
-from sidecar.images.worker.tensors import Pixels, ppm, prepare, resize, resized_ppm, round_to
+from sidecar.images.worker.tensors import Pixels, ppm, prepare, resize, resized_ppm
 from sidecar.kernels import families
 from sidecar.kernels.grid import Geometry, PatchSpec, ProcessorSpec, TileSpec
 
@@ -135,8 +135,7 @@ def _on_gpu(gpu: GpuChannel, job: ImageJob, image: DecodedImage, spec: Processor
     inline, (height, width) = job.want in INLINE, image.geometry.size
     if rows.shape[:2] == (image.geometry.height, image.geometry.width) and inline:
         return None  # nothing to resize
-    # the GPU process makes floats of 4 bytes, which are rounded here
-    size = 3 * height * width if inline else _tensor_bytes(image.geometry, replace(spec, half=""))
+    size = 3 * height * width if inline else _tensor_bytes(image.geometry, spec)
     made = gpu.process(rows.reshape(-1).data, GpuRequest(rows.shape[0], rows.shape[1], job.spec, inline), size)
     if made is None:
         return None
@@ -144,8 +143,6 @@ def _on_gpu(gpu: GpuChannel, job: ImageJob, image: DecodedImage, spec: Processor
     if inline:
         pixels = np.frombuffer(made, np.uint8).reshape(height, width, 3)
         return _encode(job, image, ppm(pixels) if job.want == PIXELS else pixels)
-    if spec.half:
-        made = octets(round_to(np.frombuffer(made, np.float32), spec.dtype))
     return _done(image, BINARY_MEDIA_TYPE), made
 
 
