@@ -74,7 +74,7 @@ test-compiled: compiled ## Conformance and connections of the relay, against bui
 sanitize: ## The compiled module under AddressSanitizer and UBSan over random images and bodies; ARGS="SECONDS SEED"
 	mkdir -p build
 	for level in -O1 -O3; do # -O3 is how it is shipped: some faults appear only when optimised
-		for source in tests/images/sanitize.cpp tests/load/sanitize_scan.cpp; do
+		for source in tests/images/sanitize.cpp tests/images/sanitize_jpeg.cpp tests/load/sanitize_scan.cpp; do
 			$(CXX) -std=c++17 $$level -g -Wall -Wextra -ffp-contract=off -fno-sanitize-recover=all \
 				-fsanitize=address,undefined,float-cast-overflow,float-divide-by-zero -DSIDECAR_LARGE=20000 \
 				-DSIDECAR_INSTEAD_OF_AVX512='"halves.hpp"' -Itests/images -Ikernels/csrc $$source -o build/sanitize

@@ -1,8 +1,8 @@
 """A baseline JPEG as quantised coefficients, by the compiled entropy decoder: csrc/jpeg_coefficients.hpp.
 
 Rules: what it does not decode, because it is damaged, progressive, RGB or anything else out of the ordinary, is None:
-another decoder decides what that is. Coefficients are int16 in blocks of 8 x 8, row by row; of each component its blocks
-row by row, padded to whole units of the scan; components one after the other. Arithmetic: jpeg_reference.py.
+another decoder decides what that is. Coefficients are int16 in blocks of 8 x 8, row by row; of each component its
+blocks row by row, padded to whole units of the scan; components one after the other. Arithmetic: jpeg_reference.py.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
-"""From a JPEG's coefficients to its pixels in slow integers: the bits of libjpeg-turbo, which every fast form must equal.
+"""From a JPEG's coefficients to its pixels in slow integers: libjpeg-turbo's bits, which every fast form must equal.
 
 Dequantise, inverse DCT (libjpeg's ISLOW), upsampling (its "fancy" one, which interpolates), YCbCr to RGB. All of it is
 integer addition, multiplication and shifting, so any machine gives the same bits. Sources, libjpeg-turbo 3: jidctint.c,
 jdsample.c, jdcolor.c.
 
 libjpeg-turbo's vector forms keep products and some sums in 16 bits, its plain form in more, and they differ where 16 do
-not suffice. No encoder writes such coefficients: a file that has some gets no pixels here, and another decoder decides.
+not suffice. No encoder writes such coefficients: a file whose numbers are near that gets no pixels here, and another
+decoder decides. Within these limits 32 bits suffice for every sum.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ PASS1_BITS: Final = 2
 C0_298, C0_390, C0_541, C0_765, C0_899, C1_175 = 2446, 3196, 4433, 6270, 7373, 9633
 C1_501, C1_847, C1_961, C2_053, C2_562, C3_072 = 12299, 15137, 16069, 16819, 20995, 25172
 CR_RED, CB_BLUE, CB_GREEN, CR_GREEN = 91881, 116130, 22554, 46802
-INT16: Final = 1 << 15
+# Of a dequantised coefficient, and of a sum of the first pass: twice as much has 16 bits.
+MAX_NUMBER: Final = 1 << 14
 # Beyond, around the middle, the plain form's table of limits begins again: jidctint.c's RANGE_MASK.
 MAX_SAMPLE: Final = 512
 # Narrower planes are not interpolated across: jdsample.c.
@@ -33,7 +35,7 @@ MIN_FANCY_WIDTH: Final = 3
 
 
 def pixels(layout: JpegLayout, tables: NDArray[np.uint16], coefficients: Coefficients) -> NDArray[np.uint8] | None:
-    """RGB (height, width, 3); None where libjpeg-turbo's forms do not agree."""
+    """RGB (height, width, 3); None where libjpeg-turbo's forms may differ."""
     full, first = [], 0
     for plane, table in zip(layout.planes, tables, strict=True):
         last = first + plane.blocks * BLOCK * BLOCK
@@ -46,26 +48,24 @@ def pixels(layout: JpegLayout, tables: NDArray[np.uint16], coefficients: Coeffic
 
 
 def inverse(blocks: NDArray[np.int16], table: NDArray[np.uint16]) -> Plane | None:
-    """The samples of (high, wide, 8, 8) coefficients as a plane; None where 16 bits do not suffice."""
+    """The samples of (high, wide, 8, 8) coefficients as a plane; None where libjpeg-turbo's forms may differ."""
     x = blocks.astype(np.int64) * table.reshape(BLOCK, BLOCK)
     if not _fits(x):
         return None
     columns = idct(np.moveaxis(x, -2, 0), CONST_BITS - PASS1_BITS)
-    if columns is None or not _fits(columns):
+    if not _fits(columns):
         return None
     rows = idct(np.moveaxis(columns, -1, 0), CONST_BITS + PASS1_BITS + 3)  # (8 columns, 8 rows, high, wide)
-    if rows is None or rows.min() < -MAX_SAMPLE or rows.max() >= MAX_SAMPLE:
+    if rows.min() < -MAX_SAMPLE or rows.max() >= MAX_SAMPLE:
         return None
     high, wide = blocks.shape[:2]
     samples = np.clip(rows + 128, 0, 255)
     return samples.transpose(2, 1, 3, 0).reshape(high * BLOCK, wide * BLOCK)
 
 
-def idct(x: Plane, shift: int) -> Plane | None:
-    """The inverse DCT over the first axis, of length 8; None where a sum that has 16 bits needs more."""
-    sums = [x[0] + x[4], x[0] - x[4], x[7] + x[3], x[5] + x[1]]
-    if not all(map(_fits, sums)):
-        return None
+def idct(x: Plane, shift: int) -> Plane:
+    """The inverse DCT over the first axis, of length 8."""
+    sums = x[0] + x[4], x[0] - x[4], x[7] + x[3], x[5] + x[1]
     z1 = (x[2] + x[6]) * C0_541
     low, high = z1 - x[6] * C1_847, z1 + x[2] * C0_765
     even = [(sums[0] << CONST_BITS) + high, (sums[1] << CONST_BITS) + low]
@@ -81,8 +81,8 @@ def idct(x: Plane, shift: int) -> Plane | None:
 
 
 def _fits(x: Plane) -> bool:
-    """Whether all of it has 16 bits."""
-    return bool(x.min() >= -INT16 and x.max() < INT16)
+    """Whether libjpeg-turbo's forms agree on these numbers."""
+    return bool(np.abs(x).max() < MAX_NUMBER)
 
 
 def upsample(samples: Plane, plane: JpegPlane) -> Plane:

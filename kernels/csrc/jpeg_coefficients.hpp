@@ -38,6 +38,7 @@ struct Layout {
 struct Huffman {
     static constexpr int LOOK = 9;
     bool known = false;
+    bool is_dc = false;        // its symbols are sizes, 0..15
     uint16_t look[1 << LOOK];  // length << 8 | symbol; 0 if longer or none
     int32_t largest[18];       // of each length, left-aligned to 16 bits, plus one; of none: 0
     int32_t offset[17];
@@ -48,6 +49,8 @@ struct Huffman {
         std::memset(look, 0, sizeof look);
         std::memset(symbols, 0, sizeof symbols);
         std::memcpy(symbols, values, static_cast<size_t>(total));
+        is_dc = true;
+        for (int i = 0; i < total; ++i) is_dc = is_dc && values[i] < 16;
         int32_t code = 0, at = 0;
         for (int length = 1; length <= 16; ++length, code <<= 1) {
             offset[length] = at - code;
@@ -292,7 +295,7 @@ private:
             part.dc = tables >> 4;
             part.ac = tables & 15;
             if (body[1 + 2 * i] != part.id || part.dc > 3 || part.ac > 3) return false;
-            if (!dc_[part.dc].known || !ac_[part.ac].known || !has_quant_[part.table]) return false;
+            if (!dc_[part.dc].known || !dc_[part.dc].is_dc || !ac_[part.ac].known || !has_quant_[part.table]) return false;
             std::memcpy(part.quant, quant_[part.table], sizeof part.quant);
         }
         const uint8_t* rest = body + 1 + 2 * layout.count;
