@@ -27,7 +27,9 @@ MIN_WEIGHT: Final = 1e-3  # of a request that cost nothing
 MAX_PAIRS_PER_TENANT: Final = 2
 MAX_GIVEN_PAIRS_PER_TENANT: Final = 20  # of a given tenant and a given model
 MAX_WAITING: Final = 1000  # names without a label whose weight is known
-WAITING_DROPPED: Final = 100  # of these, the lightest, when there is no more room: at once, as finding them takes a sort
+WAITING_DROPPED: Final = (
+    100  # of these, the lightest, when there is no more room: at once, as finding them takes a sort
+)
 MAX_HALVINGS: Final = 256.0  # after which weights are scaled down
 
 N = TypeVar("N", bound=Hashable)
