@@ -23,12 +23,15 @@ import zipfile
 from pathlib import Path
 from typing import Any, Final
 
-from sidecar.kernels import cubins, ragged
+from sidecar.kernels import cubins, ragged, ragged_jpeg
 
 PTX_VERSION: Final = 87  # the least that knows sm_120
 POINTERS: Final = {
     "across": {"words": "*i32", "tables": "*i32", "descriptors": "*i64", "owners": "*i32", "scratch": "*u8"},
     "down": {"scratch": "*u8", "tables": "*i32", "descriptors": "*i64", "owners": "*i32"},
+    "inverse": dict.fromkeys(("coefficients", "tables", "owners", "samples", "flags"), "*i32")
+    | {"descriptors": "*i64"},
+    "colour": {"samples": "*u8", "descriptors": "*i64", "owners": "*i32", "rgb": "*u8"},
 }
 # Values are only moved: 2 or 4 bytes of any type. Bytes need no table.
 VALUE_TYPES: Final = {1: "*u8", 2: "*i16", 4: "*i32"}
@@ -45,6 +48,9 @@ def variants() -> dict[str, tuple[str, dict[str, str], dict[str, Any]]]:
     for size, name in cubins.DOWN.items():
         pointers = POINTERS["down"] | {"values": VALUE_TYPES[size], "out": VALUE_TYPES[size]}
         made[name] = ("down", pointers, {"LOOK_UP": size > 1, "TILE_HEIGHT": height, "TILE_WIDTH": width})
+    made[cubins.INVERSE] = ("inverse", POINTERS["inverse"], {"BLOCKS": ragged_jpeg.BLOCKS})
+    rows, width = ragged_jpeg.COLOUR_TILE
+    made[cubins.COLOUR] = ("colour", POINTERS["colour"], {"TILE_ROWS": rows, "TILE_WIDTH": width})
     return made
 
 
@@ -54,10 +60,10 @@ def to_ptx(name: str, architecture: int) -> tuple[str, dict[str, Any]]:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from sidecar.kernels import gpu
+    from sidecar.kernels import gpu, gpu_jpeg
 
     function_name, pointers, constants = variants()[name]
-    function = getattr(gpu, function_name)
+    function = getattr(gpu if hasattr(gpu, function_name) else gpu_jpeg, function_name)
     names = list(function.arg_names)
     signature = {n: pointers.get(n, "constexpr") for n in names}
     aligned = {(names.index(n),): [["tt.divisibility", 16]] for n in pointers}

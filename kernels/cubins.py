@@ -14,12 +14,14 @@ from typing import Any, BinaryIO, Final
 
 PATH: Final = Path(__file__).with_name("cubins.zip")
 MANIFEST: Final = "manifest.json"
-SOURCES: Final = ("gpu.py", "ragged.py")
+SOURCES: Final = ("gpu.py", "ragged.py", "gpu_jpeg.py", "ragged_jpeg.py", "jpeg_reference.py")
 # Compute capabilities without the point. Code runs on devices of the same generation with an equal or higher minor
 # number: that of 8.0 on 8.6 too, of 10.0 on 10.3, of 12.0 on 12.1.
 ARCHITECTURES: Final = (80, 89, 90, 100, 120)
 ACROSS: Final = "across"
+INVERSE, COLOUR = "inverse", "colour"
 DOWN: Final = {1: "down_1", 2: "down_2", 4: "down_4"}  # by the bytes of a value
+NAMES: Final = (ACROSS, *DOWN.values(), INVERSE, COLOUR)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +67,7 @@ class Archive:
     def kernels(self, architecture: int) -> dict[str, Kernel]:
         """All kernels of one architecture, by name."""
         made = {}
-        for name in (ACROSS, *DOWN.values()):
+        for name in NAMES:
             facts = self.manifest["kernels"][name][str(architecture)]
             made[name] = Kernel(
                 self.code(name, architecture),

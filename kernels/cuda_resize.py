@@ -14,9 +14,11 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from sidecar.kernels import cubins
+from sidecar.kernels import cubins, ragged_jpeg
 from sidecar.kernels.cuda_driver import OUT_OF_MEMORY, Context, CudaDevice, CudaError, Driver
+from sidecar.kernels.jpeg import JpegLayout
 from sidecar.kernels.ragged import RaggedBatch
+from sidecar.kernels.ragged_jpeg import JpegBatch
 
 # Of each part of a batch: Triton's kernels were compiled for pointers that are multiples of 16.
 PART_ALIGN_BYTES: Final = 256
@@ -32,36 +34,81 @@ class NoKernelError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class HostImage:
-    """One image of a batch in host memory, which begins with its rows of RGB and receives its values."""
+    """One image of a batch in host memory, which begins with its source and receives its values.
+
+    The source is rows of RGB, or the coefficients of a JPEG of this layout and these tables.
+    """
 
     memory: Octets
     source_bytes: int
     result_bytes: int
+    jpeg: JpegLayout | None = None
+    jpeg_tables: NDArray[np.uint16] | None = None
+
+
+class Places:
+    """The parts of a batch in one block of memory: each begins behind the one before it, aligned."""
+
+    def __init__(self) -> None:
+        self.total = 0
+
+    def take(self, size: int) -> int:
+        """Where a part of `size` bytes begins."""
+        at = self.total
+        self.total += -(-max(size, 1) // PART_ALIGN_BYTES) * PART_ALIGN_BYTES
+        return at
 
 
 @dataclass(frozen=True, slots=True)
-class Parts:
-    """Where the parts of a batch lie, in bytes from the beginning of its memory."""
+class Plan:
+    """A batch with its place in memory: offsets of what is made there, and the arrays to be copied there."""
 
+    batch: RaggedBatch
+    jpegs: JpegBatch | None
     sources: int
     scratch: int
     out: int
-    values: int
-    tables: int
-    descriptors: int
-    across: int
-    down: int
-    total: int
+    coefficients: int
+    samples: int
+    flags: int
+    uploads: tuple[tuple[int, NDArray[Any]], ...]  # in the order below
+    places: Places
+
+    @property
+    def total(self) -> int:
+        """Bytes of device memory."""
+        return self.places.total
 
 
-def parts_of(batch: RaggedBatch, value_bytes: int, table_bytes: int) -> Parts:
-    """The parts of a batch whose values have `value_bytes` bytes and whose tables of values `table_bytes`."""
-    integers = (batch.tables, batch.descriptors, batch.across, batch.down)
-    sizes = (batch.source_bytes, batch.scratch_bytes, batch.values * value_bytes, table_bytes)
-    ends = [0]
-    for size in (*sizes, *(array.nbytes for array in integers)):
-        ends.append(-(-(ends[-1] + size) // PART_ALIGN_BYTES) * PART_ALIGN_BYTES)
-    return Parts(*ends)
+# Of the resize, then of JPEGs.
+VALUES, TABLES, DESCRIPTORS, ACROSS, DOWN, QUANT, INVERSE, INVERSE_OWNERS, COLOUR, COLOUR_OWNERS = range(10)
+
+
+def plan(batch: RaggedBatch, value_bytes: int, values: NDArray[Any] | None, images: Sequence[HostImage]) -> Plan:
+    """Place a batch. `values`: the tables of the batch's processors, (n, 3, 256) of `value_bytes`; None for bytes."""
+    jpegs = [
+        (image.jpeg, image.jpeg_tables, at)
+        for at, image in zip(batch.sources, images, strict=True)
+        if image.jpeg is not None and image.jpeg_tables is not None
+    ]
+    found = ragged_jpeg.lay_out(*zip(*jpegs, strict=True)) if jpegs else None
+    arrays: list[NDArray[Any]] = [np.zeros(0, np.uint8) if values is None else np.ascontiguousarray(values)]
+    arrays += [batch.tables, batch.descriptors, batch.across, batch.down]
+    if found is not None:
+        arrays += [found.tables, found.inverse, found.inverse_owners, found.colour, found.colour_owners]
+    places = Places()
+    return Plan(
+        batch,
+        found,
+        places.take(batch.source_bytes),
+        places.take(batch.scratch_bytes),
+        places.take(batch.values * value_bytes),
+        places.take(found.coefficient_bytes if found else 0),
+        places.take(found.sample_bytes if found else 0),
+        places.take(4 * found.inverse_owners.size if found else 0),
+        tuple((places.take(array.nbytes), array) for array in arrays),
+        places,
+    )
 
 
 class CudaResize:
@@ -81,42 +128,56 @@ class CudaResize:
         self._pinned: dict[int, int] = {}  # address -> bytes
         self._can_pin = True
 
-    def run(
-        self, batch: RaggedBatch, value_bytes: int, values: NDArray[Any] | None, images: Sequence[HostImage]
-    ) -> bool:
-        """Resize a batch, each image in its own memory; False if the device has no memory for it.
+    def run(self, plan: Plan, value_bytes: int, images: Sequence[HostImage]) -> list[bool] | None:
+        """Resize a batch, each image in its own memory; None if the device has no memory for it.
 
-        `values`: the tables of the batch's processors, (n, 3, 256) of `value_bytes` each; None for bytes.
+        Of each image whether it was made: a JPEG whose numbers are beyond libjpeg's is not.
         """
-        uploads: list[NDArray[Any]] = [batch.tables, batch.descriptors, batch.across, batch.down]
-        tables: NDArray[Any] = np.zeros(0, np.uint8) if values is None else np.ascontiguousarray(values)
-        parts = parts_of(batch, value_bytes, tables.nbytes)
-        if not self._make_room(parts.total):
-            return False
-        for at, image in zip(batch.sources, images, strict=True):
+        if not self._make_room(plan.total):
+            return None
+        at, jpegs = self._memory, iter(plan.jpegs.coefficients if plan.jpegs else ())
+        for source, image in zip(plan.batch.sources, images, strict=True):
             self._pin(image.memory, max(image.source_bytes, image.result_bytes))
-            self._context.to_device(self._memory + parts.sources + at, image.memory.ctypes.data, image.source_bytes)
-        places = (parts.values, parts.tables, parts.descriptors, parts.across, parts.down)
-        for place, array in zip(places, (tables, *uploads), strict=True):
+            target = plan.sources + source if image.jpeg is None else plan.coefficients + next(jpegs)
+            self._context.to_device(at + target, image.memory.ctypes.data, image.source_bytes)
+        for place, array in plan.uploads:
             if array.nbytes:
-                self._context.to_device(self._memory + place, array.ctypes.data, array.nbytes)
-        self._launch(batch, parts, value_bytes)
-        for at, image in zip(batch.outs, images, strict=True):
-            source = self._memory + parts.out + at * value_bytes
+                self._context.to_device(at + place, array.ctypes.data, array.nbytes)
+        flags = self._decode(plan)
+        self._resize(plan, value_bytes)
+        for out, image in zip(plan.batch.outs, images, strict=True):
+            source = at + plan.out + out * value_bytes
             self._context.to_host(image.memory.ctypes.data, source, image.result_bytes)
         self._context.wait()
-        return True
+        return _are_sound(plan, flags, images)
 
-    def _launch(self, batch: RaggedBatch, parts: Parts, value_bytes: int) -> None:
-        at = self._memory
-        tables, descriptors, scratch = at + parts.tables, at + parts.descriptors, at + parts.scratch
-        across = [at + parts.sources, tables, descriptors, at + parts.across, scratch]
-        down = [scratch, tables, descriptors, at + parts.down, at + parts.values, at + parts.out]
-        launches = ((cubins.ACROSS, batch.across.size, across), (cubins.DOWN[value_bytes], batch.down.size, down))
-        for name, programs, pointers in launches:
-            kernel, function = self._kernels[name]
-            pointers += [0] * (kernel.parameters - len(pointers))
-            self._context.launch(function, programs, kernel.threads, kernel.shared_bytes, pointers)
+    def _decode(self, plan: Plan) -> NDArray[np.int32]:
+        """Turn coefficients into rows of RGB. Returns what each program reports, once it is waited for."""
+        if plan.jpegs is None:
+            return np.zeros(0, np.int32)
+        place = [self._memory + at for at, _ in plan.uploads]
+        coefficients, samples, flags = (self._memory + at for at in (plan.coefficients, plan.samples, plan.flags))
+        inverse = [coefficients, place[QUANT], place[INVERSE], place[INVERSE_OWNERS], samples, flags]
+        self._launch(cubins.INVERSE, plan.jpegs.inverse_owners.size, inverse)
+        rgb = self._memory + plan.sources
+        colour = [samples, place[COLOUR], place[COLOUR_OWNERS], rgb]
+        self._launch(cubins.COLOUR, plan.jpegs.colour_owners.size, colour)
+        reported = np.empty(plan.jpegs.inverse_owners.size, np.int32)
+        self._context.to_host(reported.ctypes.data, flags, reported.nbytes)
+        return reported
+
+    def _resize(self, plan: Plan, value_bytes: int) -> None:
+        place = [self._memory + at for at, _ in plan.uploads]
+        sources, scratch, out = (self._memory + at for at in (plan.sources, plan.scratch, plan.out))
+        across = [sources, place[TABLES], place[DESCRIPTORS], place[ACROSS], scratch]
+        self._launch(cubins.ACROSS, plan.batch.across.size, across)
+        down = [scratch, place[TABLES], place[DESCRIPTORS], place[DOWN], place[VALUES], out]
+        self._launch(cubins.DOWN[value_bytes], plan.batch.down.size, down)
+
+    def _launch(self, name: str, programs: int, pointers: list[int]) -> None:
+        kernel, function = self._kernels[name]
+        pointers = pointers + [0] * (kernel.parameters - len(pointers))
+        self._context.launch(function, programs, kernel.threads, kernel.shared_bytes, pointers)
 
     def _make_room(self, size: int) -> bool:
         """Whether there is device memory of `size` bytes, after allocating it if need be."""
@@ -153,3 +214,14 @@ class CudaResize:
         """Forget an image's memory, which its owner is about to unmap."""
         if self._pinned.pop(memory.ctypes.data, 0):
             self._context.unpin(memory.ctypes.data)
+
+
+def _are_sound(plan: Plan, flags: NDArray[np.int32], images: Sequence[HostImage]) -> list[bool]:
+    """Of each image whether none of the programs of its components reported numbers beyond the limits."""
+    bad = set(plan.jpegs.inverse_owners[flags != 0].tolist()) if plan.jpegs else set()
+    sound, component = [], 0
+    for image in images:
+        count = len(image.jpeg.sampling) if image.jpeg is not None else 0
+        sound.append(bad.isdisjoint(range(component, component + count)))
+        component += count
+    return sound

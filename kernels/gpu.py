@@ -5,8 +5,8 @@
 
 Memory traffic is the limit, so each byte moves once. A 1080p image to Qwen2-VL's 728x1316 as bfloat16 patches: 6.2 MB
 of source in, 4.3 MB of scratch out and in (it may stay in the second-level cache), 11.5 MB of patches out. That is 26
-MB: 5.5 us at the 4.8 TB/s of an H200, at most 11 us at half of that; 20,000 images/s leave 50 us. Measured:
-benchmarks/gpu_images.py.
+MB: 5.5 us at the 4.8 TB/s of an H200, at most 11 us at half of that; 20,000 images/s leave 50 us. Not measured yet:
+benchmarks/gpu_all.py.
 
 The kernel stays near that limit because it needs few loads. Across, the bytes of a pixel are not aligned: four taps of
 three channels are 12 bytes, loaded as three aligned words and shifted, instead of 12 loads of one byte; neighbouring

@@ -119,4 +119,5 @@ def rgb(y: Plane, cb: Plane, cr: Plane) -> NDArray[np.uint8]:
         y + ((half - CB_GREEN * blue - CR_GREEN * red) >> 16),
         y + ((CB_BLUE * blue + half) >> 16),
     )
-    return np.clip(np.stack(parts, -1), 0, 255).astype(np.uint8)
+    made: NDArray[np.uint8] = np.clip(np.stack(parts, -1), 0, 255).astype(np.uint8)
+    return made

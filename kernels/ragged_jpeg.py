@@ -57,7 +57,9 @@ def is_fancy(plane: JpegPlane) -> tuple[bool, bool]:
 
 def lay_out(layouts: Sequence[JpegLayout], tables: Sequence[NDArray[np.uint16]], rgb: Sequence[int]) -> JpegBatch:
     """The integers of a batch. `rgb`: where each image's rows of RGB belong, in bytes."""
-    inverse, colour, starts = [], [], []
+    inverse: list[list[int]] = []
+    colour: list[list[int]] = []
+    starts: list[int] = []
     owners: tuple[list[int], list[int]] = ([], [])
     coefficients = samples = 0
     for layout, at in zip(layouts, rgb, strict=True):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
 import struct
 import subprocess
 import sys
@@ -16,17 +17,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from sidecar.images.tensor_layout import ELEMENT_BYTES
 from sidecar.images.worker import tensors
-from sidecar.kernels import cubins, families
+from sidecar.kernels import cubins, families, jpeg
 from sidecar.kernels.cuda_driver import CudaDevice, CudaError, CudaMissingError, Driver
-from sidecar.kernels.cuda_resize import CudaResize, HostImage, NoKernelError, parts_of
+from sidecar.kernels.cuda_resize import CudaResize, HostImage, NoKernelError, Places, plan
 from sidecar.kernels.grid import PatchSpec, ProcessorSpec
 from sidecar.kernels.ragged import GPU_TILES, RaggedBatch, RaggedImage, lay_out
 from tests.cuda_stub.build import build
 
-from . import published
+from . import jpegs, published
 
 BUDGET = 24 << 20
 EM_CUDA = 190
@@ -85,7 +87,7 @@ def made(device: CudaResize, images: Sequence[Any], specs: Sequence[ProcessorSpe
     if size > 1:
         values = np.stack([tensors.round_to(tensors.table(s), s.dtype) for s in specs])
     hosts = [HostImage(m, i.nbytes, e.nbytes) for m, i, e in zip(memory, images, expected, strict=True)]
-    if not device.run(batch, size, values, hosts):
+    if device.run(plan(batch, size, values, hosts), size, hosts) is None:
         return None
     return [m[: e.nbytes] for m, e in zip(memory, expected, strict=True)]
 
@@ -185,11 +187,10 @@ def test_machine_code_is_that_of_the_sources() -> None:
     """Whoever changes a kernel compiles it: `make cubins`."""
     archive = cubins.Archive()
     assert archive.manifest["source"] == cubins.source_hash(), "kernels changed: run `make cubins`"
-    names = [cubins.ACROSS, *cubins.DOWN.values()]
     assert archive.manifest["sha256"] == {
         cubins.entry(name, a): hashlib.sha256(archive.code(name, a)).hexdigest()
         for a in cubins.ARCHITECTURES
-        for name in names
+        for name in cubins.NAMES
     }
 
 
@@ -201,7 +202,7 @@ def test_machine_code_is_for_its_architecture(architecture: int) -> None:
         assert kernel.code[:4] == b"\x7fELF" and machine == EM_CUDA
         assert architecture in (flags & 0xFF, flags >> 8 & 0xFF)
         assert f".text.{name}\0".encode() in kernel.code
-        assert kernel.parameters == (7 if name == cubins.ACROSS else 8)
+        assert kernel.parameters == {cubins.ACROSS: 7, cubins.COLOUR: 6}.get(name, 8)
         assert cubins.Archive().manifest["kernels"][name][str(architecture)]["spilled_bytes"] == 0
 
 
@@ -216,9 +217,39 @@ def test_compiling_again_gives_the_same_machine_code(requires: Callable[[str], P
 
 def test_the_parts_of_a_batch_do_not_overlap() -> None:
     """Each part begins behind the one before it, aligned as the kernels were compiled for."""
-    batch = batch_of([picture(60, 90), picture(33, 47)], [spec(), spec()])
-    parts = dataclasses.astuple(parts_of(batch, 4, 2 * 768 * 4))
-    sizes = (batch.source_bytes, batch.scratch_bytes, 4 * batch.values, 2 * 768 * 4)
-    sizes += tuple(a.nbytes for a in (batch.tables, batch.descriptors, batch.across, batch.down))
-    assert all(at % 256 == 0 for at in parts)
-    assert all(end - start >= size for start, end, size in zip(parts, parts[1:], sizes, strict=False))
+    places = Places()
+    starts = [places.take(size) for size in (1, 0, 256, 257, 5)]
+    assert starts == [0, 256, 512, 768, 1280] and places.total == 1536
+
+
+def opened(data: bytes) -> tuple[jpeg.JpegFile, Any]:
+    """A JPEG, and the memory that begins with its coefficients."""
+    file = jpeg.open_jpeg(data)
+    assert file is not None
+    memory = np.zeros(1 << 20, np.uint8)
+    assert file.decode(memory[: 2 * file.layout.coefficients].view(np.int16))
+    return file, memory
+
+
+def test_pixels_and_jpegs_in_one_batch(device: CudaResize) -> None:
+    """Each gets libjpeg-turbo's and the CPU kernel's bits; one whose numbers are too large is reported alone."""
+    chosen = spec(max_pixels=60 * 60, half="BF16")
+    sound = jpegs.jpeg(91, 67, [(2, 2), (1, 1), (1, 1)])
+    table = sound.index(b"\xff\xdb")
+    large = sound[:table] + jpegs.segment(0xDB, b"\x10" + b"\xff\xff" * 64) + sound[table + 69 :]
+    grey = jpegs.jpeg(61, 83, [(1, 1)])
+    pixels = [picture(75, 90), *(np.asarray(Image.open(io.BytesIO(d)).convert("RGB")) for d in (sound, large, grey))]
+    batch = lay_out(
+        [RaggedImage(*p.shape[:2], chosen.geometry(*p.shape[:2]), chosen.resample, chosen) for p in pixels], GPU_TILES
+    )
+    results = wanted(pixels, [chosen] * 4)
+    memory = np.zeros(1 << 20, np.uint8)
+    memory[: pixels[0].nbytes] = pixels[0].reshape(-1)
+    hosts = [HostImage(memory, pixels[0].nbytes, results[0].nbytes)]
+    for data, result in zip((sound, large, grey), results[1:], strict=True):
+        file, memory = opened(data)
+        hosts.append(HostImage(memory, 2 * file.layout.coefficients, result.nbytes, file.layout, file.tables))
+    values = tensors.round_to(tensors.table(chosen), "BF16")[None]
+    assert device.run(plan(batch, 2, values, hosts), 2, hosts) == [True, True, False, True]
+    for at in (0, 1, 3):
+        assert np.array_equal(hosts[at].memory[: hosts[at].result_bytes], results[at])

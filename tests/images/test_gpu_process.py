@@ -35,7 +35,7 @@ from sidecar.settings import Settings, to_json
 from tests.cuda_stub.build import build as build_cuda
 from tests.nvml_stub.build import build as build_nvml
 
-from . import published
+from . import jpegs, published
 from .conftest import Server
 from .test_workers import gone
 
@@ -54,6 +54,12 @@ def small() -> ProcessorSpec:
     found = families.from_config(published.settings("Qwen2VLImageProcessor", max_pixels=6272, min_pixels=3136))
     assert found is not None
     return found
+
+
+def zeros(to: memoryview) -> bool:
+    """Rows of RGB."""
+    to[:] = bytes(len(to))
+    return True
 
 
 def job(want: str, chosen: ProcessorSpec | None = None, gpu: bool = True) -> ImageJob:
@@ -165,6 +171,60 @@ def test_the_gpu_gives_what_the_cpu_gives(gpu: Server, want: str, enter: Callabl
     assert bytes(there[1]) == bytes(here[1]) and len(here[1]) > 0
 
 
+def photo(height: int, width: int, **options: Any) -> bytes:
+    """A JPEG of noise over a gradient."""
+    pixels = np.random.default_rng(1).integers(0, 60, (height, width, 3), dtype=np.uint8)
+    pixels += np.linspace(0, 195, width, dtype=np.uint8)[None, :, None]
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, "JPEG", **options)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("want", [PIXELS, RAW, TENSORS])
+@pytest.mark.parametrize(
+    "options", [{"subsampling": 2}, {"subsampling": 1, "restart_marker_rows": 1}, {"subsampling": 0}], ids=str
+)
+def test_the_gpu_decodes_jpegs_as_the_cpu_does(
+    gpu: Server, want: str, options: dict[str, Any], enter: Callable[..., GpuChannel]
+) -> None:
+    """A worker sends coefficients: the result is the same bytes."""
+    data = photo(163, 211, quality=85, **options)
+    there = pipeline.prepare_image(job(want), data, enter(door(gpu), LONG))
+    here = pipeline.prepare_image(job(want), data)
+    assert "resize_gpu" in stages(there) and "decode" not in stages(there)
+    assert bytes(there[1]) == bytes(here[1]) and len(here[1]) > 0
+    assert isinstance(there[0], ImageDone) and isinstance(here[0], ImageDone)
+    assert there[0].original == here[0].original == (163, 211)
+
+
+def with_large_table(data: bytes) -> bytes:
+    """Quantisation by the largest 16-bit numbers, on which the forms of libjpeg-turbo do not agree."""
+    at = data.index(b"\xff\xdb")
+    length = int.from_bytes(data[at + 2 : at + 4], "big")
+    return data[:at] + jpegs.segment(0xDB, b"\x10" + b"\xff\xff" * 64) + data[at + 2 + length :]
+
+
+TURNED = b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0\x06\0\0\0\0\0\0\0"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        photo(163, 211, progressive=True),
+        photo(163, 211, exif=TURNED),
+        with_large_table(photo(163, 211, quality=85, subsampling=0)),
+        photo(163, 211)[:-900],
+    ],
+    ids=["progressive", "turned", "numbers too large", "cut off"],
+)
+def test_what_the_gpu_does_not_decode_is_the_cpus(gpu: Server, data: bytes, enter: Callable[..., GpuChannel]) -> None:
+    """The outcome, pixels or a refusal, is that of a worker without a GPU."""
+    there = pipeline.prepare_image(job(TENSORS), data, enter(door(gpu), LONG))
+    here = pipeline.prepare_image(job(TENSORS), data)
+    assert type(there[0]) is type(here[0]) and bytes(there[1]) == bytes(here[1])
+    assert there[0].format == here[0].format
+
+
 def test_planes_and_crops_come_back_whole(gpu: Server, enter: Callable[..., GpuChannel]) -> None:
     """CLIP's processor, whose crop is cut on the GPU."""
     data = png(40, 52)
@@ -210,14 +270,14 @@ def test_a_gpu_process_that_has_not_accepted_is_not_asked(tmp_path: Path, enter:
         listening.listen()
         one = enter(str(tmp_path / "door"), 0.01)
         request = GpuRequest(2, 2, "", True)
-        assert one.process(memoryview(b"\0" * 12), request, 12) is None
+        assert one.process(zeros, 12, request, 12) is None
         with listening.accept()[0] as accepted:
             accepted.setblocking(False)
             assert accepted.recv(100) == b"arena"
             with pytest.raises(BlockingIOError):
                 accepted.recv(100)
             accepted.send(gpu_channel.READY)
-            assert one.process(memoryview(b"\0" * 12), request, 12) is None
+            assert one.process(zeros, 12, request, 12) is None
             assert accepted.recv(1000) == request.to_json()
 
 
@@ -232,11 +292,11 @@ def test_without_a_gpu_process_the_cpu_does_it_and_asks_again_later(
         listening.bind(str(tmp_path / "missing"))
         listening.listen()
         listening.setblocking(False)
-        assert one.process(memoryview(b"\0" * 12), GpuRequest(2, 2, "", True), 12) is None
+        assert one.process(zeros, 12, GpuRequest(2, 2, "", True), 12) is None
         with pytest.raises(BlockingIOError):
             listening.accept()
         now[0] = 1.0
-        assert one.process(memoryview(b"\0" * 12), GpuRequest(2, 2, "", True), 12) is None
+        assert one.process(zeros, 12, GpuRequest(2, 2, "", True), 12) is None
         listening.accept()[0].close()
 
 
@@ -305,6 +365,14 @@ def nonsense() -> dict[str, Callable[[socket.socket], Any]]:
         "another shape": ask(b'{"height": 1}'),
         "no size": ask(GpuRequest(0, -3, spec, True).to_json()),
         "more pixels than the arena": ask(GpuRequest(60_000, 60_000, spec, True).to_json()),
+        "a sampling that cannot be": ask(
+            GpuRequest(9, 9, spec, True, ((1, 1), (2, 2), (1, 1)), ((1,) * 64,) * 3).to_json()
+        ),
+        "tables of another size": ask(GpuRequest(9, 9, spec, True, ((1, 1),), ((1,) * 63,)).to_json()),
+        "tables of other numbers": ask(GpuRequest(9, 9, spec, True, ((1, 1),), ((-1,) * 64,)).to_json()),
+        "more coefficients than the arena": ask(
+            GpuRequest(6000, 6000, spec, True, ((1, 1),) * 3, ((1,) * 64,) * 3).to_json()
+        ),
         "no processor": ask(GpuRequest(9, 9, '{"family": "Nobody"}', True).to_json()),
         "a processor without numbers": ask(GpuRequest(9, 9, '{"family": "Smart"}', True).to_json()),
     }

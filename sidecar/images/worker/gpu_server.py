@@ -1,12 +1,13 @@
 """The one process that owns a GPU: resizes the image workers' pixels exactly, in batches.
 
-Rules: no bytes from outside are decoded here. A batch is whatever was requested when the last one ended; it is never
-waited for. No context is made before the first request, because no request comes while the engine is starting: an
-engine that profiles its memory fails if another process's use changes. Before it is made, free memory is looked at
-(gpu_access.py), and `auto` keeps it only if it saves CPU time here (gpu_worth.py). Device memory has a hard limit; what
-does not fit is refused and resized on the CPU. When the engine needs its GPU, a relay says so and this process exits:
-only that gives a context's memory back. Any CUDA error ends it, too, because a context does not recover: the workers
-continue without it, and gpu_exit.py says when another is started.
+Rules: no file from outside is read here: workers send pixels, or a JPEG's coefficients, and numbers that are checked. A
+batch is whatever was requested when the last one ended; it is never waited for. No context is made before the first
+request, because no request comes while the engine is starting: an engine that profiles its memory fails if another
+process's use changes. Before it is made, free memory is looked at (gpu_access.py), and `auto` keeps it only if it saves
+CPU time here (gpu_worth.py). Device memory has a hard limit; what does not fit is refused and resized on the CPU. When
+the engine needs its GPU, a relay says so and this process exits: only that gives a context's memory back. Any CUDA
+error ends it, too, because a context does not recover: the workers continue without it, and gpu_exit.py says when
+another is started.
 """
 
 from __future__ import annotations
@@ -41,9 +42,10 @@ from sidecar.images.worker.tensors import round_to, table
 from sidecar.images.worker.worker import deadline
 from sidecar.kernels import families
 from sidecar.kernels.cuda_driver import CudaDevice, CudaError, Driver
-from sidecar.kernels.cuda_resize import CudaResize, HostImage, NoKernelError, Octets, parts_of
+from sidecar.kernels.cuda_resize import CudaResize, HostImage, NoKernelError, Octets, Plan, plan
 from sidecar.kernels.grid import PatchSpec, ProcessorSpec
-from sidecar.kernels.ragged import GPU_TILES, RaggedBatch, RaggedImage, lay_out
+from sidecar.kernels.jpeg import BLOCK, JpegLayout
+from sidecar.kernels.ragged import GPU_TILES, RaggedImage, lay_out
 
 _log = logging.getLogger(__name__)
 
@@ -65,6 +67,15 @@ class PendingRequest:
     wanted: RaggedImage
     spec: ProcessorSpec
     value_bytes: int
+    jpeg: JpegLayout | None = None
+    jpeg_tables: NDArray[np.uint16] | None = None
+
+    @property
+    def source_bytes(self) -> int:
+        """Bytes of the rows of RGB, or of the coefficients."""
+        if self.jpeg is not None:
+            return 2 * self.jpeg.coefficients
+        return 3 * self.wanted.height * self.wanted.width
 
     @property
     def size(self) -> int:
@@ -86,9 +97,9 @@ class GpuResizer:
         for value_bytes in sorted({request.value_bytes for request in requests}):
             remaining = [request for request in requests if request.value_bytes == value_bytes]
             while remaining:
-                fitting, batch = self._fitting(remaining, value_bytes)
-                if batch is not None and self._run(fitting, batch, value_bytes):
-                    done += fitting
+                fitting, plan, images = self._fitting(remaining, value_bytes)
+                if plan is not None and (made := self._device.run(plan, value_bytes, images)) is not None:
+                    done += [request for request, is_made in zip(fitting, made, strict=True) if is_made]
                 remaining = remaining[max(1, len(fitting)) :]
         return done
 
@@ -98,20 +109,18 @@ class GpuResizer:
 
     def _fitting(
         self, requests: list[PendingRequest], value_bytes: int
-    ) -> tuple[list[PendingRequest], RaggedBatch | None]:
-        """The longest prefix of `requests` that fits into the budget, by halving; None if not even one does."""
+    ) -> tuple[list[PendingRequest], Plan | None, list[HostImage]]:
+        """The longest prefix of `requests` that fits into the budget, by halving; no plan if not even one does."""
         while requests:
-            specs = _specs(requests)
+            specs = list(dict.fromkeys(request.spec for request in requests))
             batch = lay_out([replace(r.wanted, table=specs.index(r.spec)) for r in requests], GPU_TILES)
-            if parts_of(batch, value_bytes, len(specs) * 768 * value_bytes).total <= self._budget:
-                return requests, batch
+            images = [HostImage(r.memory, r.source_bytes, r.size, r.jpeg, r.jpeg_tables) for r in requests]
+            values = np.stack([self._table(spec) for spec in specs]) if value_bytes > 1 else None
+            placed = plan(batch, value_bytes, values, images)
+            if placed.total <= self._budget:
+                return requests, placed, images
             requests = requests[: len(requests) // 2]
-        return [], None
-
-    def _run(self, requests: list[PendingRequest], batch: RaggedBatch, value_bytes: int) -> bool:
-        values = np.stack([self._table(spec) for spec in _specs(requests)]) if value_bytes > 1 else None
-        images = [HostImage(r.memory, 3 * r.wanted.height * r.wanted.width, r.size) for r in requests]
-        return self._device.run(batch, value_bytes, values, images)
+        return [], None, []
 
     def _table(self, spec: ProcessorSpec) -> NDArray[Any]:
         """A processor's value of each byte, in the type that it ends with."""
@@ -120,11 +129,6 @@ class GpuResizer:
                 self._tables.clear()
             self._tables[spec] = round_to(table(spec), spec.dtype)
         return self._tables[spec]
-
-
-def _specs(requests: list[PendingRequest]) -> list[ProcessorSpec]:
-    """The batch's processors, in order of first appearance."""
-    return list(dict.fromkeys(request.spec for request in requests))
 
 
 def serve(listening: socket.socket, limits: ImageLimits, memory_budget: int, chosen: str) -> GpuExit:
@@ -223,7 +227,8 @@ def _receive_all(
         connection = key.fileobj  # type: ignore[assignment]
         try:
             requests += _receive(connection, arenas, limits)
-        except (OSError, ValueError, LookupError, TypeError, AttributeError):  # closed, or not a worker of this version
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError):
+            # closed, or not a worker of this version
             waiting.unregister(connection)
             if (memory := arenas.pop(connection, None)) is not None:
                 closed.append(memory)
@@ -260,7 +265,7 @@ def _receive(
 
 
 def _check(connection: socket.socket, memory: Octets, request: GpuRequest, limits: ImageLimits) -> PendingRequest:
-    """Validate a request: its pixels and its result must fit the arena. Raises FrameError or ValueError."""
+    """Validate a request: its source and its result must fit the arena. Raises FrameError or ValueError."""
     spec = families.from_json(request.spec)
     height, width = request.height, request.width
     if max(height, width) > limits.max_side:
@@ -268,7 +273,12 @@ def _check(connection: socket.socket, memory: Octets, request: GpuRequest, limit
     geometry = spec.geometry(height, width)
     patches = spec if isinstance(spec, PatchSpec) and not request.inline else None
     wanted = RaggedImage(height, width, geometry, spec.resample, patches, planes=not request.inline)
-    pending = PendingRequest(connection, memory, wanted, spec, 1 if request.inline else ELEMENT_BYTES[spec.dtype])
-    if max(3 * height * width, pending.size) > memory.nbytes:
+    layout, tables = None, None
+    if request.sampling:
+        layout = JpegLayout(height, width, request.sampling)
+        tables = np.array(request.tables, np.uint16).reshape(len(layout.sampling), BLOCK * BLOCK)
+    value_bytes = 1 if request.inline else ELEMENT_BYTES[spec.dtype]
+    pending = PendingRequest(connection, memory, wanted, spec, value_bytes, layout, tables)
+    if max(pending.source_bytes, pending.size) > memory.nbytes:
         raise FrameError("a request larger than its arena")
     return pending
