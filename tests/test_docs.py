@@ -232,8 +232,9 @@ def test_every_flag_in_a_document_exists() -> None:
 
 
 def test_every_benchmark_can_run_with_the_others() -> None:
-    """`make bench ARGS=--write` ends at the first that does not take it."""
+    """`make bench ARGS=--write` ends at the first that does not take it; it leaves gpu_*.py to docs/gpu-day.md."""
     programs = [p for p in (ROOT / "benchmarks").glob("*.py") if "__main__" in p.read_text()]
+    programs = [p for p in programs if not p.name.startswith("gpu_")]
     assert len(programs) > 10
     assert [p.name for p in programs if '"--write"' not in p.read_text()] == []
 
