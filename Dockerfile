@@ -1,5 +1,4 @@
 # docker build -t inference-sidecar:0.2.0 .
-#   --build-arg EXTRAS=images,gpu,diagnose,orca,postgres,tokenizer   the variant 0.2.0-gpu: torch with CUDA, to resize on a GPU
 #   --build-arg EXTRAS=              no image preparation, stack dumps, gRPC load reports or tokenizer
 #   --build-arg PILLOW=pillow-simd   see docs/images.md, "Pillow-SIMD"
 #   --build-arg PYTHON=3.12 --build-arg DEBIAN=bookworm
@@ -54,11 +53,10 @@ LABEL org.opencontainers.image.title="inference-sidecar" \
       org.opencontainers.image.created="${CREATED}" \
       org.opencontainers.image.source="${SOURCE}" \
       org.opencontainers.image.base.name="docker.io/library/python:${PYTHON}-slim-${DEBIAN}"
-# What Pillow-SIMD was built against, and the compiler that Triton starts for its launchers.
+# What Pillow-SIMD was built against.
 # hadolint ignore=DL3008,SC2086
 RUN packages=; \
     if [ "$PILLOW" != pillow ]; then packages="libjpeg62-turbo libwebp7 libwebpmux3 libwebpdemux2 libtiff6"; fi; \
-    case ",$EXTRAS," in *,gpu,*) packages="$packages gcc libc6-dev" ;; esac; \
     if [ -n "$packages" ]; then \
       apt-get update \
       && apt-get install -y --no-install-recommends $packages \

@@ -1,4 +1,4 @@
-# make run | test | test-slow | check | matrix | test-vllm | test-engines | test-clients | test-charts | test-fixtures | test-containers | site | compiled | test-compiled | sanitize | soak | fuzz | bench | docs | clean
+# make run | test | test-slow | check | matrix | test-vllm | test-engines | test-clients | test-charts | test-fixtures | test-containers | cubins | site | compiled | test-compiled | sanitize | soak | fuzz | bench | docs | clean
 #
 # Needs GNU make, Python 3.11-3.13 with pip and venv, and C and C++ compilers for the kernel and a test. Everything else
 # is installed into .venv, pinned by constraints.txt, again only when pyproject.toml or constraints.txt changes.
@@ -20,7 +20,7 @@ PYTEST := $(if $(COMPILED),$(ON_COMPILED),$(BIN)/pytest)
 # Without bytecode on disk, every start of a test or a worker would compile torch's thousands of modules again.
 INSTALL := env -u PYTHONDONTWRITEBYTECODE $(BIN)/uv pip install --quiet --python $(BIN)/python --compile-bytecode -c constraints.txt
 
-.PHONY: help run test test-slow check matrix test-vllm test-engines test-clients test-charts test-fixtures test-containers site compiled test-compiled sanitize soak fuzz bench docs constraints clean
+.PHONY: help run test test-slow check matrix test-vllm test-engines test-clients test-charts test-fixtures test-containers cubins site compiled test-compiled sanitize soak fuzz bench docs constraints clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
@@ -71,6 +71,9 @@ site: .venv/.installed-test ## The documentation as a site in build/site, warnin
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 	$(BIN)/pytest -m site tests/test_site.py $(ARGS)
 
+cubins: .venv/.installed-test ## Compile the GPU's kernels for every architecture into kernels/cubins.zip; ARGS=--check compares, --table shows
+	$(BIN)/python -m sidecar.kernels.compile_cubins $(ARGS)
+
 compiled: .venv/.installed-test ## The sidecar with its hot path compiled (COMPILE=1), in build/compiled
 	@if [ ! -e build/compiled/.made ] || [ -n "$$(find setup.py pyproject.toml sidecar kernels -newer build/compiled/.made -name '*.[pch]*' -print -quit)" ]; then
 		rm -rf build/compiled build/lib.* # setuptools takes along what an earlier build left there
@@ -85,7 +88,7 @@ test-compiled: compiled ## Conformance and connections of the relay, against bui
 sanitize: ## The compiled module under AddressSanitizer and UBSan over random images and bodies; ARGS="SECONDS SEED"
 	mkdir -p build
 	for level in -O1 -O3; do # -O3 is how it is shipped: some faults appear only when optimised
-		for source in tests/images/sanitize.cpp tests/load/sanitize_scan.cpp; do
+		for source in tests/images/sanitize.cpp tests/images/sanitize_jpeg.cpp tests/load/sanitize_scan.cpp; do
 			$(CXX) -std=c++17 $$level -g -Wall -Wextra -ffp-contract=off -fno-sanitize-recover=all \
 				-fsanitize=address,undefined,float-cast-overflow,float-divide-by-zero -DSIDECAR_LARGE=20000 \
 				-DSIDECAR_INSTEAD_OF_AVX512='"halves.hpp"' -Itests/images -Ikernels/csrc $$source -o build/sanitize
@@ -104,7 +107,8 @@ fuzz: .venv/.installed-test ## Fuzz the parsers of headers, bodies and links, an
 
 bench: .venv/.installed-test ## Every benchmark; ARGS="--write" keeps the results
 	for file in $$(grep -l __main__ benchmarks/*.py); do # the others are imported by these
-		[[ ! $$file =~ gpu|nvml ]] || command -v nvidia-smi > /dev/null || continue
+		[[ ! $$file =~ gpu_ ]] || continue # docs/gpu-day.md
+		[[ ! $$file =~ nvml ]] || command -v nvidia-smi > /dev/null || continue
 		echo "== $$file"
 		$(BIN)/python "$$file" $(ARGS)
 	done
@@ -113,7 +117,7 @@ docs: .venv/.installed-test ## Regenerate the tables of the documents, docs/verd
 	$(BIN)/python docs/generate.py
 
 constraints: .venv/.installed-test ## Upgrade all packages and pin them in constraints.txt
-	$(BIN)/uv pip install --upgrade --python $(BIN)/python --compile-bytecode -e ".[images,gpu,diagnose,orca,postgres,tokenizer,test,fuzz,site,lint]"
+	$(BIN)/uv pip install --upgrade --python $(BIN)/python --compile-bytecode -e ".[images,diagnose,orca,postgres,tokenizer,test,fuzz,site,lint]"
 	{
 		grep '^#' constraints.txt
 		$(BIN)/uv pip freeze --python $(BIN)/python --exclude-editable

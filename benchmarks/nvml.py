@@ -21,6 +21,8 @@ from typing import Any, Final
 
 import pynvml
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that a checkout is enough
+
 from sidecar.signals.gpu.sample import BATCH_FIELDS, SM_CLOCK, GpuDevice, GpuSampler, find_devices
 
 STUB_GPU_NAME: Final = "Stub GPU"

@@ -5,8 +5,8 @@
 
 Memory traffic is the limit, so each byte moves once. A 1080p image to Qwen2-VL's 728x1316 as bfloat16 patches: 6.2 MB
 of source in, 4.3 MB of scratch out and in (it may stay in the second-level cache), 11.5 MB of patches out. That is 26
-MB: 5.5 us at the 4.8 TB/s of an H200, at most 11 us at half of that; 20,000 images/s leave 50 us. Measured:
-benchmarks/gpu_images.py.
+MB: 5.5 us at the 4.8 TB/s of an H200, at most 11 us at half of that; 20,000 images/s leave 50 us. Not measured yet:
+benchmarks/gpu_all.py.
 
 The kernel stays near that limit because it needs few loads. Across, the bytes of a pixel are not aligned: four taps of
 three channels are 12 bytes, loaded as three aligned words and shifted, instead of 12 loads of one byte; neighbouring
@@ -14,8 +14,9 @@ lanes read neighbouring words. Down, the planes' rows are aligned, so a lane loa
 windows share come from the first-level cache. Values come from a table of 256 per channel that the CPU made by the
 processor's own operations: a division on a GPU need not round alike. Sums fit 32 bits (see csrc/passes.hpp).
 
-Rules: the tensors' device decides where it runs. With TRITON_INTERPRET=1 at import, Triton runs it on the CPU, for
-tests. Layout and descriptors: ragged.py.
+Rules: nothing imports this at run time. `make cubins` compiles it ahead of time, and cuda_resize.py launches what that
+made. With TRITON_INTERPRET=1 at import, Triton runs it on the CPU, for tests; `launch` is for those and for benchmarks.
+Layout and descriptors: ragged.py.
 """
 
 from __future__ import annotations
@@ -31,10 +32,9 @@ from torch import Tensor
 
 from sidecar.kernels import ragged
 
-GPU_TILES: Final = ragged.Tiles((8, 128), (16, 256))
-INTERPRETER_TILES: Final = ragged.Tiles(
-    (64, 512), (64, 512)
-)  # there, the cost of an operation does not depend on its size
+GPU_TILES: Final = ragged.GPU_TILES
+# There, the cost of an operation does not depend on its size.
+INTERPRETER_TILES: Final = ragged.Tiles((64, 512), (64, 512))
 NUM_WARPS: Final = 4
 
 SOURCE, ROW_BYTES, TOP, ROWS = (tl.constexpr(i) for i in (ragged.SOURCE, ragged.ROW_BYTES, ragged.TOP, ragged.ROWS))

@@ -90,6 +90,10 @@ class Tiles:
     down: tuple[int, int]
 
 
+# What the shipped kernels were compiled for.
+GPU_TILES: Final = Tiles((8, 128), (16, 256))
+
+
 @dataclass(frozen=True, slots=True)
 class RaggedBatch:
     """Descriptors, tables, the image of each program of both launches, and the memory of the batch."""

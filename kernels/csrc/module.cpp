@@ -9,6 +9,7 @@
 
 #include "body_api.hpp"
 #include "choice.hpp"
+#include "jpeg_api.hpp"
 #include "member_api.hpp"
 #include "tiles.hpp"
 
@@ -169,6 +170,9 @@ PyMethodDef METHODS[] = {
     {"member_scan", member_scan, METH_O, "member_scan(member_paths): a scan of one text"},
     {"scan_members", scan_members, METH_VARARGS, "scan_members(scan, piece): scan the next piece of the text"},
     {"found_members", found_members, METH_O, "found_members(scan): (path, item, start, value) of each that was found"},
+    {"open_jpeg", open_jpeg, METH_O,
+     "open_jpeg(data): (jpeg, height, width, (sampling, tables), coefficients); None if it is not for this decoder"},
+    {"jpeg_coefficients", jpeg_coefficients, METH_VARARGS, "jpeg_coefficients(jpeg, out): whether the whole file could be decoded"},
     {"level", level, METH_NOARGS, "the instruction set that is used on this machine"},
     {"refused", refused, METH_NOARGS, "the instruction set whose form gave other bits here and is not used; empty if none"},
     {nullptr, nullptr, 0, nullptr},

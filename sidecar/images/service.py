@@ -33,6 +33,7 @@ from sidecar.images.shm_handoff import ShmHandoff
 from sidecar.images.tensor_budget import Reserve, TensorBudget
 from sidecar.images.tensor_layout import ELEMENT_BYTES
 from sidecar.images.vllm_plugin import Handoffs, TensorOffer
+from sidecar.images.worker import gpu_channel
 from sidecar.images.worker_queue import WorkerQueue
 from sidecar.kernels.grid import Geometry, ProcessorSpec
 from sidecar.settings import Settings
@@ -84,8 +85,8 @@ class ImageService:
         self._workers = queue or WorkerQueue(socket_path, settings)
         self._limits = ImageLimits(settings.image_max_bytes, settings.image_max_pixels)
         self._spec_json = spec.to_json()
-        # Whether a GPU may be used now: an engine that is starting fails if another process changes its memory use.
-        self.gpu = False
+        self._path = socket_path
+        self._may_use_gpu: bool | None = None  # not known yet
         self._cache = cache
         self._cache_writes: set[asyncio.Task[None]] = set()
         self._handoff = ShmHandoff(cache) if cache is not None else None
@@ -94,6 +95,15 @@ class ImageService:
         self.costs: UnitCosts | None = None
         self.inline_bytes = 0  # base64 text of plain pixels that is in flight
         self._held: dict[str, int] = {}
+
+    def allow_gpu(self, allowed: bool) -> None:
+        """Whether a GPU may be used from now on. When it may not any longer, the GPU process is asked to end.
+
+        An engine that is starting fails if another process holds its memory, or changes how much it holds.
+        """
+        if not allowed and self._may_use_gpu is not False:
+            gpu_channel.release(self._path)
+        self._may_use_gpu = allowed
 
     async def inline(
         self,
@@ -203,7 +213,9 @@ class ImageService:
         if key and (sent := self._sent.find(key, offer)) is not None:
             prepared = _prepared_image(sent, b"", time.monotonic() - start, cached=True)
             return replace(prepared, parameter=engine_tensors.parameter(sent, offer.dtype, None))
-        job = ImageJob(TENSORS, spec.to_json(), is_base64, self._limits, self._workers.deadline_s, self.gpu, size)
+        job = ImageJob(
+            TENSORS, spec.to_json(), is_base64, self._limits, self._workers.deadline_s, bool(self._may_use_gpu), size
+        )
         async with self._handoff.open_file(request, size) as (file, fd):
             done, _ = await self._workers.run(job, data, where, tenant=tenant, urgent=True, file=fd)
             made = engine_tensors.bytes_of(spec, spec.geometry(*done.original))
@@ -309,13 +321,17 @@ class ImageService:
             if reserve is not None:
                 reserve(len(payload))
             return _prepared_image(done, payload, time.monotonic() - start, cached=True), payload, key
-        job = ImageJob(want, spec_json, is_base64, self._limits, self._workers.deadline_s, self.gpu)
+        job = self._job(want, spec_json, is_base64)
         # the engine can prepare an image of a request itself; `/v1/preprocess` has only the workers
         urgent = want in INLINE_JOBS
         answer, result = await self._workers.run(job, data, where, reserve, tenant=tenant, urgent=urgent)
         if answer.outcome == "ok":
             await self._keep(key, answer, result, at_once=want == RAW)
         return _prepared_image(answer, result, time.monotonic() - start), result, key
+
+    def _job(self, want: str, spec_json: str, is_base64: bool) -> ImageJob:
+        gpu = bool(self._may_use_gpu)
+        return ImageJob(want, spec_json, is_base64, self._limits, self._workers.deadline_s, gpu)
 
     async def _key(self, data: Data, *parts: str) -> str:
         """The cache key of a result; "" without a cache."""

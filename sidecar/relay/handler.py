@@ -133,7 +133,7 @@ class Relay:
                 self._pricing.on_load_report(command)
                 self._refusals.on_load_report(command)
                 if self._images is not None:
-                    self._images.gpu = command.verdict in inline.GPU_VERDICTS
+                    self._images.allow_gpu(command.verdict in inline.GPU_VERDICTS)
             case CanariesOver():
                 self._gate.on_command(command)
             case AbortRequests():

@@ -351,25 +351,6 @@ def start_shell(command: str, fd: int) -> subprocess.Popen[bytes]:
     return subprocess.Popen(line, pass_fds=[fd], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
 
-def test_cuda_without_a_device_says_what_to_do(requires: Callable[[str], Path]) -> None:
-    """--images-device cuda where none is visible ends with exit status 1 and one line with the remedy."""
-    requires("python:torch")
-    with socket.socket(socket.AF_UNIX) as listening:
-        fd = listening.fileno()
-        done = subprocess.run(
-            [sys.executable, "-m", "sidecar", "image-server", "--listen-fd", str(fd)],
-            input=settings.to_json(Settings(images_device="cuda")).encode() + b"\n",
-            pass_fds=[fd],
-            capture_output=True,
-            timeout=200,
-            env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
-            check=False,
-        )
-    assert done.returncode == 1
-    assert b"no CUDA device is visible" in done.stderr and b"--images-device cpu" in done.stderr
-    assert b"Traceback" not in done.stderr
-
-
 @pytest.mark.parametrize(
     ("chosen", "available", "workers"),
     [

@@ -9,8 +9,8 @@ SOURCE = Path(__file__).with_name("nvml_stub.c")
 
 
 def build(gcc: Path, into: Path, *flags: str) -> Path:
-    """The folder `into`, made, with the library in it."""
-    into.mkdir()
+    """The folder `into`, made if need be, with the library in it."""
+    into.mkdir(exist_ok=True)
     target = into / "libnvidia-ml.so.1"
     subprocess.run(
         [gcc, "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror", *flags, "-o", target, SOURCE], check=True, timeout=60

@@ -7,6 +7,7 @@
  *   lost I             GPU I answers "GPU is lost" to everything
  *   field CODE         each field of a batch has this code of its own
  *   mig N              GPU 0 is sliced, and slice N alone can be seen from here
+ *   free N             MiB of free memory
  *   processes N        processes that compute on each GPU (default 2); each request for a list is reported on stderr
  *   xid N              one event with this XID for GPU 0; delivered once for each new N
  * Compiled with -DOLD it lacks nvmlDeviceGetFieldValues and nvmlDeviceGetTotalEnergyConsumption, as an old driver lacks newer functions.
@@ -78,10 +79,21 @@ int nvmlDeviceGetUUID(Device *d, char *uuid, unsigned int length) {
     return OK;
 }
 
+/* A device of CUDA has the UUID of the NVML device with its number; a slice has that of MIG. */
+int nvmlDeviceGetHandleByUUID(const char *uuid, Device **device) {
+    ENTER(NULL);
+    unsigned first;
+    int mig = script("mig", NULL, -1) >= 0;
+    if (sscanf(uuid, mig ? "MIG-%2x" : "GPU-%2x", &first) != 1 || first % 16 || first / 16 >= 8) return NOT_FOUND;
+    *device = mig ? &slices[script("mig", NULL, -1)] : &devices[first / 16];
+    return OK;
+}
+
 int nvmlDeviceGetMemoryInfo(Device *d, Memory *memory) {
     ENTER(d);
     memory->total = (d->slice < 0 ? 80ULL : 10ULL) << 30;
     memory->used = (d->slice < 0 ? 60ULL : 7ULL) << 30;
+    if (script("free", NULL, -1) >= 0) memory->used = memory->total - ((unsigned long long)script("free", NULL, 0) << 20);
     memory->free = memory->total - memory->used;
     return OK;
 }

@@ -29,6 +29,9 @@ class Workers:
         self.started = asyncio.Event()
         self.cancelled = asyncio.Event()
 
+    def allow_gpu(self, allowed: bool) -> None:
+        self.gpu = allowed
+
     async def hand_over(
         self,
         data: memoryview,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import socket
@@ -26,8 +25,10 @@ from sidecar.tools.doctor.finding import DoctorFinding
 from sidecar.tools.doctor.report import CHECKS, examine, text
 from sidecar.tools.scripted_engine.server import EngineSettings, ScriptedEngine
 
+from ..cuda_stub.build import build as build_cuda
 from ..engines.engine_faces import OnDemand, Shown, models, said, shown
 from ..images.published import settings
+from ..nvml_stub.build import build as build_nvml
 from ..seeing_engine import processor, prompt_tokens
 from ..waiting import PATIENCE
 
@@ -391,15 +392,52 @@ def test_the_image_extra_loads(tmp_path: Path, requires: Callable[[str], Path]) 
     assert found.level == "ok" and "JPEG by simplejpeg" in found.what
 
 
-def test_a_gpu_without_its_extra_is_a_failure(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, requires: Callable[[str], Path]
+@pytest.mark.parametrize(
+    ("device", "cuda", "nvml", "level", "said"),
+    [
+        ("cuda", "", "", "ok", "Stub GPU 0 (driver of CUDA 12.9)"),
+        ("auto", "", "", "ok", "measured at the first image"),
+        ("cuda", "devices 0\n", "", "fail", "finds no device"),
+        ("auto", "devices 0\n", "", "absent", "finds no device"),
+        ("cuda", "capability 75\n", "", "fail", "no shipped kernel"),
+        ("cuda", "cuInit 999\n", "", "fail", "cuInit"),
+        ("cuda", "", "free 900\n", "warn", "900 MiB are free"),
+        ("cuda", "", "nvmlDeviceGetMemoryInfo 3\n", "fail", "NVML"),
+        ("cpu", "", "", "absent", "--images-device cpu"),
+    ],
+)
+def test_what_keeps_images_from_the_gpu_is_said(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    requires: Callable[[str], Path],
+    device: str,
+    cuda: str,
+    nvml: str,
+    level: str,
+    said: str,
 ) -> None:
-    """--images-device cuda needs torch; its absence is said before anything starts."""
-    requires("python:simplejpeg")
-    find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torch" else find(name))
-    found = machine.images(Settings(model=model_dir(tmp_path, PROCESSOR), images_device="cuda"))
-    assert found.level == "fail" and "extra gpu" in found.what and "[gpu]" in found.remedy
+    """CUDA's driver and NVML are asked, without a context; the answer has a remedy."""
+    gcc, library = requires("gcc"), tmp_path / "lib"
+    build_cuda(gcc, library)
+    build_nvml(gcc, library)
+    for name, lines in {"CUDA_STUB_SCRIPT": cuda, "NVML_STUB_SCRIPT": nvml, "CUDA_STUB_LOG": ""}.items():
+        (tmp_path / name).write_text(lines)
+        monkeypatch.setenv(name, str(tmp_path / name))
+    monkeypatch.setenv("LD_LIBRARY_PATH", str(library))
+    found = machine.images_gpu(Settings(model=model_dir(tmp_path, PROCESSOR), images_device=device))
+    assert (found.level, said in found.what) == (level, True), found
+    assert bool(found.remedy) == (found.level in ("warn", "fail") or "finds no device" in found.what)
+    assert "cuDevicePrimaryCtxRetain" not in (tmp_path / "CUDA_STUB_LOG").read_text()
+
+
+def test_a_machine_without_a_driver_is_no_failure_of_auto(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most machines have no GPU: that is absent with `auto`, and a failure with `cuda`, each with what to do."""
+    monkeypatch.setenv("LD_LIBRARY_PATH", str(tmp_path))
+    folder = model_dir(tmp_path, PROCESSOR)
+    for device, level in (("auto", "absent"), ("cuda", "fail")):
+        found = machine.images_gpu(Settings(model=folder, images_device=device))
+        assert found.level == level and found.remedy
+        assert "no CUDA driver" in found.what or "finds no device" in found.what
 
 
 def test_an_image_extra_that_does_not_load_is_a_failure(

@@ -23,8 +23,9 @@ from typing import Final
 
 from sidecar.errors import StartError
 from sidecar.images.protocol import ImageLimits
-from sidecar.images.worker import sandbox, worker
+from sidecar.images.worker import gpu_exit, sandbox, worker
 from sidecar.images.worker.gpu_channel import GPU_SOCKET_SUFFIX
+from sidecar.images.worker.gpu_exit import GpuExit
 from sidecar.runtime import cpu_quota, logs
 from sidecar.runtime.limited_log import LimitedLog
 from sidecar.settings import Settings, from_json
@@ -41,12 +42,8 @@ SIGNAL_TEXTS: Final[dict[int, str]] = {
     signal.SIGXCPU: "past its CPU time",
     signal.SIGKILL: "killed",
 }
-NO_CUDA_STATUS: Final = 78  # exit status of a GPU process that found no CUDA device (EX_CONFIG)
-NO_CUDA_TEXT: Final = (
-    "--images-device cuda: no CUDA device is visible to the image server, or the extra gpu is not installed; "
-    "use --images-device cpu"
-)
-GPU_RETRY_S: Final = 60.0  # pause before a lost GPU is retried
+# A GPU process that lived this long had a working GPU: its end is not one more failure in a row.
+SOUND_LIFE_S: Final = 600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +87,7 @@ def main(listen_fd: int, settings_json: str) -> int:
                 while len(workers) < plan.workers:
                     workers[_fork(partial(_serve_images, listening, plan, gpu.path))] = time.monotonic()
                 if gpu.is_due(time.monotonic()):
-                    gpu.pid = _fork(partial(_serve_gpu, gpu.listening, plan))
+                    gpu.started(_fork(partial(_serve_gpu, gpu.listening, plan)), time.monotonic())
             except OSError as e:  # too many processes, or too little memory: that can pass
                 limited.error("fork", "cannot start an image worker (%s); trying again", e.strerror)
             received = signal.sigtimedwait(WATCHED, PARENT_POLL_INTERVAL_S)
@@ -112,7 +109,8 @@ class GpuProcess:
 
     def __init__(self, plan: WorkerPlan, path: str) -> None:
         self._device = plan.device
-        self._start_at = 0.0
+        self._start_at = self._started_at = 0.0
+        self._failures = 0  # in a row
         self.pid, self.path = 0, path
         self.listening = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         if plan.device == "cpu":
@@ -126,19 +124,29 @@ class GpuProcess:
         """True if the process must be started now."""
         return not self.pid and now >= self._start_at
 
+    def started(self, pid: int, now: float) -> None:
+        """Note the process that was started."""
+        self.pid, self._started_at = pid, now
+
     def reap(self, now: float) -> None:
-        """Collect the exited process. Raises StartError if a GPU is required and none was found."""
+        """Collect the exited process, which has said why. Raises StartError if a GPU is required and there is none."""
         ended, status = os.waitpid(self.pid, os.WNOHANG) if self.pid else (0, 0)
         if not ended:
             return
-        self.pid, self._start_at = 0, now + GPU_RETRY_S
+        self.pid = 0
         code = os.waitstatus_to_exitcode(status)
-        if code == NO_CUDA_STATUS and self._device == "cuda":
-            raise StartError(NO_CUDA_TEXT)
-        if code == NO_CUDA_STATUS:
+        exit = gpu_exit.of_status(code)
+        self._failures = 1 if now - self._started_at >= SOUND_LIFE_S else self._failures + 1
+        pause = gpu_exit.retry_after(exit, self._failures)
+        self._start_at = now + pause
+        if exit is GpuExit.RELEASED:
+            self._failures = 0
+        elif exit in gpu_exit.PERMANENT:
+            if self._device == "cuda":
+                raise StartError(f"--images-device cuda: {gpu_exit.describe(exit)}; or use --images-device cpu")
             self._give_up()
         else:
-            _log.warning("GPU process ended (%s); retrying in %g s", _describe_exit(code), GPU_RETRY_S)
+            _log.warning("GPU process ended (%s); trying again in %.0f s", _describe_exit(code), pause)
 
     def _give_up(self) -> None:
         """Close the socket: workers that are connected see it, and later ones do without."""
@@ -194,16 +202,10 @@ def _serve_images(listening: socket.socket, plan: WorkerPlan, gpu_path: str) -> 
 
 
 def _serve_gpu(listening: socket.socket, plan: WorkerPlan) -> int:
-    """Run the process that owns the GPU; it alone needs torch, which the extra `gpu` brings."""
-    try:
-        import torch
-    except ImportError:
-        return NO_CUDA_STATUS
+    """Run the process that owns the GPU."""
+    from sidecar.images.worker import gpu_server
 
-    from sidecar.images.worker import gpu_server as gpu
-
-    torch.set_grad_enabled(False)
-    return gpu.serve(listening, plan.limits, plan.gpu_memory) if gpu.is_available() else NO_CUDA_STATUS
+    return gpu_server.serve(listening, plan.limits, plan.gpu_memory, plan.device)
 
 
 def _reap(workers: dict[int, float]) -> None:

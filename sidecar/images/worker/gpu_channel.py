@@ -15,14 +15,15 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import mmap
 import os
 import socket
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Final
+
+import msgspec
 
 from sidecar.images.protocol import FrameError
 
@@ -31,6 +32,7 @@ GPU_TIMEOUT_S: Final = 0.25  # ten times what the CPU needs for 1080p
 GPU_BACKOFF_S: Final = (1.0, 30.0)  # first and longest pause after a failed request
 MAX_REQUEST_BYTES: Final = 8192
 OK, FULL, READY = b"ok", b"full", b"ready"
+RELEASE: Final = b"release"  # instead of an arena: the engine needs its GPU
 SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 GPU_SOCKET_SUFFIX: Final = ".gpu"  # appended to the image server's socket name: the socket of the GPU process
 
@@ -39,26 +41,31 @@ GPU_SOCKET_SUFFIX: Final = ".gpu"  # appended to the image server's socket name:
 class GpuRequest:
     """One image, whose RGB bytes are at the beginning of the arena. `spec` is ProcessorSpec.to_json().
 
-    The result replaces them: RGB rows if `inline`, else the processor's output.
+    With `sampling`, it is a JPEG's coefficients instead, as kernels/jpeg.py has them; `tables` are its quantisation
+    tables. The result replaces them: RGB rows if `inline`, else the processor's output.
     """
 
     height: int
     width: int
     spec: str
     inline: bool
+    sampling: tuple[tuple[int, int], ...] = ()
+    tables: tuple[tuple[int, ...], ...] = ()
 
     def to_json(self) -> bytes:
-        return json.dumps(asdict(self)).encode()
+        return msgspec.json.encode(self)
+
+
+_decoder: Final = msgspec.json.Decoder(GpuRequest)
 
 
 def parse_request(text: bytes) -> GpuRequest:
     """Inverse of GpuRequest.to_json. Raises FrameError."""
     try:
-        request = GpuRequest(**json.loads(text))
-        sizes = request.height, request.width
-        if all(type(size) is int and size > 0 for size in sizes) and type(request.spec) is str:
+        request = _decoder.decode(text)
+        if request.height > 0 and request.width > 0:
             return request
-    except (ValueError, TypeError):
+    except (msgspec.MsgspecError, UnicodeDecodeError):
         pass
     raise FrameError("not a GPU request")
 
@@ -79,6 +86,14 @@ def map_arena(fd: int) -> mmap.mmap:
     except OSError:
         pass
     raise FrameError("not a sealed arena")
+
+
+def release(server_path: str) -> None:
+    """Ask the GPU process of an image server to end, if there is one with a context. Never waits, never raises."""
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
+        connection.setblocking(False)
+        connection.connect(server_path + GPU_SOCKET_SUFFIX)
+        connection.send(RELEASE)
 
 
 class GpuChannel:
@@ -107,15 +122,19 @@ class GpuChannel:
         """The open files that it needs."""
         return (self._fd, self._connection.fileno()) if self._connection is not None else (self._fd,)
 
-    def process(self, pixels: memoryview, request: GpuRequest, size: int) -> memoryview | None:
-        """Process `pixels` on the GPU: `size` bytes, valid until the next call; None if the CPU must do it."""
-        if max(len(pixels), size) > ARENA_BYTES or self._now() < self._retry_at:
+    def process(
+        self, write: Callable[[memoryview], bool], source_bytes: int, request: GpuRequest, size: int
+    ) -> memoryview | None:
+        """Process an image on the GPU: `size` bytes, valid until the next call; None if the CPU must do it.
+
+        `write` puts the image's `source_bytes` into the memory that it is given, or returns False.
+        """
+        if max(source_bytes, size) > ARENA_BYTES or self._now() < self._retry_at:
             return None
         try:
             connection = self._connect()
-            if not self._is_greeted(connection):
+            if not self._is_greeted(connection) or not write(memoryview(self._memory)[:source_bytes]):
                 return None
-            self._memory[: len(pixels)] = pixels
             connection.send(request.to_json())
             self._answer_pending = True
             answer = self._receive_answer(connection, self._timeout_s)

@@ -9,6 +9,7 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Final
 
 import numpy as np
@@ -22,9 +23,10 @@ from sidecar.images.tensor_layout import ELEMENT_BYTES
 from sidecar.images.worker import calibration, tiles
 from sidecar.images.worker.decode import ImageRejected, check_size, decode, orientation, turned
 from sidecar.images.worker.gpu_channel import GpuChannel, GpuRequest
-from sidecar.images.worker.tensors import Pixels, ppm, prepare, resize, resized_ppm, round_to
+from sidecar.images.worker.tensors import Pixels, ppm, prepare, resize, resized_ppm
 from sidecar.kernels import families
 from sidecar.kernels.grid import Geometry, PatchSpec, ProcessorSpec, Size, TileSpec
+from sidecar.kernels.jpeg import JpegFile, open_jpeg
 
 Answer = tuple[ImageDone | ImageRefused, Data]
 OnSize = Callable[[int], None]
@@ -51,9 +53,11 @@ class StageTimer:
 
 @dataclass(frozen=True, slots=True)
 class DecodedImage:
-    """A decoded image; `geometry` is its target."""
+    """An image of a known size; `geometry` is its target. A JPEG for the GPU was opened as `jpeg`, and not decoded."""
 
-    pixels: Pixels
+    pixels: Pixels | None
+    jpeg: JpegFile | None
+    size: Size
     geometry: Geometry
     header: file_headers.Header
     hash: str
@@ -101,17 +105,23 @@ def prepare_image(
     spec = families.from_json(job.spec)
     name = "unknown"
     try:
-        image = open_image(job, payload, spec, on_size)
+        image = open_image(job, payload, spec, on_size, for_gpu=_is_for_gpu(job, gpu))
         if isinstance(image, ImageDone):
             return image, b""
-        name = image.header.format
+        if image.pixels is not None:
+            name = image.header.format
         if job.want == LAYOUT:
             return _done(image, ""), b""
-        pixels, geometry, inline = image.pixels, image.geometry, job.want in INLINE
+        geometry, inline = image.geometry, job.want in INLINE
         # the GPU's kernel makes one resized copy of an image: views are made on the CPU
         may_use_gpu = job.gpu and (inline or not geometry.views)
         if gpu is not None and may_use_gpu and (answer := _on_gpu(gpu, job, image, spec)) is not None:
             return answer
+        pixels = image.pixels
+        if pixels is None:
+            pixels = decode(_unpack(job, payload), image.header, job.limits, flatten=not inline)
+            name = image.header.format
+            image.stages.end("decode")
         if job.want == PIXELS:
             made: Any = resized_ppm(pixels, geometry, spec)
         elif inline:
@@ -131,22 +141,38 @@ def prepare_image(
 
 def _on_gpu(gpu: GpuChannel, job: ImageJob, image: DecodedImage, spec: ProcessorSpec) -> Answer | None:
     """The GPU's answer, or None."""
-    rows = image.pixels
     inline, (height, width) = job.want in INLINE, image.geometry.size
-    if rows.shape[:2] == (image.geometry.height, image.geometry.width) and inline:
+    if image.size == (image.geometry.height, image.geometry.width) and inline:
         return None  # nothing to resize
-    # the GPU process makes floats of 4 bytes, which are rounded here
-    size = 3 * height * width if inline else _tensor_bytes(image.geometry, replace(spec, half=""))
-    made = gpu.process(rows.reshape(-1).data, GpuRequest(rows.shape[0], rows.shape[1], job.spec, inline), size)
+    size = 3 * height * width if inline else _tensor_bytes(image.geometry, spec)
+    request = GpuRequest(*image.size, job.spec, inline)
+    if image.jpeg is not None:
+        tables = tuple(tuple(table) for table in image.jpeg.tables.tolist())
+        request = replace(request, sampling=image.jpeg.layout.sampling, tables=tables)
+        made = gpu.process(partial(_write_coefficients, image.jpeg), 2 * image.jpeg.layout.coefficients, request, size)
+    else:
+        assert image.pixels is not None
+        made = gpu.process(partial(_write_rows, image.pixels), image.pixels.nbytes, request, size)
     if made is None:
         return None
     image.stages.end("resize_gpu")
     if inline:
         pixels = np.frombuffer(made, np.uint8).reshape(height, width, 3)
         return _encode(job, image, ppm(pixels) if job.want == PIXELS else pixels)
-    if spec.half:
-        made = octets(round_to(np.frombuffer(made, np.float32), spec.dtype))
     return _done(image, BINARY_MEDIA_TYPE), made
+
+
+def _is_for_gpu(job: ImageJob, gpu: GpuChannel | None) -> bool:
+    return job.gpu and gpu is not None and job.want != LAYOUT
+
+
+def _write_coefficients(file: JpegFile, to: memoryview) -> bool:
+    return file.decode(np.frombuffer(to, np.int16))
+
+
+def _write_rows(pixels: Pixels, to: memoryview) -> bool:
+    to[:] = pixels.reshape(-1).data
+    return True
 
 
 def _tensor_bytes(geometry: Geometry, spec: ProcessorSpec) -> int:
@@ -157,9 +183,12 @@ def _tensor_bytes(geometry: Geometry, spec: ProcessorSpec) -> int:
 
 
 def open_image(
-    job: ImageJob, payload: Data, spec: ProcessorSpec, on_size: OnSize = lambda _: None
+    job: ImageJob, payload: Data, spec: ProcessorSpec, on_size: OnSize = lambda _: None, *, for_gpu: bool = False
 ) -> DecodedImage | ImageDone:
-    """Unpack, check and decode; ImageDone if the image must pass through untouched. Raises ImageRejected."""
+    """Unpack, check and decode; ImageDone if the image must pass through untouched. Raises ImageRejected.
+
+    With `for_gpu`, a JPEG that the GPU decodes exactly is only opened.
+    """
     stages = StageTimer()
     data = _unpack(job, payload)
     header = file_headers.read(data)
@@ -181,9 +210,11 @@ def open_image(
     stages.end("unpack")
     if header.format not in file_headers.DECODED_FORMATS:
         return _passed(job, "format", header, digest, len(data), stages)
-    pixels = decode(data, header, job.limits, flatten=job.want not in INLINE)
-    height, width = pixels.shape[:2]
-    stages.end("decode")
+    file = _open_for_gpu(data, header) if for_gpu else None
+    pixels = decode(data, header, job.limits, flatten=job.want not in INLINE) if file is None else None
+    height, width = (header.height, header.width) if pixels is None else pixels.shape[:2]
+    if pixels is not None:
+        stages.end("decode")
     try:
         geometry = spec.geometry(height, width)
     except ValueError as e:
@@ -193,7 +224,16 @@ def open_image(
     too_large = job.want == PIXELS and not is_worth_resizing(height * width, geometry, client_chars)
     if too_large or (job.want in INLINE and not spec.keeps(geometry)):
         return _passed(job, "not_smaller" if too_large else "processor", header, digest, len(data), stages, geometry)
-    return DecodedImage(pixels, geometry, header, digest, len(data), stages)
+    return DecodedImage(pixels, file, (height, width), geometry, header, digest, len(data), stages)
+
+
+def _open_for_gpu(data: bytes, header: file_headers.Header) -> JpegFile | None:
+    """A JPEG whose pixels the GPU gives as libjpeg-turbo does; None for any other image, and for one to be turned."""
+    if not header.plain or (header.tagged and orientation(data) != 1):
+        return None
+    file = open_jpeg(data)
+    is_whole = file is not None and (file.layout.height, file.layout.width) == (header.height, header.width)
+    return file if is_whole else None
 
 
 def _made_sizes(geometry: Geometry) -> Iterator[Size]:
@@ -247,10 +287,10 @@ def _is_passed_early(header: file_headers.Header, spec: ProcessorSpec, client_ch
 
 def _done(image: DecodedImage, media_type: str) -> ImageDone:
     """The answer for an image that was prepared."""
-    g, stages, size = image.geometry, tuple(image.stages.taken), image.pixels.shape[:2]
+    g, stages = image.geometry, tuple(image.stages.taken)
     grid = (g.grid_t, g.grid_h, g.grid_w)
     return ImageDone(
-        "ok", image.header.format, media_type, *g.size, grid, g.tokens, image.hash, stages, image.bytes_in, size
+        "ok", image.header.format, media_type, *g.size, grid, g.tokens, image.hash, stages, image.bytes_in, image.size
     )
 
 

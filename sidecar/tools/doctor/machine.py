@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib.util
+import json
 import os
 import shutil
 import subprocess
@@ -21,7 +22,7 @@ from typing import Final
 from sidecar.control.state_dir import StateDir
 from sidecar.errors import SidecarError
 from sidecar.health.probes import VERDICT_STALE_S
-from sidecar.images.worker import landlock, sandbox
+from sidecar.images.worker import gpu_access, gpu_exit, landlock, sandbox
 from sidecar.kernels import families
 from sidecar.launch import preflight
 from sidecar.load import body_scan
@@ -43,6 +44,7 @@ MIN_CONNECTIONS: Final = 1000
 # From a cold disk.
 IMPORT_TIMEOUT_S: Final = 60.0
 NVML_TIMEOUT_S: Final = 6.0
+_GPU_CODE: Final = "import sys; from sidecar.images.worker import gpu_access; gpu_access.print_answer(sys.argv[1])"
 _IMPORT_CODE: Final = (
     "import PIL; from sidecar.images.worker import decode, pipeline; from sidecar.kernels import fused; "
     "print(PIL.__version__, 'simplejpeg' if decode.simplejpeg else 'Pillow', fused.level(), fused.refused() or '-')"
@@ -183,9 +185,6 @@ def images(chosen: Settings) -> DoctorFinding:
         last = (child.stderr.strip().splitlines() or ["no message"])[-1]
         remedy = "install what fits together: pip install -c constraints.txt 'inference-sidecar[images]'"
         return DoctorFinding("fail", f"the image libraries do not load: {last[:200]}", remedy)
-    if chosen.images_device == "cuda" and importlib.util.find_spec("torch") is None:
-        remedy = "pip install 'inference-sidecar[gpu]', or --images-device cpu"
-        return DoctorFinding("fail", "--images-device cuda: the extra gpu is not installed", remedy)
     pillow, decoder, kernel, refused = child.stdout.split()
     text = f"{chosen.images}; Pillow {pillow}, JPEG by {decoder}, kernel {kernel}"
     if refused != "-":
@@ -204,6 +203,31 @@ def images_sandbox(chosen: Settings) -> DoctorFinding:
             "warn", f"image workers are confined less than they could be: {'; '.join(missing)}", remedy
         )
     return DoctorFinding("ok", f"seccomp filter, Landlock version {landlock.version()}")
+
+
+def images_gpu(chosen: Settings) -> DoctorFinding:
+    """Whether images can be resized on a GPU here, by the answers of CUDA's driver and of NVML."""
+    if preflight.explain_images_off(chosen):
+        return DoctorFinding("absent", "images are off")
+    if chosen.images_device == "cpu":
+        return DoctorFinding("absent", "--images-device cpu")
+    command = (sys.executable, "-W", "ignore", "-c", _GPU_CODE, chosen.images_device)
+    try:
+        child = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=IMPORT_TIMEOUT_S)
+        code, detail, free = json.loads(child.stdout)
+    except (subprocess.TimeoutExpired, ValueError):
+        return DoctorFinding(
+            "warn", "CUDA's driver does not answer", "look at dmesg for XID errors; --images-device cpu does without"
+        )
+    if code:
+        what, remedy = gpu_exit.PERMANENT.get(gpu_exit.of_status(code), ("the GPU failed", "look at dmesg"))
+        text = f"{what} ({detail[:200]})" if detail else what
+        return DoctorFinding("fail" if chosen.images_device == "cuda" else "absent", text, remedy)
+    if not gpu_access.has_room(free, chosen.gpu_memory_budget):
+        what = f"{detail}: only {free >> 20} MiB are free, so images are resized on the CPU until more are"
+        return DoctorFinding("warn", what, "lower the engine's share of the memory, or --gpu-memory-budget")
+    earned = ", if that saves CPU time: measured at the first image" if chosen.images_device == "auto" else ""
+    return DoctorFinding("ok", f"images are resized on {detail}{earned}")
 
 
 def gpu(chosen: Settings) -> DoctorFinding:

@@ -32,6 +32,7 @@ CHECKS: Final[dict[str, Check]] = {
     "images": machine.images,
     "images-cost": image_costs.check,
     "images-sandbox": machine.images_sandbox,
+    "images-gpu": machine.images_gpu,
     "gpu": machine.gpu,
     "cpu": machine.cpu,
     "open-files": machine.files,
