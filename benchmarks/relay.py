@@ -1,6 +1,6 @@
 """What a relay costs: the same load straight to an engine and through each rival, in turns, in one run.
 
-    python benchmarks/relay.py [--rivals NAMES] [--rounds N] [--seconds S] [--quick] [--write]
+    python benchmarks/relay.py [--rivals NAMES] [--rounds N] [--seconds S] [--streams N ...] [--quick] [--write]
 
 Engine and client are compiled (routes/load.cpp) and share one core; each rival has the other one, with all its
 processes, and all of them are counted: user and system time by the clock of each process. The sidecar runs as
@@ -310,10 +310,11 @@ def main() -> None:
     parser.add_argument("--rivals", default="", help=f"some of {','.join(r.name for r in RIVALS)} [all]")
     parser.add_argument("--rounds", type=int, default=FULL.rounds)
     parser.add_argument("--seconds", type=float, default=FULL.seconds, help="of each window")
+    parser.add_argument("--streams", type=int, nargs="+", default=FULL.streams, help="at once")
     parser.add_argument("--quick", action="store_true", help="only see that it works")
     parser.add_argument("--write", action="store_true")
     args = parser.parse_args()
-    plan = QUICK if args.quick else Plan(rounds=args.rounds, seconds=args.seconds)
+    plan = QUICK if args.quick else Plan(streams=tuple(args.streams), rounds=args.rounds, seconds=args.seconds)
     ends.program()
     processes.stay_off_the_route()
     began, busy, own = time.monotonic(), processes.machine_busy_seconds(), own_seconds()

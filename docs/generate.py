@@ -25,8 +25,8 @@ from sidecar.control.admin_api import make_app
 from sidecar.engines import image_loading
 from sidecar.engines.image_loading import ENGINE_REASONS
 from sidecar.events import STATES, State
-from sidecar.health.hang_classes import HANG_CLASSES, HangClass
 from sidecar.flags import headings
+from sidecar.health.hang_classes import HANG_CLASSES, HangClass
 from sidecar.health.kill_policy import ESCALATIONS, HOLDS
 from sidecar.health.probes import FAILS
 from sidecar.health.reasons import CAUSES, REASON_TEXTS, STATE_TEXTS

@@ -105,9 +105,9 @@ class TickReadings:
     `refused_since`: since when the engine's port refuses connections; `unanswered`: it accepts them, and the API
     answers nothing; `resting`: the reason code of a rest that the engine reports, "" while it is awake; `denied_rests`:
     those that it denies, and when it was asked; `is_fcfs`: it serves requests of one model and priority in order;
-    `canary_disturbs`: a canary drops what it keeps for its users; `trouble`: why no connection to it can be made, in
-    one sentence, "" if none is known; `hang_signs`: what its processes do, while it is suspect;
-    `steps`: what the plug-in in its cores reports.
+    `canary_disturbs`: a canary drops what it keeps for its users; `wakes`: it sleeps when it has been idle, and any
+    request wakes it; `trouble`: why no connection to it can be made, in one sentence, "" if none is known;
+    `hang_signs`: what its processes do, while it is suspect; `steps`: what the plug-in in its cores reports.
     """
 
     engine: Reading[EngineSample]
@@ -389,6 +389,7 @@ class HealthMonitor:
             refusing=self._refusing(now),
             start_overdue=self._is_start_overdue(now),
             trouble=readings.trouble,
+            wakes=readings.wakes,
             proven_after=None if self.evidence.proof == UNPROVEN else self.progress.limits.proven,
             hang=hang,
             hang_where=where,
@@ -511,7 +512,7 @@ class HealthMonitor:
 
     def _evidence(self, readings: TickReadings, work: Iterable[OpenWork], now: float) -> Evidence:
         """Compare the silence so far with what the outstanding work may take; own lag adds patience."""
-        extra = 2 * max((self.lag, *(relay.lag for relay in readings.relays)))
+        extra = 2 * max((self.lag, *(relay.lag for relay in readings.relays))) + self._waking_seconds()
         learn, work = self.state.state in CALM_STATES, tuple(work)
         found = self.progress.evidence(work, now, extra=extra, learn=learn, unanswered=readings.unanswered)
         return self._with_steps(found, readings.steps, work, now, extra=extra)

@@ -63,9 +63,9 @@ class VerdictInputs:
     `refused_since`: since when connections are refused; `exempt`, `withheld`: reason codes or None; `can_ask`: whether
     canaries pass here, None while that is unknown; `refusing`: seconds for which every request was refused, None while
     some are not; `start_overdue`: this process has started for longer than any is known to take; `trouble`: why
-    the sidecar cannot talk to the engine, "" while it can; `proven_after`: the silence that a kill waits for, where
-    the engine's processes prove a hang; `hang`: which one it is, `hang_where`: in which process; `canary_since`: a
-    canary has been under way since then.
+    the sidecar cannot talk to the engine, "" while it can; `wakes`: a request wakes it when it sleeps;
+    `proven_after`: the silence that a kill waits for, where the engine's processes prove a hang; `hang`: which one it
+    is, `hang_where`: in which process; `canary_since`: a canary has been under way since then.
     """
 
     now: float
@@ -82,6 +82,7 @@ class VerdictInputs:
     refusing: float | None = None
     start_overdue: bool = False
     trouble: str = ""
+    wakes: bool = False
     proven_after: float | None = None
     hang: HangClass = NO_CLASS
     hang_where: str = ""

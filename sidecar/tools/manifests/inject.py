@@ -33,7 +33,7 @@ from ruamel.yaml.error import YAMLError
 
 from sidecar.errors import UsageError
 from sidecar.flags import file_path, flag, integer, one_of, text
-from sidecar.images.vllm_plugin import PLUGIN_FOLDER
+from sidecar.runtime.plugin_folders import PLUGIN_FOLDER
 from sidecar.tools.manifests import engine_args
 from sidecar.tools.manifests.answers import Answers, SettingsAnswers, to_yaml
 from sidecar.tools.manifests.parts import fill

@@ -13,7 +13,7 @@ from typing import Final
 
 from sidecar.errors import UsageError
 from sidecar.health.probes import VERDICT_STALE_S
-from sidecar.images.vllm_plugin import PLUGIN_FOLDER
+from sidecar.runtime.plugin_folders import PLUGIN_FOLDER
 from sidecar.tools.manifests import shell
 from sidecar.tools.manifests.answers import Answers, SettingsAnswers
 from sidecar.tools.manifests.parts import fill
