@@ -221,14 +221,18 @@ async def measured(relay: str, admin: str, model: str, rate: float, count: int) 
     """A row of the table, without the rate."""
     rng, ours, queue_length, by_queue = random.Random(1), Score(), Score(), RelativeFit(2, 0.995, 0.1, 10)
     open_: set[asyncio.Task[None]] = set()
-    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(600)) as session:
+    async with (
+        # aiohttp's limit of 100 connections would make requests wait in the client
+        aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(600)) as session,
+        aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=16)) as asking,  # the admin port takes a few hundred
+    ):
 
         async def one() -> None:
             prompt = [
                 rng.randrange(5, VOCABULARY) for _ in range(min(MAX_PROMPT, max(8, int(rng.lognormvariate(6, 1)))))
             ]
             body = {"model": model, "prompt": prompt, "max_tokens": rng.randint(8, 96), "stream": True}
-            async with session.get(f"{admin}/load?in={len(prompt)}") as answer:
+            async with asking.get(f"{admin}/load?in={len(prompt)}") as answer:
                 load = await answer.json()
             row = (0.05, 0.05 * load["requests"]["waiting"])
             predicted, began = by_queue.predict(row), time.monotonic()
@@ -250,7 +254,7 @@ async def measured(relay: str, admin: str, model: str, rate: float, count: int) 
             open_.add(asyncio.create_task(one()))
             await asyncio.sleep(rng.expovariate(rate))
         await asyncio.gather(*open_)
-        async with session.get(f"{admin}/load") as answer:
+        async with asking.get(f"{admin}/load") as answer:
             own = json.loads(await answer.text())["predicted"]["error"]
     taken = sorted(actual for _, actual in ours.pairs)
     return (
