@@ -2,7 +2,7 @@
 #   --build-arg EXTRAS=              no image preparation, stack dumps, gRPC load reports or tokenizer
 #   --build-arg PILLOW=pillow-simd   see docs/images.md, "Pillow-SIMD"
 #   --build-arg PYTHON=3.12 --build-arg DEBIAN=bookworm
-#   --build-arg COMPILE=             the path of each request interpreted: twice its CPU, minutes less to build (docs/decisions/0040)
+#   --build-arg COMPILE=1            the path of each request compiled: a third less CPU per request, some ten minutes more to build (docs/decisions/0040)
 #   --build-arg REVISION=$(git rev-parse HEAD) --build-arg CREATED=$(date -u +%FT%TZ) --build-arg SOURCE=URL   for labels
 ARG PYTHON=3.13
 ARG DEBIAN=trixie
@@ -10,7 +10,7 @@ ARG DEBIAN=trixie
 FROM python:${PYTHON}-slim-${DEBIAN} AS build
 ARG EXTRAS=images,diagnose,orca,postgres,tokenizer
 ARG PILLOW=pillow
-ARG COMPILE=1
+ARG COMPILE=
 # The compiler builds the kernel and, if selected, Pillow-SIMD, which needs the codecs; both stay in this stage.
 # hadolint ignore=DL3008
 RUN apt-get update \
