@@ -154,11 +154,11 @@ async def test_an_engine_that_adds_crops_shows(session: aiohttp.ClientSession, r
     spec = families.from_config(config, {"image_seq_length": 256})
     assert spec is not None
     for images, reason in ((plain, ""), (crops, "size_differs")):
-        async with vllm(Gemma3Chat(images)) as engine:
+        async with vllm(CroppingChat(images)) as engine:
             assert (await check_images(session, engine.url, {}, "m", spec)).reason == reason
 
 
-class Gemma3Chat:
+class CroppingChat:
     """A chat endpoint that counts 256 tokens for an image and for each of its crops, with 4 around each."""
 
     def __init__(self, processor: Any) -> None:
