@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import gzip
 import socket
 from typing import Any
 
+import pytest
 from aiohttp import web
 from opentelemetry.proto.collector.logs.v1.logs_service_pb2 import ExportLogsServiceRequest
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
@@ -13,32 +15,83 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 
 from sidecar.tools.scripted_engine.server import ScriptedEngine
 
+from ..waiting import PATIENCE
+
 FORMS = {
     "/v1/traces": ExportTraceServiceRequest,
     "/v1/metrics": ExportMetricsServiceRequest,
     "/v1/logs": ExportLogsServiceRequest,
 }
+TAKES_AGAIN = "the collector takes spans again"
+AWAY_S = 60.0
+CLIENTS = 4  # that ask one after the other while the collector is away
 CALLER = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-0"
+
+
+class Receiver:
+    """An OTLP/HTTP receiver that can go away and come back at the same port, which it keeps meanwhile."""
+
+    def __init__(self) -> None:
+        self.received: dict[str, list[Any]] = {path: [] for path in FORMS}
+        self._held = reusable_socket(0)  # bound and not listening: alone, it refuses connections
+        self._port: int = self._held.getsockname()[1]
+        self._runner: web.AppRunner | None = None
+        self._arrived = asyncio.Event()
+        self.url = f"http://127.0.0.1:{self._port}"
+
+    async def take(self, request: web.Request) -> web.Response:
+        body = await request.read()
+        body = gzip.decompress(body) if body[:2] == b"\x1f\x8b" else body
+        self.received[request.path].append(FORMS[request.path].FromString(body))
+        self._arrived.set()
+        return web.Response(content_type="application/x-protobuf")
+
+    async def listen(self) -> None:
+        app = web.Application()
+        app.router.add_post("/v1/{signal}", self.take)
+        self._runner = web.AppRunner(app)
+        await self._runner.setup()
+        await web.SockSite(self._runner, reusable_socket(self._port)).start()
+
+    async def go_away(self) -> None:
+        """Close the port and all connections."""
+        if self._runner is not None:
+            await self._runner.cleanup()
+            self._runner = None
+
+    async def close(self) -> None:
+        await self.go_away()
+        self._held.close()
+
+    async def until_spans(self, count: int) -> None:
+        async with asyncio.timeout(PATIENCE):
+            while len(self.spans()) < count:
+                await self._arrived.wait()
+                self._arrived.clear()
+
+    def spans(self) -> list[Any]:
+        sent = self.received["/v1/traces"]
+        return [s for r in sent for x in r.resource_spans for scope in x.scope_spans for s in scope.spans]
+
+
+def reusable_socket(port: int) -> socket.socket:
+    """Bound to a port of loopback that other sockets of this process share."""
+    sock = socket.socket()
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    sock.bind(("127.0.0.1", port))
+    return sock
 
 
 async def test_a_stream_becomes_a_span_and_server_metrics(engine: ScriptedEngine, start: Any) -> None:
     """What the caller sampled arrives with all that its answer says; the rest does not; at the end nothing is left."""
-    received: dict[str, list[Any]] = {path: [] for path in FORMS}
-
-    async def take(request: web.Request) -> web.Response:
-        body = await request.read()
-        body = gzip.decompress(body) if body[:2] == b"\x1f\x8b" else body
-        received[request.path].append(FORMS[request.path].FromString(body))
-        return web.Response(content_type="application/x-protobuf")
-
-    app = web.Application()
-    app.router.add_post("/v1/{signal}", take)
-    runner = web.AppRunner(app)
-    await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    receiver = Receiver()
+    await receiver.listen()
     try:
-        url = f"http://127.0.0.1:{runner.addresses[0][1]}"
-        environ = {"OTEL_EXPORTER_OTLP_ENDPOINT": url, "OTEL_METRICS_EXPORTER": "otlp", "OTEL_LOGS_EXPORTER": "otlp"}
+        environ = {
+            "OTEL_EXPORTER_OTLP_ENDPOINT": receiver.url,
+            "OTEL_METRICS_EXPORTER": "otlp",
+            "OTEL_LOGS_EXPORTER": "otlp",
+        }
         sidecar = await start(engine.url, environ=environ)
         await sidecar.until_verdict("idle")
         for flag in "10":
@@ -47,10 +100,9 @@ async def test_a_stream_becomes_a_span_and_server_metrics(engine: ScriptedEngine
         await sidecar.until_metrics('sidecar_request_outcomes_total{outcome="ok"} 2.0')
         assert await sidecar.stop() == 0
     finally:
-        await runner.cleanup()
-    [span] = [
-        s for r in received["/v1/traces"] for x in r.resource_spans for scope in x.scope_spans for s in scope.spans
-    ]
+        await receiver.close()
+    received = receiver.received
+    [span] = receiver.spans()
     found = {a.key: a.value for a in span.attributes}
     assert (span.name, span.parent_span_id.hex()) == ("chat scripted", "b7ad6b7169203331")
     assert found["gen_ai.provider.name"].string_value == "scripted"  # the kind of the engine
@@ -94,3 +146,56 @@ async def test_a_collector_that_is_away_harms_no_request(engine: ScriptedEngine,
     for noun in ("spans", "log records"):
         assert sum(f"the collector takes no {noun}" in line for line in sidecar.log) == 1, noun
     assert [line for line in sidecar.log if '"logger": "opentelemetry' in line] == []
+
+
+@pytest.mark.slow
+async def test_a_collector_away_for_a_minute_under_load(engine: ScriptedEngine, start: Any) -> None:
+    """Every request is answered, one warning, one line when it is back, and each span arrived or is counted."""
+    receiver = Receiver()
+    await receiver.listen()
+    environ = {
+        "OTEL_EXPORTER_OTLP_ENDPOINT": receiver.url,
+        "OTEL_EXPORTER_OTLP_TIMEOUT": "1",
+        "OTEL_LOGS_EXPORTER": "otlp",
+        "OTEL_METRICS_EXPORTER": "otlp",
+        "OTEL_BSP_SCHEDULE_DELAY": "200",
+        "OTEL_BLRP_SCHEDULE_DELAY": "200",
+    }
+    answered = 0
+
+    async def ask_until(end: float) -> None:
+        nonlocal answered
+        while asyncio.get_running_loop().time() < end:
+            async with sidecar.chat() as answer:
+                assert answer.status == 200 and b"[DONE]" in await answer.read()
+            answered += 1
+
+    async def ask(seconds: float) -> None:
+        end = asyncio.get_running_loop().time() + seconds
+        async with asyncio.TaskGroup() as clients:
+            for _ in range(CLIENTS):
+                clients.create_task(ask_until(end))
+
+    try:
+        sidecar = await start(engine.url, environ=environ)
+        await sidecar.until_verdict("idle")
+        await ask(1)
+        await receiver.until_spans(answered)
+        await receiver.go_away()
+        await ask(AWAY_S)
+        await receiver.listen()
+        async with asyncio.timeout(PATIENCE):  # the exporter's own pauses between tries are part of it
+            while not any(TAKES_AGAIN in line for line in sidecar.log):
+                await ask(0.2)
+        dropped = 0
+        async with asyncio.timeout(PATIENCE):
+            while not dropped or len(receiver.spans()) + dropped < answered:
+                page = await sidecar.until_metrics("sidecar_spans_dropped_total")
+                dropped = int(float(page.split("\nsidecar_spans_dropped_total ")[1].split()[0]))
+                await asyncio.sleep(0.2)
+        assert await sidecar.stop() == 0
+    finally:
+        await receiver.close()
+    assert len(receiver.spans()) + dropped == answered
+    assert sum("the collector takes no spans" in line for line in sidecar.log) == 1
+    assert sum(TAKES_AGAIN in line for line in sidecar.log) == 1
