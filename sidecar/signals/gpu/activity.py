@@ -23,6 +23,7 @@ MAX_SPAN_S: Final = 10.0
 MIB: Final = 1 << 20
 
 NOT_WATCHED: Final = Absent("read while the engine is in doubt")
+FIRST_SAMPLE: Final = Absent("the first of two samples")
 _UNSUPPORTED: Final = Absent("this GPU has no GPM, which begins with Hopper")
 
 
@@ -82,7 +83,7 @@ class ActivityMeter:
             self._call(nvml.nvmlGpmMigSampleGet, whole, instance, samples.newer)
         before, samples.at = samples.at, now
         if before is None or now - before > MAX_SPAN_S:
-            return Absent("the first of two samples")
+            return FIRST_SAMPLE
         return Value(self._between(samples), at=now, seconds=now - before)
 
     def _open(self, whole: Any) -> _Samples | Absent:
