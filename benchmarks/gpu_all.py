@@ -25,17 +25,17 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 # Seconds of each, in the order in which they tell most if time runs out.
 STAGES = {
-    "versions": 15,
-    "bits": 60,
-    "kernel": 40,
-    "jpeg": 35,
-    "nvjpeg": 35,
-    "service": 85,
-    "nvml": 60,
+    "versions": 10,
+    "bits": 50,
+    "kernel": 35,
+    "jpeg": 30,
+    "nvml": 65,
+    "service": 80,
+    "interference": 70,
+    "nvjpeg": 30,
     "memory": 15,
     "ceilings": 10,
-    "interference": 55,
-    "sanitizer": 20,
+    "sanitizer": 35,
 }
 RESULTS = "results.jsonl"
 
