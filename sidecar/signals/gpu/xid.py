@@ -104,6 +104,8 @@ class XidWatch:
             nvml.nvmlEventSetFree(events)
         except nvml.NVMLError as e:
             _log.info("XID events are not available: %s", e)
+        except Exception:  # noqa: BLE001 - a faulty binding costs the events alone
+            _log.exception("XID events: unexpected error")
 
     def _wait(self, nvml: Any, events: Any, by_address: dict[int | None, int], by_uuid: dict[str, int]) -> None:
         timeout_ms = OWN_WAIT_MS if self._waiting else EVENT_WAIT_MS
