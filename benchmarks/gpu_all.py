@@ -2,16 +2,20 @@
 
     python benchmarks/gpu_all.py --out DIR [--budget 430] [--only STAGE]
 
-Each stage (gpu_stages.py) is a process of its own with a limit of its own, and adds JSON lines to DIR/STAGE.jsonl as it
-measures; one that fails or hangs does not stop the next. The last thing printed, and DIR/table.md, is one table. What
-torch is needed for is skipped without it, with the reason. With tests/cuda_stub's folder in LD_LIBRARY_PATH all but
-`interference` runs without a GPU: docs/gpu-day.md.
+Each stage (gpu_stages.py) is a process of its own with a limit of its own, and adds JSON lines to DIR/results.jsonl as
+it measures; one that fails or hangs does not stop the next. The last thing printed, and DIR/table.md, is one table: two
+files in all. What needs a library that is not there (torch, torchvision's nvJPEG, compute-sanitizer) is left out, with
+the reason. With tests/cuda_stub's folder in LD_LIBRARY_PATH all but the stand-ins for an engine runs without a GPU:
+docs/gpu-day.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -21,31 +25,45 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 # Seconds of each, in the order in which they tell most if time runs out.
 STAGES = {
-    "versions": 20,
-    "bits": 60,
-    "kernel": 40,
-    "jpeg": 50,
-    "service": 110,
-    "memory": 20,
-    "ceilings": 20,
-    "nvml": 30,
-    "interference": 80,
+    "versions": 10,
+    "bits": 50,
+    "kernel": 35,
+    "jpeg": 30,
+    "nvml": 65,
+    "service": 80,
+    "interference": 70,
+    "nvjpeg": 30,
+    "memory": 15,
+    "ceilings": 10,
+    "sanitizer": 35,
 }
+RESULTS = "results.jsonl"
 
 
 def run_stage(name: str, folder: Path, seconds: float, *more: str) -> tuple[str, list[dict[str, Any]]]:
     """How a stage ended, and its lines."""
-    path = folder / f"{name}.jsonl"
-    path.unlink(missing_ok=True)
+    path = folder / RESULTS
+    before = path.stat().st_size if path.exists() else 0
     command = [sys.executable, "-W", "ignore", str(HERE / "gpu_stages.py"), name, "--out", str(path)]
     command += ["--seconds", f"{0.8 * seconds:.0f}", *more]
+    # A group of its own: a stage that is cut off leaves no process that disturbs the next.
+    child = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True
+    )
     try:
-        done = subprocess.run(command, timeout=seconds, capture_output=True, text=True, errors="replace", check=False)
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        outcome = "ok" if done.returncode == 0 else f"failed: {last[:200]}"
+        _, errors = child.communicate(timeout=seconds)
+        last = (errors.strip().splitlines() or ["no message"])[-1]
+        outcome = "ok" if child.returncode == 0 else f"failed: {last[:200]}"
     except subprocess.TimeoutExpired:
         outcome = f"cut off after {seconds:.0f} s"
-    lines = path.read_text().splitlines() if path.exists() else []
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
+    lines: list[str] = []
+    if path.exists():
+        with path.open("rb") as file:
+            file.seek(before)
+            lines = file.read().decode("utf-8", "replace").splitlines()
     return outcome, [json.loads(line) for line in lines if line.endswith("}")]
 
 
@@ -66,6 +84,7 @@ def main() -> int:
     parser.add_argument("--small", action="store_true", help="small images only, to try it without a GPU")
     chosen = parser.parse_args()
     chosen.out.mkdir(parents=True, exist_ok=True)
+    (chosen.out / RESULTS).unlink(missing_ok=True)
     until = time.monotonic() + chosen.budget
     results: dict[str, tuple[str, list[dict[str, Any]]]] = {}
     for name in chosen.only or STAGES:

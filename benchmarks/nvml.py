@@ -32,7 +32,7 @@ SIGNAL_INTERVAL_S: Final = 1.0
 
 def calls(device: GpuDevice) -> dict[str, Callable[[], Any]]:
     """The timed calls by name."""
-    sampler = GpuSampler(pynvml, lambda call, *args: call(*args), lambda _: (), lambda _: False)
+    sampler = GpuSampler(pynvml, lambda call, *args: call(*args), lambda _: (), lambda _: False, lambda _: ())
     handle, whole = device.handle, device.whole
     return {
         "nvmlDeviceGetUtilizationRates": lambda: pynvml.nvmlDeviceGetUtilizationRates(handle),
@@ -43,7 +43,8 @@ def calls(device: GpuDevice) -> dict[str, Callable[[], Any]]:
         "nvmlDeviceGetTemperature": lambda: pynvml.nvmlDeviceGetTemperature(whole, pynvml.NVML_TEMPERATURE_GPU),
         "nvmlDeviceGetClockInfo": lambda: pynvml.nvmlDeviceGetClockInfo(whole, SM_CLOCK),
         "nvmlDeviceGetCurrentClocksThrottleReasons": lambda: pynvml.nvmlDeviceGetCurrentClocksThrottleReasons(whole),
-        "one whole sample": lambda: sampler.sample(device, 0.0),
+        "one whole sample": lambda: sampler.sample(device, 0.0, False),
+        "one whole sample in doubt": lambda: sampler.sample(device, time.monotonic(), True),
     }
 
 

@@ -12,6 +12,22 @@ T = TypeVar("T")
 
 # Reasons for clocks below what the load calls for; idleness and configured clocks are not among them.
 SLOWDOWNS: Final = ("power_cap", "hardware", "thermal_software", "thermal_hardware", "power_brake")
+# What a GPU needs, in the order of nvmlDeviceGpuRecoveryAction_t.
+RECOVERY_ACTIONS: Final = (
+    "none",
+    "gpu_reset",
+    "node_reboot",
+    "drain_p2p",
+    "drain_and_reset",
+    "recover_imex_domain",
+    "bus_reset",
+    "system_reboot",
+)
+# Those of a GPU on which nothing can be computed; a drained one works on until it is reset.
+RESET_ACTIONS: Final = frozenset({"gpu_reset", "bus_reset"})
+REBOOT_ACTIONS: Final = frozenset({"node_reboot", "system_reboot"})
+# Severities of GPU Operational Events that are counted.
+EVENT_SEVERITIES: Final = ("recoverable", "fatal")
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +136,33 @@ class EngineIdentity:
 
 
 @dataclass(frozen=True, slots=True)
+class GpuActivity:
+    """What a GPU did between two looks, by GPM; None where it does not report a metric.
+
+    `tensor`: share of time 0..1 in which tensor cores worked; `dram`: share of the memory bandwidth that was used;
+    `nvlink`: bytes a second over all links, both ways.
+    """
+
+    tensor: float | None = None
+    dram: float | None = None
+    nvlink: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class GpuFaults:
+    """What the driver says of a GPU's state; None where it does not.
+
+    `recovery`: what it needs, one of RECOVERY_ACTIONS; `ecc_uncorrected`: errors since the driver was loaded;
+    `remap_pending`: rows of memory are remapped at its next reset; `remap_failed`: a row could not be remapped.
+    """
+
+    recovery: str | None = None
+    ecc_uncorrected: int | None = None
+    remap_pending: bool | None = None
+    remap_failed: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class GpuSample:
     """One GPU, read through NVML. Each number is its own reading, as MIG slices and lost GPUs provide only some."""
 
@@ -138,6 +181,9 @@ class GpuSample:
     slowdowns: Reading[tuple[str, ...]] = _NOT_READ  # why its clocks are reduced
     processes: Reading[int] = _NOT_READ  # compute processes
     xids_watched: bool = False  # whether the driver reports its XID errors: without, no count is no 0
+    activity: Reading[GpuActivity] = _NOT_READ
+    faults: Reading[GpuFaults] = _NOT_READ
+    events: tuple[tuple[str, int], ...] = ()  # (severity, count) of GPU Operational Events since start
 
     @property
     def label(self) -> str:
@@ -152,8 +198,9 @@ class HangSigns:
     None: it cannot be read here. A flag is that of any core, worker or front end in the last look. `cpu`: of all
     processes, "none", "some" or "busy"; `wait`: what they wait for ("lock", "device", "disk",
     "network"); `frames`: what their Python stacks are in ("compiler", "transfer", "collective"); `same_stacks`: their
-    main threads stayed where they were; `memory`: "none", "pressure" or "oom"; `gpu_power`, `gpu_activity`: "idle" or
-    "busy", which nothing reads yet; `where`: the process that shows most.
+    main threads stayed where they were; `memory`: "none", "pressure" or "oom"; `where`: the process that shows most.
+    Of the GPUs, by health/gpu_signs.py: `gpu_power` ("idle", "busy"), `gpu_activity` ("idle", "busy", "working") and
+    `gpu_fault` ("xid", "recovery", "event").
     """
 
     seconds: float
@@ -169,6 +216,7 @@ class HangSigns:
     memory: str | None = None
     gpu_power: str | None = None
     gpu_activity: str | None = None
+    gpu_fault: str | None = None
     where: str = ""
 
 

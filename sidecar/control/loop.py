@@ -13,7 +13,7 @@ import socket
 import sqlite3
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
 from typing import Any, Final
@@ -41,7 +41,7 @@ from sidecar.events import (
 )
 from sidecar.health import probes, reasons
 from sidecar.health.garbage import GARBAGE
-from sidecar.health.monitor import TICK_S, TickReadings
+from sidecar.health.monitor import DOUBTED_STATES, TICK_S, TickReadings
 from sidecar.load import cost_model
 from sidecar.load.cost_model import Coefficients
 from sidecar.report import orca
@@ -57,6 +57,7 @@ from sidecar.report.usage_database import STATEMENT_TIMEOUT_S, UsageDatabase
 from sidecar.report.usage_rows import Eviction
 from sidecar.report.usage_store import UsageStore
 from sidecar.runtime.limited_log import LimitedLog
+from sidecar.runtime.own_gpu_use import UNUSED, OwnGpuUse
 from sidecar.settings import Settings
 from sidecar.signals import own_process
 from sidecar.signals.engine_monitor import EngineMonitor
@@ -87,7 +88,12 @@ class ControlLoop:
     """Feeds the ControlState with events and readings, and acts on each tick."""
 
     def __init__(
-        self, settings: Settings, co: Coefficients, state_dir: StateDir, session: aiohttp.ClientSession
+        self,
+        settings: Settings,
+        co: Coefficients,
+        state_dir: StateDir,
+        session: aiohttp.ClientSession,
+        own_gpu: Callable[[], OwnGpuUse] = lambda: UNUSED,
     ) -> None:
         now, wall = time.monotonic(), time.time()
         pod = ".".join(filter(None, (os.environ.get("POD_NAME"), os.environ.get("POD_UID"))))
@@ -98,7 +104,7 @@ class ControlLoop:
         self._state_store.restore(control, now)
         self.engine = EngineMonitor(session, settings)
         self.port = PortSignal(settings.engine)
-        self.gpus = GpuSignal()
+        self.gpus = GpuSignal(own=own_gpu)
         self._examiner = ProcessExaminer(settings.engine)
         self._hang_watch = HangWatch(settings.engine)
         self._steps = EngineSteps(state_dir.path)
@@ -201,6 +207,7 @@ class ControlLoop:
             self._tasks.start("memory", self._save(saved_state.dump(self.control.save(), now)))
         if self.engine.kind_name in STEPPING_KINDS:
             self._tasks.start("steps", asyncio.to_thread(self._steps.refresh))
+        self.gpus.closely = health.verdict.state in DOUBTED_STATES
         if self._hang_watch.is_due(now, health.verdict.state):
             self._tasks.start("processes", self._hang_watch.look())
         for relay, command in health.take_aborts():

@@ -13,6 +13,7 @@ import socket
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack, suppress
+from functools import partial
 from typing import Final
 
 import aiohttp
@@ -23,7 +24,8 @@ from sidecar.control.admin_connections import AdminConnections, admin_limits
 from sidecar.control.loop import ControlLoop
 from sidecar.control.state_dir import StateDir
 from sidecar.load.cost_model import Coefficients
-from sidecar.runtime import open_files
+from sidecar.runtime import open_files, own_gpu_use
+from sidecar.runtime.own_gpu_use import UNUSED, OwnGpuUse
 from sidecar.runtime.service_manager import ServiceManager
 from sidecar.settings import Settings
 from sidecar.signals.engine_address import EngineAddress
@@ -52,7 +54,8 @@ async def run(
             state_dir.sweep()
         stack.callback(state_dir.clear)
         session = await stack.enter_async_context(open_session(EngineAddress(settings.engine, settings.engine_ca)))
-        loop = build(settings, co, state_dir, session, stack)
+        own_gpu = partial(own_gpu_use.read, own_gpu_use.next_to(joining.getsockname()))
+        loop = build(settings, co, state_dir, session, stack, own_gpu)
         manager = ServiceManager()
         handle_signals(lambda: drain(loop, settings.drain_seconds, manager), ended.set)
         await serve_admin(loop, admin, stack)
@@ -121,10 +124,15 @@ def drain(loop: ControlLoop, seconds: float, manager: ServiceManager) -> None:
 
 
 def build(
-    settings: Settings, co: Coefficients, state_dir: StateDir, session: aiohttp.ClientSession, stack: AsyncExitStack
+    settings: Settings,
+    co: Coefficients,
+    state_dir: StateDir,
+    session: aiohttp.ClientSession,
+    stack: AsyncExitStack,
+    own_gpu: Callable[[], OwnGpuUse] = lambda: UNUSED,
 ) -> ControlLoop:
-    """The control loop; what it starts and opens ends with `stack`."""
-    loop = ControlLoop(settings, co, state_dir, session)
+    """The control loop; what it starts and opens ends with `stack`. `own_gpu`: how the sidecar uses the GPU."""
+    loop = ControlLoop(settings, co, state_dir, session, own_gpu)
     stack.push_async_callback(loop.tracing.close)
     if loop.log_handler is not None:
         logging.getLogger().addHandler(loop.log_handler)

@@ -6,7 +6,8 @@ Rules:
   a proof everything stays as it is.
 - Compilers, disks, transfers, memory pressure and waits for the GPU end by themselves: they prove nothing. Who debugs
   or freezes an engine does so on purpose.
-- A wait for the GPU and a collective that spins are proved by the GPU's signs only, which nothing reads yet.
+- A wait for the GPU and a collective that spins are proved by the GPU's signs only (gpu_signs.py). GPUs without work
+  prove nothing alone, because a compiler looks the same; GPUs that work prove the contrary: no kill before the cap.
 """
 
 from __future__ import annotations
@@ -50,6 +51,17 @@ class HangClass:
     memory: Cell = None
     gpu_power: Cell = None
     gpu_activity: Cell = None
+    gpu_fault: Cell = None
+
+    @property
+    def is_of_gpu(self) -> bool:
+        """Whether the signs of the GPUs make it this class."""
+        return any(getattr(self, name) is not None for name in _GPU_SIGNS)
+
+    @property
+    def is_of_processes(self) -> bool:
+        """Whether signs of the processes are among them."""
+        return any(getattr(self, name) is not None for name in _SIGNS if name not in _GPU_SIGNS)
 
 
 HANG_CLASSES: Final[tuple[HangClass, ...]] = (
@@ -69,8 +81,18 @@ HANG_CLASSES: Final[tuple[HangClass, ...]] = (
               lost=True, cpu="none"),
     HangClass("stopped", "a process of the engine is stopped by a signal; SIGCONT resumes it", proves=True,
               stopped=True, cpu="none"),
-    HangClass("collective_spin", "the GPUs are all busy at idle power: a collective operation spins", proves=True,
-              cpu="busy", same_stacks=True, gpu_activity="busy", gpu_power="idle"),
+    HangClass("gpu_fault", "the GPU ended the engine's work with an XID error; see the node's kernel log", proves=True,
+              gpu_fault="xid"),
+    HangClass("gpu_fault", "the driver wants the GPU reset; drain the node", proves=True,
+              gpu_fault="recovery"),
+    HangClass("gpu_fault", "the driver reports a fatal event of the GPU; see the node's kernel log", proves=True,
+              gpu_fault="event"),
+    HangClass("gpu_working", "the GPUs compute: tensor cores, memory or links move",
+              gpu_activity="working"),
+    HangClass("gpu_spin", "the GPUs are all busy at low power, while the engine's own code goes on",
+              same_stacks=False, gpu_activity="busy", gpu_power="idle"),
+    HangClass("collective_spin", "the GPUs are all busy at low power: a collective operation spins", proves=True,
+              gpu_activity="busy", gpu_power="idle"),
     HangClass("collective_spin", "a collective operation spins: another rank or GPU does not come; see the ranks' logs",
               frames="collective", same_stacks=True),
     HangClass("network_wait", "the engine waits for another machine (a KV transfer, a store, a peer)",
@@ -85,8 +107,11 @@ HANG_CLASSES: Final[tuple[HangClass, ...]] = (
               cpu="none", wait="disk"),
     HangClass("host_lock", "all threads of the engine wait for each other: a lock is never released", proves=True,
               cpu="none", wait="lock", same_stacks=True),
+    HangClass("gpu_idle", "the GPUs do nothing: a lost launch, a lock or a compiler, in processes that cannot be read",
+              gpu_activity="idle", gpu_power="idle"),
 )  # fmt: skip
 
+_GPU_SIGNS: Final = ("gpu_power", "gpu_activity", "gpu_fault")
 _SIGNS: Final = tuple(field.name for field in fields(HangClass) if field.name not in ("name", "text", "proves"))
 NO_CLASS: Final = HangClass("", "")
 
@@ -97,8 +122,13 @@ def hang_class(signs: HangSigns) -> HangClass:
 
 
 def is_proof(signs: HangSigns, age: float) -> bool:
-    """Whether these signs, read `age` seconds ago, prove that the engine hangs."""
-    return hang_class(signs).proves and signs.seconds >= MIN_PROOF_S and age <= MAX_PROOF_AGE_S
+    """Whether these signs, read `age` seconds ago, prove that the engine hangs.
+
+    Those of the GPUs have lasted long enough when they are given.
+    """
+    found = hang_class(signs)
+    has_lasted = signs.seconds >= MIN_PROOF_S or not found.is_of_processes
+    return found.proves and has_lasted and age <= MAX_PROOF_AGE_S
 
 
 def _matches(row: HangClass, signs: HangSigns) -> bool:

@@ -8,8 +8,8 @@ A kill is liveness that begins to fail; kubelet restarts the container. Rules:
 - Replicas that stall at once are killed one after another: each waits for its own share of the jitter.
 - When the service of some restarts is unpaid, the engine is escalated to an operator, and tried again once an hour
   until an attempt helps: an hour later the cause may be gone, and no operator may have come.
-- After an XID that only a reset of the GPU or a reboot repairs, no restart is requested until an operator resumes
-  restarts or the engine was healthy for an hour.
+- After an XID that only a reset of the GPU or a reboot repairs, or while the driver itself asks for one, no restart is
+  requested until an operator resumes restarts or the engine was healthy for an hour.
 - A kill stands until the engine was seen to restart or to recover: liveness that continues to fail is no second kill.
 - `dead` is neither held nor counted: where no process is left, kubelet restarts it and backs off by itself.
 - Times are monotonic seconds, passed in.
@@ -28,7 +28,7 @@ from msgspec import Meta
 from sidecar.events import State
 from sidecar.health.reasons import REASON_TEXTS
 from sidecar.labels import OTHER
-from sidecar.readings import GpuSample, Reading, Value
+from sidecar.readings import REBOOT_ACTIONS, RESET_ACTIONS, GpuSample, Reading, Value
 from sidecar.settings import Settings
 
 # NVIDIA's catalogue (docs.nvidia.com/deploy/xid-errors, "Analyzing Xid Errors with the Xid Catalog") resolves these
@@ -88,7 +88,8 @@ class KillLimits:
 class KillInputs:
     """What a tick decides on. `proof`: when the last token came or the last canary passed; None before any.
 
-    `xid`: one that a restart does not repair, reported since the last tick; 0 where there was none.
+    `xid`: one that a restart does not repair, reported since the last tick; 0 where there was none. `recovery`: what
+    the driver asks for now, of ESCALATIONS; "" for nothing.
     """
 
     now: float
@@ -97,6 +98,7 @@ class KillInputs:
     xid: int = 0
     resume: bool = False  # an operator resumed restarts
     cause: str = ""  # the reason of the verdict
+    recovery: str = ""
 
 
 Code = Annotated[str, Meta(max_length=MAX_CODE_CHARS)]
@@ -210,8 +212,16 @@ def _is_escalated(reason: str) -> Condition:
 
 # The first that holds keeps liveness passing.
 HOLDS: Final[tuple[tuple[str, Condition, str], ...]] = (
-    ("node_needs_reboot", _is_escalated("node_needs_reboot"), f"XID {_listed(NEEDS_REBOOT)}"),
-    ("gpu_needs_reset", _is_escalated("gpu_needs_reset"), f"XID {_listed(NEEDS_RESET)}"),
+    (
+        "node_needs_reboot",
+        _is_escalated("node_needs_reboot"),
+        f"XID {_listed(NEEDS_REBOOT)}, or the driver asks for it",
+    ),
+    (
+        "gpu_needs_reset",
+        _is_escalated("gpu_needs_reset"),
+        f"XID {_listed(NEEDS_RESET)}, or the driver asks for it",
+    ),
     (
         "restart_useless",
         _is_between_attempts,
@@ -227,13 +237,18 @@ def explain(reason: str, state: KillState, inputs: KillInputs, limits: KillLimit
     ago = inputs.now - state.killed_at if state.killed_at is not None else 0.0
     left = _left(state, inputs.now, limits)
     texts = {
-        "node_needs_reboot": f"XID {state.xid}; {ESCALATIONS['node_needs_reboot']}",
-        "gpu_needs_reset": f"XID {state.xid}, which a restart does not repair; {ESCALATIONS['gpu_needs_reset']}",
+        "node_needs_reboot": f"{_sign(state)}; {ESCALATIONS['node_needs_reboot']}",
+        "gpu_needs_reset": f"{_sign(state)}, which a restart does not repair; {ESCALATIONS['gpu_needs_reset']}",
         "restart_useless": f"killed {ago:.0f} s ago, next attempt in {left:.0f} s; {ESCALATIONS['restart_useless']}",
         "kill_interval": f"killed {ago:.0f} s ago, the next kill may come in {left:.0f} s",
         JITTER_HOLD: f"killed within {limits.jitter:.0f} s, so that replicas do not restart at once",
     }
     return texts[reason]
+
+
+def _sign(state: KillState) -> str:
+    """What shows that the GPU is broken."""
+    return f"XID {state.xid}" if state.xid else "the driver's recovery action"
 
 
 def _observe(state: KillState, inputs: KillInputs) -> KillState:
@@ -279,8 +294,8 @@ def _escalate(state: KillState, inputs: KillInputs, limits: KillLimits) -> KillS
     if inputs.state not in ("stalled", "dead"):
         return state
     found = {
-        "node_needs_reboot": state.xid in NEEDS_REBOOT,
-        "gpu_needs_reset": state.xid in NEEDS_RESET,
+        "node_needs_reboot": state.xid in NEEDS_REBOOT or inputs.recovery == "node_needs_reboot",
+        "gpu_needs_reset": state.xid in NEEDS_RESET or inputs.recovery == "gpu_needs_reset",
         "restart_useless": inputs.state == "stalled" and _are_restarts_useless(state, limits),
     }
     return replace(state, handover=next((name for name in ESCALATIONS if found[name] or state.handover == name), ""))
@@ -305,6 +320,7 @@ class KillPolicy:
         self.hold: KillHold | None = None
         self.resume = False  # an operator resumed restarts; consumed by the next tick
         self._xids: dict[tuple[int, int], int] = {}
+        self._overruled = ""  # the driver asked for it, and an operator resumed restarts all the same
 
     @property
     def reason(self) -> str:
@@ -315,7 +331,11 @@ class KillPolicy:
         self, state: State, proof: float | None, gpus: Reading[tuple[GpuSample, ...]], now: float, cause: str = ""
     ) -> None:
         """Decide, and keep the state for the next tick. `cause`: the reason of the verdict."""
-        inputs = KillInputs(now, state, proof, self._new_xid(gpus), self.resume, cause)
+        recovery = _recovery(gpus)
+        if self.resume or recovery != self._overruled:
+            self._overruled = recovery if self.resume else ""
+        asked = "" if recovery == self._overruled else recovery
+        inputs = KillInputs(now, state, proof, self._new_xid(gpus), self.resume, cause, asked)
         self.resume = False
         self.state, self.hold = decide(self.state, inputs, self.limits)
 
@@ -328,3 +348,10 @@ class KillPolicy:
                     self._xids[gpu.index, xid] = count
                     new = xid if xid in NEEDS_REBOOT or not new else new
         return new
+
+
+def _recovery(gpus: Reading[tuple[GpuSample, ...]]) -> str:
+    """What the driver asks for, of ESCALATIONS; "" for nothing."""
+    faults = [gpu.faults for gpu in gpus.value] if isinstance(gpus, Value) else []
+    actions = {found.value.recovery for found in faults if isinstance(found, Value)}
+    return "node_needs_reboot" if actions & REBOOT_ACTIONS else "gpu_needs_reset" if actions & RESET_ACTIONS else ""

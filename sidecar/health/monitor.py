@@ -41,12 +41,13 @@ from sidecar.health import reasons, verdict
 from sidecar.health.canary_schedule import canary_allowed
 from sidecar.health.exemptions import Exemptions
 from sidecar.health.garbage import GARBAGE, GarbageDetector
-from sidecar.health.hang_classes import NO_CLASS, HangClass, hang_class, is_proof
+from sidecar.health.gpu_signs import NO_GPU_SIGNS, GpuSigns
+from sidecar.health.hang_classes import MIN_PROOF_S, NO_CLASS, HangClass, hang_class, is_proof
 from sidecar.health.kill_policy import KillPolicy, KillState, kill_limits
 from sidecar.health.latency_model import LatencyModel
 from sidecar.health.partial_hangs import PartialHang, PartialHangDetector
 from sidecar.health.probes import ProbeState
-from sidecar.health.progress import BY_PROCESSES, UNPROVEN, Evidence, Key, OpenWork, Progress, silence_limits
+from sidecar.health.progress import BY_GPUS, BY_PROCESSES, UNPROVEN, Evidence, Key, OpenWork, Progress, silence_limits
 from sidecar.health.readiness_hold import ReadinessHold
 from sidecar.health.refusals import RefusedWork
 from sidecar.health.start_deadline import start_deadline
@@ -206,6 +207,7 @@ class HealthMonitor:
         self.refusals = RefusedWork()
         self.readiness_hold = ReadinessHold()
         self.steps = StepWatch()
+        self.gpu_signs = GpuSigns()
         self.canaries = CanaryRecord()
         self.state = verdict.VerdictState(since=now, engine_since=now)
         self.verdict = Verdict("starting", "awaiting_first_token", "no token from the engine yet", now, wall)
@@ -397,6 +399,8 @@ class HealthMonitor:
         )
         before, hold_before = self.state, self.kill_policy.reason
         self.state, condition = verdict.judge(before, inputs)
+        if self.state.state == "progressing":
+            self.gpu_signs.teach(readings.gpus)
         self.kill_policy.tick(self.state.state, self._proof(), readings.gpus, now, cause=self.state.reason)
         if self.state.state == "unknown" and before.state in ("suspect", "stalled"):
             self._stall_unknown_at = now
@@ -408,13 +412,31 @@ class HealthMonitor:
         return self.verdict
 
     def _hang(self, readings: TickReadings, now: float) -> tuple[HangClass, str]:
-        """Which hang the engine's processes show, and where; the evidence says whether they prove it."""
-        signs = readings.hang_signs
+        """Which hang the engine's processes and its GPUs show, and where; the evidence says whether they prove it."""
+        signs = self._signs(readings, now)
         if not isinstance(signs, Value) or self.state.state not in DOUBTED_STATES:
             return NO_CLASS, ""
+        found = hang_class(signs.value)
         if is_proof(signs.value, now - signs.at):
-            self.evidence = replace(self.evidence, proof=BY_PROCESSES)
-        return hang_class(signs.value), signs.value.where
+            self.evidence = replace(self.evidence, proof=BY_GPUS if found.is_of_gpu else BY_PROCESSES)
+        if signs.value.gpu_activity == "working":  # whatever it computes may be delivered, until the cap
+            kill_after = max(self.evidence.kill_after, self.progress.limits.cap)
+            self.evidence = replace(self.evidence, kill_after=kill_after)
+        return found, signs.value.where
+
+    def _signs(self, readings: TickReadings, now: float) -> Reading[HangSigns]:
+        """Those of the processes, with those of the GPUs; of the GPUs alone where no process can be seen."""
+        silent_since = None if self.evidence.age is None else now - self.evidence.age
+        if silent_since is None and self.state.state in DOUBTED_STATES:  # only canaries are asked
+            silent_since = self._doubted_at
+        gpus, processes = self.gpu_signs.read(readings.gpus, now, silent_since), readings.hang_signs
+        if not isinstance(processes, Value):
+            if gpus == NO_GPU_SIGNS:
+                return processes
+            processes = Value(HangSigns(MIN_PROOF_S), now)
+        seen = processes.value
+        seen = replace(seen, gpu_power=gpus.power, gpu_activity=gpus.activity, gpu_fault=gpus.fault)
+        return replace(processes, value=seen)
 
     def _know_engine(self, readings: TickReadings) -> None:
         """What the engine and its machine say of themselves."""

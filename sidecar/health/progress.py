@@ -102,6 +102,7 @@ ALL: Final = (*PROGRESS, *PREFILLING, "iterations")
 # What proves a hang beyond silence.
 UNPROVEN: Final = "none"
 BY_PROCESSES: Final = "processes"
+BY_GPUS: Final = "gpus"
 
 
 @dataclass(frozen=True, slots=True)

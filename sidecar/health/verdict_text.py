@@ -120,10 +120,11 @@ def _seen(state: VerdictState, inputs: VerdictInputs, condition: str) -> str:
 
 
 def _hang(state: VerdictState, inputs: VerdictInputs) -> str:
-    """What the engine's processes show, while it is thought to hang."""
+    """What the engine's processes and its GPUs show, while it is thought to hang."""
     if state.state not in ("suspect", "stalled") or not inputs.hang.name:
         return ""
-    proved = "proved by its processes" if inputs.proven_after is not None else "by its processes"
+    whose = "by its GPUs" if inputs.hang.is_of_gpu else "by its processes"
+    proved = f"proved {whose}" if inputs.proven_after is not None else whose
     where = f", {inputs.hang_where}" if inputs.hang_where else ""
     return f"{proved}{where}: {inputs.hang.name}, {inputs.hang.text}"
 

@@ -39,7 +39,17 @@ from sidecar.health.reasons import ABORT_REASONS, REASON_TEXTS
 from sidecar.labels import BoundedLabels
 from sidecar.load.api_routes import PATH_CLASSES
 from sidecar.load.client_labels import fold
-from sidecar.readings import SLOWDOWNS, Failed, GpuSample, ProcessSample, Reading, Value
+from sidecar.readings import (
+    RECOVERY_ACTIONS,
+    SLOWDOWNS,
+    Failed,
+    GpuActivity,
+    GpuFaults,
+    GpuSample,
+    ProcessSample,
+    Reading,
+    Value,
+)
 from sidecar.report.usage_rows import EVICTION_REASONS, Eviction, UsageKey, UsageSums, tokens_by_kind
 from sidecar.snapshot import RelayUse, Snapshot
 
@@ -138,6 +148,19 @@ METRICS: Final = (
     Metric("sidecar_gpu_sm_clock_hertz", "Clock of the GPU's multiprocessors.", _GPU),
     Metric("sidecar_gpu_slowdown", "1 while this reason reduces the GPU's clocks, else 0.", ("gpu", "reason")),
     Metric("sidecar_gpu_xid_errors_total", "XID errors from the driver; xid 0 counts rare others.", ("gpu", "xid")),
+    Metric(
+        "sidecar_gpu_tensor_ratio", "Share of time in which tensor cores worked; read in doubt, from Hopper on.", _GPU
+    ),
+    Metric("sidecar_gpu_dram_ratio", "Share of the memory bandwidth in use; read in doubt, from Hopper on.", _GPU),
+    Metric("sidecar_gpu_nvlink_bytes", "Bytes a second over NVLink; read in doubt, from Hopper on.", _GPU),
+    Metric("sidecar_gpu_ecc_uncorrected_total", "Uncorrectable ECC errors since the driver was loaded.", _GPU),
+    Metric(
+        "sidecar_gpu_row_remap",
+        "1 while rows of memory wait for a reset to be remapped, or could not be.",
+        ("gpu", "state"),
+    ),
+    Metric("sidecar_gpu_recovery_action", "1 for what the driver says that the GPU needs, else 0.", ("gpu", "action")),
+    Metric("sidecar_gpu_events_total", "GPU Operational Events of the driver, by severity.", ("gpu", "severity")),
     Metric("sidecar_signal_up", "1 if a signal was read, 0 if it failed; no series if it is absent.", ("signal",)),
     Metric("sidecar_signal_seconds", "Duration of the last reading of a signal.", ("signal",)),
     Metric("sidecar_loop_lag_seconds", "Event loop lag of a process.", ("process",)),
@@ -406,9 +429,33 @@ def _gpu(gpu: GpuSample) -> Iterator[MetricRow]:
     if isinstance(gpu.slowdowns, Value):
         for reason in SLOWDOWNS:
             yield "sidecar_gpu_slowdown", (index, reason), reason in gpu.slowdowns.value
+    yield from _gpu_state(gpu)
     counts = {**dict.fromkeys(XIDS_FROM_ZERO if gpu.xids_watched else (), 0), **dict(gpu.xid_errors)}
     for xid, count in counts.items():
         yield "sidecar_gpu_xid_errors_total", (index, str(xid)), count
+
+
+def _gpu_state(gpu: GpuSample) -> Iterator[MetricRow]:
+    """What it does, while the engine is in doubt, and what the driver says of its faults."""
+    index = gpu.label
+    activity = gpu.activity.value if isinstance(gpu.activity, Value) else GpuActivity()
+    faults = gpu.faults.value if isinstance(gpu.faults, Value) else GpuFaults()
+    rows: Iterable[tuple[str, Labels, float | None]] = (
+        ("sidecar_gpu_tensor_ratio", (index,), activity.tensor),
+        ("sidecar_gpu_dram_ratio", (index,), activity.dram),
+        ("sidecar_gpu_nvlink_bytes", (index,), activity.nvlink),
+        ("sidecar_gpu_ecc_uncorrected_total", (index,), faults.ecc_uncorrected),
+        ("sidecar_gpu_row_remap", (index, "pending"), faults.remap_pending),
+        ("sidecar_gpu_row_remap", (index, "failed"), faults.remap_failed),
+    )
+    for name, labels, value in rows:
+        if value is not None:
+            yield name, labels, value
+    if faults.recovery is not None:
+        for action in RECOVERY_ACTIONS:
+            yield "sidecar_gpu_recovery_action", (index, action), action == faults.recovery
+    for severity, count in gpu.events:
+        yield "sidecar_gpu_events_total", (index, severity), count
 
 
 def _family(metric: Metric, rows: list[tuple[Labels, float]], histograms: dict[Labels, _Histogram]) -> Family:

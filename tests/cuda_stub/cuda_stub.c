@@ -324,19 +324,15 @@ static void colour(int64_t program, void **p) {
         }
 }
 
-int cuLaunchKernel(const char *function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned shared,
-                   void *stream, void **parameters, void **extra) {
-    ENTER(1);
-    char text[120];
-    snprintf(text, sizeof text, "launch %s %u x %u, %u bytes", function, gx, bx, shared);
-    note(text);
-    if (stream != &copies || extra || gy != 1 || gz != 1 || by != 1 || bz != 1 || bx % 32 || !gx) return INVALID_VALUE;
-    int is_across = !strcmp(function, "across"), ours = is_across ? 5 : !strcmp(function, "colour") ? 4 : 6;
-    void *pointers[8];
-    for (int i = 0; i < ours + 2; i++) { /* Triton's kernels have two more, which we leave empty */
-        memcpy(&pointers[i], parameters[i], 8);
+/* How many pointers of its own a kernel has. */
+static int pointers_of(const char *function) {
+    return !strcmp(function, "across") ? 5 : !strcmp(function, "colour") ? 4 : 6;
+}
+
+static int run(const char *function, unsigned gx, void **pointers) {
+    int is_across = !strcmp(function, "across"), ours = pointers_of(function);
+    for (int i = 0; i < ours + 2; i++) /* Triton's kernels have two more, which we leave empty */
         if (i < ours ? !inside((uint64_t)(uintptr_t)pointers[i], 1) : pointers[i] != NULL) { sticky = ILLEGAL_ADDRESS; return OK; }
-    }
     clock_t until = clock() + script("slow", 0) * (CLOCKS_PER_SEC / 1000);
     while (clock() < until) {}
     int size = strncmp(function, "down_", 5) ? 0 : atoi(function + 5);
@@ -345,5 +341,61 @@ int cuLaunchKernel(const char *function, unsigned gx, unsigned gy, unsigned gz, 
         else if (!strcmp(function, "inverse")) inverse(program, pointers);
         else if (!strcmp(function, "colour")) colour(program, pointers);
         else down(program, pointers, size);
+    return OK;
+}
+
+enum { MAX_LAUNCHES = 256 };
+typedef struct { const char *function; unsigned blocks; void *pointers[8]; } Launch;
+typedef struct { int count; Launch launches[MAX_LAUNCHES]; } Graph;
+static Graph *captured;
+static int capturing;
+
+int cuLaunchKernel(const char *function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned shared,
+                   void *stream, void **parameters, void **extra) {
+    ENTER(1);
+    char text[120];
+    snprintf(text, sizeof text, "launch %s %u x %u, %u bytes", function, gx, bx, shared);
+    note(text);
+    if (stream != &copies || extra || gy != 1 || gz != 1 || by != 1 || bz != 1 || bx % 32 || !gx) return INVALID_VALUE;
+    if (capturing) {
+        if (captured->count == MAX_LAUNCHES) return INVALID_VALUE;
+        Launch *launch = &captured->launches[captured->count++];
+        launch->function = function, launch->blocks = gx;
+        for (int i = 0; i < pointers_of(function) + 2; i++) memcpy(&launch->pointers[i], parameters[i], 8);
+        return OK;
+    }
+    void *pointers[8];
+    for (int i = 0; i < pointers_of(function) + 2; i++) memcpy(&pointers[i], parameters[i], 8);
+    return run(function, gx, pointers);
+}
+
+/* A graph is its launches, which run when it is launched. */
+int cuStreamBeginCapture_v2(void *stream, unsigned mode) {
+    ENTER(1);
+    if (stream != &copies || mode > 2 || capturing) return INVALID_VALUE;
+    captured = calloc(1, sizeof *captured);
+    capturing = 1;
+    return captured ? OK : OUT_OF_MEMORY;
+}
+
+int cuStreamEndCapture(void *stream, Graph **graph) {
+    ENTER(1);
+    if (stream != &copies || !capturing) return INVALID_VALUE;
+    *graph = captured;
+    capturing = 0;
+    return OK;
+}
+
+int cuGraphInstantiateWithFlags(Graph **ready, Graph *graph, unsigned long long flags) {
+    ENTER(1);
+    *ready = graph;
+    return flags || !graph->count ? INVALID_VALUE : OK;
+}
+
+int cuGraphLaunch(Graph *ready, void *stream) {
+    ENTER(1);
+    if (stream != &copies) return INVALID_VALUE;
+    for (int i = 0; i < ready->count; i++)
+        if (run(ready->launches[i].function, ready->launches[i].blocks, ready->launches[i].pointers)) return INVALID_VALUE;
     return OK;
 }

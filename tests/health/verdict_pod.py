@@ -63,6 +63,7 @@ class Pod:
     delivered_at: float = 0.0
     signs: HangSigns | None = None  # of the engine's processes, looked at now
     steps: tuple[CoreSteps, ...] | None = None  # of its cores, read now
+    gpu: GpuSample | None = None  # what NVML reads now; None: nothing but XIDs
 
     def __post_init__(self) -> None:
         self.control = ControlState(self.settings, CO, self.now, self.wall + self.now)
@@ -79,7 +80,8 @@ class Pod:
         self._end_canary()
         page = Value(self.page.value, self.now) if isinstance(self.page, Value) else self.page
         relay = RelayUse(0, 1, 0, len(self.open), 0.0, 0.0)
-        gpu = GpuSample(0, "GPU", "GPU-0", NOTHING, NOTHING, NOTHING, NOTHING, NOTHING, ((31, self.xids),))
+        xids = GpuSample(0, "GPU", "GPU-0", NOTHING, NOTHING, NOTHING, NOTHING, NOTHING, ((31, self.xids),))
+        gpu = self.gpu or xids
         signs = NOTHING if self.signs is None else Value(self.signs, self.now)
         readings = TickReadings(
             page,

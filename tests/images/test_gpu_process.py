@@ -31,6 +31,8 @@ from sidecar.images.worker.gpu_channel import GpuChannel, GpuRequest
 from sidecar.images.worker.gpu_exit import GpuExit
 from sidecar.kernels import families
 from sidecar.kernels.grid import ProcessorSpec
+from sidecar.runtime import own_gpu_use
+from sidecar.runtime.own_gpu_use import FILE_NAME, UNUSED, OwnGpuUse
 from sidecar.settings import Settings, to_json
 from tests.cuda_stub.build import build as build_cuda
 from tests.nvml_stub.build import build as build_nvml
@@ -547,4 +549,21 @@ def test_a_gpu_that_worked_for_long_is_tried_again_soon(tmp_path: Path) -> None:
         owner.reap(now)
         assert not owner.is_due(now + pause - 1) and owner.is_due(now + pause)
         now += pause
+    owner.listening.close()
+
+
+@pytest.mark.parametrize(("status", "failed_at"), [(GpuExit.RELEASED, None), (GpuExit.LOST, 7.0), (-9, 7.0)])
+def test_its_use_is_written_down_for_control(tmp_path: Path, status: int, failed_at: float | None) -> None:
+    """Whether it runs, and when a fault ended it: XIDs around that are not the engine's."""
+    owner, file = (
+        GpuProcess(worker_plan(Settings(images_device="auto"), 1), str(tmp_path / "gpu")),
+        tmp_path / FILE_NAME,
+    )
+    assert own_gpu_use.read(file) == UNUSED
+    command = f"kill {status} $$" if status < 0 else f"exit {status}"
+    owner.started(os.posix_spawn("/bin/sh", ["sh", "-c", command], {}), 3.0)
+    assert own_gpu_use.read(file) == OwnGpuUse(running=True)
+    os.waitid(os.P_PID, owner.pid, os.WEXITED | os.WNOWAIT)
+    owner.reap(7.0)
+    assert own_gpu_use.read(file) == OwnGpuUse(False, failed_at)
     owner.listening.close()

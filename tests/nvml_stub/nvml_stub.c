@@ -9,8 +9,13 @@
  *   mig N              GPU 0 is sliced, and slice N alone can be seen from here
  *   free N             MiB of free memory
  *   processes N        processes that compute on each GPU (default 2); each request for a list is reported on stderr
+ *   power N            milliwatts of the batch (default 640500); utilization N: percent (default 93)
+ *   gpm N              1: the GPU has GPM; then tensor and dram N: percent, nvlink N: MiB a second each way (default 0)
+ *   recovery N, ecc N, remap_pending N, remap_failed N    those fields of a batch, which it lacks otherwise
+ *   operational N      there are GPU Operational Events, one of severity N for each new N above 1
  *   xid N              one event with this XID for GPU 0; delivered once for each new N
- * Compiled with -DOLD it lacks nvmlDeviceGetFieldValues and nvmlDeviceGetTotalEnergyConsumption, as an old driver lacks newer functions.
+ * Compiled with -DOLD it lacks nvmlDeviceGetFieldValues, nvmlDeviceGetTotalEnergyConsumption, GPM and GPU Operational Events, as an
+ * old driver does.
  */
 #include <stdio.h>
 #include <stdlib.h>
@@ -100,7 +105,7 @@ int nvmlDeviceGetMemoryInfo(Device *d, Memory *memory) {
 
 int nvmlDeviceGetUtilizationRates(Device *d, Utilization *rates) {
     ENTER(d);
-    rates->gpu = 93;
+    rates->gpu = (unsigned)script("utilization", NULL, 93);
     rates->memory = 40;
     return OK;
 }
@@ -114,11 +119,95 @@ int nvmlDeviceGetFieldValues(Device *d, int count, Field *fields) {
     ENTER(d);
     for (int i = 0; i < count; i++) {
         fields[i].code = (unsigned int)script("field", NULL, OK);
-        fields[i].type = fields[i].id == 185 ? 1 : 3;
-        if (fields[i].id == 185) fields[i].value.uiVal = 640500;
+        fields[i].type = fields[i].id == 83 || fields[i].id == 4 ? 3 : 1;
+        const char *name = fields[i].id == 230 ? "recovery" : fields[i].id == 4 ? "ecc" :
+            fields[i].id == 144 ? "remap_pending" : fields[i].id == 145 ? "remap_failed" : NULL;
+        if (fields[i].id == 185) fields[i].value.uiVal = (unsigned)script("power", NULL, 640500);
         else if (fields[i].id == 83) fields[i].value.ullVal = 5000000500ULL;
-        else fields[i].code = INVALID;
+        else if (!name) fields[i].code = INVALID;
+        else if (script(name, NULL, -1) < 0) fields[i].code = NOT_SUPPORTED;
+        else if (fields[i].type == 3) fields[i].value.ullVal = (unsigned long long)script(name, NULL, 0);
+        else fields[i].value.uiVal = (unsigned)script(name, NULL, 0);
     }
+    return OK;
+}
+
+/* GPM: a sample knows its number, so that two which are the same are told from two in order. */
+typedef struct { unsigned version, supported; } Support;
+typedef struct { int number; } Sample;
+typedef struct { unsigned id; int code; double value; const char *names[3]; } Metric;
+typedef struct { unsigned version, count; Sample *first, *second; Metric metrics[]; } Metrics;
+static int sampled;
+
+int nvmlGpmQueryDeviceSupport(Device *d, Support *support) {
+    ENTER(d);
+    support->supported = (unsigned)script("gpm", NULL, 0);
+    return OK;
+}
+
+int nvmlGpmSampleAlloc(Sample **sample) { ENTER(NULL); return (*sample = calloc(1, sizeof **sample)) ? OK : SMALL; }
+int nvmlGpmSampleFree(Sample *sample) { free(sample); return OK; }
+int nvmlGpmSampleGet(Device *d, Sample *sample) { ENTER(d); sample->number = ++sampled; return d->slice < 0 ? OK : INVALID; }
+
+int nvmlGpmMigSampleGet(Device *d, unsigned instance, Sample *sample) {
+    ENTER(d);
+    sample->number = ++sampled;
+    return d->slice < 0 && instance == 7 ? OK : INVALID;
+}
+
+int nvmlDeviceGetGpuInstanceId(Device *d, unsigned *instance) { ENTER(d); *instance = 7; return d->slice < 0 ? INVALID : OK; }
+
+int nvmlGpmMetricsGet(Metrics *wanted) {
+    ENTER(NULL);
+    if (wanted->version != 1 || !wanted->first || wanted->second->number <= wanted->first->number) return INVALID;
+    for (unsigned i = 0; i < wanted->count; i++) {
+        Metric *one = &wanted->metrics[i];
+        const char *name = one->id == 5 ? "tensor" : one->id == 10 ? "dram" : "nvlink";
+        one->code = script("no", name, 0) ? NOT_SUPPORTED : OK;
+        one->value = (double)script(name, NULL, 0);
+    }
+    return OK;
+}
+
+typedef struct { char uuid[96]; unsigned level, severity; } Wanted;
+typedef struct {
+    unsigned timeout, kind;
+    char uuid[96], module[16];
+    unsigned long long type, data, cursor, instance, timestamp, trace;
+    unsigned gi, ci, severity, category, code, scope, originator, module_instance, chiplet, level, attributes, size, group;
+    unsigned char group_size, group_index;
+} AnyEvent;
+
+int nvmlEventSetRegisterGpuOperationalEvents_v1(int *set, Wanted *wanted) {
+    (void)set;
+    ENTER(NULL);
+    if (!script("operational", NULL, 0)) return NOT_SUPPORTED;
+    return strncmp(wanted->uuid, "GPU-", 4) || wanted->severity != 30 ? INVALID : OK;
+}
+#endif
+static int next_event(unsigned int milliseconds, long *xid, long *severity) {
+    static long delivered, reported;
+    for (unsigned int waited = 0; waited <= milliseconds; waited += 5) {
+        *xid = script("xid", NULL, 0), *severity = script("operational", NULL, 0);
+        if (*xid && *xid != delivered) return delivered = *xid, *severity = 0, 1;
+        if (*severity > 1 && *severity != reported) return reported = *severity, *xid = 0, 1;
+        usleep(5000);
+    }
+    return 0;
+}
+
+#ifndef OLD
+int nvmlEventSetWait_v3(int *set, AnyEvent *event) {
+    long xid, severity;
+    (void)set;
+    ENTER(NULL);
+    if (!next_event(event->timeout, &xid, &severity)) return TIMEOUT;
+    event->kind = xid ? 0 : 1;
+    snprintf(event->uuid, sizeof event->uuid, "GPU-0");
+    event->type = xid ? 8 : 0;
+    event->data = (unsigned long long)xid;
+    event->severity = (unsigned)severity;
+    event->code = 77;
     return OK;
 }
 #endif
@@ -174,17 +263,10 @@ int nvmlEventSetFree(int *set) { (void)set; ENTER(NULL); return OK; }
 int nvmlDeviceRegisterEvents(Device *d, unsigned long long types, int *set) { (void)types; (void)set; ENTER(d); return OK; }
 
 int nvmlEventSetWait_v2(int *set, Event *event, unsigned int milliseconds) {
-    static long delivered;
+    long xid, severity;
     (void)set;
     ENTER(NULL);
-    for (unsigned int waited = 0; waited < milliseconds; waited += 5) {
-        long xid = script("xid", NULL, 0);
-        if (xid && xid != delivered) {
-            delivered = xid;
-            *event = (Event){&devices[0], 8, (unsigned long long)xid, 0, 0};
-            return OK;
-        }
-        usleep(5000);
-    }
-    return TIMEOUT;
+    if (!next_event(milliseconds, &xid, &severity) || !xid) return TIMEOUT;
+    *event = (Event){&devices[0], 8, (unsigned long long)xid, 0, 0};
+    return OK;
 }

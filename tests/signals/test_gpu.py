@@ -7,11 +7,15 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from sidecar.runtime import own_gpu_use
+from sidecar.runtime.own_gpu_use import OwnGpuUse
 
 from ..nvml_stub.build import build
 from ..waiting import PATIENCE
@@ -125,6 +129,9 @@ def test_a_healthy_gpu_gives_numbers_in_base_units(stub: Path, watch: Watch) -> 
             "slowdowns": ["power_cap", "thermal_hardware"],
             "processes": 2,
             "xids_watched": True,
+            "activity": {"Absent": "read while the engine is in doubt"},
+            "faults": {"Absent": "the driver reports no faults"},
+            "events": [],
         }
     ]
     assert watched.stop() == (True, True)
@@ -252,3 +259,92 @@ def test_events_that_the_driver_lacks_cost_nothing_else(stub: Path, watch: Watch
     """Without event sets there are no XID counts, and all numbers."""
     gpu = watch(stub, "nvmlEventSetCreate 3").until(values)[0]
     assert (gpu["xid_errors"], gpu["xids_watched"], gpu["power"]) == ([], False, 640.5)
+
+
+def test_what_a_gpu_does_is_read_while_the_engine_is_in_doubt(stub: Path, watch: Watch, tmp_path: Path) -> None:
+    """GPM gives shares and bytes a second between two samples, a metric that it lacks is None; then it is not read."""
+    watched = watch(stub, "gpm 1\ntensor 40\ndram 25\nnvlink 100")
+    assert watched.until(values)[0]["activity"] == {"Absent": "read while the engine is in doubt"}
+    closely = tmp_path / "closely"
+    closely.touch()
+    seen = watched.until(lambda r: values(r) and "tensor" in r[0]["activity"])[0]["activity"]
+    assert seen == {"tensor": 0.4, "dram": 0.25, "nvlink": float(200 << 20)}
+    watched.rewrite("gpm 1\nno nvlink\nno tensor\ndram 3")
+    assert watched.until(lambda r: values(r) and r[0]["activity"].get("dram") == 0.03)[0]["activity"]["tensor"] is None
+    closely.unlink()
+    watched.until(lambda r: values(r) and "Absent" in r[0]["activity"])
+    assert watched.stop() == (True, True)
+
+
+@pytest.mark.parametrize(
+    ("script", "why"),
+    [("gpm 0", "Hopper"), ("gpm 1\nnvmlGpmSampleGet 4", "NVML"), ("nvmlGpmQueryDeviceSupport 13", "NVML")],
+)
+def test_without_gpm_activity_is_absent_and_nothing_else(
+    stub: Path, watch: Watch, tmp_path: Path, script: str, why: str
+) -> None:
+    """An older GPU, a driver that does not permit it, and one without the function."""
+    (tmp_path / "closely").touch()
+    gpu = watch(stub, script).until(lambda r: values(r) and why in str(r[0]["activity"]))[0]
+    assert why in gpu["activity"]["Absent"] and gpu["power"] == 640.5
+
+
+def test_an_old_driver_has_neither_activity_nor_faults(
+    tmp_path: Path, requires: Callable[[str], Path], watch: Watch
+) -> None:
+    """Functions that the library lacks are absent numbers; XIDs are counted all the same."""
+    (tmp_path / "closely").touch()
+    watched = watch(build(requires("gcc"), tmp_path / "old", "-DOLD"), "xid 31")
+    gpu = watched.until(lambda r: values(r) and r[0]["xid_errors"])[0]
+    assert "Absent" in gpu["activity"] and "Absent" in gpu["faults"] and gpu["xid_errors"] == [[31, 1]]
+
+
+def test_a_slice_has_its_own_activity(stub: Path, watch: Watch, tmp_path: Path) -> None:
+    """By the number of its GPU instance; faults are those of the whole GPU."""
+    (tmp_path / "closely").touch()
+    watched = watch(stub, "mig 3\ngpm 1\ntensor 10\nrecovery 0")
+    gpu = watched.until(lambda r: values(r) and "tensor" in r[0]["activity"])[0]
+    assert (gpu["mig"], gpu["activity"]["tensor"], gpu["faults"]["recovery"]) == (3, 0.1, "none")
+
+
+def test_faults_of_a_gpu(stub: Path, watch: Watch, tmp_path: Path) -> None:
+    """What it needs, ECC and row remapping; a field that the driver lacks is None, an unknown action is "none"."""
+    watched = watch(stub, "recovery 1\necc 3\nremap_pending 1")
+    assert watched.until(values)[0]["faults"] == {
+        "recovery": "gpu_reset",
+        "ecc_uncorrected": 3,
+        "remap_pending": True,
+        "remap_failed": None,
+    }
+    watched.rewrite("recovery 99\nnvmlDeviceGetTemperature 4")
+    again = watched.until(lambda r: values(r) and "Failed" in str(r[0]["temperature"]))[0]
+    assert again["faults"]["recovery"] == "gpu_reset"  # read rarely without a doubt
+    (tmp_path / "closely").touch()
+    assert (
+        watched.until(lambda r: values(r) and r[0]["faults"].get("recovery") == "none")[0]["faults"]["remap_failed"]
+        is None
+    )
+
+
+def test_operational_events_are_counted_with_xids(stub: Path, watch: Watch) -> None:
+    """A driver that has them gives both in one form."""
+    watched = watch(stub, "operational 40")
+    assert watched.until(lambda r: values(r) and r[0]["events"])[0]["events"] == [["fatal", 1]]
+    watched.rewrite("operational 30")
+    watched.until(lambda r: values(r) and r[0]["events"] == [["fatal", 1], ["recoverable", 1]])
+    watched.rewrite("operational 30\nxid 48")
+    assert watched.until(lambda r: values(r) and r[0]["xid_errors"])[0]["xid_errors"] == [[48, 1]]
+
+
+def test_xids_of_our_own_process_are_not_counted(stub: Path, watch: Watch, tmp_path: Path) -> None:
+    """Around a failure of the process that resizes images on the GPU, XIDs are its own; later ones are the engine's."""
+    use = tmp_path / own_gpu_use.FILE_NAME
+    own_gpu_use.write(use, OwnGpuUse(running=True))
+    watched = watch(stub)
+    watched.until(values)
+    watched.rewrite("xid 31")
+    own_gpu_use.write(use, OwnGpuUse(running=False, failed_at=time.monotonic()))
+    watched.until(lambda r: "not counted" in str(r))
+    own_gpu_use.write(use, OwnGpuUse(running=True, failed_at=time.monotonic() - 3600))
+    watched.rewrite("xid 43")
+    assert watched.until(lambda r: values(r) and r[0]["xid_errors"])[0]["xid_errors"] == [[43, 1]]

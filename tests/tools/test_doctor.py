@@ -430,6 +430,26 @@ def test_what_keeps_images_from_the_gpu_is_said(
     assert "cuDevicePrimaryCtxRetain" not in (tmp_path / "CUDA_STUB_LOG").read_text()
 
 
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [
+        ("gpm 1\nrecovery 0\n", "0: Stub GPU (shows a hang by power, kernels, tensor cores and memory, faults)"),
+        ("", "0: Stub GPU (shows a hang by power, kernels)"),
+        ("mig 3\n", "0:3: Stub GPU MIG 1g.10gb (shows nothing of a hang)"),
+    ],
+)
+def test_what_a_gpu_shows_of_a_hang_is_said(
+    tmp_path: Path, requires: Callable[[str], Path], script: str, said: str
+) -> None:
+    """By its generation and driver: GPM and faults are recent; a slice has neither power nor kernels of its own."""
+    library = build_nvml(requires("gcc"), tmp_path / "lib")
+    (tmp_path / "script").write_text(script)
+    code = "from sidecar.tools.doctor import machine; print(machine.gpu(machine.Settings()))"
+    env = {**os.environ, "LD_LIBRARY_PATH": str(library), "NVML_STUB_SCRIPT": str(tmp_path / "script")}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60, check=True)
+    assert said in done.stdout, done.stdout
+
+
 def test_a_machine_without_a_driver_is_no_failure_of_auto(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Most machines have no GPU: that is absent with `auto`, and a failure with `cuda`, each with what to do."""
     monkeypatch.setenv("LD_LIBRARY_PATH", str(tmp_path))

@@ -26,8 +26,9 @@ from sidecar.images.protocol import ImageLimits
 from sidecar.images.worker import gpu_exit, sandbox, worker
 from sidecar.images.worker.gpu_channel import GPU_SOCKET_SUFFIX
 from sidecar.images.worker.gpu_exit import GpuExit
-from sidecar.runtime import cpu_quota, logs
+from sidecar.runtime import cpu_quota, logs, own_gpu_use
 from sidecar.runtime.limited_log import LimitedLog
+from sidecar.runtime.own_gpu_use import OwnGpuUse
 from sidecar.settings import Settings, from_json
 
 _log = logging.getLogger(__name__)
@@ -104,7 +105,7 @@ def main(listen_fd: int, settings_json: str) -> int:
 class GpuProcess:
     """Starts and restarts the process that owns the GPU, if one is configured. Its socket outlives it.
 
-    `path` is where workers connect; "" if there is no GPU.
+    `path` is where workers connect; "" if there is no GPU. Next to it lies what control is to know of it.
     """
 
     def __init__(self, plan: WorkerPlan, path: str) -> None:
@@ -112,6 +113,8 @@ class GpuProcess:
         self._start_at = self._started_at = 0.0
         self._failures = 0  # in a row
         self.pid, self.path = 0, path
+        self._use_path = own_gpu_use.next_to(path)
+        self._failed_at: float | None = None
         self.listening = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         if plan.device == "cpu":
             self._give_up()
@@ -127,6 +130,7 @@ class GpuProcess:
     def started(self, pid: int, now: float) -> None:
         """Note the process that was started."""
         self.pid, self._started_at = pid, now
+        own_gpu_use.write(self._use_path, OwnGpuUse(True, self._failed_at))
 
     def reap(self, now: float) -> None:
         """Collect the exited process, which has said why. Raises StartError if a GPU is required and there is none."""
@@ -136,6 +140,8 @@ class GpuProcess:
         self.pid = 0
         code = os.waitstatus_to_exitcode(status)
         exit = gpu_exit.of_status(code)
+        self._failed_at = now if exit is GpuExit.LOST else self._failed_at
+        own_gpu_use.write(self._use_path, OwnGpuUse(False, self._failed_at))
         self._failures = 1 if now - self._started_at >= SOUND_LIFE_S else self._failures + 1
         pause = gpu_exit.retry_after(exit, self._failures)
         self._start_at = now + pause

@@ -4,6 +4,7 @@
   that hangs makes the reading fail, not the reader wait.
 - A number that a GPU does not have (MIG, an old driver) is absent; one that could not be read is failed. Neither
   affects the others.
+- What tells a hang from work (GPM, faults) is read closely while `closely` is set: while the engine is in doubt.
 - A lost GPU keeps its place with failed numbers, so that the XID errors that explain it stay visible.
 - Without a driver library the thread ends.
 """
@@ -21,6 +22,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from sidecar.readings import Absent, Failed, GpuSample, Reading, Value
+from sidecar.runtime.own_gpu_use import UNUSED, OwnGpuUse
 from sidecar.signals.gpu.sample import GpuDevice, GpuSampler, find_devices, to_failed
 from sidecar.signals.gpu.xid import XidWatch
 
@@ -37,8 +39,14 @@ class GpuSignal:
     """Reads all GPUs once per `period` seconds between `start` and `stop`."""
 
     def __init__(
-        self, *, period: float = 1.0, timeout_s: float = READ_TIMEOUT_S, clock: Callable[[], float] = time.monotonic
+        self,
+        *,
+        period: float = 1.0,
+        timeout_s: float = READ_TIMEOUT_S,
+        clock: Callable[[], float] = time.monotonic,
+        own: Callable[[], OwnGpuUse] = lambda: UNUSED,
     ) -> None:
+        """`own`: how processes of the sidecar use the GPU; the XIDs of their faults are not counted."""
         self._period = period
         self._timeout_s = timeout_s
         self._clock = clock
@@ -48,7 +56,8 @@ class GpuSignal:
         self._thread = threading.Thread(target=self._run, name="nvml", daemon=True)
         self._nvml: Any = None
         self._known: dict[int, tuple[str, str]] = {}  # index -> last name and UUID
-        self._xids = XidWatch(self._stopping)
+        self._xids = XidWatch(self._stopping, own, clock)
+        self.closely = False
 
     def start(self) -> None:
         """Start reading. Returns at once."""
@@ -115,12 +124,15 @@ class GpuSignal:
             self._store(Absent("no NVIDIA GPU is visible here"))
             return
         self._xids.begin(self._nvml, devices)
-        sampler = GpuSampler(self._nvml, self._call, self._xids.counts, self._xids.is_watched)
+        sampler = GpuSampler(self._nvml, self._call, self._xids.counts, self._xids.is_watched, self._xids.events)
         responding = True
-        while responding and not self._stopping.is_set():
-            responding = self._sample_all(sampler, devices)
-            if responding:
-                self._stopping.wait(self._period)
+        try:
+            while responding and not self._stopping.is_set():
+                responding = self._sample_all(sampler, devices)
+                if responding:
+                    self._stopping.wait(self._period)
+        finally:
+            sampler.close()
 
     def _sample_all(self, sampler: GpuSampler, devices: list[GpuDevice]) -> bool:
         """Sample each GPU once. False if none responds any more."""
@@ -129,7 +141,7 @@ class GpuSignal:
         lost = 0
         for device in devices:
             try:
-                samples.append(sampler.sample(device, started))
+                samples.append(sampler.sample(device, started, self.closely))
             except self._nvml.NVMLError as e:
                 lost += 1
                 samples.append(sampler.sample_lost(device, to_failed(e)))

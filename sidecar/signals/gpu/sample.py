@@ -2,7 +2,9 @@
 
 - Fields that NVML gives in a batch are read in one call, and each field's own return code is checked. Fields that the
   batch lacks (an old driver, an unknown field) are read by single calls.
-- A list of processes takes milliseconds and a lock of the whole driver: once per PROCESS_LIST_INTERVAL_S.
+- A list of processes takes milliseconds and a lock of the whole driver: once per PROCESS_LIST_INTERVAL_S. As often the
+  driver is asked for faults, and in each sample while the engine is in doubt.
+- What a GPU does (GPM) is only asked while the engine is in doubt.
 - A MIG slice has no utilisation. Its power and energy are those of the whole GPU, which others share: absent, never 0.
 """
 
@@ -12,12 +14,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
-from sidecar.readings import SLOWDOWNS, Absent, Failed, GpuSample, Reading, Value
+from sidecar.readings import RECOVERY_ACTIONS, SLOWDOWNS, Absent, Failed, GpuFaults, GpuSample, Reading, Value
+from sidecar.signals.gpu.activity import ActivityMeter
 
 T = TypeVar("T")
 NvmlCall = Callable[..., Any]  # makes one NVML call
 
 PROCESS_LIST_INTERVAL_S: Final = 30.0
+FAULTS_INTERVAL_S: Final = 30.0
 MAX_SLICES: Final = 16  # per GPU; NVIDIA's have at most 7
 
 # NVML's codes as numbers, because pynvml is imported only if there is a driver.
@@ -43,6 +47,13 @@ POWER_FIELD: Final = 185
 # NVML_FI_DEV_TOTAL_ENERGY_CONSUMPTION, millijoules since the driver was loaded.
 ENERGY_FIELD: Final = 83
 BATCH_FIELDS: Final = (POWER_FIELD, ENERGY_FIELD)
+# NVML_FI_DEV_GET_GPU_RECOVERY_ACTION, NVML_FI_DEV_ECC_DBE_VOL_TOTAL, NVML_FI_DEV_REMAPPED_PENDING and
+# NVML_FI_DEV_REMAPPED_FAILURE.
+RECOVERY_FIELD: Final = 230
+ECC_FIELD: Final = 4
+REMAP_PENDING_FIELD: Final = 144
+REMAP_FAILED_FIELD: Final = 145
+FAULT_FIELDS: Final = (RECOVERY_FIELD, ECC_FIELD, REMAP_PENDING_FIELD, REMAP_FAILED_FIELD)
 # nvmlValueType_t -> member of nvmlValue_t.
 VALUE_MEMBERS: Final = {0: "dVal", 1: "uiVal", 2: "ulVal", 3: "ullVal", 4: "sllVal", 5: "siVal", 6: "usVal"}
 
@@ -71,7 +82,8 @@ class GpuDevice:
 class GpuSampler:
     """Samples the devices of one NVML session. `call` makes one call of the module `nvml`.
 
-    `xids`: the XID errors of a GPU so far; `is_watched`: whether its driver reports any.
+    `xids`: the XID errors of a GPU so far; `is_watched`: whether its driver reports any; `events`: its GPU Operational
+    Events so far.
     """
 
     def __init__(
@@ -80,15 +92,19 @@ class GpuSampler:
         call: NvmlCall,
         xids: Callable[[int], tuple[tuple[int, int], ...]],
         is_watched: Callable[[int], bool],
+        events: Callable[[int], tuple[tuple[str, int], ...]],
     ) -> None:
         self._nvml = nvml
         self._call = call
         self._xids = xids
         self._is_watched = is_watched
+        self._events = events
+        self._activity = ActivityMeter(nvml, call, LOST_CODES)
+        self._faults: dict[str, tuple[float, Reading[GpuFaults]]] = {}  # UUID -> time and result of the last reading
         self._process_counts: dict[str, tuple[float, Reading[int]]] = {}  # UUID -> time and result of the last list
 
-    def sample(self, device: GpuDevice, now: float) -> GpuSample:
-        """All numbers of one device. Raises NVMLError if it no longer responds."""
+    def sample(self, device: GpuDevice, now: float, closely: bool) -> GpuSample:
+        """All numbers of one device; `closely`: while the engine is in doubt. Raises NVMLError if it is lost."""
         if device.error is not None:
             raise device.error
         nvml, handle, whole = self._nvml, device.handle, device.whole
@@ -124,13 +140,23 @@ class GpuSampler:
             slowdowns,
             processes,
             is_watched,
+            self._activity.read(device.uuid, handle, whole, device.mig, now, closely),
+            self._read_faults(device, now, closely),
+            self._events(device.index),
         )
+
+    def close(self) -> None:
+        """Give the session's memory back."""
+        self._activity.close()
 
     def sample_lost(self, device: GpuDevice, why: Failed) -> GpuSample:
         """The sample of a device that does not respond: every number failed, its XID errors kept."""
         where, xids = (device.index, device.name, device.uuid), self._xids(device.index)
         is_watched = self._is_watched(device.index)
-        return GpuSample(*where, why, why, why, why, why, xids, device.mig, why, why, why, why, is_watched)
+        events = self._events(device.index)
+        return GpuSample(
+            *where, why, why, why, why, why, xids, device.mig, why, why, why, why, is_watched, why, why, events
+        )
 
     def _read(self, now: float, function: Callable[..., Any], convert: Callable[[Any], T], *args: Any) -> Reading[T]:
         try:
@@ -141,18 +167,34 @@ class GpuSampler:
             return Absent(f"NVML: {e}") if e.value in UNSUPPORTED_CODES else to_failed(e)
 
     def _read_batch(self, handle: Any, now: float) -> dict[int, Value[float]]:
-        """The fields of the batch that this driver has."""
+        """Power and energy, as far as this driver has them in a batch."""
+        return {
+            field: Value(_from_milli(number), at=now)
+            for field, number in self._read_fields(handle, BATCH_FIELDS).items()
+        }
+
+    def _read_fields(self, handle: Any, wanted: tuple[int, ...]) -> dict[int, float]:
+        """Those of some fields that this driver has, in one call. Raises NVMLError if the device is lost."""
         try:
-            fields = self._call(self._nvml.nvmlDeviceGetFieldValues, handle, BATCH_FIELDS)
+            fields = self._call(self._nvml.nvmlDeviceGetFieldValues, handle, wanted)
         except self._nvml.NVMLError as e:
             if e.value in LOST_CODES:
                 raise
             return {}
         return {
-            int(field.fieldId): Value(_from_milli(getattr(field.value, VALUE_MEMBERS[field.valueType])), at=now)
+            int(field.fieldId): getattr(field.value, VALUE_MEMBERS[field.valueType])
             for field in fields
             if field.nvmlReturn == 0 and field.valueType in VALUE_MEMBERS
         }
+
+    def _read_faults(self, device: GpuDevice, now: float, closely: bool) -> Reading[GpuFaults]:
+        """Of the whole GPU, also for a slice: a fault of one may need all of them to be reset."""
+        read_at, reading = self._faults.get(device.uuid, (float("-inf"), Absent("not read yet")))
+        if closely or now - read_at >= FAULTS_INTERVAL_S:
+            found = _faults_of(self._read_fields(device.whole, FAULT_FIELDS))
+            reading = Absent("the driver reports no faults") if found == GpuFaults() else Value(found, at=now)
+            self._faults[device.uuid] = (now, reading)
+        return reading
 
     def _read_process_count(self, device: GpuDevice, now: float) -> Reading[int]:
         read_at, reading = self._process_counts.get(device.uuid, (float("-inf"), Absent("not read yet")))
@@ -198,6 +240,18 @@ def to_failed(error: Any) -> Failed:
 
 def _decode_slowdowns(bits: int) -> tuple[str, ...]:
     return tuple(name for bit, name in REASON_BITS.items() if bits & bit)
+
+
+def _faults_of(fields: dict[int, float]) -> GpuFaults:
+    """An action that is newer than this list counts as none: what it asks for is unknown."""
+    action, errors = fields.get(RECOVERY_FIELD), fields.get(ECC_FIELD)
+    pending, failed = fields.get(REMAP_PENDING_FIELD), fields.get(REMAP_FAILED_FIELD)
+    return GpuFaults(
+        None if action is None else dict(enumerate(RECOVERY_ACTIONS)).get(int(action), RECOVERY_ACTIONS[0]),
+        None if errors is None else int(errors),
+        None if pending is None else bool(pending),
+        None if failed is None else bool(failed),
+    )
 
 
 def _from_milli(number: float) -> float:

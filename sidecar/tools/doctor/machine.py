@@ -27,12 +27,13 @@ from sidecar.kernels import families
 from sidecar.launch import preflight
 from sidecar.load import body_scan
 from sidecar.load.tenant_limits import TenantLimit
-from sidecar.readings import Absent, Failed
+from sidecar.readings import Absent, Failed, GpuSample, Value
 from sidecar.relay.pricing import tokenizer as counting
 from sidecar.report.usage_database import UsageDatabase
 from sidecar.runtime import cpu_quota, open_files
 from sidecar.settings import Settings
 from sidecar.signals import limits_file
+from sidecar.signals.gpu.activity import FIRST_SAMPLE
 from sidecar.signals.gpu.poller import GpuSignal
 from sidecar.tools.doctor.finding import DoctorFinding
 
@@ -233,6 +234,7 @@ def images_gpu(chosen: Settings) -> DoctorFinding:
 def gpu(chosen: Settings) -> DoctorFinding:
     """The GPUs that NVML reports."""
     signal = GpuSignal()
+    signal.closely = True
     signal.start()
     until = time.monotonic() + NVML_TIMEOUT_S
     while (reading := signal.read()) == Absent("not read yet") and time.monotonic() < until:
@@ -242,7 +244,19 @@ def gpu(chosen: Settings) -> DoctorFinding:
         return DoctorFinding("absent", reading.reason)
     if isinstance(reading, Failed):
         return DoctorFinding("warn", reading.error, "see the message; the verdict works without it")
-    return DoctorFinding("ok", ", ".join(f"{g.label}: {g.name}" for g in reading.value))
+    return DoctorFinding("ok", ", ".join(f"{g.label}: {g.name} ({hang_signs(g)})" for g in reading.value))
+
+
+def hang_signs(gpu: GpuSample) -> str:
+    """Which of a GPU's numbers that tell a hang from work can be read here."""
+    readings = {
+        "power": gpu.power,
+        "kernels": gpu.utilization,
+        "tensor cores and memory": gpu.activity,
+        "faults": gpu.faults,
+    }
+    there = [name for name, found in readings.items() if isinstance(found, Value) or found == FIRST_SAMPLE]
+    return f"shows a hang by {', '.join(there)}" if there else "shows nothing of a hang"
 
 
 def cpu(chosen: Settings) -> DoctorFinding:
