@@ -1,6 +1,6 @@
 """Public image files x families: what a worker makes of each is what the engine's own path makes, or it passes.
 
-`make test-fixtures` fetches the files first: some 900, of Pillow's own tests and the PngSuite; more by IMAGE_FIXTURES.
+`make test-fixtures` fetches the files first: 1,086 of Pillow's own tests and the PngSuite; more by IMAGE_FIXTURES.
 The engines' own loading code sees them in tests/vllm/test_image_loading.py.
 """
 
@@ -38,6 +38,7 @@ from .test_tiles import KINDS, theirs
 pytestmark = [pytest.mark.fixtures, pytest.mark.timeout(1800), pytest.mark.filterwarnings("ignore")]
 
 ROWS = test_families.ROWS | test_tiles.ROWS
+assert len(ROWS) == len(test_families.ROWS) + len(test_tiles.ROWS), "a row of one name hides that of the other"
 LIMITS = ImageLimits(20 << 20, 50_000_000)
 # Why a file that the engine opens need not be decoded here: in a request it goes on as it came ("unsupported" then has
 # the reason "format").
