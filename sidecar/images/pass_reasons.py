@@ -43,4 +43,4 @@ PASS_REASONS: Final[Mapping[str, str]] = {**IMAGE_REASONS, **ENGINE_REASONS}
 
 def of_refusal(code: str) -> str:
     """The reason for which an image passes that `/v1/preprocess` would refuse with this code."""
-    return code.removeprefix("image_")
+    return "format" if code == "image_unsupported" else code.removeprefix("image_")
