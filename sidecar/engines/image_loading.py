@@ -21,12 +21,12 @@ RUST_FRONT_END: Final = "rust_front_end"
 # Why images pass to a whole engine, in words.
 ENGINE_REASONS: Final[Mapping[str, str]] = {
     ENGINE_UNKNOWN: "the engine, or its version, is not known yet, or not one whose image loading was compared",
-    "engine_version": "this version loads images in another way, or was not compared",
-    "engine_loading": "the engine opens or resizes images in another way",
-    "mistral_tokenizer": "by the model's files vLLM chooses Mistral's tokenizer, which resizes in another way",
-    "architecture": "the engine runs this architecture with code that was not compared",
-    RUST_FRONT_END: "vLLM's Rust front end does not read the form in which prepared ones are sent",
-    SIZE_UNCHECKED: "it was not seen yet that the engine resizes as the model's files say",
+    "engine_version": "this version loads images differently, or has not been compared",
+    "engine_loading": "the engine opens or resizes images differently, or has not been compared",
+    "mistral_tokenizer": "the model's files make vLLM choose Mistral's tokenizer, which resizes differently",
+    "architecture": "the engine runs this architecture with code that has not been compared",
+    RUST_FRONT_END: "vLLM's Rust front end does not read the form in which prepared images are sent",
+    SIZE_UNCHECKED: "the engine has not yet been seen to resize as the model's files say",
     SIZE_DIFFERS: "the engine was started with other image sizes than the model's files say",
 }
 

@@ -17,13 +17,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps, PngImagePlugin
 
-from sidecar.images.file_headers import read
-from sidecar.images.protocol import ImageLimits
+from sidecar.images.file_headers import DECODED_FORMATS, read
+from sidecar.images.pass_reasons import of_refusal
+from sidecar.images.protocol import RAW, TENSORS, ImageDone, ImageJob, ImageLimits, ImageRefused
 from sidecar.images.worker import decode as decoding
+from sidecar.images.worker import pipeline
 from sidecar.images.worker.decode import ImageRejected, decode, orientation
+from sidecar.kernels import families
 from sidecar.tools import synthetic_photos
 
 from . import by_torch, corpus, jpegs
+from .conftest import QWEN2_VL
 
 LIMITS = ImageLimits(max_bytes=20 << 20, max_pixels=20_000_000)
 
@@ -319,3 +323,29 @@ def test_the_way_through_a_jpeg_is_bounded(comments: int, size: tuple[int, int])
 def test_what_is_no_image_is_none(data: bytes) -> None:
     """Bytes that are no known image have no header."""
     assert read(data) is None
+
+
+def test_an_older_pillow_decodes_no_bmp_and_no_tiff() -> None:
+    """Before 13.0 it shows memory beyond a damaged TIFF's tiles, and other pixels of a BMP with run lengths."""
+    assert {name.lower() for name in decoding.formats("13.0.0")} == DECODED_FORMATS
+    for older in ("12.1.1.post0", "9.5.0"):
+        assert set(decoding.formats("13.0.0")) - set(decoding.formats(older)) == {"BMP", "TIFF"}
+
+
+@pytest.mark.parametrize("want", [RAW, TENSORS])
+def test_what_this_pillow_does_not_decode_passes(monkeypatch: pytest.MonkeyPatch, want: str) -> None:
+    """In a request for the reason `format`; /v1/preprocess says that it is not supported."""
+    monkeypatch.setattr(pipeline, "FORMATS", decoding.formats("12.1.1"))
+    spec = families.from_config(QWEN2_VL)
+    assert spec is not None
+    for format in ("BMP", "TIFF"):
+        data = corpus.saved(corpus.picture(), format)
+        done, payload = pipeline.prepare_image(ImageJob(want, spec.to_json(), False, LIMITS, 60.0), data)
+        if want == RAW:
+            assert isinstance(done, ImageDone) and (done.outcome, done.reason) == ("passed", "format")
+        else:
+            assert isinstance(done, ImageRefused) and (done.reason, of_refusal(done.reason)) == (
+                "image_unsupported",
+                "format",
+            )
+        assert not payload

@@ -212,7 +212,7 @@ ROWS = {
         "minicpmv4_6.image_processing_minicpmv4_6",
         {"scale_resolution": 112, "patch_size": 7, "downsample_mode": "4x", "max_slice_nums": 4},
     ),
-    "idefics-3": Family(
+    "idefics-3-small": Family(
         "Idefics3ImageProcessor",
         "idefics3.image_processing_idefics3",
         {"size": {"longest_edge": 200}, "max_image_size": {"longest_edge": 56}},
@@ -220,7 +220,7 @@ ROWS = {
     "idefics-3-whole": Family(
         "Idefics3ImageProcessor", "idefics3.image_processing_idefics3", {"do_image_splitting": False}
     ),
-    "smolvlm": Family(
+    "smolvlm-small": Family(
         "SmolVLMImageProcessor",
         "smolvlm.image_processing_smolvlm",
         {"size": {"longest_edge": 128}, "max_image_size": {"longest_edge": 32}},

@@ -63,7 +63,7 @@ def run(python: Path, names: tuple[str, ...], *command: str) -> subprocess.Compl
     """Run the environment's Python with these folders in front of its own packages."""
     path = os.pathsep.join(str(folder(name)) for name in names)
     env = os.environ | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run((str(python), *command), env=env, capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run((str(python), *command), env=env, capture_output=True, text=True, timeout=1500, check=False)
 
 
 def main() -> int:

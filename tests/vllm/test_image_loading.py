@@ -9,6 +9,8 @@ from __future__ import annotations
 import io
 import json
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +25,10 @@ from sidecar.tools.synthetic_photos import photo, pixels
 
 from ..images import corpus, public_files, test_families
 from ..images.published import settings as published
-from ..images.test_public_files import decoded
+from ..images.test_public_files import Pixels, decoded
 from . import engine_sources
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1800)]
 
 LOADING = Path(__file__).with_name("loading.py")
 LIMITS = ImageLimits(20 << 20, 20_000_000)
@@ -55,11 +57,10 @@ def saved(image: Image.Image, kind: str, **options: Any) -> bytes:
     return out.getvalue()
 
 
-def key(image: Image.Image) -> Any:
-    return image.getpixel((0, 0))
-
-
 PICTURE = Image.fromarray(pixels(640, 480, 7))
+RED = (255, 0, 0)  # a colour key that is not what is put behind it
+KEYED = PICTURE.copy()
+KEYED.paste(RED, (100, 100, 300, 300))
 MADE: dict[str, bytes] = {
     **{f"EXIF {turn}": photo(900, 600, turn, exif_orientation=turn) for turn in range(1, 9)},
     "1080p": photo(1920, 1080, 20),
@@ -69,10 +70,19 @@ MADE: dict[str, bytes] = {
     "png": saved(PICTURE, "PNG"),
     "webp": saved(PICTURE, "WEBP", quality=80),
     "gif": saved(PICTURE.quantize(64), "GIF"),
-    "colour key": saved(PICTURE, "PNG", transparency=key(PICTURE)),
+    "colour key": saved(KEYED, "PNG", transparency=RED),
     "grey key": saved(PICTURE.convert("L"), "PNG", transparency=128),
     "opaque alpha": saved(PICTURE.convert("RGBA"), "PNG"),
 }
+
+
+def photo_with_alpha() -> Image.Image:
+    """PICTURE, from clear on the left to opaque on the right."""
+    made = PICTURE.convert("RGBA")
+    made.putalpha(Image.linear_gradient("L").rotate(90).resize(made.size))
+    return made
+
+
 PREPARED = {*(f"EXIF {turn}" for turn in range(1, 9)), "1080p", "progressive", "grey", "cmyk", "png", "opaque alpha"}
 
 
@@ -89,6 +99,17 @@ def write_pairs(config: dict[str, Any], folder: Path, files: dict[str, bytes]) -
             file = re.sub(r"\W+", "_", name) + f".{len(names)}"
             (folder / f"{file}.original").write_bytes(data)
             (folder / f"{file}.prepared").write_bytes(b"P6\n%d %d\n255\n" % (done.width, done.height) + bytes(rows))
+            names.append(name)
+    return names
+
+
+def write_pixels(folder: Path, files: dict[str, bytes], pixels: Mapping[str, Pixels | str]) -> list[str]:
+    """Write each image that has pixels, and these; returns their names."""
+    names: list[str] = []
+    for name, data in files.items():
+        if not isinstance(shown := pixels[name], str):
+            (folder / f"{len(names):05}.{len(names)}.original").write_bytes(data)
+            (folder / f"{len(names):05}.{len(names)}.prepared").write_bytes(tensors.ppm(shown))
             names.append(name)
     return names
 
@@ -135,11 +156,6 @@ def _pairs_that_differ(made: dict[str, str], names: list[str]) -> set[str]:
     return {name for at, name in enumerate(names) if ends[f"original{at}"] != ends[f"prepared{at}"]}
 
 
-@pytest.fixture(scope="session")
-def files() -> dict[str, bytes]:
-    return MADE | corpus.all_files()
-
-
 @pytest.fixture
 def pairs(tmp_path: Path) -> Path:
     (tmp_path / "pairs").mkdir()
@@ -153,54 +169,88 @@ IMITATED = {
     "0.33, the newest": ("vllm-0.33.0",),
     "0.33 with transformers 5.24": ("vllm-0.33.0", "transformers-5.24.0"),
 }
-
-
-@pytest.mark.parametrize("config", [QWEN, SIGLIP, PIXTRAL], ids=lambda config: str(config["image_processor_type"]))
-@pytest.mark.parametrize("name", IMITATED)
-def test_a_prepared_image_is_what_vllm_sees(
-    vllm_python: Path, pairs: Path, files: dict[str, bytes], name: str, config: dict[str, Any]
-) -> None:
-    """For the oldest and the newest vLLM of the row, and each transformers: not one image differs, of some hundred."""
-    names = write_pairs(config, pairs, files)
-    assert set(names) >= PREPARED and len(names) > 300 and not {"colour key", "grey key"} & set(names)
-    version, found = different(vllm_python, IMITATED[name], "vllm", config, pairs, names)
-    assert found == set()
-    assert row_of("vllm", version, ImageModel("hf", "", str(config["image_processor_type"]))).reason == ""
-
-
+ODD = {str(config["image_processor_type"]): config for config in (QWEN, SIGLIP, PIXTRAL)}
 # Every family of which a resized image may replace the original, by a row of its tests.
 INLINE = {row.name: published(row.name, **row.config) for row in test_families.ROWS.values() if row.spec().inline}
+# Transparent parts, of which /v1/preprocess makes what the engine's loader and transformers make together.
+CLEAR = {
+    "colour key": MADE["colour key"],
+    "grey key": MADE["grey key"],
+    "palette key": saved(PICTURE.quantize(64), "PNG", transparency=3),
+    "alpha": saved(photo_with_alpha(), "PNG"),
+    "grey alpha": saved(photo_with_alpha().convert("LA"), "PNG"),
+}
+# The others leave the pixels of a colour key's colour as they are: vLLM before 0.33, over transformers before 5.21.
+KEYS_ON_WHITE = {"0.32 with transformers 5.23", "0.33, the newest", "0.33 with transformers 5.24"}
 
 
-@pytest.mark.parametrize("name", IMITATED)
-def test_every_family_sees_a_prepared_image_as_the_original(vllm_python: Path, tmp_path: Path, name: str) -> None:
-    """Photographs in all orientations and formats, through each vLLM's loader and each transformers' own processor."""
-    pairs: Pairs = {}
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Pairs:
+    """All images and what they are prepared to, made once: for each processor, and as pixels alone."""
+    home, made = tmp_path_factory.mktemp("prepared"), Pairs()
+    odd = MADE | corpus.all_files()
+    for kind, config in ODD.items():
+        (folder := home / f"odd.{kind}").mkdir()
+        made[str(folder)] = config, write_pairs(config, folder, odd)
     for kind, config in INLINE.items():
-        (folder := tmp_path / kind).mkdir()
+        (folder := home / f"family.{kind}").mkdir()
         plain = {key: value for key, value in config.items() if value is not None}
-        pairs[str(folder)] = plain, write_pairs(plain, folder, MADE)
-    _, found = all_different(vllm_python, IMITATED[name], "vllm", pairs)
-    assert {Path(folder).name: names for folder, names in found.items() if names} == {}
+        made[str(folder)] = plain, write_pairs(plain, folder, MADE)
+    (folder := home / "public").mkdir()
+    opaque = {name: decoded(data, flatten=False) for name, data in public_files.all_files().items()}
+    made[str(folder)] = {"image_processor_type": "pixels"}, write_pixels(folder, public_files.all_files(), opaque)
+    (folder := home / "clear").mkdir()
+    flat = {name: decoded(data) for name, data in CLEAR.items()}
+    made[str(folder)] = QWEN, write_pixels(folder, CLEAR, flat)
+    return made
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What one vLLM with its transformers made of all of them."""
+
+    name: str
+    version: str
+    sent: dict[str, list[str]]  # by folder: the images that were prepared
+    different: dict[str, set[str] | None]  # and those that differ; None where transformers has no such processor
+
+
+@pytest.fixture(scope="module", params=IMITATED)
+def seen(request: pytest.FixtureRequest, vllm_python: Path, prepared: Pairs) -> Seen:
+    """One process for each engine: most of its time goes into loading it."""
+    version, found = all_different(vllm_python, IMITATED[request.param], "vllm", prepared)
+    sent = {Path(folder).name: names for folder, (_, names) in prepared.items()}
+    return Seen(request.param, version, sent, {Path(folder).name: names for folder, names in found.items()})
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_a_prepared_image_is_what_vllm_sees(seen: Seen, kind: str) -> None:
+    """For the oldest and the newest vLLM of the row, and each transformers: not one image differs, of some hundred."""
+    names = seen.sent[f"odd.{kind}"]
+    assert set(names) >= PREPARED and len(names) > 300 and not {"colour key", "grey key"} & set(names)
+    assert seen.different[f"odd.{kind}"] == set()
+    assert row_of("vllm", seen.version, ImageModel("hf", "", kind)).reason == ""
+
+
+def test_every_family_sees_a_prepared_image_as_the_original(seen: Seen) -> None:
+    """Photographs in all orientations and formats, through each vLLM's loader and each transformers' own processor."""
+    found = {kind: seen.different[f"family.{kind}"] for kind in INLINE}
+    assert {kind: names for kind, names in found.items() if names} == {}
     assert len(found) > 10 and list(found.values()).count(None) <= 1
 
 
-@pytest.mark.parametrize("name", IMITATED)
-def test_public_files_are_decoded_as_by_vllm(vllm_python: Path, tmp_path: Path, name: str) -> None:
+def test_public_files_are_decoded_as_by_vllm(seen: Seen) -> None:
     """Each file that would be prepared (tests/images/public_files.py): its pixels are those of vLLM's own loader."""
-    public = public_files.all_files()
-    if len(public) < 100:
+    if len(seen.sent["public"]) < 100:
         pytest.skip("not fetched (make test-fixtures)")
-    (folder := tmp_path / "pixels").mkdir()
-    names: list[str] = []
-    for file, data in public.items():
-        pixels = decoded(data, flatten=False)
-        if not isinstance(pixels, str):
-            (folder / f"{len(names):05}.{len(names)}.original").write_bytes(data)
-            (folder / f"{len(names):05}.{len(names)}.prepared").write_bytes(tensors.ppm(pixels))
-            names.append(file)
-    found = different(vllm_python, IMITATED[name], "vllm", {"image_processor_type": "pixels"}, folder, names)[1]
-    assert found == set() and len(names) > 400
+    print(seen.name, len(seen.sent["public"]), "files")
+    assert seen.different["public"] == set() and len(seen.sent["public"]) > 400
+
+
+def test_transparent_parts_are_on_white_but_for_an_older_vllms_colour_key(seen: Seen) -> None:
+    """What /v1/preprocess makes of them, next to each vLLM: equal but for the one form that docs/images.md names."""
+    assert seen.sent["clear"] == list(CLEAR)
+    assert seen.different["clear"] == (set() if seen.name in KEYS_ON_WHITE else {"colour key"})
 
 
 def test_an_older_vllm_turns_no_photograph(vllm_python: Path, pairs: Path) -> None:

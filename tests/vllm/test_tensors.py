@@ -216,7 +216,7 @@ def test_equal_tensors(vllm_python: Path, model: Any, tmp_path: Path, kind: str,
     env = os.environ | processes.ENGINE_ENV | site(tmp_path)
     with tensor_files.written(model(kind), tmp_path, flags) as cases:
         run = [str(vllm_python), str(PIXELS), str(model(kind)), flags, str(cases)]
-        done = subprocess.run(run, env=env, capture_output=True, text=True, timeout=300, check=False)
+        done = subprocess.run(run, env=env, capture_output=True, text=True, timeout=800, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     for name, (own, taken, calls) in json.loads(done.stdout.splitlines()[-1]).items():
         assert taken == own, name

@@ -17,6 +17,7 @@ import io
 from typing import Any, Final
 
 import numpy as np
+import PIL
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
@@ -30,7 +31,19 @@ except ImportError:  # it is optional: a Python for which it has no wheel yet
 
 Pixels = NDArray[np.uint8]
 
-FORMATS: Final = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+
+def formats(version: str) -> tuple[str, ...]:
+    """What this version of Pillow is used for.
+
+    Before 13.0 it reads beyond the tiles of a damaged TIFF and shows what lies there, which may be another tenant's
+    image (GHSA-462x-pgg6-55fp), and decodes a BMP's run lengths otherwise than engines, whose Pillow is newer.
+    """
+    newer = ("BMP", "TIFF") if int(version.partition(".")[0]) >= SAFE_PILLOW else ()
+    return ("JPEG", "PNG", "WEBP", "GIF", *newer)
+
+
+SAFE_PILLOW: Final = 13
+FORMATS: Final = formats(PIL.__version__)
 OPAQUE: Final = 255
 ORIENTATION: Final = 0x0112
 TRANSPOSED: Final = range(5, 9)  # orientations that swap rows and columns

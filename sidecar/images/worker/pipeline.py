@@ -21,7 +21,7 @@ from sidecar.images.header_geometry import base64_chars, is_worth_resizing, pred
 from sidecar.images.protocol import COSTS, INLINE, LAYOUT, PIXELS, Data, ImageDone, ImageJob, ImageRefused
 from sidecar.images.tensor_layout import ELEMENT_BYTES
 from sidecar.images.worker import calibration, tiles
-from sidecar.images.worker.decode import ImageRejected, check_size, decode, orientation, turned
+from sidecar.images.worker.decode import FORMATS, ImageRejected, check_size, decode, orientation, turned
 from sidecar.images.worker.gpu_channel import GpuChannel, GpuRequest
 from sidecar.images.worker.tensors import Pixels, ppm, prepare, resize, resized_ppm
 from sidecar.kernels import families
@@ -208,7 +208,7 @@ def open_image(
         return _passed(job, reason, header, "", len(data), stages, predict(spec, *size))
     digest = hashlib.blake2b(data, digest_size=16, key=spec.fingerprint.encode()).hexdigest()
     stages.end("unpack")
-    if header.format not in file_headers.DECODED_FORMATS:
+    if header.format.upper() not in FORMATS:
         return _passed(job, "format", header, digest, len(data), stages)
     file = _open_for_gpu(data, header) if for_gpu else None
     pixels = decode(data, header, job.limits, flatten=job.want not in INLINE) if file is None else None
