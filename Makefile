@@ -32,7 +32,7 @@ run: .venv/.installed ## The demo: scripted engine, traffic, a stall and its rec
 	@exec $(BIN)/sidecar demo $(ARGS)
 
 test: check ## All checks, and all tests except those of the other test targets; ARGS go to pytest
-	$(BIN)/pytest -m "not vllm and not engines and not clients and not charts and not fixtures and not containers and not site and not matrix and not slow" $(IN_PARALLEL) --durations 15 $(ARGS)
+	$(BIN)/pytest --ignore=tests/vllm --ignore=tests/containers -m "not vllm and not engines and not clients and not charts and not fixtures and not containers and not site and not matrix and not slow" $(IN_PARALLEL) --durations 15 $(ARGS)
 
 check: .venv/.installed-test ## Format, lint, layers, types
 	$(BIN)/ruff format --check .
