@@ -70,10 +70,10 @@ from sidecar.snapshot import PodNames
 
 # Between checks of the engine's port. A restart can be over in a second, so it is checked often while one is awaited.
 PORT_INTERVAL_S, RESTART_PORT_INTERVAL_S = 1.0, 0.1
-# Ticks between what goes to relays, page and files: once a second.
 # Engines whose plug-in reports the steps of their cores.
 STEPPING_KINDS: Final = ("vllm",)
 MAX_ANNOUNCED: Final = 256
+# Ticks between what goes to relays, page and files: once a second.
 PUBLISH_INTERVAL_TICKS: Final = 2
 GPU_COUNT_TICKS: Final = 120  # a minute, after which the engine and NVML have reported the number of GPUs
 DATABASE_INTERVAL_TICKS: Final = 120  # a minute

@@ -255,7 +255,7 @@ async def test_verdicts_and_warnings_are_log_records(collector: Collector, monke
     with exported_logger(collector.url) as (logger, handler):
         logger.setLevel(logging.INFO)
         write_lines(logger)
-        assert await handler.stop(PATIENCE)
+        assert await handler.stop(PATIENCE) and handler.dropped == 0
     check_records([sent for path, sent in collector.received if path == "/v1/logs"])
 
 
@@ -272,6 +272,23 @@ async def test_log_records_by_grpc(requires: Callable[[str], Path], monkeypatch:
             write_lines(logger)
             assert await handler.stop(PATIENCE)
     check_records(received)
+
+
+async def test_a_line_that_cannot_be_formatted_takes_no_place_in_the_queue(
+    collector: Collector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More of them than the queue has places, then a good one: it is exported, and nothing counts as dropped."""
+    monkeypatch.setenv("OTEL_LOGS_EXPORTER", "otlp")
+    monkeypatch.setenv("OTEL_BLRP_MAX_QUEUE_SIZE", "2")
+    monkeypatch.setenv("OTEL_BLRP_MAX_EXPORT_BATCH_SIZE", "2")
+    with exported_logger(collector.url) as (logger, handler):
+        monkeypatch.setattr(logger, "propagate", False)  # pytest's own handler raises for such a line
+        for _ in range(3):
+            logger.warning("%d tokens", "many")
+        logger.warning("a good line")
+        assert await handler.stop(PATIENCE) and handler.dropped == 0
+    (line,) = records([sent for path, sent in collector.received if path == "/v1/logs"])
+    assert line.body.string_value == "a good line"
 
 
 async def test_lost_records_are_counted_and_do_not_feed_themselves(
