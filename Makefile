@@ -57,7 +57,7 @@ test-vllm: .venv/.installed-test ## Tests against a real vLLM on the CPU; instal
 	$(BIN)/python -m tests.vllm.engine_sources
 	$(BIN)/pytest tests/vllm -m vllm $(ARGS)
 
-test-engines: .venv/.installed-test ## The same cases beside real engines on the CPU; installs them first; ENGINES="llamacpp" for some
+test-engines: .venv/.installed-test ## The same cases next to real engines on the CPU; installs them first; ENGINES="llamacpp" for some
 	$(BIN)/python -m tests.real_engines.environments $(ENGINES)
 	$(BIN)/pytest tests/real_engines -m engines $(ARGS)
 
