@@ -17,6 +17,9 @@ PINS := pyproject.toml constraints.txt
 COMPILED ?=
 ON_COMPILED := env PYTHONSAFEPATH=1 PYTHONPATH=$(CURDIR)/build/compiled:$(CURDIR) $(BIN)/pytest -p no:cacheprovider
 PYTEST := $(if $(COMPILED),$(ON_COMPILED),$(BIN)/pytest)
+# Four also on two cores, since many tests wait for real processes; each takes 1 GB. 0: all in the process of pytest.
+WORKERS ?= 4
+IN_PARALLEL = -n $(WORKERS) --dist worksteal
 # Without bytecode on disk, every start of a test or a worker would compile torch's thousands of modules again.
 INSTALL := env -u PYTHONDONTWRITEBYTECODE $(BIN)/uv pip install --quiet --python $(BIN)/python --compile-bytecode -c constraints.txt
 
@@ -29,7 +32,7 @@ run: .venv/.installed ## The demo: scripted engine, traffic, a stall and its rec
 	@exec $(BIN)/sidecar demo $(ARGS)
 
 test: check ## All checks, and all tests except those of the other test targets; ARGS go to pytest
-	$(BIN)/pytest -m "not vllm and not engines and not clients and not charts and not fixtures and not containers and not site and not matrix and not slow" --durations 15 $(ARGS)
+	$(BIN)/pytest --ignore=tests/vllm --ignore=tests/containers -m "not vllm and not engines and not clients and not charts and not fixtures and not containers and not site and not matrix and not slow" $(IN_PARALLEL) --durations 15 $(ARGS)
 
 check: .venv/.installed-test ## Format, lint, layers, types
 	$(BIN)/ruff format --check .
@@ -54,7 +57,7 @@ test-vllm: .venv/.installed-test ## Tests against a real vLLM on the CPU; instal
 	$(BIN)/python -m tests.vllm.engine_sources
 	$(BIN)/pytest tests/vllm -m vllm $(ARGS)
 
-test-engines: .venv/.installed-test ## The same cases beside real engines on the CPU; installs them first; ENGINES="llamacpp" for some
+test-engines: .venv/.installed-test ## The same cases next to real engines on the CPU; installs them first; ENGINES="llamacpp" for some
 	$(BIN)/python -m tests.real_engines.environments $(ENGINES)
 	$(BIN)/pytest tests/real_engines -m engines $(ARGS)
 
@@ -82,7 +85,7 @@ compiled: .venv/.installed-test ## The sidecar with its hot path compiled (COMPI
 	fi
 
 test-compiled: compiled ## Conformance and connections of the relay, against build/compiled
-	$(ON_COMPILED) tests/relay/conformance tests/relay/http \
+	$(ON_COMPILED) $(IN_PARALLEL) tests/relay/conformance tests/relay/http \
 		--deselect "tests/relay/http/test_client_connection.py::test_every_wait_for_a_client_ends" $(ARGS) # it shortens waits that are compiled in
 
 sanitize: ## The compiled module under AddressSanitizer and UBSan over random images and bodies; ARGS="SECONDS SEED"

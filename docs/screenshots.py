@@ -1,7 +1,7 @@
 """Takes the pictures of the live page for docs/live-page.md, in a real browser: PYTHONPATH=. python docs/screenshots.py
 
 The page is the real one, with the scripted snapshots of its tests (tests/report/conftest.py). Needs chromium and
-chromedriver. The pictures are not made anew by `make docs`, as two browsers never draw the same bytes.
+chromedriver. `make docs` does not take them again, as two browsers never draw the same bytes.
 """
 
 from __future__ import annotations

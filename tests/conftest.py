@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
+from .missing import missing
 from .postgres_server import PostgresServer, find_server
 
 # On a busy machine, a slow example is no failure of the code. Continuous integration repeats the same examples, so that
@@ -46,11 +47,9 @@ def _need(what: str) -> Path:
     found = _find(what)
     if found is not None:
         return found
-    if os.environ.get("TEST_REQUIRE") == "1" and not what.startswith("../"):
-        pytest.fail(f"{what} is not installed, and TEST_REQUIRE=1 forbids skipping it")
-    pytest.skip(
-        f"{what} is not installed" if not what.startswith("../") else f"{what} is absent next to the repository"
-    )
+    if what.startswith("../"):
+        pytest.skip(f"{what} is absent next to the repository")
+    return missing(f"{what} is not installed")
 
 
 def _find(what: str) -> Path | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import socket
 
@@ -13,10 +14,17 @@ PORT_RANGE = (12_000, 32_000)
 _given: set[int] = set()
 
 
+def _ports_of_worker() -> range:
+    """Each of pytest's workers has its own: a port is free until its process starts, and another could take it."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    return range(*PORT_RANGE)[worker :: int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))]
+
+
 def free_port() -> int:
     """A free loopback port that was not returned before and that no outgoing connection uses."""
+    ports = _ports_of_worker()
     while True:
-        port = random.randrange(*PORT_RANGE)
+        port = random.choice(ports)
         if port in _given:
             continue
         with socket.socket() as s:

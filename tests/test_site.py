@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import html
-import importlib.util
 import json
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
@@ -20,15 +20,13 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 SHOWN = 5  # results that a reader looks at
 
-pytestmark = [
-    pytest.mark.site,
-    pytest.mark.skipif(importlib.util.find_spec("mkdocs") is None, reason="MkDocs is not installed: make site"),
-]
+pytestmark = pytest.mark.site
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def site(tmp_path_factory: pytest.TempPathFactory, requires: Callable[[str], Path]) -> Path:
     """The whole site, built as `make site` does."""
+    requires("python:mkdocs")
     folder = tmp_path_factory.mktemp("site")
     done = subprocess.run(
         [sys.executable, "-m", "mkdocs", "build", "--site-dir", str(folder)],
@@ -172,8 +170,9 @@ class Search:
 
 
 @pytest.fixture(scope="module")
-def search(site: Path) -> Search:
-    lunr = pytest.importorskip("lunr")
+def search(site: Path, requires: Callable[[str], Path]) -> Search:
+    requires("python:lunr")
+    import lunr
     from lunr.pipeline import Pipeline
     from lunr.stop_word_filter import stop_word_filter
 

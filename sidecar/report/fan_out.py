@@ -129,7 +129,7 @@ def make_log_handler(endpoint: str, version: str) -> OtlpLogHandler | None:
 
 
 def _make_if_exported(signal: str, endpoint: str, make: Callable[[], T]) -> T | None:
-    """The export of a signal; None where nobody asks for it, and with a line in the log where it cannot be."""
+    """The export of a signal; None where no variable enables it, or, with an error in the log, where that fails."""
     if not is_exported(signal, os.environ, endpoint, default=""):
         return None
     try:

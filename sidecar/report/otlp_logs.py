@@ -57,11 +57,12 @@ class OtlpLogHandler(logging.Handler):
         return hasattr(record, "otlp_event") or record.levelno >= logging.WARNING
 
     def emit(self, record: logging.LogRecord) -> None:
-        if self._queue.has_room():
-            try:
-                self._queue.processor.on_emit(self._record(record))
-            except Exception:  # noqa: BLE001  # as in every handler: a line must not end what logs it
-                self.handleError(record)
+        try:
+            made = self._record(record)  # first: a line that cannot be formatted must not hold a place in the queue
+            if self._queue.has_room():
+                self._queue.processor.on_emit(made)
+        except Exception:  # noqa: BLE001  # as in every handler: a line must not end what logs it
+            self.handleError(record)
 
     def _record(self, record: logging.LogRecord) -> ReadWriteLogRecord:
         name, details = getattr(record, "otlp_event", ("", {}))

@@ -1,12 +1,12 @@
 """Pure: looks at the engine's processes and their stacks, one after the other -> the signs of a hang.
 
 Rules:
-- A series begins anew where a look failed or came late: what happened between is unknown.
+- A series begins again where a look failed or came late: what happened in between is unknown.
 - The inner processes (cores and workers, else the front end) say what the engine waits for. Of all processes, also of
   short-lived children, counts which CPU time they used.
 - A thread waits for a lock only if every other Python thread waits for something on the host, too: a call into a
   library of the GPU looks the same from the kernel. Where stacks cannot be read, nothing is said.
-- An engine core that waits for work is not in a lock: it was told of none, or paused.
+- An engine core that waits for work is not in a lock: it received none, or is paused.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ FRAMES: Final = (
     ("transfer", re.compile(r"kv_transfer|kv_connector|nixl|mooncake|lmcache|disaggregation/")),
     ("collective", re.compile(r"nccl|all_reduce|all_gather|reduce_scatter|broadcast_|barrier \(|distributed_c10d")),
 )  # fmt: skip
-# The idle wait of vLLM's core, which is told of its requests there.
+# The idle wait of vLLM's core, where it receives its requests.
 AWAITS_WORK: Final = re.compile(r"_process_input_queue|recv_requests")
 # Frames of the queue above it, and it.
 IDLE_FRAMES: Final = 3
@@ -222,8 +222,8 @@ def _is_on_host(dump: str) -> bool:
 
 def _frames(last: TreeLook, inner: tuple[EngineProcess, ...]) -> str | None:
     """What any inner process's main thread is in."""
-    texts = [stack for process in inner if isinstance(stack := last.stacks.get(process.pid), str)]
-    mains = [stack_of(text, process.pid) for process in inner for text in texts]
+    dumps = ((process.pid, last.stacks.get(process.pid)) for process in inner)
+    mains = [stack_of(dump, pid) for pid, dump in dumps if isinstance(dump, str)]
     return next((name for name, pattern in FRAMES for text in mains if pattern.search(text)), None)
 
 

@@ -91,10 +91,10 @@ class HangWatch:
         text = why.reason if isinstance(why, Absent) else why.error
         if text != self._said:
             self._said = text
-            _log.info("the engine's processes prove nothing: %s", text)
+            _log.info("no evidence from the engine's processes: %s", text)
 
     def _add(self, look: TreeLook) -> None:
-        """Go on with the series, or begin anew."""
+        """Continue the series, or begin another."""
         before = self._last
         if self._first is None or before is None or look.at - before.at > MAX_LOOK_GAP_S:
             self._first, self._last, self._steady = look, look, True

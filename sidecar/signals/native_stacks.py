@@ -22,7 +22,7 @@ GDB: Final = "gdb"
 TIMEOUT_S: Final = 30.0  # at most; the round that it is part of has less
 MAX_FRAMES: Final = 32  # of a thread
 MAX_LINES: Final = 800
-INSTALL: Final = "no Python in it; install gdb or elfutils (eu-stack) beside the sidecar for its stacks"
+INSTALL: Final = "no Python in it; install gdb or elfutils (eu-stack) with the sidecar to get its stacks"
 STOPPED: Final = "it is stopped, and a native dump could resume it"
 
 _KEPT: Final = re.compile(r"(TID \d+:|Thread \d+ |#\d+ )")

@@ -115,15 +115,17 @@ async def dump_all(
 
     async def dump(process: EngineProcess) -> str | Failed:
         async with turns:
-            left = min(stack_dump.DUMP_TIMEOUT_S, until - loop.time())
-            if left <= 0:
-                return Failed(f"the dumps before it took {timeout_s:.0f} s")
+            late = Failed(f"the dumps before it took {timeout_s:.0f} s")
+            if (left := until - loop.time()) <= 0:
+                return late
             if py_spy is None:
                 return Failed(stack_dump.INSTALL)
-            text = await stack_dump.dump(process.pid, py_spy, left)
+            text = await stack_dump.dump(process.pid, py_spy, min(stack_dump.DUMP_TIMEOUT_S, left))
             if native is None or text != Failed(stack_dump.FOREIGN):
                 return text
-            return await native_stacks.dump(process.pid, native, min(native_stacks.TIMEOUT_S, until - loop.time()))
+            if (left := until - loop.time()) <= 0:
+                return late
+            return await native_stacks.dump(process.pid, native, min(native_stacks.TIMEOUT_S, left))
 
     texts = await asyncio.gather(*(dump(process) for process in processes))
     return {process.pid: text for process, text in zip(processes, texts, strict=True)}

@@ -101,7 +101,7 @@ def _print(settings: TopSettings, count: int, as_json: bool) -> int:
 
 
 def _watch(settings: TopSettings, count: int, keys: int | None) -> int:
-    """The screen, drawn anew with each update."""
+    """The screen, redrawn with each update."""
     past: deque[Update] = deque(maxlen=HISTORY)
     shown, colours = 0, terminal.has_colours(sys.stdout)
     while True:
@@ -109,7 +109,7 @@ def _watch(settings: TopSettings, count: int, keys: int | None) -> int:
         shown += 1
         size = shutil.get_terminal_size()
         lines = frame(past, width=size.columns, colours=colours)[: max(1, size.lines - 1)]
-        hint = paint("q ends this", "dim", on=colours)
+        hint = paint("q quits", "dim", on=colours)
         text = "".join(f"{line}{CLEAR_LINE}\r\n" for line in lines) + hint + CLEAR_BELOW
         sys.stdout.write(HOME + text)
         sys.stdout.flush()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import subprocess
 import sys
@@ -10,6 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from ..missing import missing
 from . import pods
 from .environment import IMAGE, ROOT, Podman, Unavailable, available
 
@@ -26,9 +26,7 @@ def podman() -> Podman:
     try:
         return available()
     except Unavailable as e:
-        if os.environ.get("TEST_REQUIRE") == "1":
-            pytest.fail(f"{e}; TEST_REQUIRE=1 forbids skipping it")
-        pytest.skip(str(e))
+        missing(str(e))
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,7 @@ from aiohttp import web
 
 from sidecar.tools.scripted_engine.server import ScriptedEngine
 
+from ..missing import missing
 from .clients import answering, environment
 from .conftest import Start
 
@@ -26,8 +27,7 @@ PYTHON_CALLS = ("call_openai.py", "call_anthropic.py", "call_litellm.py", "call_
 def installed() -> None:
     """Skips where the clients were not installed."""
     if not environment.is_complete():
-        missing = "the clients are not installed: `make test-clients` installs them"
-        pytest.fail(missing) if os.environ.get("TEST_REQUIRE") == "1" else pytest.skip(missing)
+        missing("the clients are not installed: `make test-clients` installs them")
 
 
 @pytest.fixture
@@ -46,8 +46,7 @@ async def _call(script: str, url: str) -> dict[str, Any]:
     """What a client's script prints."""
     interpreter = environment.python() if script.endswith(".py") else environment.node()
     if interpreter is None:
-        missing = "node and npm are not installed"
-        pytest.fail(missing) if os.environ.get("TEST_REQUIRE") == "1" else pytest.skip(missing)
+        missing("node and npm are not installed")
     env = os.environ | {"CLIENTS": str(environment.home()), "NO_PROXY": "*"}
     process = await asyncio.create_subprocess_exec(
         *(str(interpreter), str(CALLS / script), url), stdout=asyncio.subprocess.PIPE, env=env

@@ -29,6 +29,7 @@ from sidecar.images.worker.pipeline import octets
 from sidecar.kernels import families
 from sidecar.kernels.grid import TileSpec
 
+from ..missing import missing
 from . import public_files, test_families, test_tiles
 from .conftest import QWEN2_VL, Server
 from .test_decode import engine
@@ -52,7 +53,7 @@ Pixels = np.ndarray[Any, Any]
 def files() -> dict[str, bytes]:
     found = public_files.all_files()
     if len(found) < 100:
-        pytest.skip("not fetched (make test-fixtures)")
+        missing("the public files are not fetched (make test-fixtures)")
     return found
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import aiohttp
 import pytest
 
+from ..missing import missing
 from ..vllm.processes import Sidecar
 from . import environments, seen
 from .engines import RealEngine
@@ -51,8 +52,9 @@ def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     row: RealEngine = request.param
     for environment in {row.environment, row.maker or row.environment}:
         if not environment.complete():
-            why = environments.why_not(environment) or "`make test-engines` makes its environment"
-            pytest.skip(f"{environment.name} is not there: {why}")
+            if why := environments.why_not(environment):  # tried, and not possible here
+                pytest.skip(f"{environment.name} is not there: {why}")
+            missing(f"{environment.name} is not there: `make test-engines` makes its environment")
     with place(row, tmp_path_factory.mktemp("engine")) as running:
         yield running
 

@@ -123,33 +123,41 @@ async def test_what_is_switched_off_is_off(
     assert collector.headers == []
 
 
-@pytest.mark.parametrize("by_flag", [True, False])
-async def test_grpc(by_flag: bool, requires: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A gRPC receiver gets the spans, its address by flag or by variable."""
-    requires("python:opentelemetry.exporter.otlp.proto.grpc")
+@contextmanager
+def grpc_receiver(add_servicer: Callable[[Any, Any], None], answer: Any) -> Iterator[tuple[str, list[Any]]]:
+    """A receiver over gRPC of one signal: its address, and the requests it received."""
     import grpc
-    from opentelemetry.proto.collector.trace.v1.trace_service_pb2_grpc import add_TraceServiceServicer_to_server
 
     received: list[Any] = []
 
     class Receiver:
         def Export(self, sent: Any, context: Any) -> Any:  # gRPC's name
             received.append(sent)
-            return ExportTraceServiceResponse()
+            return answer
 
     server = grpc.server(ThreadPoolExecutor(1))
-    add_TraceServiceServicer_to_server(Receiver(), server)
+    add_servicer(Receiver(), server)
     url = f"http://127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
     server.start()
     try:
+        yield url, received
+    finally:
+        server.stop(None)
+
+
+@pytest.mark.parametrize("by_flag", [True, False])
+async def test_grpc(by_flag: bool, requires: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gRPC receiver gets the spans, its address by flag or by variable."""
+    requires("python:opentelemetry.exporter.otlp.proto.grpc")
+    from opentelemetry.proto.collector.trace.v1.trace_service_pb2_grpc import add_TraceServiceServicer_to_server
+
+    with grpc_receiver(add_TraceServiceServicer_to_server, ExportTraceServiceResponse()) as (url, received):
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc")
         if not by_flag:
             monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", url)
         traces = Tracing(url if by_flag else "", "1")
         request(traces)
         assert await traces.close(PATIENCE)
-    finally:
-        server.stop(None)
     assert [s.name for r in received for s in r.resource_spans[0].scope_spans[0].spans] == ["chat llama"]
 
 
@@ -247,37 +255,40 @@ async def test_verdicts_and_warnings_are_log_records(collector: Collector, monke
     with exported_logger(collector.url) as (logger, handler):
         logger.setLevel(logging.INFO)
         write_lines(logger)
-        assert await handler.stop(PATIENCE)
+        assert await handler.stop(PATIENCE) and handler.dropped == 0
     check_records([sent for path, sent in collector.received if path == "/v1/logs"])
 
 
 async def test_log_records_by_grpc(requires: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """The same records, by the other protocol."""
     requires("python:opentelemetry.exporter.otlp.proto.grpc")
-    import grpc
     from opentelemetry.proto.collector.logs.v1.logs_service_pb2_grpc import add_LogsServiceServicer_to_server
 
-    received: list[Any] = []
-
-    class Receiver:
-        def Export(self, sent: Any, context: Any) -> Any:  # gRPC's name
-            received.append(sent)
-            return ExportLogsServiceResponse()
-
-    server = grpc.server(ThreadPoolExecutor(1))
-    add_LogsServiceServicer_to_server(Receiver(), server)
-    url = f"http://127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
-    server.start()
-    try:
+    with grpc_receiver(add_LogsServiceServicer_to_server, ExportLogsServiceResponse()) as (url, received):
         monkeypatch.setenv("OTEL_LOGS_EXPORTER", "otlp")
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc")
         with exported_logger(url) as (logger, handler):
             logger.setLevel(logging.INFO)
             write_lines(logger)
             assert await handler.stop(PATIENCE)
-    finally:
-        server.stop(None)
     check_records(received)
+
+
+async def test_a_line_that_cannot_be_formatted_takes_no_place_in_the_queue(
+    collector: Collector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More of them than the queue has places, then a good one: it is exported, and nothing counts as dropped."""
+    monkeypatch.setenv("OTEL_LOGS_EXPORTER", "otlp")
+    monkeypatch.setenv("OTEL_BLRP_MAX_QUEUE_SIZE", "2")
+    monkeypatch.setenv("OTEL_BLRP_MAX_EXPORT_BATCH_SIZE", "2")
+    with exported_logger(collector.url) as (logger, handler):
+        monkeypatch.setattr(logger, "propagate", False)  # pytest's own handler raises for such a line
+        for _ in range(3):
+            logger.warning("%d tokens", "many")
+        logger.warning("a good line")
+        assert await handler.stop(PATIENCE) and handler.dropped == 0
+    (line,) = records([sent for path, sent in collector.received if path == "/v1/logs"])
+    assert line.body.string_value == "a good line"
 
 
 async def test_lost_records_are_counted_and_do_not_feed_themselves(

@@ -14,6 +14,7 @@ import pytest
 from sidecar.readings import Failed
 from sidecar.signals import stack_dump
 
+from ..missing import missing
 from .victims import victim
 
 
@@ -22,9 +23,7 @@ def py_spy() -> str:
     """Path of py-spy. Skips if it is absent, or if no process here may read another one (CI without ptrace)."""
     path = stack_dump.locate()
     if path is None:
-        if os.environ.get("TEST_REQUIRE") == "1":
-            pytest.fail("py-spy is not installed, and TEST_REQUIRE=1 forbids skipping it")
-        pytest.skip("py-spy is not installed")
+        missing("py-spy is not installed")
     with victim() as target:
         if asyncio.run(stack_dump.dump(target.pid, path, 30)) == Failed(stack_dump.REFUSED):
             pytest.skip("this machine does not let one process read another (Yama, seccomp or capabilities)")
@@ -38,9 +37,7 @@ def powerless() -> list[str]:
         return []
     place = shutil.which("setpriv")
     if place is None:
-        if os.environ.get("TEST_REQUIRE") == "1":
-            pytest.fail("setpriv is not installed, and TEST_REQUIRE=1 forbids skipping it")
-        pytest.skip("dropping capabilities needs setpriv")
+        missing("setpriv is not installed, which drops capabilities")
     return [place, "--inh-caps=-all", "--bounding-set=-all"]
 
 

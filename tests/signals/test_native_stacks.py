@@ -15,6 +15,8 @@ from sidecar.signals import native_stacks, stack_dump
 from sidecar.signals.process_examiner import dump_all
 from sidecar.signals.process_state import EngineProcess
 
+from ..missing import missing
+
 SECRET = "12345"
 
 
@@ -23,7 +25,7 @@ def command(py_spy: str) -> list[str]:
     """How native processes are dumped here."""
     found = native_stacks.locate()
     if found is None:
-        pytest.skip("neither gdb nor eu-stack is installed")
+        missing("neither gdb nor eu-stack is installed")
     return found
 
 

@@ -18,6 +18,8 @@ from sidecar.tools.bench.command import BenchSettings, bench
 from sidecar.tools.bench.tally import OUTCOMES, BenchRecord, BenchRow, sum_up
 from sidecar.tools.scripted_engine.server import EngineSettings, ScriptedEngine
 
+from ..waiting import PATIENCE
+
 ENGINE = EngineSettings(listen=("127.0.0.1", 0), decode_step_ms=10.0)
 CHOSEN = BenchSettings(
     seconds=2, input_tokens=64, output_tokens=8, max_open=16, timeout=30, slo_seconds=1.2, dollars_per_gpu_hour=2.0
@@ -78,7 +80,7 @@ async def test_what_the_engine_refuses_is_dropped_and_what_hangs_is_stalled() ->
     full: list[BenchRow] = []
     silent: list[BenchRow] = []
     async with ScriptedEngine(replace(ENGINE, max_batch=1, max_waiting=1)) as engine:
-        await bench(replace(chosen, engine=engine.url), full)
+        await bench(replace(chosen, engine=engine.url, timeout=PATIENCE), full)
     async with ScriptedEngine(ENGINE) as engine:
 
         async def freeze() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import aiohttp
 import pytest
 
 from ..environments import made_model
+from ..missing import missing
 from . import environment, processes
 from .processes import Engine, Sidecar
 
@@ -37,8 +37,7 @@ def took(request: pytest.FixtureRequest) -> Callable[[str, float], None]:
 def vllm_python() -> Path:
     """The interpreter of the real vLLM's environment. Skips where it was not made."""
     if not environment.complete():
-        missing = "the real vLLM is not installed: `make test-vllm` makes its environment (12 GB of disk)"
-        pytest.fail(missing) if os.environ.get("TEST_REQUIRE") == "1" else pytest.skip(missing)
+        missing("the real vLLM is not installed: `make test-vllm` makes its environment (12 GB of disk)")
     return environment.python()
 
 

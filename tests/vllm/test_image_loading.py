@@ -26,6 +26,7 @@ from sidecar.tools.synthetic_photos import photo, pixels
 from ..images import corpus, public_files, test_families
 from ..images.published import settings as published
 from ..images.test_public_files import Pixels, decoded
+from ..missing import missing
 from . import engine_sources
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1800)]
@@ -130,9 +131,8 @@ def all_different(
     python: Path, sources: tuple[str, ...], engine: str, pairs: Pairs
 ) -> tuple[str, dict[str, set[str] | None]]:
     """The same for several processors, by folder; None for one that the engine's transformers does not have."""
-    missing = [name for name in sources if not engine_sources.complete(name)]
-    if missing:
-        pytest.skip(f"not installed: {', '.join(missing)} (python tests/vllm/engine_sources.py)")
+    if absent := [name for name in sources if not engine_sources.complete(name)]:
+        missing(f"not installed: {', '.join(absent)} (python tests/vllm/engine_sources.py)")
     arguments: list[str] = []
     for folder, (config, _) in pairs.items():
         file = Path(f"{folder}.json")
@@ -242,7 +242,7 @@ def test_every_family_sees_a_prepared_image_as_the_original(seen: Seen) -> None:
 def test_public_files_are_decoded_as_by_vllm(seen: Seen) -> None:
     """Each file that would be prepared (tests/images/public_files.py): its pixels are those of vLLM's own loader."""
     if len(seen.sent["public"]) < 100:
-        pytest.skip("not fetched (make test-fixtures)")
+        missing("the public files are not fetched (make test-fixtures)")
     print(seen.name, len(seen.sent["public"]), "files")
     assert seen.different["public"] == set() and len(seen.sent["public"]) > 400
 

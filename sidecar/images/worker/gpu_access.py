@@ -1,6 +1,6 @@
-"""May a CUDA context be made beside the engine? What is looked at before, and the decision.
+"""May a CUDA context be made next to the engine? The facts that are checked first, and the decision.
 
-Rules: everything here reads without taking device memory. NVML's numbers are used for free memory, because CUDA tells
+Rules: everything here reads without taking device memory. NVML's numbers are used for free memory, because CUDA reports
 it only in a context. Of several devices the first that CUDA shows is used.
 """
 
@@ -94,7 +94,7 @@ def has_mps(environment: Mapping[str, str]) -> bool:
 
 
 def free_memory(device: CudaDevice) -> int:
-    """Free bytes of a device or of its slice. Raises GpuRefusedError if NVML does not tell."""
+    """Free bytes of a device or of its slice. Raises GpuRefusedError if NVML does not report them."""
     import pynvml
 
     try:
@@ -108,7 +108,7 @@ def free_memory(device: CudaDevice) -> int:
 
 
 def _handle(nvml: Any, uuid: str) -> Any:
-    """NVML's handle of a device of CUDA, whose number does not tell a slice from a whole GPU."""
+    """NVML's handle of a device of CUDA, whose number does not distinguish a slice from a whole GPU."""
     try:
         return nvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
     except nvml.NVMLError:

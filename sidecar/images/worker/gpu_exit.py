@@ -1,6 +1,6 @@
 """Why the GPU process ended, and when it is started again. Pure.
 
-Rules: what cannot change while this pod lives is told once, with its remedy, and never tried again: each attempt may
+Rules: what cannot change while this pod lives is logged once, with its remedy, and never tried again: each attempt may
 make a CUDA context, hundreds of MB on the engine's GPU. What may pass is tried again, after pauses that double. The
 reason is the process's exit status, so that it needs no other way to its parent.
 """
@@ -32,7 +32,7 @@ class GpuExit(IntEnum):
 PASSING: Final = {
     GpuExit.LOST: "the GPU failed, or did not answer",
     GpuExit.RELEASED: "the engine is starting or hangs, and gets its memory back",
-    GpuExit.FULL: "too little memory of the GPU is free for a CUDA context beside the engine",
+    GpuExit.FULL: "too little GPU memory is free for a CUDA context next to the engine",
 }
 # Those that need someone: what is wrong, and what to do.
 PERMANENT: Final = {
@@ -49,11 +49,11 @@ PERMANENT: Final = {
         "take one of compute capability 8, 9, 10 or 12, from Ampere on",
     ),
     GpuExit.NO_NVML: (
-        "NVML does not tell how much memory of the GPU is free",
+        "NVML does not report how much GPU memory is free",
         "give the container the driver's capability `utility`, too",
     ),
     GpuExit.MPS: (
-        "an MPS server runs on this GPU, where a fault of ours would end the engine, too",
+        "an MPS server runs on this GPU, where a fault of the sidecar would end the engine, too",
         "keep the engine's MPS pipe directory out of the sidecar's container",
     ),
     GpuExit.COMPUTE_MODE: (
@@ -66,7 +66,7 @@ PERMANENT: Final = {
     ),
     GpuExit.NOT_FASTER: (
         "measured here, resizing on the GPU takes no less of a CPU",
-        "--images-device cuda uses it all the same",
+        "--images-device cuda uses it anyway",
     ),
 }
 # First and longest pause.

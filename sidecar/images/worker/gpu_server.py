@@ -104,7 +104,7 @@ class GpuResizer:
         return done
 
     def forget(self, memory: Octets) -> None:
-        """Let go of an arena that is about to be unmapped."""
+        """Unpin an arena that is about to be unmapped."""
         self._device.unpin(memory)
 
     def _fitting(
@@ -192,8 +192,8 @@ def _check_worth(resizer: GpuResizer) -> None:
     wanted = RaggedImage(height, width, spec.geometry(height, width), spec.resample, spec)
 
     def on_gpu(memory: Octets) -> None:
-        with socket.socket(socket.AF_UNIX) as nobody:
-            request = PendingRequest(nobody, memory, wanted, spec, ELEMENT_BYTES[spec.dtype])
+        with socket.socket(socket.AF_UNIX) as unused:
+            request = PendingRequest(unused, memory, wanted, spec, ELEMENT_BYTES[spec.dtype])
             if not resizer.process([request]):
                 raise GpuRefusedError(GpuExit.NOT_FASTER, "the memory budget has no room for one image of 1080p")
 

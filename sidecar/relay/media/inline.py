@@ -52,7 +52,7 @@ async def prepare(
     """The images of a request, in order; what cannot be prepared passes, with the reason.
 
     `handoffs`: what the engine takes through shared memory; `fetch`: for those behind links, which are kept for
-    `originals`; `passing`: why they are only fetched and counted; `on_fetched` is told the base64 characters of all
+    `originals`; `passing`: why they are only fetched and counted; `on_fetched` receives the base64 characters of all
     that were fetched, and may refuse them. Raises RequestError for a link that cannot be fetched, and cancels the
     others: the sidecar was made the only one that follows links.
     """

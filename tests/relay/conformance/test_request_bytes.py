@@ -7,6 +7,7 @@ import gzip
 import socket
 import struct
 from contextlib import suppress
+from dataclasses import replace
 
 import pytest
 
@@ -362,7 +363,8 @@ async def test_half_closed_clients_get_their_answer(raw: StartRaw, sent: bytes, 
         async with connected(address) as (reader, writer):
             writer.write(sent)
             writer.write_eof()
-            return await read_answer(reader, b"POST")
+            # where the engine takes long, a relay asks with "100 Continue" whether the client is still there
+            return replace(await read_answer(reader, b"POST"), interim=())
 
     direct, relayed = await raw(engine)
     assert_same_answer(await half_closed(direct), await half_closed(relayed))

@@ -29,8 +29,10 @@ Open = Callable[[int], TenantAccounts]
 SPEND = """
 import sys
 from sidecar.load.tenant_limits import TenantLimit
+from sidecar.relay.pricing import tenant_accounts
 from sidecar.relay.pricing.tenant_accounts import TenantAccounts, TenantCharge
 path, index = sys.argv[1], int(sys.argv[2])
+tenant_accounts.LOCK_TIMEOUT_S = 60.0  # a holder that a busy machine takes off its core keeps its turn
 own = TenantAccounts(path, 2, index)
 print("ready", flush=True)
 sys.stdin.readline()
