@@ -14,7 +14,7 @@ import io
 import json
 import sys
 from collections.abc import Awaitable, Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from typing import Any
 
@@ -109,7 +109,7 @@ async def streams(scene: EngineScene) -> str:
     path, body = _texts(scene)[0]
     call = Call(path, body | {"max_tokens": 2})
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=60)) as kept:
-        reader = EngineScene(scene.engine, scene.sidecar, kept)
+        reader = replace(scene, http=kept)
         for _ in range(POOLED):
             lines = await reader.stream(scene.sidecar.url, call)
             assert lines[-2:] == ["data: [DONE]\n", "\n"], lines[-4:]
@@ -251,7 +251,7 @@ async def canary_manners(scene: EngineScene) -> str:
 async def doctor(scene: EngineScene) -> str:
     """`sidecar doctor` finds the engine, its kind and its canary."""
     flags = {
-        "engine": scene.engine.url,
+        "engine": scene.engine.address,
         "state-dir": str(scene.sidecar.state.parent / "doctor"),
         "listen": "127.0.0.1:0",
     }
@@ -323,7 +323,7 @@ async def stop_one_of_many(scene: EngineScene) -> str:
 
 async def bundle(scene: EngineScene) -> str:
     """The diagnosis of a hang names the stopped process."""
-    process = scene.engine.process("front")
+    process = scene.engine.process("front" if "front" in scene.row.parts else "worker")
     await scene.until_probe("/livez", 200, "idle")
     before = {each["id"] for each in await _diagnoses(scene)}
 
