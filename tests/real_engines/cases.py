@@ -14,7 +14,7 @@ import io
 import json
 import sys
 from collections.abc import Awaitable, Callable
-from dataclasses import fields, replace
+from dataclasses import fields
 from functools import partial
 from typing import Any
 
@@ -27,7 +27,7 @@ from sidecar.engines import metrics_parser, registry
 from sidecar.readings import EngineSample
 
 from ..vllm import client, processes
-from .engines import Call
+from .engines import HEALTHY, Call
 from .scene import Answer, EngineScene, command_flags, frozen, generate, now, read_to_end, same
 
 Case = Callable[[EngineScene], Awaitable[str]]
@@ -109,7 +109,7 @@ async def streams(scene: EngineScene) -> str:
     path, body = _texts(scene)[0]
     call = Call(path, body | {"max_tokens": 2})
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=60)) as kept:
-        reader = replace(scene, http=kept)
+        reader = EngineScene(scene.engine, scene.sidecar, kept)
         for _ in range(POOLED):
             lines = await reader.stream(scene.sidecar.url, call)
             assert lines[-2:] == ["data: [DONE]\n", "\n"], lines[-4:]
@@ -251,7 +251,7 @@ async def canary_manners(scene: EngineScene) -> str:
 async def doctor(scene: EngineScene) -> str:
     """`sidecar doctor` finds the engine, its kind and its canary."""
     flags = {
-        "engine": scene.engine.address,
+        "engine": scene.engine.url,
         "state-dir": str(scene.sidecar.state.parent / "doctor"),
         "listen": "127.0.0.1:0",
     }
@@ -300,6 +300,7 @@ async def stop(scene: EngineScene, part: str, *, in_a_stream: bool) -> str:
 async def stop_one_of_many(scene: EngineScene) -> str:
     """Of several ranks or front ends one is stopped: readiness fails and says which kind of part hangs."""
     await scene.until_probe("/livez", 200, "idle")
+    await scene.until_probe("/readyz", 200, seconds=2 * client.WAIT)  # no longer held back for an earlier hang
     process = scene.engine.process("one")
 
     async def users() -> None:
@@ -313,6 +314,7 @@ async def stop_one_of_many(scene: EngineScene) -> str:
         with frozen(process):
             await scene.until_probe("/readyz", 503, seconds=3 * client.WAIT)
             _, verdict, reason = await scene.probe("/readyz")
+            assert verdict not in HEALTHY, (verdict, reason)
     finally:
         for user in crowd:
             user.cancel()

@@ -49,7 +49,7 @@ def note(request: pytest.FixtureRequest) -> Callable[[str, str, str], None]:
 def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EnginePlace]:
     """The engine of a row, serving. pytest runs the cases of one row together, and ends it before the next starts."""
     row: RealEngine = request.param
-    for environment in row.needed:
+    for environment in {row.environment, row.maker or row.environment}:
         if not environment.complete():
             why = environments.why_not(environment) or "`make test-engines` makes its environment"
             pytest.skip(f"{environment.name} is not there: {why}")
@@ -67,10 +67,6 @@ def sidecar(engine: EnginePlace, tmp_path_factory: pytest.TempPathFactory) -> It
 async def scene(engine: EnginePlace, sidecar: Sidecar) -> AsyncIterator[EngineScene]:
     """The engine, running, with its sidecar and a client that retries nothing."""
     engine.ensure()
-    timeout = aiohttp.ClientTimeout(total=120)
-    connector = aiohttp.TCPConnector(force_close=True)
-    async with (
-        aiohttp.ClientSession(connector=connector, timeout=timeout) as http,
-        aiohttp.ClientSession(connector=engine.connector(), timeout=timeout) as to_engine,
-    ):
-        yield EngineScene(engine, sidecar, http, to_engine)
+    connector = aiohttp.TCPConnector(force_close=True, ssl=engine.trust or True)
+    async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=120)) as http:
+        yield EngineScene(engine, sidecar, http)

@@ -1,8 +1,7 @@
 """The table of real engines: how each is started, what it is expected to show, and which cases do not apply to it.
 
 A command's words may hold `{home}` (its environment), `{python}`, `{port}`, `{model}` (a folder), `{folder}` (an empty
-one), `{certificate}`, `{certificate_key}` and
-`{binary}`. All are on loopback and compute with one CPU thread.
+one), `{certificate}` and `{certificate_key}`. All are on loopback and compute with one CPU thread.
 """
 
 from __future__ import annotations
@@ -49,7 +48,6 @@ class RealEngine:
     script: Path
     made: str
     maker: Environment | None = None
-    binary: environments.PackageFile | None = None
     series: frozenset[str] = frozenset()
     prefix: str = ""  # of its own series' names
     environ: Mapping[str, str] = field(default_factory=dict)
@@ -65,13 +63,7 @@ class RealEngine:
     base: str = ""  # path in front of the engine's own
     key: str = ""
     is_tls: bool = False
-    is_socket: bool = False  # listens on a Unix socket
     start_seconds: float = processes.START_SECONDS
-
-    @property
-    def needed(self) -> tuple[Environment | environments.PackageFile, ...]:
-        """All that must have been made for it."""
-        return tuple(filter(None, dict.fromkeys((self.environment, self.maker, self.binary))))
 
     @property
     def id(self) -> str:
@@ -139,14 +131,12 @@ def vllm(name: str, *flags: str, serve: bool = False, **more: Any) -> RealEngine
     start = ("{python}", "-m", "vllm.entrypoints.openai.api_server", "--model", "{model}")
     if serve:
         start = ("{python}", str(HERE / "serve_vllm.py"), "serve", "{model}")
-    served = ("--served-model-name", "tiny", "--enable-auto-tool-choice", "--tool-call-parser", "hermes")
-    address = (
-        ("--uds", "{folder}/engine.sock") if more.get("is_socket") else ("--host", "127.0.0.1", "--port", "{port}")
-    )
+    served = ("--host", "127.0.0.1", "--port", "{port}", "--served-model-name", "tiny")
+    tools = ("--enable-auto-tool-choice", "--tool-call-parser", "hermes")
     chosen: dict[str, Any] = {
         "page": "vllm",
         "environment": environments.VLLM,
-        "command": (*start, *address, *served, *processes.ENGINE_FLAGS, *flags),
+        "command": (*start, *served, *tools, *processes.ENGINE_FLAGS, *flags),
         "kind": "vllm",
         "script": TINY_MODELS,
         "made": "vision",
@@ -204,7 +194,7 @@ ENGINES = (
         is_tls=True,
         key="engine-key",
         base="/llm",
-        absent=ALONE | dict.fromkeys(("stop_core_idle", "stop_core_in_a_stream", "long_prompts"), AS_PLAIN),
+        absent=ALONE | dict.fromkeys(("stop_core_idle", "stop_core_in_a_stream", "whole", "long_prompts"), AS_PLAIN),
     ),
     vllm(
         "vLLM 0.32, two API servers",
@@ -212,33 +202,7 @@ ENGINES = (
         serve=True,
         parts={"one": "VLLM::APIServer_1", "core": "VLLM::EngineCore", "worker": "VLLM::Worker"},
         absent=without(("front",), "the first process only waits for the others; see stop one of many")
-        | dict.fromkeys(("images", "long_prompts", "stop_worker_idle", "stop_worker_in_a_stream"), AS_PLAIN),
-    ),
-    vllm(
-        "vLLM 0.32, Rust front end",
-        serve=True,
-        binary=environments.VLLM_RUST,
-        environ={"VLLM_USE_RUST_FRONTEND": "1", "VLLM_RUST_FRONTEND_PATH": "{binary}"},
-        parts={"front": "vllm-rs", "core": "VLLM::EngineCore", "worker": "VLLM::Worker"},
-        absent=ALONE
-        | without(("worker",), AS_PLAIN)
-        | dict.fromkeys(("long_prompts", "stop_core_in_a_stream", "kill_9"), AS_PLAIN),
-    ),
-    vllm(
-        "vLLM 0.32, Unix socket",
-        is_socket=True,
-        absent=ALONE
-        | without(("core", "worker"), AS_PLAIN)
-        | dict.fromkeys(("images", "embeddings", "long_prompts", "tools"), AS_PLAIN),
-    ),
-    vllm(
-        "vLLM 0.32, two ranks",
-        *("--data-parallel-size", "2"),
-        serve=True,
-        parts={"one": "VLLM::EngineCore_DP1", "worker": "VLLM::Worker"},
-        absent=without(("front",), "the first process only waits for the others")
-        | without(("core",), "see stop one of many")
-        | dict.fromkeys(("images", "embeddings", "long_prompts", "stop_worker_idle"), AS_PLAIN)
-        | dict.fromkeys(("kill_9", "restart"), AS_PLAIN),
+        | dict.fromkeys(("images", "long_prompts", "stop_worker_idle", "stop_worker_in_a_stream"), AS_PLAIN)
+        | {"restart": "left out: kill 9 shows it"},
     ),
 )

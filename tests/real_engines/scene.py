@@ -48,16 +48,6 @@ class EnginePlace:
     authority: Path | None = None
 
     @property
-    def socket(self) -> Path | None:
-        """Where it listens, if not at its port."""
-        return self.folder / "engine.sock" if self.row.is_socket else None
-
-    @property
-    def address(self) -> str:
-        """What the sidecar is given."""
-        return f"unix:{self.socket}" if self.socket else self.url
-
-    @property
     def url(self) -> str:
         return f"http{'s' if self.row.is_tls else ''}://127.0.0.1:{self.port}{self.row.base}"
 
@@ -72,8 +62,6 @@ class EnginePlace:
     def start(self, *, ready: bool = True) -> None:
         """Start it, and wait until it has served unless `ready` is false. Raises NotReady."""
         self.stop()
-        if self.socket:
-            self.socket.unlink(missing_ok=True)  # vLLM does not start where one is left
         self.starts += 1
         row = self.row
         maker = (row.maker or row.environment).python()
@@ -83,7 +71,6 @@ class EnginePlace:
             "port": str(self.port),
             "model": str(made_model(row.script, row.made, maker, processes.ENGINE_ENV)),
             "folder": str(self.folder),
-            "binary": str(row.binary.file()) if row.binary else "",
         }
         if row.is_tls:
             words |= self._certificate()
@@ -114,13 +101,7 @@ class EnginePlace:
         else:
             path, body = "/v1/chat/completions", client.chat("1", max_tokens=1)
         sent = {"model": MODEL, **body}
-        return processes.http_status(self.url + path, sent, self.headers, self.trust, self.socket) == 200
-
-    def connector(self) -> aiohttp.BaseConnector:
-        """Fresh connections to it, each for one request."""
-        if self.socket:
-            return aiohttp.UnixConnector(str(self.socket), force_close=True)
-        return aiohttp.TCPConnector(force_close=True, ssl=self.trust or True)
+        return processes.http_status(self.url + path, sent, self.headers, self.trust) == 200
 
     def process(self, part: str) -> psutil.Process:
         """The process that is this part of the engine."""
@@ -158,7 +139,7 @@ def place(row: RealEngine, folder: Path) -> Iterator[EnginePlace]:
 def beside(engine: EnginePlace, folder: Path) -> Iterator[Sidecar]:
     """A sidecar that has to find out by itself what the engine is."""
     flags = {"engine_kind": "auto", **command_flags(engine)}
-    with processes.sidecar(engine.address, folder / "state", folder / "sidecar.log", **flags) as running:
+    with processes.sidecar(engine.url, folder / "state", folder / "sidecar.log", **flags) as running:
         yield running
 
 
@@ -183,7 +164,6 @@ class EngineScene:
     engine: EnginePlace
     sidecar: Sidecar
     http: aiohttp.ClientSession
-    to_engine: aiohttp.ClientSession
 
     @property
     def row(self) -> RealEngine:
@@ -200,7 +180,7 @@ class EngineScene:
     async def stream(self, url: str, call: Call, tenant: str = "") -> list[str]:
         """The lines of a stream, its end included."""
         headers = self._headers(tenant)
-        async with self._client(url).post(url + call.path, data=_sent(call, stream=True), headers=headers) as answer:
+        async with self.http.post(url + call.path, data=_sent(call, stream=True), headers=headers) as answer:
             assert answer.status == 200, await answer.text()
             return [line.decode() async for line in answer.content]
 
@@ -254,15 +234,12 @@ class EngineScene:
     async def _ask(self, url: str, call: Call, tenant: str) -> Answer:
         method = "GET" if call.body is None else "POST"
         sent, headers = _sent(call), self._headers(tenant)
-        async with self._client(url).request(method, url + call.path, data=sent, headers=headers) as answer:
+        async with self.http.request(method, url + call.path, data=sent, headers=headers) as answer:
             text = await answer.text()
             try:
                 return Answer(answer.status, json.loads(text))
             except ValueError:
                 return Answer(answer.status, text)
-
-    def _client(self, url: str) -> aiohttp.ClientSession:
-        return self.to_engine if url == self.engine.url else self.http
 
     def _headers(self, tenant: str) -> dict[str, str]:
         tenancy = {"x-tenant-id": tenant} if tenant else {}

@@ -7,11 +7,9 @@ merely listening; every wait is bounded; at the end no process of a group is lef
 from __future__ import annotations
 
 import contextlib
-import http.client
 import json
 import os
 import signal
-import socket
 import ssl
 import subprocess
 import sys
@@ -228,43 +226,18 @@ def http_status(
     body: dict[str, Any] | None = None,
     headers: Mapping[str, str] = MappingProxyType({}),
     trust: ssl.SSLContext | None = None,
-    path: Path | None = None,
 ) -> int:
-    """HTTP status of a GET, or of a POST with `body`, at a Unix socket if `path` is one; 0 when nothing answers."""
+    """HTTP status of a GET, or of a POST with `body`; 0 when nothing answers."""
     data = json.dumps(body).encode() if body else None
-    opener = urllib.request.build_opener(SocketHandler(path) if path else urllib.request.HTTPSHandler(context=trust))
     try:
         request = urllib.request.Request(url, data, {"content-type": "application/json", **headers})
-        with opener.open(request, timeout=30) as answer:
+        with urllib.request.urlopen(request, timeout=30, context=trust) as answer:
             return int(answer.status)
     except urllib.error.HTTPError as e:
         with e:
             return e.code
     except OSError:
         return 0
-
-
-class SocketHandler(urllib.request.HTTPHandler):
-    """Opens http URLs at a Unix socket, whatever host they name."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self.path = path
-
-    def http_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
-        """Called by urllib for each request."""
-        return self.do_open(self._connect, req)
-
-    def _connect(self, host: str, **more: Any) -> http.client.HTTPConnection:
-        connection = http.client.HTTPConnection(host, **more)
-        connection.sock = socket.socket(socket.AF_UNIX)
-        connection.sock.settimeout(connection.timeout)
-        try:
-            connection.sock.connect(str(self.path))
-        except OSError:
-            connection.close()
-            raise
-        return connection
 
 
 def _tail(log: Path) -> str:
