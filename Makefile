@@ -1,4 +1,4 @@
-# make run | test | test-slow | check | matrix | test-vllm | test-engines | test-clients | test-charts | test-fixtures | test-containers | cubins | site | compiled | test-compiled | sanitize | soak | fuzz | bench | docs | clean
+# make run | test | test-slow | test-python | check | matrix | test-vllm | test-engines | test-clients | test-charts | test-fixtures | test-containers | cubins | site | compiled | test-compiled | sanitize | soak | fuzz | bench | docs | clean
 #
 # Needs GNU make, Python 3.11-3.13 with pip and venv, and C and C++ compilers for the kernel and a test. Everything else
 # is installed into .venv, pinned by constraints.txt, again only when pyproject.toml or constraints.txt changes.
@@ -11,6 +11,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 ARGS ?=
 ENGINES ?=
+VERSIONS ?=
 BIN := .venv/bin
 PINS := pyproject.toml constraints.txt
 # COMPILED=1: a target's real processes run the compiled form, which `make compiled` builds.
@@ -23,7 +24,7 @@ IN_PARALLEL = -n $(WORKERS) --dist worksteal
 # Without bytecode on disk, every start of a test or a worker would compile torch's thousands of modules again.
 INSTALL := env -u PYTHONDONTWRITEBYTECODE $(BIN)/uv pip install --quiet --python $(BIN)/python --compile-bytecode -c constraints.txt
 
-.PHONY: help run test test-slow check matrix test-vllm test-engines test-clients test-charts test-fixtures test-containers cubins site compiled test-compiled sanitize soak fuzz bench docs constraints clean
+.PHONY: help run test test-slow test-python check matrix test-vllm test-engines test-clients test-charts test-fixtures test-containers cubins site compiled test-compiled sanitize soak fuzz bench docs constraints clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
@@ -60,6 +61,9 @@ test-vllm: .venv/.installed-test ## Tests against a real vLLM on the CPU; instal
 test-engines: .venv/.installed-test ## The same cases next to real engines on the CPU; installs them first; ENGINES="llamacpp" for some
 	$(BIN)/python -m tests.real_engines.environments $(ENGINES)
 	$(BIN)/pytest tests/real_engines -m engines $(ARGS)
+
+test-python: .venv/.installed-test ## The core's tests on Python 3.14 and 3.15, as root in a Debian sid that it makes; VERSIONS=3.15 for one
+	$(BIN)/python -m tests.newer_pythons $(VERSIONS) -- $(ARGS)
 
 test-clients: .venv/.installed-test ## The openai, anthropic, litellm and langchain clients through the relay; installs them first
 	$(BIN)/python tests/e2e/clients/environment.py
@@ -120,7 +124,7 @@ docs: .venv/.installed-test ## Regenerate the tables of the documents, docs/verd
 	$(BIN)/python docs/generate.py
 
 constraints: .venv/.installed-test ## Upgrade all packages and pin them in constraints.txt
-	$(BIN)/uv pip install --upgrade --python $(BIN)/python --compile-bytecode -e ".[images,diagnose,orca,postgres,tokenizer,test,fuzz,site,lint]"
+	$(BIN)/uv pip install --upgrade --python $(BIN)/python --compile-bytecode -e ".[images,diagnose,orca,postgres,tokenizer,test,test-images,fuzz,site,lint]"
 	{
 		grep '^#' constraints.txt
 		$(BIN)/uv pip freeze --python $(BIN)/python --exclude-editable
@@ -145,5 +149,5 @@ clean: ## Remove .venv and everything that was built
 	touch $@
 
 .venv/.installed-test: .venv/.made $(PINS)
-	$(INSTALL) -e ".[images,diagnose,orca,postgres,tokenizer,test,lint]"
+	$(INSTALL) -e ".[images,diagnose,orca,postgres,tokenizer,test,test-images,lint]"
 	touch $@ .venv/.installed

@@ -317,10 +317,13 @@ def hang_classes_table() -> str:
         return f"{name} {value}" if isinstance(value, str) else name if value else f"no {name}"
 
     def signs(row: HangClass) -> str:
-        named = ((each.name, getattr(row, each.name)) for each in fields(row)[3:])
+        named = ((each.name, getattr(row, each.name)) for each in fields(row)[4:])
         return ", ".join(cell(name.replace("_", " "), value) for name, value in named if value is not None)
 
-    rows = ((f"`{row.name}`", row.text, signs(row), "proves" if row.proves else "") for row in HANG_CLASSES)
+    rows = (
+        (f"`{row.name}`", row.text, signs(row), "proves" if row.proves else "waits" if row.waits else "")
+        for row in HANG_CLASSES
+    )
     return table(("class", "what it is", "signs", ""), rows)
 
 

@@ -124,7 +124,7 @@ def made_model(script: Path, kind: str, python: Path, environ: Mapping[str, str]
         unfinished = made.with_suffix(f".{os.getpid()}")
         shutil.rmtree(unfinished, ignore_errors=True)
         command = [str(python), str(script), kind, str(unfinished)]
-        subprocess.run(command, check=True, env={**os.environ, **environ}, timeout=120)
+        subprocess.run(command, check=True, env={**os.environ, **environ}, timeout=300)
         unfinished.rename(made)
     return made
 

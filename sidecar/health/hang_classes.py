@@ -4,6 +4,7 @@ Rules:
 - A cell that is None does not matter. A sign that cannot be read matches no cell that asks for it.
 - `proves`: these signs are never those of a healthy engine with work, so that a kill need not wait any longer. Without
   a proof everything stays as it is.
+- `waits`: with CPU time used, these signs are those of work that may take minutes, so that a kill waits up to the cap.
 - Compilers, disks, transfers, memory pressure and waits for the GPU end by themselves: they prove nothing. Who debugs
   or freezes an engine does so on purpose.
 - A wait for the GPU and a collective that spins are proved by the GPU's signs only (gpu_signs.py). GPUs without work
@@ -28,6 +29,8 @@ MAX_LOOK_GAP_S: Final = 3 * LOOK_INTERVAL_S
 MIN_PROOF_S: Final = 12.0
 # A proof that is older than this is none.
 MAX_PROOF_AGE_S: Final = 2 * LOOK_INTERVAL_S
+# A compiler that was seen is waited for until it should have been seen again: the looks become seldom.
+MAX_WORK_AGE_S: Final = SELDOM_INTERVAL_S + MAX_LOOK_GAP_S
 
 Cell = str | bool | None
 
@@ -39,6 +42,7 @@ class HangClass:
     name: str
     text: str
     proves: bool = False
+    waits: bool = False
     lost: Cell = None
     debugged: Cell = None
     frozen: Cell = None
@@ -70,9 +74,9 @@ HANG_CLASSES: Final[tuple[HangClass, ...]] = (
     HangClass("frozen", "the engine's control group is frozen; it goes on when that is thawed",
               frozen=True),
     HangClass("compiling", "a compiler runs among the engine's processes: it may take minutes and ends by itself",
-              compilers=True),
+              waits=True, compilers=True),
     HangClass("compiling", "the engine compiles kernels: it may take minutes and ends by itself",
-              frames="compiler"),
+              waits=True, frames="compiler"),
     HangClass("memory_pressure", "a process was killed for want of memory (OOM); raise the container's memory limit",
               memory="oom"),
     HangClass("memory_pressure", "the machine or container is short of memory, and processes wait for pages",
@@ -112,7 +116,9 @@ HANG_CLASSES: Final[tuple[HangClass, ...]] = (
 )  # fmt: skip
 
 _GPU_SIGNS: Final = ("gpu_power", "gpu_activity", "gpu_fault")
-_SIGNS: Final = tuple(field.name for field in fields(HangClass) if field.name not in ("name", "text", "proves"))
+_SIGNS: Final = tuple(
+    field.name for field in fields(HangClass) if field.name not in ("name", "text", "proves", "waits")
+)
 NO_CLASS: Final = HangClass("", "")
 
 
@@ -129,6 +135,11 @@ def is_proof(signs: HangSigns, age: float) -> bool:
     found = hang_class(signs)
     has_lasted = signs.seconds >= MIN_PROOF_S or not found.is_of_processes
     return found.proves and has_lasted and age <= MAX_PROOF_AGE_S
+
+
+def is_work(signs: HangSigns) -> bool:
+    """Whether these signs are those of work that ends by itself, however long it takes."""
+    return hang_class(signs).waits and signs.cpu in ("some", "busy")
 
 
 def _matches(row: HangClass, signs: HangSigns) -> bool:

@@ -42,7 +42,15 @@ from sidecar.health.canary_schedule import canary_allowed
 from sidecar.health.exemptions import Exemptions
 from sidecar.health.garbage import GARBAGE, GarbageDetector
 from sidecar.health.gpu_signs import NO_GPU_SIGNS, GpuSigns
-from sidecar.health.hang_classes import MIN_PROOF_S, NO_CLASS, HangClass, hang_class, is_proof
+from sidecar.health.hang_classes import (
+    MAX_WORK_AGE_S,
+    MIN_PROOF_S,
+    NO_CLASS,
+    HangClass,
+    hang_class,
+    is_proof,
+    is_work,
+)
 from sidecar.health.kill_policy import KillPolicy, KillState, kill_limits
 from sidecar.health.latency_model import LatencyModel
 from sidecar.health.partial_hangs import PartialHang, PartialHangDetector
@@ -232,6 +240,7 @@ class HealthMonitor:
         self._checked_at = now  # for exemptions
         self._was_exempt = False  # at the last tick, by more than calls without an answer
         self._unserved_at: float | None = None  # since when no process of the engine has served
+        self._worked_at: float | None = None  # when a compiler was last seen at work in this doubt
         self._doubted_at: float | None = None  # since when the engine has been thought to hang
         self._restored_stall = False  # and nothing has disproved it yet
         self._stall_unknown_at: float | None = None  # a doubt became unknown then, by the sidecar's own trouble
@@ -415,14 +424,22 @@ class HealthMonitor:
         """Which hang the engine's processes and its GPUs show, and where; the evidence says whether they prove it."""
         signs = self._signs(readings, now)
         if not isinstance(signs, Value) or self.state.state not in DOUBTED_STATES:
+            self._worked_at = None
             return NO_CLASS, ""
         found = hang_class(signs.value)
+        if is_work(signs.value):
+            self._worked_at = signs.at
+        if self._worked_at is not None and now - self._worked_at <= MAX_WORK_AGE_S:
+            self._wait_to_the_cap()
         if is_proof(signs.value, now - signs.at):
             self.evidence = replace(self.evidence, proof=BY_GPUS if found.is_of_gpu else BY_PROCESSES)
         if signs.value.gpu_activity == "working":  # whatever it computes may be delivered, until the cap
-            kill_after = max(self.evidence.kill_after, self.progress.limits.cap)
-            self.evidence = replace(self.evidence, kill_after=kill_after)
+            self._wait_to_the_cap()
         return found, signs.value.where
+
+    def _wait_to_the_cap(self) -> None:
+        patience = max(self.evidence.kill_after, self.progress.limits.cap)
+        self.evidence = replace(self.evidence, kill_after=patience)
 
     def _signs(self, readings: TickReadings, now: float) -> Reading[HangSigns]:
         """Those of the processes, with those of the GPUs; of the GPUs alone where no process can be seen."""

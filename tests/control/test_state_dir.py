@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sqlite3
 import time
@@ -107,7 +108,7 @@ def test_a_planted_bundle_discloses_nothing(tmp_path: Path) -> None:
 def test_usage_goes_through_no_link(tmp_path: Path, suffix: str) -> None:
     """SQLite would follow it."""
     target = tmp_path / "target"
-    with sqlite3.connect(target) as db:
+    with contextlib.closing(sqlite3.connect(target)) as db:
         db.execute("CREATE TABLE t (x)")
     before = target.read_bytes()
     folder = tmp_path / "state"

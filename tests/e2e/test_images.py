@@ -105,7 +105,8 @@ async def recording(owner: str) -> AsyncIterator[Recorder]:
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def recorder() -> AsyncIterator[Recorder]:
+async def recorder(requires: Any) -> AsyncIterator[Recorder]:
+    requires("python:transformers")
     async with recording("vllm") as recorder:
         yield recorder
 
@@ -349,6 +350,7 @@ async def test_an_engine_that_says_that_it_reads_no_pnm_gets_none(
 ) -> None:
     """With vLLM's Rust front end the engine gets the client's bytes once it has said what it is."""
     requires("python:simplejpeg")
+    requires("python:transformers")
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(CONFIG))
     async with recording("vllm-frontend-rs") as recorder, sidecars(tmp_path) as start:
         sidecar = await start(recorder.url, images="inline", model=str(tmp_path), image_workers="1", engine_kind="vllm")

@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
-from sidecar.health.hang_classes import HANG_CLASSES, NO_CLASS, hang_class
+from sidecar.health.hang_classes import HANG_CLASSES, MAX_WORK_AGE_S, NO_CLASS, hang_class
 from sidecar.health.progress import PROVEN_KILL_S, SilenceLimits, silence_limits
 from sidecar.readings import HangSigns
 from sidecar.settings import Settings
 
-from .verdict_pod import LIMITS, Pod
+from .verdict_pod import LIMITS, SETTINGS, Pod
 
 LOCK = HangSigns(13.0, frozen=False, cpu="none", wait="lock", same_stacks=True, memory="none", where="core (pid 7)")
-COMPILES = HangSigns(13.0, frozen=False, cpu="none", wait="lock", same_stacks=True, compilers=("ptxas",))
+COMPILES = HangSigns(13.0, frozen=False, cpu="busy", same_stacks=True, compilers=("ptxas",))
+INDUCTOR = HangSigns(13.0, frozen=False, cpu="some", frames="compiler")
+STANDS = HangSigns(13.0, frozen=False, cpu="none", wait="lock", same_stacks=True, compilers=("ptxas",))
+LONG_CAP = replace(SETTINGS, silence_cap=200.0)
 BUSY = HangSigns(13.0, frozen=False, cpu="busy", same_stacks=False)
 
 
-def silent(signs: HangSigns | None, *, canaries: str = "", idle: bool = False) -> tuple[Pod, float, list[float]]:
-    """A served engine that falls silent with a request open, until it is stalled.
+def silent(
+    signs: HangSigns | None, *, canaries: str = "", idle: bool = False, settings: Settings = SETTINGS
+) -> tuple[Pod, float, list[float]]:
+    """A served engine that falls silent with a request open, until it is stalled, for 300 s at most.
 
     Returns the seconds until then, and those until it was suspect.
     """
-    pod = Pod().served()
+    pod = Pod(settings=settings).served()
     for _ in range(12):  # enough to know this engine's gaps
         pod.request()
         pod.tick()
@@ -52,11 +59,31 @@ def test_a_proof_kills_at_30_s() -> None:
     assert "proved by its processes, core (pid 7): host_lock" in seen.detail
 
 
-@pytest.mark.parametrize("signs", [None, COMPILES, BUSY])
+@pytest.mark.parametrize("signs", [None, STANDS, BUSY])
 def test_without_a_proof_everything_stays_as_it_is(signs: HangSigns | None) -> None:
-    """Nothing readable, a compiler, and work in all its forms: the usual bound of a kill."""
+    """Nothing readable, a compiler that does nothing, and threads at work: the usual bound of a kill."""
     pod, seconds, _ = silent(signs)
     assert seconds > LIMITS.kill and pod.control.health.verdict.evidence["proof"] == "none"
+
+
+@pytest.mark.parametrize("idle", [False, True])
+@pytest.mark.parametrize("signs", [COMPILES, INDUCTOR])
+def test_a_compiler_at_work_is_waited_for_up_to_the_cap(signs: HangSigns, idle: bool) -> None:
+    """Readiness goes as always; liveness holds while it compiles, and no longer than the cap."""
+    pod, seconds, suspected = silent(signs, canaries="starved", idle=idle, settings=LONG_CAP)
+    _, usual, _ = silent(STANDS, canaries="starved", idle=idle, settings=LONG_CAP)
+    assert suspected[0] < 15 and usual < 100 < LONG_CAP.silence_cap < seconds < LONG_CAP.silence_cap + 30
+    assert (pod.state, pod.control.health.verdict.evidence["hang"]) == ("stalled", "compiling")
+
+
+def test_what_was_compiled_is_forgotten() -> None:
+    """An engine that hangs once its compiler has ended does not have the cap: the next look shows no compiler."""
+    pod, _, _ = silent(COMPILES, canaries="starved", settings=replace(LONG_CAP, silence_cap=900.0))
+    assert pod.state == "suspect"
+    pod.signs, ended = BUSY, pod.now
+    while pod.state != "stalled" and pod.now < ended + 600:
+        pod.tick()
+    assert pod.now - ended <= MAX_WORK_AGE_S + 2
 
 
 def test_a_canary_that_passes_is_stronger_than_a_proof() -> None:

@@ -27,7 +27,7 @@ from sidecar.engines import metrics_parser, registry
 from sidecar.readings import EngineSample
 
 from ..vllm import client, processes
-from .engines import Call
+from .engines import HEALTHY, Call
 from .scene import Answer, EngineScene, command_flags, frozen, generate, now, read_to_end, same
 
 Case = Callable[[EngineScene], Awaitable[str]]
@@ -300,6 +300,7 @@ async def stop(scene: EngineScene, part: str, *, in_a_stream: bool) -> str:
 async def stop_one_of_many(scene: EngineScene) -> str:
     """Of several ranks or front ends one is stopped: readiness fails and says which kind of part hangs."""
     await scene.until_probe("/livez", 200, "idle")
+    await scene.until_probe("/readyz", 200, seconds=2 * client.WAIT)  # no longer held back for an earlier hang
     process = scene.engine.process("one")
 
     async def users() -> None:
@@ -313,6 +314,7 @@ async def stop_one_of_many(scene: EngineScene) -> str:
         with frozen(process):
             await scene.until_probe("/readyz", 503, seconds=3 * client.WAIT)
             _, verdict, reason = await scene.probe("/readyz")
+            assert verdict not in HEALTHY, (verdict, reason)
     finally:
         for user in crowd:
             user.cancel()
@@ -323,7 +325,7 @@ async def stop_one_of_many(scene: EngineScene) -> str:
 
 async def bundle(scene: EngineScene) -> str:
     """The diagnosis of a hang names the stopped process."""
-    process = scene.engine.process("front")
+    process = scene.engine.process("front" if "front" in scene.row.parts else "worker")
     await scene.until_probe("/livez", 200, "idle")
     before = {each["id"] for each in await _diagnoses(scene)}
 

@@ -123,24 +123,20 @@ VLLM_CALLS = (
     Call("/v1/models", is_work=False),
     Call("/version", is_work=False),
 )
+AS_PLAIN = "left out: the plain server shows it"
 
 
-def vllm(name: str, *flags: str, **more: Any) -> RealEngine:
-    """vLLM's Python front end."""
-    start = (
-        "{python}",
-        "-m",
-        "vllm.entrypoints.openai.api_server",
-        "--model",
-        "{model}",
-        "--served-model-name",
-        "tiny",
-    )
-    served = ("--host", "127.0.0.1", "--port", "{port}", "--enable-auto-tool-choice", "--tool-call-parser", "hermes")
+def vllm(name: str, *flags: str, serve: bool = False, **more: Any) -> RealEngine:
+    """vLLM's Python front end; with `serve` as its command line starts it, which several API servers need."""
+    start = ("{python}", "-m", "vllm.entrypoints.openai.api_server", "--model", "{model}")
+    if serve:
+        start = ("{python}", str(HERE / "serve_vllm.py"), "serve", "{model}")
+    served = ("--host", "127.0.0.1", "--port", "{port}", "--served-model-name", "tiny")
+    tools = ("--enable-auto-tool-choice", "--tool-call-parser", "hermes")
     chosen: dict[str, Any] = {
         "page": "vllm",
         "environment": environments.VLLM,
-        "command": (*start, *served, *processes.ENGINE_FLAGS, *flags),
+        "command": (*start, *served, *tools, *processes.ENGINE_FLAGS, *flags),
         "kind": "vllm",
         "script": TINY_MODELS,
         "made": "vision",
@@ -149,7 +145,7 @@ def vllm(name: str, *flags: str, **more: Any) -> RealEngine:
         "calls": VLLM_CALLS,
         "sees_images": True,
         "parts": {"front": "", "core": "VLLM::EngineCore", "worker": "VLLM::Worker"},
-        "start_seconds": 300.0,
+        "start_seconds": 600.0,
         "absent": ALONE,
     }
     return RealEngine(name=name, **(chosen | more))
@@ -191,4 +187,23 @@ ENGINES = (
         absent=without(("core",), "the model's process does all but the front's work") | ALONE,
     ),
     vllm("vLLM 0.32"),
+    vllm(
+        "vLLM 0.32, TLS",
+        *("--ssl-certfile", "{certificate}", "--ssl-keyfile", "{certificate_key}"),
+        *("--api-key", "engine-key", "--root-path", "/llm"),
+        is_tls=True,
+        key="engine-key",
+        base="/llm",
+        absent=ALONE | dict.fromkeys(("stop_core_idle", "stop_core_in_a_stream", "whole", "long_prompts"), AS_PLAIN),
+    ),
+    vllm(
+        "vLLM 0.32, two API servers",
+        *("--api-server-count", "2"),
+        serve=True,
+        parts={"core": "VLLM::EngineCore", "worker": "VLLM::Worker"},
+        absent=without(("front",), "the first process only waits for the others")
+        | dict.fromkeys(("images", "long_prompts", "stop_worker_idle", "stop_worker_in_a_stream"), AS_PLAIN)
+        | {"stop_one_of_many": "the servers share a listener: the other one takes all new connections"}
+        | {"restart": "left out: kill 9 shows it"},
+    ),
 )

@@ -119,7 +119,7 @@ class EnginePlace:
             made = Authority(self.folder)
             self._issued = made.issue()
             self.authority = made.pem
-            self.trust = ssl.create_default_context(cafile=str(made.pem))
+            self.trust = made.trust()
         certificate, key = self._issued
         return {"certificate": str(certificate), "certificate_key": str(key)}
 

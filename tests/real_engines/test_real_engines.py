@@ -10,7 +10,7 @@ from .cases import CASES
 from .engines import ENGINES, RealEngine
 from .scene import EngineScene
 
-pytestmark = [pytest.mark.engines, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.engines, pytest.mark.timeout(900)]
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ssl
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,10 +22,6 @@ from ..work import CHAT, FAST
 NONE = Settings(engine="http://127.0.0.1:1")
 
 
-def trusting(authority: Authority) -> ssl.SSLContext:
-    return ssl.create_default_context(cafile=str(authority.pem))
-
-
 async def test_requests_come_over_tls(rig: Any, tmp_path: Path) -> None:
     """Requests and streams are served; the engine learns how its client came."""
     authority = Authority(tmp_path)
@@ -38,7 +33,7 @@ async def test_requests_come_over_tls(rig: Any, tmp_path: Path) -> None:
             r.relay.server, "127.0.0.1", 0, ssl=r.relay.certificate.context
         )
         url = f"https://127.0.0.1:{accepting.sockets[0].getsockname()[1]}/v1/chat/completions"
-        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=trusting(authority))) as client:
+        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=authority.trust())) as client:
             for stream in (False, True):
                 async with client.post(url, json={**CHAT, "stream": stream}) as got:
                     assert got.status == 200 and await got.read()
@@ -54,7 +49,7 @@ async def test_a_certificate_that_changes_is_read_again(tmp_path: Path) -> None:
 
     async def serial() -> int:
         address = server.sockets[0].getsockname()
-        _, writer = await asyncio.open_connection(*address, ssl=trusting(authority))
+        _, writer = await asyncio.open_connection(*address, ssl=authority.trust())
         found = writer.get_extra_info("peercert")["serialNumber"]
         writer.close()
         return int(found, 16)
