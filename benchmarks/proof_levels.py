@@ -1,16 +1,17 @@
 """The verdict at each level of proof: engine-weeks with false kills, and hangs with the time to readiness and kill.
 
     nice python benchmarks/proof_levels.py [--weeks N] [--rounds N] [--seed N] [--processes N] [--minutes N]
-    [--keep FILE] [--traces DIR]
+    [--keep FILE] [--traces DIR] [--write]
 
 Simulated, as verdict_sim.py does it, whose weeks and hangs these are; sim/levels.py says how a week is lived at each
 level. After `--minutes` no further week begins. `--keep FILE` keeps results; the same command resumes there. Prints one
-table; progress goes to stderr, and what was found false goes below the table.
+table, and below it what was found false; `--write` keeps it in benchmarks/results/. Progress goes to stderr.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import sys
 import time
 from collections.abc import Iterator
@@ -41,11 +42,21 @@ def main() -> None:
     total = Tally()
     for tally in weeks.values():
         total.add(tally)
-    print(f"Seed {args.seed}, traces: {', '.join(sorted(loaded(args.traces)))}.")
-    print(levels.table(weeks, trials), report.findings(total, 20), sep="\n\n")
-    for trial in trials:
-        if trial.liveness is None:
-            print(f"- missed: mode {trial.mode}, {trial.load}, seen: {trial.level}: {trial.trail}")
+    missed = [f"- mode {t.mode}, {t.load}, seen: {t.level}: {t.trail}" for t in trials if t.liveness is None]
+    text = "\n\n".join(
+        (
+            f"# The verdict at each level of proof, simulated, {datetime.datetime.now(datetime.UTC):%Y-%m-%d}",
+            f"Simulated, not measured. Seed {args.seed}, traces: {', '.join(sorted(loaded(args.traces)))}; "
+            f"{time.monotonic() - began:.0f} s on {args.processes} process(es).",
+            levels.table(weeks, trials),
+            "## False kills, and healthy requests ended\n\n" + report.findings(total, 20),
+            "## Missed hangs\n\n" + ("\n".join(missed) or "None."),
+        )
+    )
+    print(text)
+    if args.write:
+        file = HERE / "results" / f"proof-levels-{datetime.datetime.now(datetime.UTC):%Y-%m-%d}.md"
+        file.write_text(text + "\n")
 
 
 def parsed() -> argparse.Namespace:
@@ -60,6 +71,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument(
         "--traces", type=Path, default=TRACES, help="folder of traces; synthetic arrivals where it is absent"
     )
+    parser.add_argument("--write", action="store_true")
     return parser.parse_args()
 
 

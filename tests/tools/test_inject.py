@@ -589,5 +589,5 @@ def test_other_engines_get_the_model_alone() -> None:
     spec = only(done(text, model="/models/qwen"))["spec"]["template"]["spec"]
     assert variables(spec["initContainers"][0])["SIDECAR_MODEL"] == "/models/qwen"
     assert "securityContext" not in spec
-    tgi = only(done(text, model="/models/qwen", engine_kind="tgi"))["spec"]["template"]["spec"]
+    tgi = only(done(WITH_MODELS, model="/models/qwen", engine_kind="tgi"))["spec"]["template"]["spec"]
     assert "PYTHONPATH" not in str(tgi) and "engine-shm" not in str(tgi)

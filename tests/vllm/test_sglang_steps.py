@@ -41,8 +41,8 @@ class Scheduler:
     def __init__(self): self.running_batch, self.waiting_queue = batch(), []
     def run_batch(self, batch, proxy=None): return "result"
     def on_idle(self): return "rested"
-def batch(requests=0, tokens=None, mixed=False):
-    mode = SimpleNamespace(is_mixed=lambda: mixed)
+def batch(requests=0, tokens=None, mixed=False, prefill=True):
+    mode = SimpleNamespace(is_mixed=lambda: mixed, is_extend=lambda: prefill, is_target_verify=lambda: False)
     return SimpleNamespace(reqs=["r"] * requests, extend_num_tokens=tokens, forward_mode=mode)
 stand_in("sglang.version", __version__=version)
 stand_in("sglang.srt.managers.scheduler", Scheduler=Scheduler)
@@ -56,7 +56,8 @@ core = Scheduler()
 print("ready", flush=True)
 for line in sys.stdin:
     if line == "prefill\\n":
-        core.running_batch, core.waiting_queue = batch(2), ["r"] * 3
+        core.running_batch = batch(2, 512, prefill=False)  # decodes, with the count of its prefill
+        core.waiting_queue = ["r"] * 3
         print(core.run_batch(batch(1, 512)), flush=True)
     if line == "mixed\\n": print(core.run_batch(batch(3, 514, mixed=True), proxy=None), flush=True)
     if line == "decode\\n": print(core.run_batch(core.running_batch), flush=True)
@@ -101,16 +102,18 @@ def state(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def steps(state: Path) -> tuple[int, ...]:
-    """Steps, tokens in all, tokens of the last step, running and waiting requests of the one core."""
+def read(state: Path) -> CoreSteps | None:
+    """What the one core says; None where none does."""
     reader = EngineSteps(state)
     reader.refresh()
     found = reader.read()
-    if not isinstance(found, Value):
-        return ()
-    [core] = found.value
-    assert isinstance(core, CoreSteps)
-    return core.steps, core.tokens, core.last_tokens, core.running, core.waiting
+    return found.value[0] if isinstance(found, Value) else None
+
+
+def steps(state: Path) -> tuple[int, ...]:
+    """Steps, tokens in all, tokens of the last step, running and waiting requests of the one core."""
+    core = read(state)
+    return (core.steps, core.tokens, core.last_tokens, core.running, core.waiting) if core else ()
 
 
 def test_sglangs_registry_runs_the_hooks_and_each_batch_is_seen(state: Path) -> None:
@@ -121,6 +124,8 @@ def test_sglangs_registry_runs_the_hooks_and_each_batch_is_seen(state: Path) -> 
     assert process.tell("mixed") == "result" and steps(state) == (2, 1026, 514, 3, 3)
     assert process.tell("decode") == "result" and steps(state) == (3, 1028, 2, 2, 3)
     assert process.tell("idle") == "rested" and steps(state) == (3, 1028, 0, 0, 0)
+    before = read(state)
+    assert process.tell("idle") == "rested" and read(state) == before  # a loop that spins writes nothing
     process.log()
     assert steps(state) == ()
 
@@ -165,6 +170,7 @@ def test_sglangs_scheduler_has_what_the_hooks_need() -> None:
         assert name in text
     batch = (srt / "managers" / "schedule_batch.py").read_text()
     assert "extend_num_tokens: Optional[int] = None" in batch and "    reqs: List[Req]" in batch
-    assert "def is_mixed(self)" in (srt / "model_executor" / "forward_batch_info.py").read_text()
+    modes = (srt / "model_executor" / "forward_batch_info.py").read_text()
+    assert all(f"def {name}(self" in modes for name in ("is_mixed", "is_extend", "is_target_verify"))
     loops = [path for path in srt.rglob("*.py") if "self.run_batch(" in path.read_text()]
     assert len(loops) > 3 and all("self.on_idle()" in path.read_text() for path in loops)

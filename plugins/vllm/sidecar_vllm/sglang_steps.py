@@ -63,8 +63,13 @@ def is_first() -> bool:
 
 
 def count(scheduler: Any, batch: Any) -> tuple[int, int, int]:
-    """Tokens of a batch, and requests that run and wait. A decode has a token for each of its requests."""
-    requests = len(batch.reqs)
-    joined = batch is scheduler.running_batch or batch.forward_mode.is_mixed()
+    """Tokens of a batch, and requests that run and wait.
+
+    A decode has a token for each of its requests; its `extend_num_tokens` is still that of the prefill before. So is
+    that of a speculative one, which counts as an extension.
+    """
+    requests, mode = len(batch.reqs), batch.forward_mode
+    joined = batch is scheduler.running_batch or mode.is_mixed()
     running = requests if joined else requests + len(scheduler.running_batch.reqs)
-    return batch.extend_num_tokens or requests, running, len(scheduler.waiting_queue)
+    tokens = batch.extend_num_tokens if mode.is_extend() and not mode.is_target_verify() else requests
+    return tokens, running, len(scheduler.waiting_queue)

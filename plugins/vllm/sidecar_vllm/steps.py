@@ -50,15 +50,20 @@ def open_file(path: Path) -> tuple[Write, Callable[[], None]]:
     HEAD.pack_into(memory, 0, MAGIC, os.getpid())
     pack, at, now = BODY.pack_into, HEAD.size, time.monotonic_ns  # names of this function are the quickest
     steps = total = 0
+    rests = False  # and says so: an idle loop would say it again and again
 
     def begin(tokens: int, running: int, waiting: int) -> None:
-        nonlocal steps, total
+        nonlocal steps, total, rests
+        rests = False
         steps += 1
         total += tokens
         pack(memory, at, steps, total, tokens, running, waiting, now(), steps)
 
     def rest() -> None:
-        pack(memory, at, steps, total, 0, 0, 0, now(), steps)
+        nonlocal rests
+        if not rests:
+            pack(memory, at, steps, total, 0, 0, 0, now(), steps)
+            rests = True
 
     return begin, rest
 
