@@ -428,9 +428,9 @@ Simulated: the production verdict under a simulated clock, 10,000 engine-weeks w
   hangs at random times it is 1.2 to 1.6 times.
 
 The same weeks and hangs at each level of proof, simulated on a busy machine (two cores of an Intel Xeon), 2026-12-01,
-seed 41: 90 weeks at each (`benchmarks/proof_levels.py --weeks 10000 --seed 41 --minutes 34`, ended by its time), and one
-round of hangs (`--weeks 5 --rounds 1 --seed 41`). Too few for a rate; a quiet machine is to run the whole. Seconds are
-p50 / p99, readiness from the engine's last token.
+seed 41: 90 weeks at each (`benchmarks/proof_levels.py --weeks 10000 --seed 41 --minutes 34`, ended by its time), and
+one round of hangs (`--weeks 5 --rounds 1 --seed 41`). Too few for a rate; a quiet machine is to run the whole. Seconds
+are p50 / p99, readiness from the engine's last token.
 
 | seen of the engine | false kills, 208 events | hangs found | readiness | killed with a proof | killed without |
 |---|---|---|---|---|---|
@@ -440,8 +440,8 @@ p50 / p99, readiness from the engine's last token.
 | both | 0 | 49 of 49 | 12 / 20 | 14 of 45: 30 / 38 | 80 / 106 |
 
 - A lock of all threads that would have been released after up to 60 s is killed by proof, at 52 s in one of these
-  weeks: nothing shows that it ends. It counts as a hidden stop, not as a false kill; so do the stops that an operator orders
-  past the relay.
+  weeks: nothing shows that it ends. It counts as a hidden stop, not as a false kill; so do the stops that an operator
+  orders past the relay.
 
 Next to real engines, default settings, stopped by a signal, single runs on a busy machine, 2026-11-30: seconds until
 readiness and liveness fail, and from the end of the stop until ready again.
