@@ -56,6 +56,7 @@ matrix: .venv/.installed-test ## Every hang mode and every alarm against the scr
 
 test-vllm: .venv/.installed-test ## Tests against a real vLLM on the CPU; installs it first (12 GB of disk, once)
 	$(BIN)/python -m tests.vllm.engine_sources
+	$(BIN)/python -m tests.vllm.scheduler_sources
 	$(BIN)/pytest tests/vllm -m vllm $(ARGS)
 
 test-engines: .venv/.installed-test ## The same cases next to real engines on the CPU; installs them first; ENGINES="llamacpp" for some

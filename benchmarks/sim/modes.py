@@ -266,10 +266,11 @@ def poisson(w: World, prompt: int, output: int) -> Iterator[Arrival]:
         yield Arrival(at, int(spread(w.rng, prompt / 2, prompt * 2)), tokens)
 
 
-def made_for(mode: Mode, rng: random.Random, *, tells: bool = True) -> World:
+def made_for(mode: Mode, rng: random.Random, *, tells: bool = True, level: str = "", compare: bool = True) -> World:
     """A world whose engine can show the mode; speeds and habits are drawn.
 
-    `tells` False: no page, and answers in one piece.
+    `tells` False: no page, and answers in one piece. `level`: what can be seen of it besides, instead of what is drawn.
+    `compare`: with the other detectors.
     """
     site = Site(
         slowness=spread(rng, 0.3, 3.0),
@@ -281,7 +282,8 @@ def made_for(mode: Mode, rng: random.Random, *, tells: bool = True) -> World:
         streams=1.0 if tells else 0.5,
     )
     site = with_proof(replace(site, **mode.site))  # type: ignore[arg-type]
-    return World(site, rng, compare=not mode.is_field, relief=False)
+    site = replace(site, proof=level or site.proof)
+    return World(site, rng, compare=compare and not mode.is_field, relief=False)
 
 
 def trial(w: World, mode: Mode, load: str, horizon: float = HORIZON_S) -> Trial:

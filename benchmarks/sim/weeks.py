@@ -21,8 +21,9 @@ have withdrawn it. tests/health/test_verdict_sim.py holds all this against full 
 
 from __future__ import annotations
 
+import hashlib
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from sidecar.health.latency_model import MAX_PREFILLS
 from sidecar.health.progress import SilenceLimits
@@ -85,6 +86,8 @@ class Tally:
     unready: dict[str, int] = field(default_factory=dict)
     cut: dict[str, int] = field(default_factory=dict)
     harmed: dict[str, int] = field(default_factory=dict)
+    looked: int = 0  # ticks at which the engine's processes would be looked at
+    trails: list[str] = field(default_factory=list)  # of each event, a hash of its verdicts
     levels: dict[str, float] = field(default_factory=dict)
     mistaken: dict[str, int] = field(default_factory=dict)
     kills: dict[tuple[str, str], int] = field(default_factory=dict)
@@ -101,6 +104,7 @@ class Tally:
         self.windows += other.windows
         self.drawn += other.drawn
         self.unrecovered += other.unrecovered
+        self.looked += other.looked
         for name in ("events", "suspects", "unready", "cut", "harmed", "levels", "mistaken", "kills", "baseline"):
             mine: dict[object, float] = getattr(self, name)
             for key, n in getattr(other, name).items():
@@ -122,12 +126,21 @@ HIDDEN = {label(alarm) for alarm in ALARMS if alarm.hidden}
 
 
 def week(
-    seed: str, traces: dict[str, Trace], co: cost_model.Coefficients, *, only: str = "", compare: bool = True
+    seed: str,
+    traces: dict[str, Trace],
+    co: cost_model.Coefficients,
+    *,
+    only: str = "",
+    compare: bool = True,
+    level: str = "",
+    reports: bool = False,
 ) -> Tally:
-    """One engine-week. `only` keeps the alarms whose label begins so. Deterministic in `seed`."""
+    """One engine-week. `only` keeps the alarms whose label begins so. `level`: what can be seen of its engine besides,
+    instead of what its site draws. `reports`: make the control's reports, too. Deterministic in `seed`."""
     rng = random.Random(seed)
     site = draw(rng, traces, co)
-    w = World(site, rng, compare, co=co)
+    site = replace(site, proof=level or site.proof)
+    w = World(site, rng, compare, co=co, reports=reports)
     tally = Tally()
     natural = [] if only else stretches(w, traces, tally)
     start, end = w.now, w.now + WEEK_S
@@ -148,6 +161,7 @@ def week(
         pass_over(w, end - w.now, True, traces)
     tally.weeks, tally.full = (w.now - start) / WEEK_S, full
     tally.levels[site.proof] = tally.weeks
+    tally.looked += w.looked
     return tally
 
 
@@ -213,6 +227,7 @@ def judged(w: World, name: str, began: float, tally: Tally, seed: str) -> World:
     """Book what an event did to the verdicts. A world that was killed, or did not recover, is replaced by a new one."""
     seen = [c for c in w.trail if c.at >= began]
     tally.drawn += name == NATURAL
+    tally.trails.append(hashlib.sha256(repr((name, w.trail)).encode()).hexdigest()[:16])
     for sums, n in (
         (tally.events, 1),
         (tally.suspects, any(c.state == "suspect" for c in seen)),
@@ -245,7 +260,7 @@ def judged(w: World, name: str, began: float, tally: Tally, seed: str) -> World:
     if w.verdict in CALM and not w.users:
         return w
     tally.unrecovered += 1
-    fresh = World(w.site, w.rng, w.compare, co=w.co, now=w.now, passed=w.passed)
+    fresh = World(w.site, w.rng, w.compare, co=w.co, now=w.now, passed=w.passed, looked=w.looked, reports=w.reports)
     fresh.run(15)
     fresh.trail.clear()
     return fresh

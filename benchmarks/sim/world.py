@@ -19,6 +19,9 @@ from sidecar.events import CanaryResult, EnginePauseChanged, Event, RequestBlock
 from sidecar.health.monitor import TICK_S, TickReadings
 from sidecar.health.probes import passes
 from sidecar.load import cost_model
+from sidecar.load.coefficient_monitor import CoefficientMonitor
+from sidecar.load.latency_prediction import LatencyPredictor
+from sidecar.load.ledger import AdmissionHold, Key, Settlement
 from sidecar.readings import Absent, EngineIdentity, EngineSample, GpuSample, Reading, Value
 from sidecar.settings import Settings
 from sidecar.snapshot import RelayUse, Snapshot
@@ -46,14 +49,49 @@ READINGS = {each.name for each in fields(TickReadings)}
 UNPROVEN = "none"  # the level of proof of a verdict that names none
 
 
+class NoForecast(LatencyPredictor):
+    """Predicts nothing."""
+
+    def apply(self, key: Key, event: Event, hold: AdmissionHold | None) -> None:
+        pass
+
+    def end(self, key: Key, now: float) -> None:
+        pass
+
+    def tick(self, sample: EngineSample, now: float) -> None:
+        pass
+
+
+class Unwatched(CoefficientMonitor):
+    """Coefficients that are never stale."""
+
+    def settled(self, settlement: Settlement) -> None:
+        pass
+
+    def tick(self, holds: Iterable[AdmissionHold], now: float, identity: EngineIdentity, *, trusted: bool) -> None:
+        pass
+
+
 class Judge(ControlState):
-    """The production control; its reports, which decide nothing and cost more than all the rest, are made once."""
+    """The production control; what only its reports show, which costs more than all the rest, is made once.
+
+    That is the snapshot, the forecast of latencies, the number of GPUs, and, where the coefficients were not measured
+    and so are never stale, their re-fit. No verdict hangs on any of them.
+    """
 
     _report: Snapshot | None = None
 
     def _snapshot(self, readings: TickReadings, now: float, wall: float) -> Snapshot:
-        self._report = self._report or super()._snapshot(readings, now, wall)
+        if self._report is None:
+            self._report = super()._snapshot(readings, now, wall)
+            self.latency = NoForecast(self.coefficients.co)
+            if not cost_model.is_measured(self.coefficients.co):
+                self.coefficients = Unwatched(self.coefficients.co, now)
         return self._report
+
+    def _count_gpus(self, readings: TickReadings) -> None:
+        if self._report is None:
+            super()._count_gpus(readings)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +140,7 @@ class World:
     story_at: float = 0.0  # when a story began that made itself a site first
     restarted_at: float = -1e9  # the engine, last
     ticks: int = 0
+    looked: int = 0  # ticks at which the engine's processes would be looked at
     engine: Engine = field(init=False)
     control: ControlState = field(init=False)
     gpu: GpuSample = HEALTHY_GPU
@@ -395,8 +434,10 @@ class World:
         slots = self.site.max_batch if self.site.kind == "llamacpp" else 0  # others do not say
         identity = EngineIdentity(max_context=self.site.context, slots=slots)
         sees_processes, sees_steps = self.site.proof in ("processes", "both"), self.site.proof in ("steps", "both")
+        is_suspect = self.verdict == "suspect"
+        self.looked += is_suspect
         if sees_processes:
-            self.looks.tick(self.engine, self.shows, self.now, suspect=self.verdict == "suspect")
+            self.looks.tick(self.engine, self.shows, self.now, suspect=is_suspect)
         steps = proofs.core_steps(self.engine, self.now) if sees_steps and how.port_open else proofs.NOTHING
         more = {"hang_signs": self.looks.reading, "steps": steps}
         more |= {"is_fcfs": KINDS[self.site.kind].is_fcfs, "canary_disturbs": slots == 1}

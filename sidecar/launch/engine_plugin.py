@@ -23,7 +23,10 @@ FOLDER: Final = PLUGIN_FOLDER
 SOURCES: Final = Path(__file__).parent / "plugin-sources"  # a link to plugins/vllm; a copy in a wheel
 PACKAGE: Final = "sidecar_vllm"
 NAME: Final = "inference_sidecar_vllm"
-ENTRY_POINTS: Final = f"[vllm.general_plugins]\ninference_sidecar = {PACKAGE}:register\n"
+ENTRY_POINTS: Final = (
+    f"[vllm.general_plugins]\ninference_sidecar = {PACKAGE}:register\n"
+    f"[sglang.srt.plugins]\ninference_sidecar = {PACKAGE}.sglang_steps:register\n"
+)
 
 _log = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from sidecar.health.hang_classes import HANG_CLASSES, MAX_WORK_AGE_S, NO_CLASS, hang_class
+from sidecar.health.hang_classes import HANG_CLASSES, MAX_WORK_AGE_S, NO_CLASS, HangClass, hang_class
 from sidecar.health.progress import PROVEN_KILL_S, SilenceLimits, silence_limits
 from sidecar.readings import HangSigns
 from sidecar.settings import Settings
@@ -120,6 +120,21 @@ def test_the_table_reads_each_row_before_those_that_it_excludes() -> None:
         if "compilers" in cells:
             cells["compilers"] = ("nvcc",)
         assert hang_class(HangSigns(**({"seconds": 12.0} | cells))) is row, row
+
+
+@pytest.mark.parametrize(
+    "row", [row for row in HANG_CLASSES if not row.is_of_gpu], ids=lambda row: f"{row.name}: {row.text[:40]}"
+)
+def test_each_class_of_processes_has_its_story(row: HangClass) -> None:
+    """Silence with the signs of a row: named; killed at 30 s if it proves. Those of GPUs are in test_gpu_signs.py."""
+    cells = {name: getattr(row, name) for name in HangSigns.__slots__ if getattr(row, name, None) is not None}
+    if "compilers" in cells:
+        cells["compilers"] = ("nvcc",)
+    pod, seconds, _ = silent(HangSigns(**({"seconds": 13.0} | cells)))
+    seen = pod.control.health.verdict
+    assert (pod.state, seen.evidence["hang"]) == ("stalled", row.name)
+    assert seen.evidence["proof"] == ("processes" if row.proves else "none")
+    assert seconds <= PROVEN_KILL_S + 2 if row.proves else seconds > LIMITS.kill
 
 
 def test_no_sign_no_class() -> None:

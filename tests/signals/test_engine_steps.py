@@ -24,18 +24,21 @@ import sys
 from types import SimpleNamespace
 from sidecar_vllm import steps
 class Scheduler:
-    def __init__(self): self.running, self.waiting = [], []
+    def __init__(self): self.running, self.waiting, self.deferred = [], [], []
+    def get_request_counts(self): return len(self.running), len(self.waiting) + len(self.deferred)
     def schedule(self, throttle=False):
         self.running += self.waiting; self.waiting = []
         return SimpleNamespace(total_num_scheduled_tokens=int(tokens))
     def update_from_output(self, scheduled, outputs): self.running = []; return {}
     def finish_requests(self, ids, status): self.running = []; return []
-steps.wrap(Scheduler, steps.StepWriter(steps.PLUGIN, print))
+steps.wrap(Scheduler, steps.StepWriter(steps.PLUGIN, print, steps.count, steps.has_no_request))
 core = Scheduler()
 print("ready", flush=True)
 for line in sys.stdin:
     what, _, tokens = line.strip().partition(" ")
     if what == "ask": core.waiting.append("request")
+    if what == "defer": core.deferred.append("request")
+    if what == "break": core.get_request_counts = None
     if what == "step": core.schedule()
     if what == "end": core.update_from_output(None, None)
     if what == "abort": core.finish_requests([], None)
@@ -120,6 +123,16 @@ def test_each_step_of_a_prefill_is_seen(tmp_path: Path, start: Start) -> None:
     assert (aborted.steps, aborted.running) == (3, 0)
 
 
+def test_a_request_in_any_queue_of_the_scheduler_is_one(tmp_path: Path, start: Start) -> None:
+    """One that waits for its grammar or its KV cache lies in a queue of its own: the core has not come to rest."""
+    state = state_directory(tmp_path / "state")
+    core, reader = start(state), EngineSteps(state)
+    core.tell("ask", "step 7", "defer", "end")
+    assert [(each.steps, each.running) for each in cores(reader)] == [(1, 1)]
+    core.tell("step 0", "end")
+    assert [(each.steps, each.running, each.waiting) for each in cores(reader)] == [(2, 0, 1)]
+
+
 def test_a_core_that_ended_has_no_steps(tmp_path: Path, start: Start) -> None:
     """Also one that was killed: the lock went with it. One that is stopped has its last."""
     state = state_directory(tmp_path / "state")
@@ -191,3 +204,13 @@ def test_a_report_that_fails_fails_no_step(tmp_path: Path, start: Start, monkeyp
     core.tell("step 2", "step 3", "end")
     assert "sees no steps of this engine" in core.said[2]
     assert core.said[3:] == ["step", "step", "step", "end"]
+
+
+def test_a_scheduler_that_changes_fails_no_step(tmp_path: Path, start: Start) -> None:
+    """What the plug-in reads is gone when requests end: said once, and nothing is raised into the engine."""
+    core = start(state_directory(tmp_path / "state"))
+    core.tell("ask", "step 1", "break", "end")
+    core.said.append(core.read())
+    core.tell("step 2", "abort")
+    assert "sees no steps of this engine" in core.said[4]
+    assert core.said[5:] == ["end", "step", "abort"]

@@ -105,8 +105,10 @@ def test_the_sidecar_takes_over_the_port_and_the_rest_stays() -> None:
     assert "readinessProbe" not in engine and engine["startupProbe"]["httpGet"]["path"] == "/startupz"
     for key in ("nodeSelector", "tolerations", "imagePullSecrets"):
         assert spec[key] == was[key]
-    for key in ("env", "ports", "resources", "image"):
+    for key in ("ports", "resources", "image"):
         assert engine[key] == was["containers"][0][key]
+    path = {"name": "PYTHONPATH", "value": f"/run/sidecar/{engine_plugin.FOLDER}"}
+    assert engine["env"] == [*was["containers"][0]["env"], path]
     assert logs == was["containers"][1] and spec["terminationGracePeriodSeconds"] == 170
     assert {**after, "spec": None} == {**before, "spec": None}
     assert text[text.index("---\n") :] == DEPLOYMENT[DEPLOYMENT.index("---\n") :], "not a byte of the Service changes"
@@ -268,11 +270,12 @@ def stripped(document: dict[str, Any], kind: str) -> dict[str, Any]:
     assert env["SIDECAR_ENGINE"] == f"http://127.0.0.1:{port}" and "--host=127.0.0.1" in line
     assert env["SIDECAR_LISTEN"] == f"0.0.0.0:{int(port) - 10_000}"
     pod["initContainers"] = [c for c in pod["initContainers"] if c["name"] != "sidecar"]
-    pod["volumes"] = [v for v in pod["volumes"] if not v["name"].startswith("sidecar-")]
-    engine["volumeMounts"] = [m for m in engine["volumeMounts"] if m["name"] != "sidecar-state"]
+    pod["volumes"] = [v for v in pod["volumes"] if not v["name"].startswith(("sidecar-", "engine-shm"))]
+    engine["volumeMounts"] = [m for m in engine["volumeMounts"] if m["name"] not in ("sidecar-state", "engine-shm")]
+    engine["env"] = [variable for variable in engine["env"] if variable["name"] != "PYTHONPATH"]
     if engine["lifecycle"]["preStop"]["exec"]["command"] != ["true"]:
         del engine["lifecycle"]
-    for parent, key in ((pod, "initContainers"), (pod, "volumes"), (engine, "volumeMounts")):
+    for parent, key in ((pod, "initContainers"), (pod, "volumes"), (engine, "volumeMounts"), (engine, "env")):
         if not parent[key]:
             del parent[key]
     return bare_added(document, kind)
@@ -538,8 +541,18 @@ def test_a_models_directory_brings_what_images_need() -> None:
         kubernetes_validate.validate(only(text), version, strict=True)
     assert api_server_rules.refusals(only(text)) == []
     assert done(text, model="/models/qwen") == text
-    plain = only(done(WITH_MODELS))["spec"]["template"]["spec"]
-    assert "securityContext" not in plain and "PYTHONPATH" not in variables(plain["containers"][0])
+
+
+def test_vllm_without_a_model_gets_the_plug_in_and_its_folder_alone() -> None:
+    """Its core's steps need the plug-in and one folder in memory for both, but no group; other engines need none."""
+    spec = only(done(WITH_MODELS))["spec"]["template"]["spec"]
+    (sidecar,), engine = spec["initContainers"], spec["containers"][0]
+    shared = {"name": "engine-shm", "mountPath": "/dev/shm"}
+    assert shared in sidecar["volumeMounts"] and shared in engine["volumeMounts"]
+    assert variables(engine)["PYTHONPATH"] == f"/run/sidecar/{engine_plugin.FOLDER}"
+    assert "securityContext" not in spec
+    other = only(done(WITH_MODELS, engine_kind="tgi"))["spec"]["template"]["spec"]
+    assert "engine-shm" not in str(other) and "PYTHONPATH" not in str(other)
 
 
 def test_what_a_pod_has_already_stays() -> None:
@@ -574,10 +587,12 @@ def test_a_model_that_cannot_be_shared_is_refused(change: tuple[str, str], model
 
 
 def test_other_engines_get_the_model_alone() -> None:
-    """No plug-in is loaded into what is no vLLM."""
+    """Only vLLM takes images: no group is shared with another engine, and no plug-in loaded into one without steps."""
     text = WITH_MODELS.replace("vllm/vllm-openai:v0.32.0", "lmsysorg/sglang").replace(
         "          args: [", '          command: ["python3", "-m", "sglang.launch_server"]\n          args: ['
     )
     spec = only(done(text, model="/models/qwen"))["spec"]["template"]["spec"]
     assert variables(spec["initContainers"][0])["SIDECAR_MODEL"] == "/models/qwen"
-    assert "PYTHONPATH" not in str(spec) and "securityContext" not in spec
+    assert "securityContext" not in spec
+    tgi = only(done(WITH_MODELS, model="/models/qwen", engine_kind="tgi"))["spec"]["template"]["spec"]
+    assert "PYTHONPATH" not in str(tgi) and "engine-shm" not in str(tgi)

@@ -158,7 +158,7 @@ def test_secrets_are_named_and_never_held() -> None:
 def test_lists_are_kubernetes_own() -> None:
     """Words of flags become variables, tolerations, selectors and pull secrets."""
     spec = made(env="A='x: y' B=", tolerations="a:NoSchedule b=c:NoExecute", node_selector="d=e", pull_secrets="f g")
-    assert spec["containers"][0]["env"][1:3] == [{"name": "A", "value": "x: y"}, {"name": "B", "value": ""}]
+    assert spec["containers"][0]["env"][-2:] == [{"name": "A", "value": "x: y"}, {"name": "B", "value": ""}]
     assert spec["tolerations"] == [
         {"key": "a", "operator": "Exists", "effect": "NoSchedule"},
         {"key": "b", "operator": "Equal", "value": "c", "effect": "NoExecute"},
@@ -258,6 +258,20 @@ def test_images_in_shared_memory_have_one_folder_for_both() -> None:
     assert all(variable["name"] != "VLLM_MEDIA_CONNECTOR" for variable in containers(**CLAIM)[1]["env"])
 
 
+@pytest.mark.parametrize("kind", ["vllm", "sglang", "tgi"])
+def test_an_engine_without_a_models_directory_reports_steps_through_one_folder(kind: str) -> None:
+    """Plug-in and sidecar meet in one folder in memory, whatever images do; other engines get neither."""
+    spec = made(engine_kind=kind, image="x")
+    sidecar, engine = spec["initContainers"][0], spec["containers"][0]
+    shared = {"name": "engine-shm", "mountPath": "/dev/shm"}
+    (volume,) = [v for v in spec["volumes"] if v["name"] == "engine-shm"]
+    assert volume["emptyDir"]["medium"] == "Memory"
+    loads = {"name": "PYTHONPATH", "value": f"{STATE_DIR}/{engine_plugin.FOLDER}"} in engine["env"]
+    takes = kind != "tgi"
+    assert (loads, shared in sidecar["volumeMounts"]) == (takes, takes)
+    assert "fsGroup" not in spec["securityContext"]
+
+
 def test_vllm_finds_the_plug_in_and_may_read_images() -> None:
     """Its folder is the one that the sidecar writes; the engine, which has no capability, is in the sidecar's group."""
     sidecar, engine = containers(**CLAIM)
@@ -269,7 +283,6 @@ def test_vllm_finds_the_plug_in_and_may_read_images() -> None:
     own = containers(**CLAIM, env="PYTHONPATH=/own")[1]["env"]
     assert own.index(path) < own.index({"name": "PYTHONPATH", "value": "/own"}), "the last one counts"
     for other in ({}, CLAIM | {"engine_kind": "sglang", "image": "x"}):
-        assert path not in containers(**other)[1]["env"]
         assert "fsGroup" not in made(**other)["securityContext"]
 
 

@@ -21,7 +21,7 @@ from typing import Any
 from sidecar_vllm.locked_file import open_locked
 
 # Versions whose scheduler is tested: tests/vllm/test_steps.py.
-KNOWN_VERSIONS = ("0.32.",)
+KNOWN_VERSIONS = tuple(f"0.{minor}." for minor in range(20, 34))
 STEPS_PREFIX = "sidecar-steps-"
 STEPS_FOLDER = "vllm-steps"  # of the state directory
 SHM_FOLDER = Path("/dev/shm")
@@ -50,15 +50,20 @@ def open_file(path: Path) -> tuple[Write, Callable[[], None]]:
     HEAD.pack_into(memory, 0, MAGIC, os.getpid())
     pack, at, now = BODY.pack_into, HEAD.size, time.monotonic_ns  # names of this function are the quickest
     steps = total = 0
+    rests = False  # and says so: an idle loop would say it again and again
 
     def begin(tokens: int, running: int, waiting: int) -> None:
-        nonlocal steps, total
+        nonlocal steps, total, rests
+        rests = False
         steps += 1
         total += tokens
         pack(memory, at, steps, total, tokens, running, waiting, now(), steps)
 
     def rest() -> None:
-        pack(memory, at, steps, total, 0, 0, 0, now(), steps)
+        nonlocal rests
+        if not rests:
+            pack(memory, at, steps, total, 0, 0, 0, now(), steps)
+            rests = True
 
     return begin, rest
 
@@ -72,8 +77,18 @@ def install(say: Callable[[str], None], plugin: Path = PLUGIN) -> str:
     from vllm.v1.core.sched.scheduler import Scheduler
 
     if not hasattr(Scheduler.schedule, "__wrapped__"):
-        wrap(Scheduler, StepWriter(plugin, say))
+        wrap(Scheduler, StepWriter(plugin, say, count, has_no_request))
     return ""
+
+
+def count(scheduler: Any, output: Any) -> tuple[int, ...]:
+    """The tokens of a step, and requests by vLLM's own count: they wait in several queues."""
+    return output.total_num_scheduled_tokens, *scheduler.get_request_counts()
+
+
+def has_no_request(scheduler: Any) -> bool:
+    """Whether none runs and none waits."""
+    return not scheduler.running and not any(scheduler.get_request_counts())
 
 
 def wrap(scheduler: Any, writer: StepWriter) -> None:
@@ -90,15 +105,13 @@ def wrap(scheduler: Any, writer: StepWriter) -> None:
     @functools.wraps(update)
     def update_and_tell(self: Any, *args: Any, **kwargs: Any) -> Any:
         outputs = update(self, *args, **kwargs)
-        if not self.running:
-            rest(self)
+        rest(self)
         return outputs
 
     @functools.wraps(finish)
     def finish_and_tell(self: Any, *args: Any, **kwargs: Any) -> Any:
         finished = finish(self, *args, **kwargs)
-        if not self.running:
-            rest(self)
+        rest(self)
         return finished
 
     scheduler.schedule = schedule_and_tell
@@ -107,29 +120,45 @@ def wrap(scheduler: Any, writer: StepWriter) -> None:
 
 
 class StepWriter:
-    """Writes the steps of a scheduler; after a failure, never again.
+    """Writes the steps of a scheduler; after a failure, never again. The methods take what the hook is given.
 
-    The file is made with the first step, in the process that steps.
+    `count`: tokens, running and waiting requests of a step that begins; `rests`: whether no request is left. The file
+    is made with the first step, in the process that steps.
     """
 
-    def __init__(self, plugin: Path, say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        plugin: Path,
+        say: Callable[[str], None],
+        count: Callable[..., tuple[int, ...]],
+        rests: Callable[..., bool],
+    ) -> None:
         self._plugin = plugin
         self._say = say
+        self._count = count
+        self._rests = rests
         self._write: Write = self._open
         self._rest = nothing
 
-    def begin(self, scheduler: Any, output: Any) -> None:
+    def begin(self, *hooked: Any) -> None:
         """A step was scheduled."""
         try:
-            self._write(output.total_num_scheduled_tokens, len(scheduler.running), len(scheduler.waiting))
+            self._write(*self._count(*hooked))
         except Exception as e:  # noqa: BLE001 - a step must not fail for its report
-            self._write = self._rest = nothing
-            self._say(f"the inference sidecar sees no steps of this engine: {e}")
+            self._give_up(e)
 
-    def rest(self, scheduler: Any) -> None:
-        """A step or an abort left nothing to run."""
-        if not len(scheduler.waiting):
-            self._rest()
+    def rest(self, *hooked: Any) -> None:
+        """A step or an abort ended: it may have left no request."""
+        try:
+            if self._rests(*hooked):
+                self._rest()
+        except Exception as e:  # noqa: BLE001 - as above
+            self._give_up(e)
+
+    def _give_up(self, e: Exception) -> None:
+        if self._write is not nothing:
+            self._say(f"the inference sidecar sees no steps of this engine: {e}")
+        self._write = self._rest = nothing
 
     def _open(self, tokens: int, running: int, waiting: int) -> None:
         self._write, self._rest = open_file(choose_path(self._plugin))

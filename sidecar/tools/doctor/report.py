@@ -15,7 +15,7 @@ from typing import Final
 
 from sidecar.settings import Settings
 from sidecar.tools import terminal
-from sidecar.tools.doctor import engine, image_costs, machine, stacks
+from sidecar.tools.doctor import engine, image_costs, machine, proofs, stacks
 from sidecar.tools.doctor.finding import DoctorFinding, Level
 
 Check = Callable[[Settings], DoctorFinding]
@@ -38,6 +38,7 @@ CHECKS: Final[dict[str, Check]] = {
     "open-files": machine.files,
     "shm": machine.shm,
     "stack-dumps": stacks.check,
+    "hang-proofs": proofs.check,
 }
 
 LEVEL_STYLES: Final[dict[Level, tuple[str, ...]]] = {

@@ -29,6 +29,10 @@ CONDITIONS: Final[dict[str, tuple[Callable[[ManifestSettings], bool], str]]] = {
     "surge": (lambda s: s.max_surge > 0, "gt (int .Values.maxSurge) 0"),
     "dumps": (lambda s: s.stack_dumps == "on", 'eq .Values.stackDumps "on"'),
     "plugin": (
+        lambda s: s.engine_kind in ("vllm", "sglang"),
+        'has .Values.engineKind (list "vllm" "sglang")',
+    ),
+    "reads_images": (
         lambda s: bool(s.claim) and s.engine_kind == "vllm",
         'and .Values.claim (eq .Values.engineKind "vllm")',
     ),

@@ -7,8 +7,9 @@ What changes in a pod is little, so that Services, routers and monitors stay as 
 - The engine's start-up and liveness probes ask the sidecar; its readiness probe goes: the sidecar's is the pod's.
 - A preStop that drains, if there is none; a grace period that is long enough for it.
 - An API key of the engine's in a variable is given to the sidecar, by the same reference to a Secret.
-- With a model's directory: its volume for the sidecar, read-only; and for vLLM, what images in shared memory need: one
-  folder at /dev/shm, the plug-in's variable, a group for the pod's volumes.
+- For vLLM and SGLang, what the plug-in needs: its variable, and one folder at /dev/shm for both, for the core's steps.
+- With a model's directory: its volume for the sidecar, read-only; for vLLM also a group for the pod's volumes, by which
+  it may read images in shared memory.
 
 Everything else stays: fields that are not known here, and comments. A document that nothing is added to keeps its text,
 byte for byte; so does one that has the sidecar already.
@@ -273,8 +274,11 @@ def _pod(spec: CommentedMap, name: str, settings: InjectSettings, found: Workloa
     if settings.model:
         env += f"- {to_yaml({'name': 'SIDECAR_MODEL', 'value': settings.model})}\n"
         mounts = f"- {to_yaml(_mount_of(engine, settings.model, name) | {'readOnly': True})}\n"
-        if kind == "vllm":
-            mounts += f"- {to_yaml(_share_images(spec, engine, name))}\n"
+    if kind in ("vllm", "sglang"):
+        mounts += f"- {to_yaml(_share_memory(spec, engine, name))}\n"
+        _set_python_path(engine, name)
+        if settings.model and kind == "vllm":
+            _share_group(spec)
     added = container(answers, env, _own_ports(listen, present), mounts)
     added += answers.when("rules", restarter(answers))
     text = added + fill("volumes") + fill("volumes-engine") + probes(answers)
@@ -304,8 +308,8 @@ def _mount_of(engine: CommentedMap, path: str, name: str) -> dict[str, Any]:
     return dict(max(found, key=lambda m: len(PurePosixPath(m["mountPath"]).parts)))
 
 
-def _share_images(spec: CommentedMap, engine: CommentedMap, name: str) -> dict[str, Any]:
-    """Give vLLM what it takes images from shared memory with. Returns the mount for the sidecar. Raises UsageError."""
+def _share_memory(spec: CommentedMap, engine: CommentedMap, name: str) -> dict[str, Any]:
+    """One folder in memory for both, for steps and images. Returns the sidecar's mount. Raises UsageError."""
     mounts = [m for m in engine.get("volumeMounts") or [] if isinstance(m, CommentedMap)]
     mount = next((dict(m) for m in mounts if m.get("mountPath") == SHM), None)
     if mount is None:
@@ -314,7 +318,11 @@ def _share_images(spec: CommentedMap, engine: CommentedMap, name: str) -> dict[s
         mount = {"name": "engine-shm", "mountPath": SHM}
         _append(spec, "volumes", _parsed(fill("volumes-engine")))
         _append(engine, "volumeMounts", _parsed(f"- {to_yaml(mount)}\n"))
-    _set_python_path(engine, name)
+    return mount
+
+
+def _share_group(spec: CommentedMap) -> None:
+    """Let the engine read the images that the sidecar leaves: the pod's volumes have the sidecar's group."""
     security = spec.get("securityContext")
     if not isinstance(security, CommentedMap):
         spec.pop("securityContext", None)
@@ -322,7 +330,6 @@ def _share_images(spec: CommentedMap, engine: CommentedMap, name: str) -> dict[s
     if "fsGroup" not in security:
         security["fsGroup"] = SIDECAR_GROUP
         security.setdefault("fsGroupChangePolicy", "OnRootMismatch")
-    return mount
 
 
 def _set_python_path(engine: CommentedMap, name: str) -> None:

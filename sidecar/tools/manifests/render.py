@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from textwrap import indent
 from typing import Final
 
 from sidecar.errors import UsageError
@@ -34,6 +35,7 @@ SIDECAR_GROUP: Final = 65532
 # What the container `restarter` exits with, as in Kubernetes' own examples.
 RESTART_CODE: Final = 88
 
+SHM_MOUNT: Final = "- {name: engine-shm, mountPath: /dev/shm}\n"
 MODELS_MOUNT: Final = "- {name: models, mountPath: /models, readOnly: true}\n"
 NO_MODEL_NOTE: Final = (
     "# No SIDECAR_MODEL, so images pass through unchanged: preparing them needs the model's directory (--claim).\n"
@@ -122,7 +124,9 @@ def deployment(answers: Answers, metadata: str, labels: str) -> str:
         drain=str(DRAIN_S),
         pod_grace=str(POD_GRACE_S),
         shared_processes=answers.when("dumps", fill("shared-processes")),
-        pod_security=answers.when("plugin", fill("pod-security-group", group=str(SIDECAR_GROUP)), fill("pod-security")),
+        pod_security=answers.when(
+            "reads_images", fill("pod-security-group", group=str(SIDECAR_GROUP)), fill("pod-security")
+        ),
         scheduling=answers.items("pull_secrets", "imagePullSecrets: {}\n")
         + answers.items("node_selector", "nodeSelector: {}\n")
         + answers.items("tolerations", "tolerations: {}\n")
@@ -147,8 +151,8 @@ def sidecar(answers: Answers) -> str:
     gpus = answers.when("gpus", _variable("SIDECAR_GPUS", f'"{answers.bare("gpus")}"'))
     images = answers.when("shm", _variable("SIDECAR_IMAGES", '"shm"'))
     key = answers.when("key", _key("SIDECAR_ENGINE_KEY", answers))
-    # The engine's /dev/shm for prepared images, which the engine can read there; the default has only 64 MiB.
-    mounts = answers.when("claim", "- {name: engine-shm, mountPath: /dev/shm}\n" + MODELS_MOUNT)
+    # Of the default /dev/shm, images would have only 64 MiB.
+    mounts = answers.when("claim", SHM_MOUNT + MODELS_MOUNT, plugin_mount(answers))
     env = "".join(_variable(name, value) for name, value in fixed.items())
     return container(
         answers,
@@ -177,6 +181,25 @@ def container(answers: Answers, env: str, own_ports: str, mounts: str = "", clai
     )
 
 
+def plugin_variable(answers: Answers) -> str:
+    """The variable by which vLLM and SGLang load the plug-in; nothing for other engines."""
+    return answers.when("plugin", fill("plugin", state_dir=STATE_DIR, plugin_folder=PLUGIN_FOLDER))
+
+
+def plugin_mount(answers: Answers) -> str:
+    """The folder in memory through which the plug-in reports, in both containers; nothing for other engines."""
+    return answers.when("plugin", SHM_MOUNT)
+
+
+def added_plugin(answers: Answers) -> dict[str, str]:
+    """What a container and its pod need for the plug-in, by the place in a part that adds the sidecar to them."""
+    return {
+        "engine_env": answers.when("plugin", "env:\n" + indent(plugin_variable(answers), "  ")),
+        "engine_mounts": plugin_mount(answers),
+        "volumes": fill("volumes") + answers.when("plugin", fill("volumes-engine")),
+    }
+
+
 def restarter(answers: Answers) -> str:
     """The container whose exit code restarts all others."""
     return fill(
@@ -198,7 +221,7 @@ def engine(answers: Answers) -> str:
         engine_command=command,
         engine_args=args,
         # a variable of the user's comes after, and counts
-        engine_env=answers.when("plugin", fill("plugin", state_dir=STATE_DIR, plugin_folder=PLUGIN_FOLDER))
+        engine_env=plugin_variable(answers)
         + answers.when("shm", fill("connector"))
         + answers.each("env")
         + answers.when("key", _key("VLLM_API_KEY", answers)),
