@@ -60,7 +60,7 @@ NO_GPU_SIGNS: Final = GpuLook()
 
 
 @dataclass(slots=True)
-class _Steady:
+class _SteadySign:
     """A sign, and since when it is what it is."""
 
     value: str | None = None
@@ -79,8 +79,8 @@ class GpuSigns:
     """The signs from one reading to the next. `teach` while the engine delivers; `read` at each tick."""
 
     _levels: dict[str, deque[float]] = field(default_factory=dict)  # watts by UUID
-    _power: _Steady = field(default_factory=_Steady)
-    _activity: _Steady = field(default_factory=_Steady)
+    _power: _SteadySign = field(default_factory=_SteadySign)
+    _activity: _SteadySign = field(default_factory=_SteadySign)
     _worked_at: float | None = None
     _taught_at: float = 0.0
     _read_at: float | None = None
@@ -121,7 +121,7 @@ class GpuSigns:
         self._count_faults(gpus, at, first=self._read_at is None)
         self._read_at = at
         if gap:  # what happened meanwhile is unknown
-            self._power, self._activity = _Steady(), _Steady()
+            self._power, self._activity = _SteadySign(), _SteadySign()
         self._power.see(_common(self._power_of, gpus), at)
         self._activity.see(_common(_activity_of, gpus), at)
         if any(map(_is_working, gpus)):

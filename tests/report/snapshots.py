@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sidecar.events import Verdict
-from sidecar.readings import EngineSample, GpuSample, ProcessSample, Reading, Value
+from sidecar.readings import EngineSample, GpuActivity, GpuFaults, GpuSample, ProcessSample, Reading, Value
 from sidecar.snapshot import CanaryUse, ImageUse, LatencyForecast, Load, PriceUse, RelayUse, Snapshot
 
 LOAD = Load(
@@ -44,6 +44,9 @@ GPU = GpuSample(
     Value(1_980_000_000, 99.0),
     Value(("power_cap",), 99.0),
     Value(2, 99.0),
+    activity=Value(GpuActivity(0.4, 0.25, 2e8), 99.0),
+    faults=Value(GpuFaults("gpu_reset", 3, True, False), 99.0),
+    events=(("fatal", 1),),
 )
 ENGINE: Reading[EngineSample] = Value(EngineSample(running=5, waiting=3, kv_usage=0.3), 99.0, 0.004)
 SNAPSHOT = Snapshot(

@@ -14,7 +14,7 @@ from prometheus_client.openmetrics import parser as openmetrics_parser
 
 from sidecar.events import STATES, AbortRequests, CanaryResult, ImagePrepared, RequestSize, Verdict
 from sidecar.load.cost_model import Coefficients
-from sidecar.readings import Absent, Failed, Value
+from sidecar.readings import Absent, Failed, GpuFaults, Value
 from sidecar.report import load_json, prometheus
 from sidecar.report.merged_page import merge_pages
 from sidecar.report.metrics import METRICS, Metrics
@@ -103,6 +103,21 @@ def test_what_was_not_read_is_never_a_zero() -> None:
     assert got['sidecar_gpu_memory_used_bytes{gpu="0"}'] == 1 << 30
     assert got['sidecar_signal_up{signal="gpu"}'] == 1
     assert "sidecar_gpu_utilization_ratio" not in str(got)
+
+
+def test_what_a_gpu_does_and_needs() -> None:
+    """Shares and bytes by GPM, faults by the driver; what it does not report has no series."""
+    got = page(SNAPSHOT)
+    assert got['sidecar_gpu_tensor_ratio{gpu="0"}'] == 0.4 and got['sidecar_gpu_nvlink_bytes{gpu="0"}'] == 2e8
+    assert got['sidecar_gpu_recovery_action{action="gpu_reset",gpu="0"}'] == 1
+    assert got['sidecar_gpu_recovery_action{action="none",gpu="0"}'] == 0
+    assert got['sidecar_gpu_row_remap{gpu="0",state="pending"}'] == 1
+    assert got['sidecar_gpu_events_total{gpu="0",severity="fatal"}'] == 1
+    unknown = replace(GPU, activity=Absent("older"), faults=Value(GpuFaults(ecc_uncorrected=0), 99.0), events=())
+    got = page(replace(SNAPSHOT, gpus=Value((unknown,), 99.0)))
+    assert got['sidecar_gpu_ecc_uncorrected_total{gpu="0"}'] == 0
+    names = ("tensor", "dram", "nvlink", "row_remap", "recovery", "events")
+    assert not [name for name in got if name.startswith(tuple(f"sidecar_gpu_{part}" for part in names))]
 
 
 def test_the_slices_of_a_gpu_are_told_apart() -> None:

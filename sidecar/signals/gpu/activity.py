@@ -28,7 +28,7 @@ _UNSUPPORTED: Final = Absent("this GPU has no GPM, which begins with Hopper")
 
 
 @dataclass(slots=True)
-class _Samples:
+class _GpmSamples:
     """Two samples of a device that take turns, and when the newer one was taken; None: there is none yet."""
 
     older: Any
@@ -43,7 +43,7 @@ class ActivityMeter:
         self._nvml = nvml
         self._call = call
         self._lost_codes = lost_codes
-        self._samples: dict[str, _Samples | Absent] = {}  # by UUID
+        self._samples: dict[str, _GpmSamples | Absent] = {}  # by UUID
 
     def read(
         self, uuid: str, handle: Any, whole: Any, mig: int | None, now: float, closely: bool
@@ -53,7 +53,7 @@ class ActivityMeter:
         `handle`: of the device, `whole`: of its GPU; they differ for a slice, which has a number `mig`.
         """
         if not closely:
-            if isinstance(kept := self._samples.get(uuid), _Samples):
+            if isinstance(kept := self._samples.get(uuid), _GpmSamples):
                 kept.at = None
             return NOT_WATCHED
         try:
@@ -86,17 +86,17 @@ class ActivityMeter:
             return FIRST_SAMPLE
         return Value(self._between(samples), at=now, seconds=now - before)
 
-    def _open(self, whole: Any) -> _Samples | Absent:
+    def _open(self, whole: Any) -> _GpmSamples | Absent:
         if not self._call(self._nvml.nvmlGpmQueryDeviceSupport, whole).isSupportedDevice:
             return _UNSUPPORTED
         first = self._call(self._nvml.nvmlGpmSampleAlloc)
         try:
-            return _Samples(first, self._call(self._nvml.nvmlGpmSampleAlloc))
+            return _GpmSamples(first, self._call(self._nvml.nvmlGpmSampleAlloc))
         except self._nvml.NVMLError:
             self._nvml.nvmlGpmSampleFree(first)
             raise
 
-    def _between(self, samples: _Samples) -> GpuActivity:
+    def _between(self, samples: _GpmSamples) -> GpuActivity:
         wanted = self._nvml.c_nvmlGpmMetricsGet_t()
         wanted.version = self._nvml.NVML_GPM_METRICS_GET_VERSION
         wanted.sample1, wanted.sample2 = samples.older, samples.newer
@@ -116,7 +116,7 @@ class ActivityMeter:
     def _forget(self, uuid: str, why: Absent | None) -> None:
         """Free a device's samples. `why`: it is not asked again in this session."""
         samples = self._samples.pop(uuid, None)
-        if isinstance(samples, _Samples):
+        if isinstance(samples, _GpmSamples):
             for sample in (samples.older, samples.newer):
                 try:
                     self._call(self._nvml.nvmlGpmSampleFree, sample)

@@ -36,7 +36,7 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class _Waiting:
+class _WaitingXid:
     """An XID that may be of a process of ours."""
 
     index: int
@@ -58,7 +58,7 @@ class XidWatch:
         self._lock = threading.Lock()
         self._counts: dict[int, dict[int, int]] = {}
         self._events: dict[int, dict[str, int]] = {}
-        self._waiting: list[_Waiting] = []  # of the thread
+        self._waiting: list[_WaitingXid] = []  # of the thread
         self._watched: frozenset[int] = frozenset()
         self._thread: threading.Thread | None = None
 
@@ -137,7 +137,7 @@ class XidWatch:
         now, own = self._clock(), self._own()
         is_recent = own.failed_at is not None and now - own.failed_at <= OWN_FAULT_S
         if (own.running or is_recent) and len(self._waiting) < MAX_WAITING_XIDS:
-            self._waiting.append(_Waiting(index, xid, now))
+            self._waiting.append(_WaitingXid(index, xid, now))
         else:
             self._count(index, xid)
 
