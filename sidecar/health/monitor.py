@@ -680,6 +680,8 @@ class HealthMonitor:
             self.partial_hangs.reset()
             self.exemptions.clear()
             self._clues.start_at = now
+        if state == "stalled" and not self.state.part:
+            self.partial_hangs.all_stalled()
 
     def _new_verdict(
         self,

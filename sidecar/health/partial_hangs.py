@@ -592,6 +592,10 @@ class PartialHangDetector:
         if idle:
             self.silent_connections.observe(canary)
 
+    def all_stalled(self) -> None:
+        """The engine as a whole hangs: what it did not answer says nothing of one listener."""
+        self.silent_connections.ends.clear()
+
     def tick(self, now: float, progress_at: float | None, *, trusted: bool) -> None:
         """Advance the clock. `trusted`: the engine is not exempt, and the sidecar itself is healthy."""
         self.table.tick(now, progress_at if trusted else None)

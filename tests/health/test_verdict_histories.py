@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from sidecar.events import Directing
 from sidecar.health.partial_hangs import PartialHang
 from sidecar.health.verdict import PART_HOLD_S, UNASKED_KILLS, is_canary_due
+from sidecar.settings import Settings
 
 from .verdict_pod import Pod
 from .verdict_world import KILL, World, evidence
@@ -118,6 +119,20 @@ def test_the_silence_of_the_whole_engine_goes_before_a_part() -> None:
     w.canary_ends("starved", took=1)
     assert w.tick(part=PART, cause="livelock").state == "stalled"
     assert w.memory.reason == "livelock"
+
+
+def test_hangs_of_the_whole_engine_one_after_the_other_are_no_silent_listener() -> None:
+    """Its canaries pass, starve and pass again, as those of several listeners do of which one hangs."""
+    short = Settings(engine="http://engine", silence_floor=3.0, silence_kill=9.0, silence_cap=30.0, canary_interval=1.0)
+    pod = Pod(settings=short).served()
+    for _ in range(4):
+        pod.canaries = "starved"
+        while pod.state != "stalled":
+            pod.tick()
+        pod.canaries = "ok"
+        while pod.state != "idle":
+            pod.tick()
+    assert "connection_silent" not in [change.reason for change in pod.control.health.changes]
 
 
 def test_no_canary_meets_a_call_that_may_stop_the_engine_at_any_moment() -> None:

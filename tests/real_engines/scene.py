@@ -28,10 +28,24 @@ from .engines import HEALTHY, Call, RealEngine
 MODEL = processes.MODEL
 # What differs between two equal answers: that it is there is compared, not what it is.
 VOLATILE = frozenset(
-    {"id", "created", "created_at", "completed_at", "timings", "response_id", "request_id", "id_slot", "timestamp"}
+    {
+        *("id", "created", "created_at", "completed_at", "timings", "response_id", "request_id", "id_slot"),
+        *("timestamp", "forward_entry_time", "prefill_finished_time", "queue_time", "e2e_latency"),
+        *("request_received_ts", "api_server_dispatch_finish_ts", "request_finished_ts", "response_sent_to_client_ts"),
+        *("first_token_latency", "decode_throughput", "internal_states"),
+    }
 )
 # Which part of a prompt came from a cache depends on what was asked before.
-CACHED = frozenset({"cached_tokens", "cache_read_input_tokens", "input_tokens", "tokens_cached", "tokens_evaluated"})
+CACHED = frozenset(
+    {
+        "cached_tokens",
+        "cached_tokens_details",
+        "cache_read_input_tokens",
+        "input_tokens",
+        "tokens_cached",
+        "tokens_evaluated",
+    }
+)
 
 
 @dataclass
@@ -109,10 +123,15 @@ class EnginePlace:
         title = self.row.parts[part]
         if not title:
             return self.root
-        below = self.root.children(recursive=True)
+        below = [each for each in self.root.children(recursive=True) if each.status() != psutil.STATUS_ZOMBIE]
         found = [each for each in below if title in " ".join(each.cmdline())]
         assert found, f"no process of {[each.cmdline() for each in below]} has {title!r}"
         return found[0]
+
+    def replace(self, part: str) -> None:
+        """Have another process of a part started that is `given_up`."""
+        assert self.root is not None and part in self.row.given_up
+        self.root.send_signal(signal.SIGUSR1)
 
     def _certificate(self) -> dict[str, str]:
         if self.authority is None:
@@ -180,16 +199,16 @@ class EngineScene:
     async def stream(self, url: str, call: Call, tenant: str = "") -> list[str]:
         """The lines of a stream, its end included."""
         headers = self._headers(tenant)
-        async with self.http.post(url + call.path, data=_sent(call, stream=True), headers=headers) as answer:
+        async with self.http.post(url + call.path, data=self._sent(call, stream=True), headers=headers) as answer:
             assert answer.status == 200, await answer.text()
             return [line.decode() async for line in answer.content]
 
     @contextlib.asynccontextmanager
     async def open_stream(self, tenant: str = "") -> AsyncIterator[aiohttp.ClientResponse]:
         """A long stream through the relay, of which the first line was read."""
-        call = generate(self.row, "The tokens come one by one.", max_tokens=3500, stream=True)
+        call = generate(self.row, "The tokens come one by one.", max_tokens=self.row.stream_tokens, stream=True)
         headers = self._headers(tenant)
-        async with self.http.post(self.sidecar.url + call.path, data=_sent(call), headers=headers) as answer:
+        async with self.http.post(self.sidecar.url + call.path, data=self._sent(call), headers=headers) as answer:
             assert answer.status == 200, await answer.text()
             await answer.content.readline()
             yield answer
@@ -233,13 +252,20 @@ class EngineScene:
 
     async def _ask(self, url: str, call: Call, tenant: str) -> Answer:
         method = "GET" if call.body is None else "POST"
-        sent, headers = _sent(call), self._headers(tenant)
+        sent, headers = self._sent(call), self._headers(tenant)
         async with self.http.request(method, url + call.path, data=sent, headers=headers) as answer:
             text = await answer.text()
             try:
                 return Answer(answer.status, json.loads(text))
             except ValueError:
                 return Answer(answer.status, text)
+
+    def _sent(self, call: Call, **more: Any) -> io.BytesIO | None:
+        if call.body is None:
+            return None
+        body = {"model": MODEL, **call.body, **more}
+        sent = {name: value for name, value in body.items() if name not in self.row.refused_members}
+        return io.BytesIO(json.dumps(sent).encode())
 
     def _headers(self, tenant: str) -> dict[str, str]:
         tenancy = {"x-tenant-id": tenant} if tenant else {}
@@ -287,9 +313,3 @@ async def read_to_end(answer: aiohttp.ClientResponse) -> bytes:
         return await asyncio.wait_for(answer.read(), client.WAIT)
     except aiohttp.ClientError as e:
         return f"broken: {type(e).__name__}".encode()
-
-
-def _sent(call: Call, **more: Any) -> io.BytesIO | None:
-    if call.body is None:
-        return None
-    return io.BytesIO(json.dumps({"model": MODEL, **call.body, **more}).encode())

@@ -52,7 +52,7 @@ def said(lines: list[str]) -> dict[str, Any]:
     return {
         "text": "".join(choice.get("text") or choice.get("delta", {}).get("content") or "" for choice in choices),
         "logprobs": [place for choice in choices for place in _places(choice.get("logprobs") or {})],
-        "finish_reason": [choice["finish_reason"] for choice in choices if choice["finish_reason"]],
+        "finish_reason": [choice["finish_reason"] for choice in choices if choice.get("finish_reason")],
         "usage": [event["usage"] for event in all_events if event.get("usage")],
         "fields": {name for event in all_events for name in event},
         "end": lines[-2:],
