@@ -1,8 +1,9 @@
 """Pure: what the GPUs show of a hang: power against the level that this engine taught, activity, faults.
 
 Rules:
-- A sign is that of all GPUs which the sidecar sees, for MIN_PROOF_S without a break. A number that one of them does not
-  give (MIG, an old driver) leaves the sign out; one GPU at work is enough for "working".
+- A sign is that of all GPUs of the engine, for MIN_PROOF_S without a break. A number that one of them does not give
+  (MIG, an old driver) leaves the sign out, and so does a GPU on another node: what spins here may wait for a compiler
+  there. One GPU at work is enough for "working".
 - Power is low if it is under half of what the GPU draws in nearly all of the time in which the engine delivers. Where
   it idles at more than that, or has not served for a minute, power says nothing; neither does it while heat or the
   power supply slows the clocks.
@@ -76,8 +77,12 @@ class _SteadySign:
 
 @dataclass(slots=True)
 class GpuSigns:
-    """The signs from one reading to the next. `teach` while the engine delivers; `read` at each tick."""
+    """The signs from one reading to the next. `teach` while the engine delivers; `read` at each tick.
 
+    `engine_gpus`: how many the engine has, on all nodes; 0: those that are seen.
+    """
+
+    engine_gpus: int = 0
     _levels: dict[str, deque[float]] = field(default_factory=dict)  # watts by UUID
     _power: _SteadySign = field(default_factory=_SteadySign)
     _activity: _SteadySign = field(default_factory=_SteadySign)
@@ -122,8 +127,9 @@ class GpuSigns:
         self._read_at = at
         if gap:  # what happened meanwhile is unknown
             self._power, self._activity = _SteadySign(), _SteadySign()
-        self._power.see(_common(self._power_of, gpus), at)
-        self._activity.see(_common(_activity_of, gpus), at)
+        sees_all = len(gpus) >= self.engine_gpus
+        self._power.see(_common(self._power_of, gpus) if sees_all else None, at)
+        self._activity.see(_common(_activity_of, gpus) if sees_all else None, at)
         if any(map(_is_working, gpus)):
             self._worked_at = at
 

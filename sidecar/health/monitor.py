@@ -215,7 +215,7 @@ class HealthMonitor:
         self.refusals = RefusedWork()
         self.readiness_hold = ReadinessHold()
         self.steps = StepWatch()
-        self.gpu_signs = GpuSigns()
+        self.gpu_signs = GpuSigns(settings.gpus)
         self.canaries = CanaryRecord()
         self.state = verdict.VerdictState(since=now, engine_since=now)
         self.verdict = Verdict("starting", "awaiting_first_token", "no token from the engine yet", now, wall)

@@ -172,6 +172,12 @@ def test_a_collective_that_spins_is_proved_by_the_gpus_alone() -> None:
     assert "proved by its GPUs: collective_spin" in seen.detail
 
 
+def test_gpus_that_spin_for_a_rank_on_another_node_prove_nothing() -> None:
+    """--gpus counts those of all nodes: the rank that is waited for may compile where no one looks."""
+    pod, seconds = silent(SPINS, chosen=replace(SETTINGS, gpus=16))
+    assert seconds > LIMITS.kill and pod.control.health.verdict.evidence["proof"] == "none"
+
+
 @pytest.mark.parametrize(
     ("signs", "hang"),
     [
