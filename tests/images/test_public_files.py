@@ -28,8 +28,8 @@ from sidecar.images.worker.decode import FORMATS, ImageRejected, decode
 from sidecar.images.worker.pipeline import octets
 from sidecar.kernels import families
 from sidecar.kernels.grid import TileSpec
+from tests.missing import missing
 
-from ..missing import missing
 from . import public_files, test_families, test_tiles
 from .conftest import QWEN2_VL, Server
 from .test_decode import engine
