@@ -62,9 +62,16 @@ def stopped(pid: int) -> Iterator[None]:
     """The process does not run inside this block."""
     os.kill(pid, signal.SIGSTOP)
     try:
+        while state(pid) != "T":  # until then it may accept one more connection, which waits for the block's end
+            time.sleep(0.001)
         yield
     finally:
         os.kill(pid, signal.SIGCONT)
+
+
+def state(pid: int) -> str:
+    """Its state in the kernel's letter: T if it is stopped."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
 
 
 def ticks(pid: int) -> int:
