@@ -16,7 +16,7 @@ import yaml
 
 from sidecar import __main__
 from sidecar.errors import UsageError
-from sidecar.tools.manifests import chart, component, render
+from sidecar.tools.manifests import chart, component, llm_d, render
 from sidecar.tools.manifests.answers import camel
 from sidecar.tools.manifests.settings import ManifestSettings
 
@@ -89,7 +89,9 @@ def test_helm_takes_kubernetes_own_forms_of_lists(tmp_path: Path) -> None:
     made = by_kind(run("helm", "template", "llm", str(tmp_path), "-f", str(tmp_path / "mine.yaml")))
     assert [why for document in made.values() for why in api_server_rules.refusals(document)] == []
     pod = made["Deployment"]["spec"]["template"]["spec"]
-    assert pod["containers"][0]["env"][1:3] == values["env"]
+    names = [variable["name"] for variable in pod["containers"][0]["env"]]
+    after = names.index("PYTHONPATH") + 1  # the plug-in's: one of the user's counts, as it comes after
+    assert pod["containers"][0]["env"][after : after + 2] == values["env"]
     assert (pod["tolerations"], pod["nodeSelector"]) == (values["tolerations"], values["nodeSelector"])
     assert pod["imagePullSecrets"] == values["pullSecrets"]
     assert made["PodMonitor"]["metadata"]["labels"] == {"release": "kps"}
@@ -163,7 +165,7 @@ def test_kustomize_adds_the_sidecar(kind: str, probe: str, tmp_path: Path) -> No
     assert "readinessProbe" not in engine and engine["startupProbe"]["httpGet"]["path"] == "/startupz"
     handlers = {"safe": {"exec"}, "http": {"httpGet"}, "restart-rules": set()}
     assert {"exec", "httpGet"} & set(engine.get("livenessProbe", {})) == handlers[probe]
-    assert {v["name"] for v in pod["volumes"]} == {"models", "sidecar-state", "sidecar-tmp"}
+    assert {v["name"] for v in pod["volumes"]} == {"models", "sidecar-state", "sidecar-tmp", "engine-shm"}
     started = {c["name"] for c in pod["initContainers"]}
     assert started == {"download", "sidecar"} | ({"restarter"} if probe == "restart-rules" else set())
     env = {e["name"]: e.get("value") for c in pod["initContainers"] if c["name"] == "sidecar" for e in c["env"]}
@@ -171,6 +173,21 @@ def test_kustomize_adds_the_sidecar(kind: str, probe: str, tmp_path: Path) -> No
 
 
 # --- without the tools ---
+
+
+@pytest.mark.parametrize("kind", ["vllm", "sglang", "llamacpp"])
+def test_what_is_added_to_a_pod_is_kubernetes_own_form(kind: str) -> None:
+    """The containers and volumes of the component's patch and of llm-d's values pass the schema, strictly."""
+    settings = ManifestSettings(engine_kind=kind, image="engine:1")
+    patch = yaml.safe_load(component.files(settings)["sidecar.yaml"])["spec"]["template"]["spec"]
+    values = (
+        [yaml.safe_load(llm_d.render_values(settings))["decode"]] if kind == "vllm" else []
+    )  # llm-d's only engine here
+    for added in (patch, *values):
+        spec = {"containers": [{"name": "e", "image": "e"}], **{k: added[k] for k in ("initContainers", "volumes")}}
+        kubernetes_validate.validate(
+            {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "p"}, "spec": spec}, "1.37", strict=True
+        )
 
 
 def test_every_value_of_the_chart_is_used_and_there() -> None:

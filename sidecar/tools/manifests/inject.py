@@ -279,7 +279,7 @@ def _pod(spec: CommentedMap, name: str, settings: InjectSettings, found: Workloa
         _set_python_path(engine, name)
         if settings.model and kind == "vllm":
             _share_group(spec)
-    added = container(answers, env, _own_ports(listen, present), mounts)
+    added = container(answers, env, own_ports=_own_ports(listen, present), mounts=mounts)
     added += answers.when("rules", restarter(answers))
     text = added + fill("volumes") + fill("volumes-engine") + probes(answers)
     found.comments |= {line.strip() for line in text.splitlines() if line.strip().startswith("#")}

@@ -40,7 +40,7 @@ def render_values(settings: ManifestSettings) -> str:
         endpoint_removal=str(ENDPOINT_REMOVAL_S),
         drain=str(DRAIN_S),
         pod_grace=str(POD_GRACE_S),
-        sidecar=container(answers, added_env(settings.engine_kind, settings.port, moved), plugin_mount(answers)),
+        sidecar=container(answers, added_env(settings.engine_kind, settings.port, moved), mounts=plugin_mount(answers)),
         restarter=answers.when("rules", restarter(answers)),
         container=quote(settings.container),
         engine_image=image,

@@ -157,14 +157,14 @@ def sidecar(answers: Answers) -> str:
     return container(
         answers,
         env + _admin() + model + gpus + images + key,
-        f"- {{name: relay, containerPort: {RELAY_PORT}}}\n",
-        mounts,
-        answers.when("dra", "claims: [{name: gpus}]\n"),
+        own_ports=f"- {{name: relay, containerPort: {RELAY_PORT}}}\n",
+        mounts=mounts,
+        claims=answers.when("dra", "claims: [{name: gpus}]\n"),
     )
 
 
-def container(answers: Answers, env: str, own_ports: str, mounts: str = "", claims: str = "") -> str:
-    """The sidecar's container in any pod. `env`: its variables, in addition to the pod."""
+def container(answers: Answers, env: str, *, own_ports: str = "", mounts: str = "", claims: str = "") -> str:
+    """The sidecar's container in any pod. `env`, `own_ports`, `mounts`, `claims`: lists in YAML, in addition to its own."""
     amounts = {name: answers.bare(name) for name in ("sidecar_cpus", "sidecar_memory")}
     resources = (fill(f"sidecar-resources-{qos}", **amounts) for qos in ("guaranteed", "burstable"))
     return fill(
