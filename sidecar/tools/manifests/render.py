@@ -164,7 +164,7 @@ def sidecar(answers: Answers) -> str:
 
 
 def container(answers: Answers, env: str, *, own_ports: str = "", mounts: str = "", claims: str = "") -> str:
-    """The sidecar's container in any pod. `env`, `own_ports`, `mounts`, `claims`: lists in YAML, in addition to its own."""
+    """The sidecar's container in any pod. The others are lists in YAML, in addition to what it always has."""
     amounts = {name: answers.bare(name) for name in ("sidecar_cpus", "sidecar_memory")}
     resources = (fill(f"sidecar-resources-{qos}", **amounts) for qos in ("guaranteed", "burstable"))
     return fill(
