@@ -273,7 +273,7 @@ ENGINES = (
         is_tls=True,
         key="engine-key",
         base="/llm",
-        absent=ALONE | dict.fromkeys(("stop_core_idle", "stop_core_in_a_stream", "whole", "long_prompts"), AS_PLAIN),
+        absent=ALONE | dict.fromkeys(("stop_core_idle", "stop_core_in_a_stream", "long_prompts"), AS_PLAIN),
     ),
     vllm(
         "vLLM 0.32, two API servers",
