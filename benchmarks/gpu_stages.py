@@ -415,7 +415,7 @@ def ceilings(note: Note, until: float) -> None:
 
 
 def nvml(note: Note, until: float) -> None:
-    """What one call of each kind costs, whether a spin is told from work, and whose XIDs are counted."""
+    """What one call of each kind costs, whether a spin is distinguished from work, and whose XIDs are counted."""
     call_costs(note, until)
     xids(note, until)
     activity(note, until)

@@ -115,7 +115,7 @@ def test_the_level_follows_the_least_that_service_draws() -> None:
 
 
 def test_an_xid_of_this_silence_is_a_fault() -> None:
-    """Not one that ends nobody's context, nor an older one, nor one from before the sidecar looked."""
+    """Not one that ends no context, nor an older one, nor one from before the sidecar looked."""
     signs = GpuSigns()
     before = replace(gpu(), xid_errors=((31, 2),))
     assert signs.read(Value((before,), 10.0), 10.0, 5.0).fault is None

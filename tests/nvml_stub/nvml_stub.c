@@ -132,7 +132,7 @@ int nvmlDeviceGetFieldValues(Device *d, int count, Field *fields) {
     return OK;
 }
 
-/* GPM: a sample knows its number, so that two which are the same are told from two in order. */
+/* GPM: a sample knows its number, so that two equal ones are distinguished from two in order. */
 typedef struct { unsigned version, supported; } Support;
 typedef struct { int number; } Sample;
 typedef struct { unsigned id; int code; double value; const char *names[3]; } Metric;

@@ -2,7 +2,7 @@
 
 - A metric is what happened between two samples. They are taken while the engine is in doubt only: each costs the driver
   some work, and a healthy engine shows by its tokens what it does.
-- An older GPU, a driver without GPM or without the permission for it: absent, and asked once per session.
+- An older GPU, a driver without GPM or without the permission for it: absent, and asked once per NVML session.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ class ActivityMeter:
         )
 
     def _forget(self, uuid: str, why: Absent | None) -> None:
-        """Free a device's samples. `why`: it is not asked again in this session."""
+        """Free a device's samples. `why`: why it is not asked again until NVML is opened again."""
         samples = self._samples.pop(uuid, None)
         if isinstance(samples, _GpmSamples):
             for sample in (samples.older, samples.newer):
