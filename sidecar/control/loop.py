@@ -28,6 +28,7 @@ from sidecar.control.relay_pool import RelayPool
 from sidecar.control.state import ControlState
 from sidecar.control.state_dir import StateDir
 from sidecar.control.state_store import RESUME, SAVE_INTERVAL_TICKS, StateStore
+from sidecar.engines.registry import PLUGIN_KINDS
 from sidecar.errors import UsageError
 from sidecar.events import (
     AbortRequests,
@@ -71,8 +72,6 @@ from sidecar.snapshot import PodNames
 
 # Between checks of the engine's port. A restart can be over in a second, so it is checked often while one is awaited.
 PORT_INTERVAL_S, RESTART_PORT_INTERVAL_S = 1.0, 0.1
-# Engines whose plug-in reports the steps of their cores.
-STEPPING_KINDS: Final = ("vllm",)
 MAX_ANNOUNCED: Final = 256
 # Ticks between what goes to relays, page and files: once a second.
 PUBLISH_INTERVAL_TICKS: Final = 2
@@ -107,7 +106,7 @@ class ControlLoop:
         self.gpus = GpuSignal(own=own_gpu)
         self._examiner = ProcessExaminer(settings.engine)
         self._hang_watch = HangWatch(settings.engine)
-        self._steps = EngineSteps(state_dir.path)
+        self.steps = EngineSteps(state_dir.path)
         self.tracing = Tracing(settings.otlp_endpoint, __version__)
         self._usage: UsageStore | None = None
         if settings.usage_bytes:
@@ -205,8 +204,8 @@ class ControlLoop:
             self._on_hold(counted=is_new_verdict)
         if is_new_verdict or is_new_hold or self._ticks % SAVE_INTERVAL_TICKS == 0:
             self._tasks.start("memory", self._save(saved_state.dump(self.control.save(), now)))
-        if self.engine.kind_name in STEPPING_KINDS:
-            self._tasks.start("steps", asyncio.to_thread(self._steps.refresh))
+        if self.engine.kind_name in PLUGIN_KINDS:
+            self._tasks.start("steps", asyncio.to_thread(self.steps.refresh))
         self.gpus.closely = health.verdict.state in DOUBTED_STATES
         if self._hang_watch.is_due(now, health.verdict.state):
             self._tasks.start("processes", self._hang_watch.look())
@@ -246,7 +245,7 @@ class ControlLoop:
             wakes=engine.wakes,
             trouble=engine.trouble or self.port.trouble,
             hang_signs=self._hang_watch.read(),
-            steps=self._steps.read(),
+            steps=self.steps.read(),
         )
 
     def _on_verdict(self, wall: float) -> None:

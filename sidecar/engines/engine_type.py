@@ -60,6 +60,7 @@ class EngineKind:
     The engine sleeps while `awake` is 0. Any of `signs` may be missing (404); the first that is true counts.
     `is_fcfs`: of two requests of one model and priority, without a grammar or a transfer, the earlier is served first.
     `steps_compute`: `iterations` counts batches that were computed, so that a long prefill moves it.
+    `has_plugin`: it loads the sidecar's plug-in, which reports its scheduler's steps.
     `canaries` are tried in this order until one passes. `priority` puts a canary before all other requests; if the
     engine's settings decide that, `read_priority` derives it from the first of `info_paths` that responds.
     `idle_fields` are members of a canary's body while nothing runs. `canary_disturbs`: each canary costs users a cache,
@@ -72,6 +73,7 @@ class EngineKind:
     contact_path: str = "/v1/models"  # requested if there is no page: cheap, and needs the API process only
     is_fcfs: bool = False
     steps_compute: bool = False
+    has_plugin: bool = False
     page_hangs: bool = False  # the page can hang with the engine while the API responds
     awake: Series | None = None
     capacity: KvCapacity | None = None

@@ -27,6 +27,8 @@ from sidecar.readings import EngineIdentity
 KINDS: Final[dict[str, EngineKind]] = {
     kind.name: kind for kind in (SCRIPTED, SGLANG, TGI, LLAMACPP, TEI, OLLAMA, VLLM, OPENAI)
 }
+# Kinds whose schedulers report their steps.
+PLUGIN_KINDS: Final = tuple(kind.name for kind in KINDS.values() if kind.has_plugin)
 METRICS: Final = "/metrics"
 FIRST_PATHS: Final = (MODELS, METRICS)
 # Statuses of the model list while the engine is loading; 0: no answer.

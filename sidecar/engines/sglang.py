@@ -57,6 +57,7 @@ SGLANG: Final = EngineKind(
             Series("sglang:generation_tokens_total", at_end=True),
         ),
     },
+    has_plugin=True,
     capacity=KvCapacity("sglang:max_total_num_tokens"),
     rank="dp_rank",
     canaries=(COMPLETIONS, CHAT, EMBEDDINGS, RERANK, CLASSIFY_V1, TRANSCRIPTION),

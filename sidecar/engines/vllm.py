@@ -45,6 +45,7 @@ VLLM: Final = EngineKind(
     ),
     contact_path="/version",
     is_fcfs=True,
+    has_plugin=True,
     awake=Series("vllm:engine_sleep_state", 'sleep_state="awake"'),
     capacity=KvCapacity("vllm:cache_config_info", (("kv_cache_size_tokens",), ("num_gpu_blocks", "block_size"))),
     rank="engine",
@@ -60,4 +61,4 @@ VLLM: Final = EngineKind(
     marks=(KindMark("/version", {"version": None}),),
 )
 
-SCRIPTED: Final = replace(VLLM, name="scripted", owner="scripted", prefix="", marks=())
+SCRIPTED: Final = replace(VLLM, name="scripted", owner="scripted", prefix="", marks=(), has_plugin=False)

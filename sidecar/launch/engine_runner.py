@@ -13,7 +13,8 @@ For hosts without a kubelet (`sidecar run -- COMMAND`). One process of the super
 - All processes that the engine started end with it, as in a container: what is left may hold the GPU or the port. They
   are found by their process group and, because this process adopts orphans, as its children.
 - The engine dies with this process, and this process ends the engine when the supervisor dies.
-- It gets neither the sidecar's settings, which hold a key, nor the service manager's socket.
+- It gets neither the sidecar's settings, which hold a key, nor the service manager's socket. It gets the plug-in for
+  vLLM and SGLang, in front of what PYTHONPATH it was given.
 """
 
 from __future__ import annotations
@@ -63,9 +64,10 @@ _log = logging.getLogger("sidecar")
 class EngineRunner:
     """Keeps one engine running. `run` is the life of one process; the object is made before it is forked."""
 
-    def __init__(self, command: Sequence[str], state_dir: str) -> None:
+    def __init__(self, command: Sequence[str], state_dir: str, plugin: str = "") -> None:
         self._command = tuple(command)
         self._state_dir = state_dir
+        self._plugin = plugin  # its folder; "" for none
         # The engine's process group, in memory that survives this process.
         self._group = mmap.mmap(-1, 8)
         self._probes = {kind: Probe(kind, spec) for kind, spec in PROBES.items()}
@@ -115,6 +117,8 @@ class EngineRunner:
         environ = {k: v for k, v in os.environ.items() if not k.startswith(ENV_PREFIX)}
         for name in service_manager.VARIABLES:
             environ.pop(name, None)
+        if self._plugin:
+            environ["PYTHONPATH"] = os.pathsep.join(filter(None, (self._plugin, environ.get("PYTHONPATH"))))
         me = os.getpid()
 
         def prepare() -> None:

@@ -31,6 +31,7 @@ import uvloop
 from sidecar import settings
 from sidecar.control import process as control_process
 from sidecar.control.state_dir import StateDir
+from sidecar.engines.registry import PLUGIN_KINDS
 from sidecar.errors import StartError
 from sidecar.images.shm_cache import SHM_DIR, CacheFolder
 from sidecar.launch import engine_plugin
@@ -101,8 +102,9 @@ def main(chosen: Settings, run_to_exit_code: ExitCodeRunner, command: Sequence[s
             (folder / "accounts").write_bytes(b"")
             os.truncate(folder / "accounts", tenant_accounts.table_bytes(chosen.workers))
             context = replace(context, accounts=str(folder / "accounts"), limits=limits)
-        if chosen.engine_kind in ("auto", "vllm"):
-            engine_plugin.write(str(StateDir(chosen.state_dir).path))
+        plugin = ""
+        if chosen.engine_kind in ("auto", *PLUGIN_KINDS):
+            plugin = engine_plugin.write(str(StateDir(chosen.state_dir).path))
         if chosen.images != "off":
             cache = CacheFolder(SHM_DIR, chosen.image_cache_bytes, needed=chosen.images in ("auto", "shm"))
             stack.callback(cache.close)
@@ -122,7 +124,7 @@ def main(chosen: Settings, run_to_exit_code: ExitCodeRunner, command: Sequence[s
             run = guarded(partial(_run_relay, replace(context, index=index), listener))
             roles.append(Role("relay", f"relay {index}", run, (listener,)))
         if command:
-            runner = EngineRunner(command, chosen.state_dir)
+            runner = EngineRunner(command, chosen.state_dir, plugin)
             roles.append(Role("engine", "engine runner", guarded(runner.run), ()))
         return Supervisor(roles, chosen.drain_seconds + STOP_MARGIN_S, STOP_GRACE_S if command else 0.0).run()
 

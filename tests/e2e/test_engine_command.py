@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import signal
 import sys
 from collections.abc import AsyncIterator, Callable
@@ -171,12 +172,14 @@ async def test_the_engine_does_not_outlive_its_keepers(host: Run) -> None:
 
 
 async def test_the_engine_gets_none_of_the_sidecars_settings(host: Run, tmp_path: Path) -> None:
-    """Neither settings, which may hold a key, nor the service manager's socket; the rest stays."""
+    """Neither settings, which may hold a key, nor the service manager's socket; the rest stays, with the plug-in."""
     environ = {"SIDECAR_ENGINE_KEY": "secret", "NOTIFY_SOCKET": "/nowhere", "VLLM_LOGGING_LEVEL": "DEBUG"}
-    await host(f"env > {tmp_path}/env;", environ)
+    await host(f"env > {tmp_path}/env;", environ | {"PYTHONPATH": "/of/the/user"})
     seen = dict(line.split("=", 1) for line in (tmp_path / "env").read_text().splitlines() if "=" in line)
     assert seen["VLLM_LOGGING_LEVEL"] == "DEBUG"
     assert not any(name.startswith("SIDECAR_") or name == "NOTIFY_SOCKET" for name in seen)
+    plugin, rest = seen["PYTHONPATH"].split(os.pathsep)
+    assert (Path(plugin) / "sidecar_vllm" / "steps.py").is_file() and rest == "/of/the/user"
 
 
 def test_probes_and_graces_are_those_of_the_manifest() -> None:

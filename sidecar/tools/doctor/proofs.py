@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Final
 
+from sidecar.engines.registry import PLUGIN_KINDS
 from sidecar.health.progress import PROVEN_KILL_S
 from sidecar.readings import Absent, CoreSteps, Failed, Reading, Value
 from sidecar.runtime.plugin_folders import PLUGIN_FOLDER
@@ -18,8 +19,6 @@ from sidecar.signals.process_state import EngineProcess
 from sidecar.tools.doctor import stacks
 from sidecar.tools.doctor.finding import DoctorFinding
 
-# Kinds of engines whose schedulers the plug-in knows; of `auto` it is not known yet.
-STEPPING: Final = ("auto", "vllm", "sglang")
 SHARE: Final = (
     "share the pod's processes and grant SYS_PTRACE (sidecar manifests --stack-dumps on), or start the engine by "
     "`sidecar run -- COMMAND`"
@@ -57,7 +56,7 @@ def judge(
     if isinstance(steps, Value):
         age = min(now - core.at for core in steps.value)
         said.append(f"{len(steps.value)} core(s) report their steps, the last {age:.0f} s ago")
-    elif chosen.engine_kind in STEPPING:
+    elif chosen.engine_kind in ("auto", *PLUGIN_KINDS):
         said.append("no core reports its steps")
         plugin = Path(chosen.state_dir) / PLUGIN_FOLDER
         remedies.append(f"start vLLM or SGLang with PYTHONPATH={plugin} and one /dev/shm for engine and sidecar")

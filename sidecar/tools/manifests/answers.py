@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import fields
 from typing import Any, Final, Protocol
 
+from sidecar.engines.registry import PLUGIN_KINDS
 from sidecar.tools.manifests.settings import ManifestSettings, quote, start
 
 # name -> (whether it holds for the settings, the same in a chart)
@@ -29,7 +30,7 @@ CONDITIONS: Final[dict[str, tuple[Callable[[ManifestSettings], bool], str]]] = {
     "surge": (lambda s: s.max_surge > 0, "gt (int .Values.maxSurge) 0"),
     "dumps": (lambda s: s.stack_dumps == "on", 'eq .Values.stackDumps "on"'),
     "plugin": (
-        lambda s: s.engine_kind in ("vllm", "sglang"),
+        lambda s: s.engine_kind in PLUGIN_KINDS,
         'has .Values.engineKind (list "vllm" "sglang")',
     ),
     "reads_images": (

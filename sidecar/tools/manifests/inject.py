@@ -32,6 +32,7 @@ from ruamel.yaml.anchor import Anchor
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.error import YAMLError
 
+from sidecar.engines.registry import PLUGIN_KINDS
 from sidecar.errors import UsageError
 from sidecar.flags import file_path, flag, integer, one_of, text
 from sidecar.runtime.plugin_folders import PLUGIN_FOLDER
@@ -274,7 +275,7 @@ def _pod(spec: CommentedMap, name: str, settings: InjectSettings, found: Workloa
     if settings.model:
         env += f"- {to_yaml({'name': 'SIDECAR_MODEL', 'value': settings.model})}\n"
         mounts = f"- {to_yaml(_mount_of(engine, settings.model, name) | {'readOnly': True})}\n"
-    if kind in ("vllm", "sglang"):
+    if kind in PLUGIN_KINDS:
         mounts += f"- {to_yaml(_share_memory(spec, engine, name))}\n"
         _set_python_path(engine, name)
         if settings.model and kind == "vllm":
