@@ -1,0 +1,53 @@
+"""Prompts rendered by `sidecar render` equal those of the real vLLM's own renderer: whole answers, case by case."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sidecar.tools.render_server import RenderServerSettings, serving
+from tests.render.record import MODELS, ask, cases_of
+
+from .rendering import renderer
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(400)]
+
+
+@pytest.fixture(scope="module", params=sorted(path.name for path in MODELS.iterdir()))
+def theirs(
+    request: pytest.FixtureRequest, vllm_python: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Any]:
+    """vLLM's renderer of one model."""
+    log = tmp_path_factory.mktemp("renderer") / "log"
+    with renderer(MODELS, request.param, log) as running:
+        yield running
+
+
+async def test_answers_are_those_of_vllm(theirs: Any) -> None:
+    """All of an answer is equal but a random id: tokens, hashes, placeholders, sampling parameters.
+
+    What depends on the engine is asked of it at the start.
+    """
+    model = theirs.model
+    wanted = cases_of(model.name)
+    settings = RenderServerSettings(str(model), engine=theirs.url, listen=("127.0.0.1", 0), workers=1)
+    async with serving(settings) as url:
+        made, expected = await ask(url, wanted), await ask(theirs.url, wanted)
+    differing = {
+        one["name"]: (comparable(one["answer"]), comparable(other["answer"]))
+        for one, other in zip(made, expected, strict=True)
+        if (one["status"], comparable(one["answer"])) != (other["status"], comparable(other["answer"]))
+    }
+    assert differing == {}
+    assert {one["status"] for one in expected} == {200}
+
+
+def comparable(answer: Any) -> Any:
+    """An answer without ids that are random."""
+    if isinstance(answer, list):
+        return [comparable(one) for one in answer]
+    id = str(answer.get("request_id", ""))
+    return answer | {"request_id": id if id.endswith("-mine") else id.partition("-")[0]}
