@@ -36,11 +36,12 @@ sys.path.insert(0, str(ROOT))
 from sidecar.tools.synthetic_photos import photo  # noqa: E402
 from tests.ports import free_port  # noqa: E402
 from tests.vllm import environment  # noqa: E402
-from tests.vllm.rendering import MAX_MODEL_LEN, renderer  # noqa: E402
+from tests.vllm.rendering import renderer  # noqa: E402
 
 MODELS, MODEL = ROOT / "tests" / "render" / "models", "qwen2-vl"
 PATH = "/v1/chat/completions/render"
 IMAGES, PHOTOS = 4, 16
+MAX_MODEL_LEN = 8192
 QUESTION = "Describe what is in these pictures, please. " * 20
 
 
@@ -185,7 +186,7 @@ def main() -> None:
         url, process = stack.enter_context(ours(folder / "ours.log"))
         servers = {"`sidecar render --workers 1`": (url, process)}
         if not chosen.no_vllm and environment.complete():
-            theirs = stack.enter_context(renderer(MODELS, MODEL, folder / "vllm.log"))
+            theirs = stack.enter_context(renderer(MODELS, MODEL, folder / "vllm.log", MAX_MODEL_LEN))
             servers["vLLM 0.32, `vllm launch render`"] = (theirs.url, theirs.root)
         asyncio.run(ready(url))
         asyncio.run(compare([url for url, _ in servers.values()]))

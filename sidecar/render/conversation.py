@@ -67,6 +67,8 @@ def _message(message: dict[str, Any], images: list[SentImage], takes_parts: bool
         raise NotRendered(f"a message of the role {role} has {len(unknown)} members that are not known")
     if message.get("refusal") is not None:
         raise NotRendered("a message has a refusal")
+    if message.get("content") is None and role != "assistant":
+        raise NotRendered("a message has no content")
     parts = _parts(message.get("content"))
     if role == "system":
         parts = _without_billing(parts)
@@ -82,7 +84,9 @@ def _message(message: dict[str, Any], images: list[SentImage], takes_parts: bool
         _add_calls(made, message.get("tool_calls"))
         reasoning = message.get("reasoning_content") if message.get("reasoning") is None else message["reasoning"]
         if reasoning is not None:
-            made["reasoning"] = made["reasoning_content"] = _text(reasoning)
+            if not isinstance(reasoning, str):
+                raise NotRendered("reasoning is not text")
+            made["reasoning"] = made["reasoning_content"] = reasoning
     elif role == "tool":
         if "tool_call_id" in message:
             made["tool_call_id"] = _text(message["tool_call_id"])
@@ -128,10 +132,9 @@ def _piece(part: dict[str, Any], images: list[SentImage]) -> dict[str, str] | No
     if part.get("type") != "image_url" or part.keys() - {"type", "image_url", "uuid"}:
         raise NotRendered("a part is neither text nor image_url")
     link, uuid = part.get("image_url"), part.get("uuid")
-    if isinstance(link, dict):
-        if link.keys() - {"url", "detail"}:
-            raise NotRendered("an image_url has members that are not known")
-        link = link.get("url")
+    if not isinstance(link, dict) or link.keys() - {"url", "detail"}:
+        raise NotRendered("an image_url has no data, or members that are not known")
+    link = link.get("url")
     if uuid is not None and not isinstance(uuid, str):
         raise NotRendered("a uuid is not text")
     if not isinstance(link, str):

@@ -62,7 +62,6 @@ class ModelFiles:
     """A model as far as rendering needs it. `no_images` says why `images` is None."""
 
     encode: Callable[[str, bool], list[int]]
-    vocabulary: int  # one more than the largest token id
     images: ImageRules | None
     no_images: str = ""
     sampling: dict[str, Any] = field(default_factory=dict)
@@ -101,8 +100,7 @@ def load(folder: Path) -> ModelFiles:
         except (TypeError, UnicodeEncodeError):  # half of a surrogate pair
             raise NotRendered("a text is not valid Unicode") from None
 
-    vocabulary = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
-    return ModelFiles(encode, vocabulary, images, why, sampling)
+    return ModelFiles(encode, images, why, sampling)
 
 
 def _check_renderer(folder: Path, config: dict[str, Any]) -> None:

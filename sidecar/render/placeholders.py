@@ -17,6 +17,9 @@ IMAGE_TOKENS: Final = {
     "Qwen2VLForConditionalGeneration": _QWEN,
     "Qwen2_5_VLForConditionalGeneration": _QWEN,
     "Qwen3VLForConditionalGeneration": _QWEN,
+    "Qwen3VLMoeForConditionalGeneration": _QWEN,
+    "Qwen3_5ForConditionalGeneration": _QWEN,
+    "Glm4vForConditionalGeneration": ("<|image|>", "<|begin_of_image|><|image|><|end_of_image|>"),
 }
 
 

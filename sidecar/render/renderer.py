@@ -125,9 +125,9 @@ class Renderer:
             made.messages,
             tools,
             _variables(request),
-            add_generation_prompt=_boolean(request, "add_generation_prompt", True),
+            add_generation_prompt=request.get("add_generation_prompt", True),
         )
-        ids = self._model.encode(prompt, _boolean(request, "add_special_tokens", False))
+        ids = self._model.encode(prompt, request.get("add_special_tokens", False))
         features = None
         if rules is not None and images:
             ids, places = placeholders.expand(ids, rules.token, [image.geometry.tokens for image in images])
@@ -167,7 +167,7 @@ class Renderer:
 
     def _completions(self, request: dict[str, Any], call: RenderCall) -> list[dict[str, Any]]:
         prompts = _prompts(request.get("prompt"))
-        special = _boolean(request, "add_special_tokens", True)
+        special = request.get("add_special_tokens", True)
         base = f"cmpl-{_id(request, call)}"
         answers = []
         for index, prompt in enumerate(prompts):
@@ -190,8 +190,6 @@ class Renderer:
         most = call.max_model_len
         if not ids:
             raise PromptRejected("the prompt has no tokens")
-        if max(ids) >= self._model.vocabulary:
-            raise PromptRejected("the prompt has a token id beyond the model's vocabulary")
         if most and len(ids) > most:
             raise PromptRejected(f"the prompt has {len(ids)} tokens and the model takes {most} (--max-model-len)")
         options = request.get("stream_options") if request.get("stream") else None
@@ -230,7 +228,10 @@ def _check(request: Mapping[str, Any], call: RenderCall) -> None:
     """What vLLM checks of members that are not rendered. Raises PromptRejected, or NotRendered for another model."""
     if call.names and request.get("model") is not None and request["model"] not in call.names:
         raise NotRendered("the request names another model or adapter than the engine's own")
-    if "stream_options" in request and not request.get("stream"):
+    for name, (kind, accepts) in OTHER_MEMBERS.items():
+        if name in request and (type(request[name]) is not kind or not accepts(request[name])):
+            raise NotRendered(f"{name} has a value that is not rendered here")
+    if request.get("stream_options") and not request.get("stream"):
         raise PromptRejected("stream_options: only with stream: true")
     if "tools" not in request and request.get("tool_choice", "none") != "none":
         raise PromptRejected("tool_choice: only with tools")
@@ -239,6 +240,28 @@ def _check(request: Mapping[str, Any], call: RenderCall) -> None:
         isinstance(salt, str) and 0 < len(salt) <= MAX_SALT_CHARS and SALT_FORBIDS.isdisjoint(salt)
     ):
         raise PromptRejected(f"cache_salt: send text of at most {MAX_SALT_CHARS} characters without @, / and \\")
+
+
+# Members that are copied or ignored, their types, and the values that vLLM takes.
+OTHER_MEMBERS: Final[dict[str, tuple[type, Callable[[Any], bool]]]] = {
+    **dict.fromkeys(("model", "user", "request_id", "session_id"), (str, lambda _: True)),
+    **dict.fromkeys(
+        (
+            "add_special_tokens",
+            "add_generation_prompt",
+            "include_reasoning",
+            "parallel_tool_calls",
+            "return_token_ids",
+            "return_tokens_as_token_ids",
+            "return_mm_kwargs",
+            "stream",
+        ),
+        (bool, lambda _: True),
+    ),
+    "priority": (int, lambda value: -(1 << 63) <= value < 1 << 63),
+    "mm_payload": (str, ("none", "tensors").__contains__),
+    "reasoning_effort": (str, ("none", "minimal", "low", "medium", "high", "xhigh", "max").__contains__),
+}
 
 
 def _wants_no_tensors(request: Mapping[str, Any], call: RenderCall) -> bool:
@@ -272,19 +295,12 @@ def _prompts(prompt: Any) -> list[str | list[int]]:
     if len(prompts) > MAX_PROMPTS:
         raise PromptRejected(f"prompt: the limit is {MAX_PROMPTS} prompts")
     if not all(isinstance(p, str) for p in prompts) and not all(_is_ids(p) for p in prompts):
-        raise PromptRejected("prompt: send texts, or lists of token ids")
+        raise NotRendered("prompt has other items than texts, or lists of token ids")
     return prompts
 
 
 def _is_ids(prompt: Any) -> bool:
     return isinstance(prompt, list) and all(type(id) is int and id >= 0 for id in prompt)
-
-
-def _boolean(request: Mapping[str, Any], name: str, default: bool) -> bool:
-    value = request.get(name, default)
-    if type(value) is not bool:
-        raise PromptRejected(f"{name}: send true or false")
-    return value
 
 
 def _id(request: Mapping[str, Any], call: RenderCall) -> str:

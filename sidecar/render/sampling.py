@@ -42,7 +42,6 @@ LENGTHS: Final = ("max_tokens", "max_completion_tokens")
 # What is read elsewhere or changes nothing of what is sampled.
 OTHERS: Final = frozenset(("n", "stop", "stop_token_ids", "bad_words", "stream", "logprobs", "top_logprobs"))
 KNOWN: Final = OTHERS | NUMBERS.keys() | COPIED.keys() | set(LENGTHS)
-GREEDY: Final = 1e-5
 COLDEST: Final = 0.01
 DELTA, FINAL_ONLY = 1, 2  # vLLM's output kinds
 
@@ -51,7 +50,7 @@ def sampling_params(
     request: Mapping[str, Any], model_defaults: Mapping[str, Any], prompt_tokens: int, max_model_len: int, *, chat: bool
 ) -> dict[str, Any] | None:
     """The parameters of a checked request; None if they cannot be given exactly. `max_model_len`: 0 if not known."""
-    if not max_model_len or not _is_plain(request):
+    if not max_model_len or not _is_plain(request, max_model_len, chat):
         return None
     made: dict[str, Any] = {"output_kind": DELTA if request.get("stream") else FINAL_ONLY, "skip_clone": True}
     for name, default in NUMBERS.items():
@@ -61,10 +60,10 @@ def sampling_params(
         if not low <= value <= high:
             return None
         made[name] = value if name == "top_k" else float(value)
-    if made["temperature"] < GREEDY:
-        del made["top_p"], made["top_k"], made["min_p"]  # vLLM sets them to their defaults
-    elif made["temperature"] < COLDEST:
+    if 0 < made["temperature"] < COLDEST:
         made["temperature"] = COLDEST
+    if made["temperature"] == 0:
+        del made["top_p"], made["top_k"], made["min_p"]  # vLLM sets them to their defaults
     made |= {name: request[name] for name, default in COPIED.items() if request.get(name, default) != default}
     if made.get("seed") == -1:
         del made["seed"]
@@ -80,7 +79,7 @@ def sampling_params(
     if (logprobs := _logprobs(request, chat)) is not None:
         made["logprobs"] = logprobs
     made["n"] = 1 if request.get("n") is None else request["n"]
-    if made["n"] < 1 or (made["n"] > 1 and made["temperature"] < GREEDY):
+    if made["n"] < 1 or (made["n"] > 1 and made["temperature"] == 0):
         return None
     made["max_tokens"] = _max_tokens(request, model_defaults, max_model_len - prompt_tokens, chat)
     if made["max_tokens"] < 1 or made.get("min_tokens", 0) > made["max_tokens"]:
@@ -92,7 +91,7 @@ def sampling_params(
 LEFT_OUT: Final = (("n", 1), ("max_tokens", 16), ("top_k", 0), ("output_text_buffer_length", 0))
 
 
-def _is_plain(request: Mapping[str, Any]) -> bool:
+def _is_plain(request: Mapping[str, Any], max_model_len: int, chat: bool) -> bool:
     """Whether each member has the type that vLLM takes as it is, and none needs another."""
     given = {name: value for name, value in request.items() if value is not None}
     top, stop = given.get("top_logprobs", 0), given.get("stop", [])
@@ -105,7 +104,10 @@ def _is_plain(request: Mapping[str, Any]) -> bool:
         and all(map(_is_text, given.get("bad_words", [])))
         and all(type(id) is int for id in given.get("stop_token_ids", []))
         and type(given.get("stream", False)) is bool
-        and type(given.get("logprobs", 0)) in (bool, int)
+        and type(given.get("logprobs", False if chat else 0)) is (bool if chat else int)
+        and -(1 << 63) <= given.get("seed", 0) < 1 << 63
+        and given.get("min_tokens", 0) >= 0
+        and all(0 < given.get(name, 1) <= max_model_len for name in LENGTHS)
         and (not top or (top > 0 and bool(given.get("logprobs"))))
     )
 

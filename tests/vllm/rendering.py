@@ -17,7 +17,7 @@ MAX_MODEL_LEN = 4096
 
 
 @contextlib.contextmanager
-def renderer(models: Path, name: str, log: Path) -> Iterator[Engine]:
+def renderer(models: Path, name: str, log: Path, max_model_len: int = MAX_MODEL_LEN) -> Iterator[Engine]:
     """vLLM's renderer of a model, by its name within the folder `models`: that name is part of its image hashes."""
     port = free_port()
     command = [
@@ -25,7 +25,7 @@ def renderer(models: Path, name: str, log: Path) -> Iterator[Engine]:
         "-m",
         "vllm.entrypoints.launchers.render.entry",
         *("--model", name, "--served-model-name", processes.MODEL, "--host", "127.0.0.1", "--port", str(port)),
-        *("--dtype", "float32", "--max-model-len", str(MAX_MODEL_LEN)),
+        *("--dtype", "float32", "--max-model-len", str(max_model_len)),
     ]
     url = f"http://127.0.0.1:{port}"
     env = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"} | processes.ENGINE_ENV
