@@ -273,16 +273,17 @@ def _wants_no_tensors(request: Mapping[str, Any], call: RenderCall) -> bool:
 
 
 def _variables(request: Mapping[str, Any]) -> dict[str, Any]:
-    """The variables that a request gives its template."""
+    """The variables that a request gives its template; None and "auto" are none."""
     given = request.get("chat_template_kwargs", {})
     if not isinstance(given, dict):
         raise PromptRejected("chat_template_kwargs: send an object")
     chat_template.check_variables(given)
-    variables = dict(given)
+    variables = {name: value for name, value in given.items() if value is not None and value != "auto"}
     effort = request.get("reasoning_effort")
     if effort is not None:
         variables["reasoning_effort"] = effort
-        variables.setdefault("enable_thinking", effort != "none")
+        if "enable_thinking" not in given:
+            variables["enable_thinking"] = effort != "none"
     return variables
 
 

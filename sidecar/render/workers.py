@@ -26,6 +26,20 @@ from sidecar.runtime.limited_log import LimitedLog
 DEADLINE_S: Final = 10.0
 START_TIMEOUT_S: Final = 120.0
 MAX_WAITING: Final = 256
+# What the interpreter and the linker read. Other variables, which may hold secrets, are left out.
+WORKER_VARIABLES: Final = (
+    "PATH",
+    "HOME",
+    "TMPDIR",
+    "TZ",
+    "LANG",
+    "LC_",
+    "LD_",
+    "PYTHON",
+    "VIRTUAL_ENV",
+    "MALLOC_",
+    "GLIBC_",
+)
 
 _log = logging.getLogger(__name__)
 
@@ -118,7 +132,8 @@ class RenderWorkers:
     async def _start(self) -> Process:
         """A worker that has loaded the model's files. Raises StartError."""
         command = (sys.executable, "-m", "sidecar.render.worker", str(os.getpid()))
-        process = await asyncio.create_subprocess_exec(*command, stdin=PIPE, stdout=PIPE)
+        environ = {name: value for name, value in os.environ.items() if name.startswith(WORKER_VARIABLES)}
+        process = await asyncio.create_subprocess_exec(*command, stdin=PIPE, stdout=PIPE, env=environ)
         self._processes.add(process)
         try:
             async with asyncio.timeout(START_TIMEOUT_S):

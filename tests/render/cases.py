@@ -168,6 +168,7 @@ def text_cases() -> dict[str, tuple[str, dict[str, Any]]]:
         "no-generation-prompt": chat(hello, add_generation_prompt=False),
         "special-tokens": chat(hello, add_special_tokens=True),
         "thinking-off": chat(hello, chat_template_kwargs={"enable_thinking": False, "unused": [1]}),
+        "thinking-auto": chat(hello, chat_template_kwargs={"enable_thinking": "auto", "reasoning_effort": None}),
         "effort": chat(hello, reasoning_effort="low"),
         "effort-none": chat(hello, reasoning_effort="none"),
         "effort-and-thinking": chat(hello, reasoning_effort="high", chat_template_kwargs={"enable_thinking": False}),

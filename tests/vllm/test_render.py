@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from sidecar.errors import NotRendered, PromptRejected
+from sidecar.render.protocol import PATHS, RenderCall, RenderSettings
+from sidecar.render.renderer import Renderer
 from sidecar.tools.render_server import RenderServerSettings, serving
+from tests.render.odd_requests import odd_requests
 from tests.render.record import MODELS, ask, cases_of
 
-from .rendering import renderer
+from .rendering import MAX_MODEL_LEN, renderer
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(400)]
 
@@ -49,9 +54,35 @@ async def test_answers_are_those_of_vllm(theirs: Any) -> None:
     assert {one["status"] for one in expected} == {200}
 
 
+async def test_odd_requests_never_get_another_answer(theirs: Any) -> None:
+    """Where the relay would answer, its answer is vLLM's; what vLLM refuses is refused, or passed on to it."""
+    model = theirs.model
+    made = Renderer(RenderSettings(str(model)))
+    wanted = odd_requests(images=model.name != "text")
+    expected = {one["name"]: one for one in await ask(theirs.url, wanted)}
+    differing = {}
+    for name, (path, body) in wanted.items():
+        call = RenderCall(PATHS[path], "", model.name, ("tiny",), MAX_MODEL_LEN, whole=True)
+        status, answer = expected[name]["status"], comparable(expected[name]["answer"])
+        try:
+            ours = comparable(json.loads(made.render(call, json.dumps(body).encode())))
+        except PromptRejected as e:
+            if status == 200:
+                differing[name] = (str(e), answer)
+        except NotRendered:
+            continue
+        else:
+            if (200, ours) != (status, answer):
+                differing[name] = (ours, answer)
+    assert differing == {}
+    assert sum(one["status"] == 200 for one in expected.values()) > 100
+
+
 def comparable(answer: Any) -> Any:
     """An answer without ids that are random."""
     if isinstance(answer, list):
         return [comparable(one) for one in answer]
+    if "request_id" not in answer:  # an error
+        return answer
     id = str(answer.get("request_id", ""))
     return answer | {"request_id": id if id.endswith("-mine") else id.partition("-")[0]}
