@@ -3,7 +3,7 @@
 vLLM opens an image with Pillow, rotates it by EXIF or XMP, and converts what is not RGB. Both decide what it counts:
 the rotation the number of tokens, the conversion the image's hash. Both stand in the file's header.
 
-Rules: nothing is decoded and no length in the file is trusted. What cannot be told for certain from the header raises
+Rules: nothing is decoded and no length in the file is trusted. What the header does not say for certain raises
 Unclear: formats whose header is not enough, two frames in a row, compressed metadata. Orientation is asked of Pillow by
 the metadata alone, put on an image of one pixel, as Pillow rotates only if it can also edit the metadata.
 """

@@ -68,7 +68,7 @@ CONSTRAINTS: Final = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class _Image:
-    """What is told of an image: by its header, and by the model's processor."""
+    """What is known of an image from its header, and what the model's processor makes of it."""
 
     stored: stored_image.StoredImage
     geometry: Geometry
