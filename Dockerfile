@@ -8,7 +8,7 @@ ARG PYTHON=3.13
 ARG DEBIAN=trixie
 
 FROM python:${PYTHON}-slim-${DEBIAN} AS build
-ARG EXTRAS=images,diagnose,orca,postgres,tokenizer
+ARG EXTRAS=images,diagnose,orca,postgres,tokenizer,render
 ARG PILLOW=pillow
 ARG COMPILE=
 # The compiler builds the kernel and, if selected, Pillow-SIMD, which needs the codecs; both stay in this stage.
@@ -40,7 +40,7 @@ RUN uv pip uninstall uv pip && sidecar --version && python -c "import sidecar.ke
 FROM python:${PYTHON}-slim-${DEBIAN}
 ARG PYTHON
 ARG DEBIAN
-ARG EXTRAS=images,diagnose,orca,postgres,tokenizer
+ARG EXTRAS=images,diagnose,orca,postgres,tokenizer,render
 ARG PILLOW=pillow
 ARG REVISION=
 ARG CREATED=

@@ -65,6 +65,7 @@ LAZY_COMMANDS: Final = {
     "cel": ("sidecar.tools.cel", "CelSettings"),
     "calibrate": ("sidecar.tools.calibrate.command", "CalibrateSettings"),
     "bench": ("sidecar.tools.bench.command", "BenchSettings"),
+    "render": ("sidecar.tools.render_server", "RenderServerSettings"),
 }
 # Commands below one of them.
 LAZY_SUBCOMMANDS: Final = {
@@ -75,11 +76,11 @@ LAZY_SUBCOMMANDS: Final = {
 }
 # Those that write files in the formats of other programs, or run until they are stopped: they have no result to report,
 # and so no --json. All others print one JSON document with it, and progress and errors on stderr.
-WITHOUT_JSON: Final = frozenset({"run", "engine", "manifests", "inject", "usage export"})
+WITHOUT_JSON: Final = frozenset({"run", "engine", "render", "manifests", "inject", "usage export"})
 
 # What `sidecar --help` shows together.
 COMMAND_GROUPS: Final = {
-    "Run": ("run", "probe"),
+    "Run": ("run", "render", "probe"),
     "Look": ("status", "top", "doctor"),
     "Deploy": ("manifests", "inject"),
     "Measure": ("calibrate", "bench"),

@@ -145,6 +145,18 @@ class BadImage(RequestError, code="image_invalid"):
         return {"error": {"message": str(self), "type": self.type, "code": self.reason}}
 
 
+class NotRendered(RequestError, code="not_rendered", status=501):
+    """A prompt that cannot be rendered here exactly as the engine would; its own /render can."""
+
+
+class PromptRejected(RequestError, code="prompt_rejected"):
+    """A request to render that the engine would refuse, too."""
+
+
+class RenderBusy(RequestError, code="render_busy", status=503, retry_after=1):
+    """All render workers are busy and their queue is full."""
+
+
 def place_of(error: BaseException) -> str:
     """Where an error was raised, innermost, as file and line: for logs, as its text could hold what a user sent."""
     frames = traceback.extract_tb(error.__traceback__)

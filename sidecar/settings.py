@@ -103,6 +103,13 @@ class Settings:
         "", existing_file, "Secret that all replicas share, so that an image has one name in all engines' caches (vLLM)"
     )
     image_cache_bytes: int = flag(256 << 20, size, "Size of the cache of prepared images in shared memory; 0: no cache")
+    render: str = flag(
+        "off",
+        one_of("off", "on"),
+        "Whether the relay answers vLLM's /render paths itself where it can exactly; needs --model and the extra "
+        "`render`",
+        heading="Engine and model",
+    )
     max_body_bytes: int = flag(256 << 20, size, "Maximum size of a request body", heading="Tenants and limits")
     max_concurrent: int = flag(
         0,

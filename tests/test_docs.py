@@ -212,6 +212,8 @@ def test_every_flag_in_a_document_exists() -> None:
             "--tokenizer-mode",
             "--enable-scale-out",
             "--no-mm-device-do-normalize",
+            "--mm-processor-cache-gb",
+            "--no-enable-prefix-caching",
         ),  # vLLM
         *("--nonblocking", "--locals"),  # py-spy
         "--cache-ram",  # llama.cpp

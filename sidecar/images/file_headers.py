@@ -41,7 +41,7 @@ def _jpeg(data: bytes) -> Header:
     """Walk the segments up to the scan. Plain: one frame header, Huffman, 8 bits, one or three components."""
     frame: tuple[int, int, int, int] | None = None
     plain, tagged = True, False
-    for marker, at in _segments(data):
+    for marker, at in segments(data):
         if marker == SCAN:
             bits, height, width, components = frame or (0, 0, 0, 0)
             return Header("jpeg", height, width, plain and bits == 8 and components in (1, 3), tagged)
@@ -55,7 +55,7 @@ def _jpeg(data: bytes) -> Header:
 
 def first_scan(data: bytes) -> int | None:
     """Where a JPEG's first scan begins; None if it has none, or too much or damaged data before it."""
-    return next((at for marker, at in _segments(data) if marker == SCAN), None)
+    return next((at for marker, at in segments(data) if marker == SCAN), None)
 
 
 SCAN, APP1, APP2 = 0xDA, 0xE1, 0xE2
@@ -66,7 +66,7 @@ MAX_FILL_BYTES: Final = 1 << 16  # in a row; decoders in Python read them one by
 _NO_FILL: Final = re.compile(rb"[^\xff]")
 
 
-def _segments(data: bytes) -> Iterator[tuple[int, int]]:
+def segments(data: bytes) -> Iterator[tuple[int, int]]:
     """Each segment's marker and content offset, up to the scan or to the first invalid segment."""
     at = 2
     for _ in range(MAX_SEGMENTS):

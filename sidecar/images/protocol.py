@@ -28,7 +28,7 @@ PIXELS: Final = "pixels"  # a resized lossless image, as base64 text
 RAW: Final = "raw"  # the resized image's RGB bytes
 INLINE: Final = (PIXELS, RAW)  # what replaces the image in a request
 TENSORS: Final = "tensors"  # the processor's output
-LAYOUT: Final = "layout"  # sizes only, no payload; the image is decoded all the same
+LAYOUT: Final = "layout"  # sizes only, no payload; decoded only if the header does not say them for certain
 COSTS: Final = "costs"  # no image: the unit costs of cost_rule.py, measured by this worker, as the answer's stages
 
 Data = bytes | bytearray | memoryview

@@ -27,6 +27,7 @@ from sidecar.signals.gpu import names as gpu_names
 
 BACKLOG_CONNECTIONS: Final = 1024
 IMAGE_MODULES: Final = ("PIL", "numpy", "pybase64")  # the extra `images`; simplejpeg only makes it faster
+RENDER_MODULES: Final = ("tokenizers", "jinja2", "blake3", "PIL")  # the extra `render`
 IMAGE_KEY_BYTES: Final = 32
 MIN_KEY_FILE_BYTES: Final = 16
 MAX_KEY_FILE_BYTES: Final = 4096
@@ -133,6 +134,16 @@ def check_usage(chosen: Settings) -> None:
             raise UsageError(f"--{name}: needs the usage records in the state directory; --usage-bytes is 0")
     if chosen.usage_url and importlib.util.find_spec("psycopg") is None:
         raise StartError("--usage-url: the extra is not installed; pip install 'inference-sidecar[postgres]'")
+
+
+def check_render(chosen: Settings) -> None:
+    """Raises UsageError or StartError if prompts cannot be rendered as asked."""
+    if chosen.render == "off":
+        return
+    if not chosen.model:
+        raise UsageError("--render on: needs the model's directory; name it with --model DIR")
+    if any(importlib.util.find_spec(module) is None for module in RENDER_MODULES):
+        raise StartError("--render on: the extra is not installed; pip install 'inference-sidecar[render]'")
 
 
 def read_image_key(chosen: Settings) -> bytes:

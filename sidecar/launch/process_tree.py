@@ -40,6 +40,7 @@ from sidecar.launch.preflight import (
     bind,
     bind_unix,
     check_certificate,
+    check_render,
     check_usage,
     choose_coefficients,
     choose_image_mode,
@@ -79,6 +80,7 @@ def main(chosen: Settings, run_to_exit_code: ExitCodeRunner, command: Sequence[s
     open_files.raise_limit()  # of all processes: many shells and runtimes allow 1024
     check_certificate(chosen)
     check_usage(chosen)
+    check_render(chosen)
     coefficients = choose_coefficients(chosen)
     image_key = read_image_key(chosen)
     chosen = replace(chosen, images=choose_image_mode(chosen))

@@ -53,6 +53,7 @@ from sidecar.relay.http.server import Server
 from sidecar.relay.media import image_refusals, inline, other_places
 from sidecar.relay.open_requests import LOAD_REPORT_STALE_S, OpenRequests
 from sidecar.relay.pricing.charge import Pricing
+from sidecar.render.protocol import PATHS as RENDER_PATHS
 from sidecar.runtime.memory_limit import memory_limit
 from sidecar.settings import Settings
 from sidecar.signals.engine_address import EngineAddress
@@ -61,6 +62,7 @@ from sidecar.trace_context import Sampler, parse_traceparent, sampler_of
 if TYPE_CHECKING:  # a relay without images, or without TLS, does not load them
     from sidecar.images.service import ImageService, PreparedImage
     from sidecar.relay.http.certificate import Certificate
+    from sidecar.relay.render_api import RenderApi
 
 _log = logging.getLogger(__name__)
 
@@ -72,8 +74,8 @@ BODY_SHARE = 0.25  # of the container's memory, for request bodies: each is held
 class Relay:
     """Handles every request of relay process `index`.
 
-    `preprocess` serves /v1/preprocess if images are on, `fetch` fetches images behind links, and `handoffs` returns
-    what vLLM takes through shared memory now.
+    `preprocess` serves /v1/preprocess if images are on, `fetch` fetches images behind links, `render` renders prompts,
+    and `handoffs` returns what vLLM takes through shared memory now.
     """
 
     def __init__(
@@ -87,6 +89,7 @@ class Relay:
         images: ImageService | None = None,
         preprocess: Callable[[Request], Awaitable[None]] | None = None,
         fetch: inline.Fetch | None = None,
+        render: RenderApi | None = None,
         handoffs: Callable[[], Handoffs] | None = None,
         max_queued: int = MAX_QUEUED,
         client_stall: float = client_io.CLIENT_STALL_S,
@@ -95,6 +98,7 @@ class Relay:
         self._images = images
         self._preprocess = preprocess
         self._fetch = fetch if images is not None else None
+        self._render = render
         self._handoffs = handoffs
         self._engine_kind = settings.engine_kind if settings.engine_kind != "auto" else ""
         self._image_key = image_key or secrets.token_bytes(32)
@@ -204,23 +208,43 @@ class Relay:
                     held.grow(request.fields.length() or self._settings.image_max_bytes)
                     await self._preprocess(request)
                 return
+            if self._render is not None and path in RENDER_PATHS and self._engine_kind == "vllm":
+                await self._rendered(request, id, RENDER_PATHS[path], self._render)
+                return
         elif path == "/metrics" and request.method == "GET" and (page := await self._metrics_page.get()) is not None:
             fields = [(b"content-type", metrics_page.CONTENT_TYPE.encode()), (b"x-request-id", id.encode())]
             if self._engine_kind and not KINDS[self._engine_kind].series:  # control does not scrape it
                 page = metrics_page.join(await self._engines_page(request, id), page)
             request.reply.begin(200, b"OK", fields, body=page)
             return
-        max_bytes = self._settings.max_body_bytes
+        await self._pass(request, id)
+
+    async def _pass(self, request: Request, id: str, data: bytes | None = None) -> None:
+        """Pass a request through; `data` is its body, if that has been read."""
         await passthrough.forward(
             request,
             id,
             self._engine,
             self._open_requests,
             self._budget,
-            max_bytes,
+            self._settings.max_body_bytes,
             self._load_report,
             self._open_gate(),
+            data,
         )
+
+    async def _rendered(self, request: Request, id: str, api: str, render: RenderApi) -> None:
+        """Answer a request to render here, or pass it to the engine."""
+        with self._budget.reading() as held:
+            body = await client_io.read(request, self._settings.max_body_bytes, held)
+            process = self._load_report.process if self._load_report is not None else 0
+            given = headers.request_id(request.fields)
+            made = await render.answer(request, api, body, given, self._engine, process)
+            if made is None:
+                await self._pass(request, id, body)
+                return
+            fields = [client_io.JSON_TYPE, (b"x-request-id", id.encode())]
+            request.reply.begin(200, b"OK", fields, body=made)
 
     def _open_gate(self) -> CanaryGate | None:
         """What calls wait for that stop the engine; None while there is no control process, and so no canary."""

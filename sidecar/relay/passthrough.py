@@ -44,19 +44,23 @@ async def forward(
     max_body_bytes: int,
     report: LoadReport | None,
     gate: CanaryGate | None = None,
+    data: bytes | None = None,
 ) -> None:
     """Pass a request to the engine, and its answer back.
 
-    `report`: the load report for the answer's header; `gate`: what a call waits for that stops the engine's work.
+    `report`: the load report for the answer's header; `gate`: what a call waits for that stops the engine's work;
+    `data`: its body, if it has been read.
     """
     target = engine_io.origin_form(request.target).decode("latin-1")
     path, _, query = target.partition("?")
-    route, is_partial, data = engine_pauses.route_of(request.method, path), False, None
+    route, is_partial = engine_pauses.route_of(request.method, path), False
     with budget.reading() as held:
-        if route is not None and route.turn != "during":  # what is never complete is no order
+        if data is None and route is not None and route.turn != "during":  # what is never complete is no order
             data = await client_io.read(request, max_body_bytes, held)
             is_partial = route.turn == "resumes" and engine_pauses.is_partial(query, data)
-        elif request.has_body and (request.fields.length() or math.inf) <= engine_io.MAX_REPEATED_BYTES:
+        elif (
+            data is None and request.has_body and (request.fields.length() or math.inf) <= engine_io.MAX_REPEATED_BYTES
+        ):
             data = await client_io.read(request, engine_io.MAX_REPEATED_BYTES, held)
         pause = engine_pauses.PauseCall(open_requests.emit, time.monotonic, next(_pause_call_ids), route, is_partial)
         kind = ""

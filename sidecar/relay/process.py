@@ -38,6 +38,9 @@ from sidecar.relay.pricing import tokenizer
 from sidecar.relay.pricing.charge import Pricing
 from sidecar.relay.pricing.quota import Quota
 from sidecar.relay.pricing.tenant_accounts import TenantAccounts
+from sidecar.relay.render_api import RenderApi
+from sidecar.render.protocol import RenderSettings
+from sidecar.render.workers import RenderWorkers
 from sidecar.runtime import open_files
 from sidecar.runtime.limited_log import LimitedLog
 from sidecar.settings import Settings
@@ -133,6 +136,10 @@ async def _relay(context: RelayContext, emit: Callable[[Event], None]) -> AsyncI
             quota = Quota(settings.tenant_limits, accounts, settings.workers, context.limits)
             stack.callback(quota.close)
             await stack.enter_async_context(_background(quota.watch))
+        render: RenderApi | None = None
+        if settings.render == "on":
+            render = RenderApi(RenderWorkers(RenderSettings(settings.model), 1))
+            await stack.enter_async_context(_background(render.run))
         counter = tokenizer.load_counter(settings.model)  # before serving, as loading blocks the loop
         if counter is not None:
             stack.callback(counter.close)
@@ -145,6 +152,7 @@ async def _relay(context: RelayContext, emit: Callable[[Event], None]) -> AsyncI
             images=images,
             preprocess=serve_images,
             fetch=fetch,
+            render=render,
             handoffs=watch,
         )
         stack.push_async_callback(relay.close)

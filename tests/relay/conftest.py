@@ -126,6 +126,7 @@ async def rig() -> AsyncIterator[Callable[..., Awaitable[Rig]]]:
             images: Any = None,
             preprocess: Any = None,
             fetch: Any = None,
+            render: Any = None,
             kind: str = "vllm",
             shm: Any = None,
             image_key: bytes = b"",
@@ -134,7 +135,13 @@ async def rig() -> AsyncIterator[Callable[..., Awaitable[Rig]]]:
             client_stall: float = CLIENT_STALL_S,
             **settings: Any,
         ) -> Rig:
-            ways = {"images": images, "preprocess": preprocess, "fetch": fetch, "image_key": image_key}
+            ways = {
+                "images": images,
+                "preprocess": preprocess,
+                "fetch": fetch,
+                "render": render,
+                "image_key": image_key,
+            }
             ways["handoffs"] = shm and (lambda: h if isinstance(h := shm(), Handoffs) else Handoffs(h))
             ways |= {"max_queued": max_queued, "client_stall": client_stall}
             own = Settings(engine=engine, engine_kind=kind, **settings)

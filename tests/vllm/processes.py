@@ -174,11 +174,13 @@ def sidecar(engine_url: str, state: Path, log: Path, **flags: str) -> Iterator[S
 
 
 @contextlib.contextmanager
-def running(command: Sequence[str], log: Path, env: Mapping[str, str]) -> Iterator[subprocess.Popen[bytes]]:
+def running(
+    command: Sequence[str], log: Path, env: Mapping[str, str], cwd: Path = ROOT
+) -> Iterator[subprocess.Popen[bytes]]:
     """Run a command in a process group of its own; nothing of the group is left at the end."""
     with log.open("ab") as output:
         process = subprocess.Popen(
-            command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+            command, cwd=cwd, env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
         )
     try:
         yield process

@@ -15,7 +15,7 @@ from typing import Any, Final
 import numpy as np
 import pybase64
 
-from sidecar.images import file_headers
+from sidecar.images import file_headers, stored_image
 from sidecar.images.decode_bounds import find_excess
 from sidecar.images.header_geometry import base64_chars, is_worth_resizing, predict
 from sidecar.images.protocol import COSTS, INLINE, LAYOUT, PIXELS, Data, ImageDone, ImageJob, ImageRefused
@@ -53,7 +53,10 @@ class StageTimer:
 
 @dataclass(frozen=True, slots=True)
 class DecodedImage:
-    """An image of a known size; `geometry` is its target. A JPEG for the GPU was opened as `jpeg`, and not decoded."""
+    """An image of a known size; `geometry` is its target.
+
+    A JPEG for the GPU was opened as `jpeg`, and not decoded; nor was an image of which only the layout is wanted.
+    """
 
     pixels: Pixels | None
     jpeg: JpegFile | None
@@ -187,7 +190,8 @@ def open_image(
 ) -> DecodedImage | ImageDone:
     """Unpack, check and decode; ImageDone if the image must pass through untouched. Raises ImageRejected.
 
-    With `for_gpu`, a JPEG that the GPU decodes exactly is only opened.
+    With `for_gpu`, a JPEG that the GPU decodes exactly is only opened. For its layout, an image is not decoded if its
+    header says all.
     """
     stages = StageTimer()
     data = _unpack(job, payload)
@@ -211,8 +215,11 @@ def open_image(
     if header.format.upper() not in FORMATS:
         return _passed(job, "format", header, digest, len(data), stages)
     file = _open_for_gpu(data, header) if for_gpu else None
-    pixels = decode(data, header, job.limits, flatten=job.want not in INLINE) if file is None else None
-    height, width = (header.height, header.width) if pixels is None else pixels.shape[:2]
+    by_header = _size_by_header(data) if job.want == LAYOUT else None
+    pixels = None
+    if file is None and by_header is None:
+        pixels = decode(data, header, job.limits, flatten=job.want not in INLINE)
+    height, width = (by_header or (header.height, header.width)) if pixels is None else pixels.shape[:2]
     if pixels is not None:
         stages.end("decode")
     try:
@@ -225,6 +232,15 @@ def open_image(
     if too_large or (job.want in INLINE and not spec.keeps(geometry)):
         return _passed(job, "not_smaller" if too_large else "processor", header, digest, len(data), stages, geometry)
     return DecodedImage(pixels, file, (height, width), geometry, header, digest, len(data), stages)
+
+
+def _size_by_header(data: bytes) -> Size | None:
+    """The size of an image once rotated; None if its header does not say it for certain."""
+    try:
+        stored = stored_image.read(data)
+    except stored_image.Unclear:
+        return None
+    return stored.height, stored.width
 
 
 def _open_for_gpu(data: bytes, header: file_headers.Header) -> JpegFile | None:

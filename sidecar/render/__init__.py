@@ -1,0 +1,1 @@
+"""Prompts as an engine would make them: token ids, placeholders and image hashes, from headers only."""
