@@ -95,17 +95,23 @@ def chains(data: bytes, spec: VideoSpec, processor: Any) -> dict[str, Callable[[
     def frames() -> Any:
         return video_decode.frames(video_decode.open_video(data, LIMITS), indices)
 
+    def decode_as_vllm() -> Any:
+        made = np.empty((FRAMES, HEIGHT, WIDTH, 3), np.uint8)
+        for at, frame in enumerate(frames()):
+            made[at] = cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
+        return made
+
     def theirs(made: Any) -> Any:
         return processor(videos=[made], do_sample_frames=False, return_tensors="pt")["pixel_values_videos"]
 
-    decoded = list(frames())
+    decoded = [cv2.cvtColor(frame, cv2.COLOR_BGR2RGB) for frame in frames()]
     stacked = np.stack(decoded)
     return {
-        DECODE: lambda: [None for _ in frames()],
-        BYTES: lambda: videos.lay_out(frames(), geometry, plain),
-        HALVES: lambda: videos.lay_out(frames(), geometry, half),
-        TENSORS: lambda: videos.lay_out(frames(), geometry, spec),
-        HF: lambda: theirs(np.stack(list(frames()))),
+        DECODE: decode_as_vllm,
+        BYTES: lambda: videos.lay_out(frames(), geometry, plain, video_decode.put_rgb),
+        HALVES: lambda: videos.lay_out(frames(), geometry, half, video_decode.put_rgb),
+        TENSORS: lambda: videos.lay_out(frames(), geometry, spec, video_decode.put_rgb),
+        HF: lambda: theirs(decode_as_vllm()),
         OUR_LAYOUT: lambda: videos.lay_out(decoded, geometry, spec),
         HF_LAYOUT: lambda: theirs(stacked),
     }

@@ -2,8 +2,8 @@
 
 Rules: pure numbers, in the order of their own arithmetic: numpy's `linspace`, torch's `arange` in float32. A rule that
 they refuse raises ValueError. Nothing here is bounded: callers bound the frames of a file before they ask.
-Sources: vLLM 0.32 `vllm/multimodal/video.py` (VideoBackend, Qwen3VLVideoBackend); transformers 5.23
-`Qwen2VLVideoProcessor.sample_frames` and `Qwen3VLVideoProcessor.sample_frames`.
+Sources: vLLM 0.32 `vllm/multimodal/video.py` (VideoBackend, Qwen2VLVideoBackend, Qwen3VLVideoBackend); transformers
+5.23 `Qwen2VLVideoProcessor.sample_frames` and `Qwen3VLVideoProcessor.sample_frames`.
 Tests: tests/images/test_video_families.py.
 """
 
@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from typing import Final
 
 DEFAULT_COUNT: Final = 32  # frames, vLLM's --media-io-kwargs '{"video": {"num_frames": 32}}'
-DEFAULT_FPS: Final = 2.0  # of Qwen3-VL's loader
-MAX_FPS: Final = 30.0  # its limit
+DEFAULT_FPS: Final = 2.0  # of its loaders for Qwen2.5-VL and Qwen3-VL
+MAX_FPS: Final = 30.0  # their limit
 UNKNOWN_FPS: Final = 24.0  # what is assumed of a file that has none
+VECTOR: Final = 8  # floats in a register of AVX2, which torch's `arange` uses; it matters beyond 10,000 frames
 _FLOAT: Final = struct.Struct("f")
 
 
@@ -79,8 +80,20 @@ def by_step(
         return list(range(total))
     if not 0 < taken <= total:
         raise ValueError(f"{taken} frames cannot be sampled from {total}")
-    step = total / taken
-    return [int(_FLOAT.unpack(_FLOAT.pack(i * step))[0]) for i in range(math.ceil(total / step))]
+    return _arange(total, total / taken)
+
+
+def _arange(total: int, step: float) -> list[int]:
+    """torch.arange(0, total, step).int(), which is in float32: VECTOR values at a time from the first, in pairs."""
+    count = math.ceil(total / step)
+    vectors = count // (2 * VECTOR) * 2 * VECTOR  # values that are made so; the others one by one
+    first = [_rounded(i // VECTOR * VECTOR * step) + i % VECTOR * step for i in range(vectors)]
+    return [int(_rounded(at)) for at in (*first, *(i * step for i in range(vectors, count)))]
+
+
+def _rounded(value: float) -> float:
+    """To float32."""
+    return float(_FLOAT.unpack(_FLOAT.pack(value))[0])
 
 
 def _evenly(total: int, count: int) -> Iterator[float]:

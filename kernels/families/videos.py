@@ -75,14 +75,15 @@ class VideoSpec(PatchSpec):
     def values(self, images: Sequence[Geometry]) -> dict[str, list[int]]:
         return {"pixel_values_videos": self.pixels(images)}
 
-    def sampled_by_vllm(self, source: VideoSource, count: int = 0, fps: float = 0.0) -> list[int]:
-        """The frames that vLLM 0.32 gives to the model. `count`, `fps`: its `--media-io-kwargs`; 0: not given.
+    def sampled_by_vllm(self, source: VideoSource, fps: float = 0.0) -> list[int]:
+        """The frames that vLLM 0.32 gives to the model: its loader samples by rate; `fps` is its option, 0: not given.
 
-        Its loader samples, and where it took all frames Qwen3-VL's processor samples once more.
+        Where it took all frames Qwen3-VL's processor samples once more. Raises ValueError for a file that it refuses.
         """
-        if not self.whole:
-            return video_sampling.by_count(source, count or video_sampling.DEFAULT_COUNT, fps)
         rate = min(fps or video_sampling.DEFAULT_FPS, video_sampling.MAX_FPS)
+        if not self.whole:
+            taken = video_sampling.by_step(source, self.temporal_patch_size, fps=rate)
+            return [min(at, source.frames - 1) for at in taken]  # float32 may step past the end
         taken = video_sampling.by_fps(source, rate)
         return self.sampled(source) if len(taken) == source.frames else taken
 

@@ -64,8 +64,8 @@ class ImageJob:
 class VideoJob:
     """What to do with one video. `spec` is VideoSpec.to_json(); `want` is TENSORS or LAYOUT.
 
-    `jpegs`: the payload is a list of JPEGs as base64 texts, with commas between them. `count` and `fps`: which frames
-    are taken, 0 as usual; as vLLM's loader does, or `by_processor`, as the processor does by itself.
+    `jpegs`: the payload is a list of JPEGs as base64 texts, with commas between them. `fps`, `count`: which frames are
+    taken, 0 as usual; as vLLM's loaders do, which know no count, or `by_processor`, as the processor does by itself.
     """
 
     want: str

@@ -18,7 +18,7 @@ from typing import Final, NamedTuple
 
 MAX_READS: Final = 2048  # of one file; each takes about 3 µs
 MAX_READ_BYTES: Final = 32 << 10
-MAX_FRAMES: Final = 1 << 24
+MAX_FRAMES: Final = 1 << 22  # 38 hours at 30 a second
 MAX_FPS: Final = 1000.0
 MAX_SIDE: Final = 1 << 15
 _TIMED_ENTRIES: Final = 1024  # of a table of frame durations

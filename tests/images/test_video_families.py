@@ -191,6 +191,21 @@ def test_frames_of_qwen2_5(total: int, fps: float, rate: float, count: int, by_r
     assert video_sampling.by_step(source, 2, 0 if by_rate else count, rate if by_rate else 0.0) == expected
 
 
+@settings(max_examples=300)
+@given(**SOURCES, rate=st.sampled_from([0.0, 0.5, 1.0, 2.0, 12.0, 60.0]))
+def test_frames_of_vllms_loaders_for_both(total: int, fps: float, rate: float) -> None:
+    """vLLM's loaders for Qwen2.5-VL and Qwen3-VL: the processors' own frames at two a second or at a rate up to 30."""
+    source, used = VideoSource(total, fps), min(rate or 2.0, 30.0)
+    metadata = VideoMetadata(total_num_frames=total, fps=fps)
+    if total > 1:
+        expected = theirs("qwen2.5-vl").sample_frames(metadata, fps=used).clamp(max=total - 1).tolist()
+        assert ours("qwen2.5-vl").sampled_by_vllm(source, rate) == expected
+    expected = theirs("qwen3-vl").sample_frames(metadata, fps=used).tolist()
+    if len(expected) == total:  # the processor then samples once more
+        expected = theirs("qwen3-vl").sample_frames(metadata, fps=2).tolist()
+    assert ours("qwen3-vl").sampled_by_vllm(source, rate) == expected
+
+
 @settings(max_examples=500)
 @given(**SOURCES, count=st.integers(1, 800), rate=st.one_of(st.just(0.0), st.floats(0.1, 60)))
 def test_frames_of_vllms_loader(total: int, fps: float, count: int, rate: float) -> None:

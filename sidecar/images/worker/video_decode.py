@@ -65,7 +65,7 @@ def check_length(indices: Sequence[int], height: int, width: int) -> None:
 
 
 def frames(video: OpenVideo, indices: Sequence[int]) -> Iterator[Pixels]:
-    """The frames at `indices`, which ascend. Raises ImageRejected if one cannot be decoded."""
+    """The frames at `indices`, which ascend, as OpenCV has them: BGR. Raises ImageRejected if one cannot be decoded."""
     wanted = set(indices)
     for at in range(max(wanted) + 1):
         grabbed = video.capture.grab()
@@ -74,7 +74,12 @@ def frames(video: OpenVideo, indices: Sequence[int]) -> Iterator[Pixels]:
         good, frame = video.capture.retrieve() if grabbed else (False, None)
         if frame is None or not good or frame.shape != (video.height, video.width, 3):
             raise ImageRejected("video_broken", f"frame {at} of it cannot be decoded")
-        yield cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
+        yield frame
+
+
+def put_rgb(to: Pixels, frame: Pixels) -> None:
+    """Write a frame as RGB, as vLLM does."""
+    cv2.cvtColor(frame, cv2.COLOR_BGR2RGB, to)
 
 
 def _count(capture: Any) -> int:

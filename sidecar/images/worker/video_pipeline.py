@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Final
 
+import numpy as np
 import pybase64
 
 from sidecar.images import file_headers, video_headers
@@ -57,7 +58,19 @@ def _file(job: VideoJob, payload: Data, spec: VideoSpec, on_size: OnSize) -> Ans
     on_size((max(indices) + 1) * video.height * video.width + _pixels(geometry, spec))
     frames = video_decode.frames(video, indices) if job.want != LAYOUT else ()
     size = video.height, video.width
-    return _made(job, spec, video_headers.format_of(data), data, frames, indices, video.source, size, geometry, started)
+    return _made(
+        job,
+        spec,
+        video_headers.format_of(data),
+        data,
+        frames,
+        indices,
+        video.source,
+        size,
+        geometry,
+        started,
+        video_decode.put_rgb,
+    )
 
 
 def _jpegs(job: VideoJob, payload: Data, spec: VideoSpec, on_size: OnSize) -> Answer:
@@ -94,11 +107,10 @@ def _jpegs(job: VideoJob, payload: Data, spec: VideoSpec, on_size: OnSize) -> An
 
 def _sample(job: VideoJob, spec: VideoSpec, source: VideoSource) -> list[int]:
     """The frames to take, at most MAX_FRAMES. Raises ImageRejected."""
+    if source.frames > video_headers.MAX_FRAMES:
+        raise ImageRejected("video_too_long", f"it says that it has {source.frames} frames")
     try:
-        if job.by_processor:
-            taken = spec.sampled(source, max(0, job.count), job.fps)
-        else:
-            taken = spec.sampled_by_vllm(source, job.count, job.fps)
+        taken = spec.sampled(source, job.count, job.fps) if job.by_processor else spec.sampled_by_vllm(source, job.fps)
     except ValueError as e:
         raise ImageRejected("video_frames", f"{e}; the model does not accept such a video") from None
     if not 0 < len(taken) <= MAX_FRAMES:
@@ -136,9 +148,10 @@ def _made(
     size: tuple[int, int],
     geometry: Geometry,
     started: float,
+    put: videos.Put = np.copyto,
 ) -> Answer:
     opened = time.perf_counter()
-    made: Data = b"" if job.want == LAYOUT else videos.lay_out(frames, geometry, spec).reshape(-1).view("u1").data
+    made: Data = b"" if job.want == LAYOUT else videos.lay_out(frames, geometry, spec, put).reshape(-1).view("u1").data
     stages = ("open", opened - started), ("frames", time.perf_counter() - opened)
     digest = hashlib.blake2b(data, digest_size=16, key=spec.fingerprint.encode()).hexdigest()
     fps = source.fps if source.fps > 0 else video_sampling.UNKNOWN_FPS

@@ -1,10 +1,10 @@
 """Videos for `POST /v1/preprocess`: a video in, the output of the model's video processor out.
 
 In: JSON `{"videos": ["data:video/mp4;base64,...", ...]}`, also lists of JPEGs (`data:video/jpeg;base64,A,B,...`) and,
-if --image-urls allows them, links; or one raw body of type `video/*`. `?num_frames=`, `?fps=`: which frames are taken,
-as vLLM's loader for the model does, or with `?sampling=processor` as the processor by itself. Out: as for images, with
-`pixel_values_videos` and `video_grid_thw`; the layout and the metadata have what is no tensor there: the frames that
-were taken, the times of Qwen3-VL's steps, the seconds that one of Qwen2.5-VL's stands for.
+if --image-urls allows them, links; or one raw body of type `video/*`. Which frames are taken: those of vLLM's loader
+for the model, also at `?fps=`; with `?sampling=processor` or `?num_frames=` those of the processor by itself. Out: as
+for images, with `pixel_values_videos` and `video_grid_thw`; the layout and the metadata have what is no tensor there:
+the frames that were taken, the times of Qwen3-VL's steps, the seconds that one of Qwen2.5-VL's stands for.
 """
 
 from __future__ import annotations
@@ -70,9 +70,9 @@ def frames_of(count: str, fps: str, sampling: str) -> FrameChoice:
         raise BadVideos(
             f"num_frames: send 1 to {MAX_FRAMES}; fps: more than 0, up to {MAX_FPS:g}; sampling: vllm or processor"
         )
-    if number and rate and sampling == "processor":
-        raise BadVideos("the processor takes num_frames or fps, not both")
-    return FrameChoice(number, rate, sampling == "processor")
+    if number and (rate or sampling == "vllm"):
+        raise BadVideos("num_frames is the processor's alone: leave out fps and sampling, or send fps instead")
+    return FrameChoice(number, rate, sampling == "processor" or number > 0)
 
 
 def layout(videos: list[VideoDone], spec: VideoSpec) -> dict[str, Any]:

@@ -1,10 +1,10 @@
 """Pure: the frames and tokens of a request's videos, as the engine will count them.
 
-Rules: frames are sampled as vLLM does: 32 of a video evenly, or as many as the request's `media_io_kwargs` say; for
-Qwen3-VL two a second, 4 to 768. Where the model's video processor is known, its geometry gives the tokens of their
-size, exactly what vLLM's `usage` counts; else DEFAULT_FRAME_TOKENS a frame. What a header does not state is taken for
-the usual: ten seconds of 1280 x 720 at 30 frames a second. Never an exception: a video that the engine would refuse
-costs what it would without a known processor.
+Rules: frames are sampled as vLLM does: for Qwen2.5-VL and Qwen3-VL two a second, 4 to 768; for others 32 of a video
+evenly; or as the request's `media_io_kwargs` say. Where the model's video processor is known, its geometry gives the
+tokens of their size, exactly what vLLM's `usage` counts; else DEFAULT_FRAME_TOKENS a frame. What a header does not
+state is taken for the usual: ten seconds of 1280 x 720 at 30 frames a second. Never an exception: a video that the
+engine would refuse costs what it would without a known processor.
 """
 
 from __future__ import annotations
@@ -100,17 +100,16 @@ def cost_of(
     taken: Sequence[int]
     if is_list:  # as they come, and no more than the loader takes of any video
         taken, source = range(min(source.frames, count)), VideoSource(source.frames, sampling.fps or LIST_FPS)
-    elif spec is not None and spec.whole:
-        taken = spec.sampled_by_vllm(source, sampling.count, sampling.fps)
     else:
         taken = range(video_sampling.number_by_count(source, count, sampling.fps))
-    frames = len(taken)
+    if spec is None:
+        return VideoCost(len(taken), DEFAULT_FRAME_TOKENS * len(taken))
     try:
-        geometry = spec.video(frames, height, width) if spec is not None else None
+        taken = taken if is_list else spec.sampled_by_vllm(source, sampling.fps)
+        geometry = spec.video(len(taken), height, width)
     except ValueError:
-        geometry = None
-    if spec is None or geometry is None:
-        return VideoCost(frames, DEFAULT_FRAME_TOKENS * frames)
+        return VideoCost(len(taken), DEFAULT_FRAME_TOKENS * len(taken))
+    frames = len(taken)
     if not spec.whole:
         return VideoCost(frames, geometry.tokens, _VIDEO_MARKS)
     times = spec.timestamps(taken, source.fps)

@@ -93,8 +93,8 @@ def test_a_text_is_no_video() -> None:
 
 
 def test_qwen2_5_is_priced_as_its_processor_counts() -> None:
-    """32 frames of a long video, fewer of a short one, or as many as the request asks for."""
-    cases = (300, Sampling(), 32), (20, Sampling(), 20), (300, Sampling(8), 8), (300, Sampling(0, 1.0), 10)
+    """Two frames a second, at least four, an even number; or the rate that the request asks for."""
+    cases = (300, Sampling(), 20), (20, Sampling(), 4), (300, Sampling(8), 20), (330, Sampling(0, 1.0), 10)
     for frames, sampling, taken in cases:
         cost = cost_of(VideoHeader(frames, 30.0, 720, 1280), sampling, QWEN25_VL)
         expected = QWEN25_VL.video(taken, 720, 1280)
@@ -116,7 +116,9 @@ def test_frames_not_minutes_are_bounded() -> None:
     """An hour costs the 768 frames that are taken of it; a refused shape costs what an unknown processor would."""
     cost = cost_of(VideoHeader(108_000, 30.0, 720, 1280), Sampling(), QWEN3_VL)
     assert cost.frames == 768
-    assert cost_of(VideoHeader(1 << 24, 30.0, 720, 1280), Sampling(1 << 12), QWEN25_VL).frames == 1 << 12
+    assert cost_of(VideoHeader(1 << 24, 30.0, 720, 1280), Sampling(1 << 12), None).frames == 1 << 12
+    single = cost_of(VideoHeader(1, 30.0, 64, 64), Sampling(), QWEN25_VL)  # vLLM refuses it
+    assert (single.frames, single.tokens) == (1, DEFAULT_FRAME_TOKENS)
     assert cost_of(VideoHeader(30, 30.0, 1, 30_000), Sampling(), QWEN3_VL).tokens == 4 * DEFAULT_FRAME_TOKENS
 
 
@@ -162,5 +164,5 @@ async def test_a_request_is_priced_by_the_models_own_processor(rig: Any, serve: 
         assert (got.status, await got.read()) == (200, body)
     await r.emitted.settled()
     expected = once(r.emitted)[0].expected
-    assert (expected.videos, expected.video_frames) == (1, 32)
-    assert expected.video_tokens == QWEN25_VL.video(32, 360, 640).tokens
+    assert (expected.videos, expected.video_frames) == (1, 4)
+    assert expected.video_tokens == QWEN25_VL.video(4, 360, 640).tokens
