@@ -14,6 +14,7 @@ import binascii
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Final, NamedTuple
 
 MAX_READS: Final = 2048  # of one file; each takes about 3 µs
@@ -358,7 +359,9 @@ def _entries(file: File, begin: int, end: int) -> tuple[int, float, int, int]:
                 kind = value if key == KIND else kind
                 nanoseconds = value if key == DEFAULT_FRAME else nanoseconds
         if kind == _VIDEO_TRACK:
-            return number, nanoseconds / 1e9, height, width
+            # 33,333,333 ns mean 30 a second, as FFmpeg has it
+            per_frame = float(1 / Fraction(10**9, nanoseconds).limit_denominator(1001)) if nanoseconds else 0.0
+            return number, per_frame, height, width
     return 0, 0.0, 0, 0
 
 
@@ -375,7 +378,13 @@ def _avi(file: File) -> VideoHeader:
     if head[:4] != b"LIST" or head[8:16] != b"hdrlavih":
         return UNKNOWN
     microseconds, _, _, _, frames, _, _, _, width, height = struct.unpack_from("<10I", head, 20)
-    return VideoHeader(frames, 1e6 / microseconds if microseconds else 0.0, height, width)
+    fps = float(Fraction(10**6, microseconds).limit_denominator(1001)) if microseconds else 0.0
+    # the first stream's own list, if it is the video: the rate is exact there
+    stream = file.read(32 + struct.unpack_from("<I", head, 16)[0], 12 + 8 + 36)
+    if stream[8:16] == b"strlstrh" and stream[20:24] == b"vids":
+        scale, rate, _, frames = struct.unpack_from("<4I", stream, 40)
+        fps = rate / scale if scale else fps
+    return VideoHeader(frames, fps, height, width)
 
 
 Reader = Callable[[File], VideoHeader]

@@ -43,7 +43,7 @@ def test_a_header_says_what_the_decoder_finds(kind: str, fps: Fraction | int) ->
         return
     source = video_decode.open_video(data, LIMITS).source
     assert found.frames == source.frames
-    assert found.fps == pytest.approx(source.fps, rel=1e-3)
+    assert found.fps == pytest.approx(source.fps, rel=1e-12)  # a rate just below loses a frame
 
 
 @pytest.mark.parametrize("kind", clips.KINDS)
