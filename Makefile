@@ -125,7 +125,7 @@ docs: .venv/.installed-test ## Regenerate the tables of the documents, docs/verd
 	$(BIN)/python docs/generate.py
 
 constraints: .venv/.installed-test ## Upgrade all packages and pin them in constraints.txt
-	$(BIN)/uv pip install --upgrade --python $(BIN)/python --compile-bytecode -e ".[images,diagnose,orca,postgres,tokenizer,render,test,test-images,fuzz,site,lint]"
+	$(BIN)/uv pip install --upgrade --python $(BIN)/python --compile-bytecode -e ".[images,video,diagnose,orca,postgres,tokenizer,render,test,test-images,fuzz,site,lint]"
 	{
 		grep '^#' constraints.txt
 		$(BIN)/uv pip freeze --python $(BIN)/python --exclude-editable
@@ -150,5 +150,5 @@ clean: ## Remove .venv and everything that was built
 	touch $@
 
 .venv/.installed-test: .venv/.made $(PINS)
-	$(INSTALL) -e ".[images,diagnose,orca,postgres,tokenizer,render,test,test-images,lint]"
+	$(INSTALL) -e ".[images,video,diagnose,orca,postgres,tokenizer,render,test,test-images,lint]"
 	touch $@ .venv/.installed

@@ -77,6 +77,29 @@ def patches(
     return cut(image, (geometry.height, geometry.width), layout, spec, kind, level, into)
 
 
+def video(
+    frames: Pixels,
+    geometry: Geometry,
+    spec: PatchSpec,
+    kind: Kind,
+    level: int = FASTEST,
+    into: NDArray[Any] | None = None,
+) -> NDArray[Any]:
+    """`pixel_values_videos` of one step of a video: (grid_h * grid_w, 3 * temporal * patch * patch) of `kind`.
+
+    `frames`: contiguous uint8 (temporal, h, w, 3), or (1, h, w, 3), whose frame is repeated. `into`: rows to write to.
+    """
+    number, dtype = KINDS[kind]
+    count, patch, temporal = len(frames), spec.patch_size, spec.temporal_patch_size
+    if frames.ndim != 4 or count not in (1, temporal) or not frames.flags.c_contiguous:
+        raise ValueError(f"a step of a video is {temporal} contiguous frames or one, not {frames.shape}")
+    shape = (geometry.grid_h * geometry.grid_w, 3 * temporal * patch**2)
+    out = _aligned(shape, dtype) if into is None else into
+    plan = _plan(*_size(frames[0]), geometry.height, geometry.width, spec.resample)
+    _fused.patches(plan, frames, out, level, patch, spec.merge_size, temporal, number, *_values(spec))
+    return out
+
+
 def cut(
     image: Pixels,
     size: Size,
@@ -127,6 +150,11 @@ def _values(spec: ProcessorSpec) -> tuple[bool, tuple[float, ...], tuple[float, 
     mean, deviation = (np.array(v, np.float32) * scale for v in (spec.image_mean, spec.image_std))
     factor = spec.rescale_factor if spec.do_rescale else 1.0
     return spec.do_normalize, tuple(mean.tolist()), tuple(deviation.tolist()), factor
+
+
+def empty(shape: tuple[int, int], kind: Kind) -> NDArray[Any]:
+    """An empty array of `kind`, aligned as results are."""
+    return _aligned(shape, KINDS[kind][1])
 
 
 def _aligned(shape: tuple[int, int], dtype: Any) -> NDArray[Any]:

@@ -135,8 +135,10 @@ constexpr size_t LARGE = SIDECAR_LARGE;  // bytes: a larger result is written ar
 template <class E>
 class Outlet {
   public:
-    Outlet(const Values& values, int p, int temporal, size_t count, typename E::Type* out)
-        : p_(p), temporal_(temporal), copies_(temporal), size_(3ull * temporal * p * p), out_(out), bytes_(size_ + SLACK) {
+    // The rows of the next of `frames` frames begin `next` further on than those of the last.
+    Outlet(const Values& values, int p, int temporal, int frames, size_t next, size_t count, typename E::Type* out)
+        : p_(p), temporal_(temporal), frames_(frames), copies_(temporal / frames), next_(next), size_(3ull * temporal * p * p), out_(out),
+          bytes_(size_ + SLACK) {
         for (int c = 0; c < 3; ++c) eight_[c] = eight_of(values, c);
         const size_t area = static_cast<size_t>(p) * p;
         // Each value is made once and stored `copies_` times, unless only all copies together fill whole registers.
@@ -147,11 +149,11 @@ class Outlet {
 
     void patch(const uint8_t* const* rows, size_t at) {
         if constexpr (std::is_same_v<E, U8>) {
-            patch_avx2(rows, at, p_, temporal_, past_ ? bytes_.data() + kept_ : out_);
+            lay(rows, at, temporal_, past_ ? bytes_.data() + kept_ : out_);
             if (past_) kept_ = stream_avx2(bytes_.data(), kept_ + size_, &out_);
             else out_ += size_;
         } else {
-            patch_avx2(rows, at, p_, temporal_ / copies_, bytes_.data());
+            lay(rows, at, temporal_ / copies_, bytes_.data());
             const size_t n = size_ / 3 / copies_;
             for (int c = 0; c < 3; ++c, out_ += n * copies_) {
                 const uint8_t* in = bytes_.data() + c * n;
@@ -166,8 +168,14 @@ class Outlet {
     }
 
   private:
-    int p_, temporal_, copies_;
-    size_t size_, kept_ = 0;
+    // One patch as bytes, of `steps` frames or copies of one.
+    void lay(const uint8_t* const* rows, size_t at, int steps, uint8_t* out) {
+        const size_t area = static_cast<size_t>(p_) * p_;
+        for (int f = 0; f < frames_; ++f) patch_avx2(rows + f * next_, at, p_, steps / frames_, area * steps, out + f * area);
+    }
+
+    int p_, temporal_, frames_, copies_;
+    size_t next_, size_, kept_ = 0;
     typename E::Type* out_;
     std::vector<uint8_t> bytes_;
     Eight eight_[3];
@@ -175,19 +183,23 @@ class Outlet {
 };
 #endif
 
-// `out`: (height / p * width / p) x (3 * temporal * p * p), in the order of merged blocks of merge x merge patches.
+// `out`: (height / p * width / p) x (3 * temporal * p * p), in the order of merged blocks of merge x merge patches. `images`
+// are `frames` pictures, one after the other: `temporal` frames of a video, or one picture that is repeated.
 template <class E>
-void patches(const Plan& plan, const uint8_t* image, int p, int merge, int temporal, const Values& values,
+void patches(const Plan& plan, const uint8_t* images, int frames, int p, int merge, int temporal, const Values& values,
              typename E::Type* out, Level level) {
     const int blocks_h = plan.y.target / p / merge, blocks_w = plan.x.target / p / merge;
     const size_t width = 3 * static_cast<size_t>(plan.x.target) + SLACK, size = 3ull * temporal * p * p;
-    std::vector<uint8_t> block(width * p * merge);
-    std::vector<uint8_t*> rows(static_cast<size_t>(p) * merge);
+    const size_t high = static_cast<size_t>(p) * merge, area = 3ull * plan.y.source * plan.x.source;
+    std::vector<uint8_t> block(width * high * frames);
+    std::vector<uint8_t*> rows(high * frames);  // frame by frame
     for (size_t y = 0; y < rows.size(); ++y) rows[y] = &block[width * y];
-    Rows source(plan, image, level);
+    std::vector<Rows> sources;
+    sources.reserve(frames);
+    for (int f = 0; f < frames; ++f) sources.emplace_back(plan, images + f * area, level);
     const auto each = [&](auto&& make) {
         for (int i = 0; i < blocks_h; ++i) {
-            for (size_t y = 0; y < rows.size(); ++y) source.next(static_cast<int>(i * rows.size() + y), rows[y]);
+            for (size_t y = 0; y < rows.size(); ++y) sources[y / high].next(static_cast<int>(i * high + y % high), rows[y]);
             for (int j = 0; j < blocks_w; ++j)
                 for (int y = 0; y < merge; ++y)
                     for (int x = 0; x < merge; ++x) make(&rows[static_cast<size_t>(y) * p], 3ull * (j * merge + x) * p);
@@ -195,7 +207,7 @@ void patches(const Plan& plan, const uint8_t* image, int p, int merge, int tempo
     };
 #ifdef SIDECAR_X86
     if (level != Level::PLAIN && p >= 8 && p <= 16) {
-        Outlet<E> outlet(values, p, temporal, size * blocks_h * blocks_w * merge * merge, out);
+        Outlet<E> outlet(values, p, temporal, frames, high, size * blocks_h * blocks_w * merge * merge, out);
         each([&](const uint8_t* const* from, size_t at) { outlet.patch(from, at); });
         return outlet.end();
     }
@@ -204,7 +216,7 @@ void patches(const Plan& plan, const uint8_t* image, int p, int merge, int tempo
     for (int c = 0; c < 3; ++c)
         for (int v = 0; v < 256; ++v) table[c * 256 + v] = E::make(values, c, static_cast<uint8_t>(v));
     each([&](const uint8_t* const* from, size_t at) {
-        patch_plain(from, at, p, temporal, table.data(), out);
+        patch_plain(from, frames > 1 ? high : 0, at, p, temporal, table.data(), out);
         out += size;
     });
 }

@@ -57,13 +57,14 @@ struct F16 {
     static uint16_t make(const Values& v, int c, uint8_t x) { return to_f16(v.of(c, x)); }
 };
 
-// One patch whose first pixel is `at` bytes into each of the `p` rows, by the table (channel, byte) -> value.
+// One patch whose first pixel is `at` bytes into each of the `p` rows, by the table (channel, byte) -> value. The rows of
+// the next frame begin `next` further on; 0: there is one frame.
 template <class T>
-void patch_plain(const uint8_t* const* rows, size_t at, int p, int temporal, const T* table, T* out) {
+void patch_plain(const uint8_t* const* rows, size_t next, size_t at, int p, int temporal, const T* table, T* out) {
     for (int c = 0; c < 3; ++c)
         for (int t = 0; t < temporal; ++t)
             for (int y = 0; y < p; ++y)
-                for (int x = 0; x < p; ++x) *out++ = table[c * 256 + rows[y][at + 3 * x + c]];
+                for (int x = 0; x < p; ++x) *out++ = table[c * 256 + rows[t * next + y][at + 3 * x + c]];
 }
 
 #ifdef SIDECAR_X86
@@ -88,21 +89,21 @@ SIDECAR_AVX2 inline void planes_avx2(const uint8_t* in, __m128i* plane) {
     plane[2] = _mm_or_si128(_mm_or_si128(_mm_shuffle_epi8(a, ba), _mm_shuffle_epi8(b, bb)), _mm_shuffle_epi8(c, bc));
 }
 
-// One patch as bytes, for 8 <= p <= 16: rows are stored as 16 bytes in order, and the next overwrites the excess of the
-// last.
-SIDECAR_AVX2 inline void patch_avx2(const uint8_t* const* rows, size_t at, int p, int temporal, uint8_t* out) {
-    const size_t area = static_cast<size_t>(p) * p, channel = area * temporal;
+// One patch as bytes, `copies` times, for 8 <= p <= 16: rows are stored as 16 bytes in order, and the next overwrites the
+// excess of the last. Its channels are `channel` bytes apart.
+SIDECAR_AVX2 inline void patch_avx2(const uint8_t* const* rows, size_t at, int p, int copies, size_t channel, uint8_t* out) {
+    const size_t area = static_cast<size_t>(p) * p;
     __m128i plane[3];
     for (int y = 0; y < p - 1; ++y, out += p) {
         planes_avx2(rows[y] + at, plane);
         for (int c = 0; c < 3; ++c)
-            for (int t = 0; t < temporal; ++t) _mm_storeu_si128(reinterpret_cast<__m128i*>(out + c * channel + t * area), plane[c]);
+            for (int t = 0; t < copies; ++t) _mm_storeu_si128(reinterpret_cast<__m128i*>(out + c * channel + t * area), plane[c]);
     }
     planes_avx2(rows[p - 1] + at, plane);
     for (int c = 0; c < 3; ++c) {  // nothing follows the last row: its first eight bytes and its last eight, which may overlap
         alignas(16) uint8_t row[16];
         _mm_store_si128(reinterpret_cast<__m128i*>(row), plane[c]);
-        for (int t = 0; t < temporal; ++t) {
+        for (int t = 0; t < copies; ++t) {
             std::memcpy(out + c * channel + t * area, row, 8);
             std::memcpy(out + c * channel + t * area + p - 8, row + p - 8, 8);
         }

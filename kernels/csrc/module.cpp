@@ -108,13 +108,15 @@ PyObject* patches_(PyObject*, PyObject* args) {
     }
     const int item = item_of(type);
     if (!item) return nullptr;
-    if (!sized(from, bytes(p->y, p->x, false), "image") || !sized(to, bytes(p->y, p->x, true) * temporal * item, "out")) return nullptr;
+    const auto one = bytes(p->y, p->x, false);
+    const int frames = from.view.len == static_cast<Py_ssize_t>(one) ? 1 : temporal;  // one picture, or the frames of a step
+    if (!sized(from, one * frames, "image") || !sized(to, bytes(p->y, p->x, true) * temporal * item, "out")) return nullptr;
     const auto* in = static_cast<const uint8_t*>(from.view.buf);
     return without_gil([&] {
-        if (type == 0) patches<U8>(*p, in, size, merge, temporal, v, static_cast<uint8_t*>(to.view.buf), level);
-        if (type == 1) patches<F32>(*p, in, size, merge, temporal, v, static_cast<float*>(to.view.buf), level);
-        if (type == 3) patches<F16>(*p, in, size, merge, temporal, v, static_cast<uint16_t*>(to.view.buf), level);
-        if (type == 2) patches<BF16>(*p, in, size, merge, temporal, v, static_cast<uint16_t*>(to.view.buf), level);
+        if (type == 0) patches<U8>(*p, in, frames, size, merge, temporal, v, static_cast<uint8_t*>(to.view.buf), level);
+        if (type == 1) patches<F32>(*p, in, frames, size, merge, temporal, v, static_cast<float*>(to.view.buf), level);
+        if (type == 3) patches<F16>(*p, in, frames, size, merge, temporal, v, static_cast<uint16_t*>(to.view.buf), level);
+        if (type == 2) patches<BF16>(*p, in, frames, size, merge, temporal, v, static_cast<uint16_t*>(to.view.buf), level);
     });
 }
 

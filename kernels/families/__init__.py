@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from sidecar.kernels.families import any_resolution, crops, idefics3, phi4, single_view, variable_patches
+from sidecar.kernels.families import any_resolution, crops, idefics3, phi4, single_view, variable_patches, videos
 from sidecar.kernels.families.identity import SETTINGS, Files, find_mismatch, words
 from sidecar.kernels.families.reading import Config
 from sidecar.kernels.grid import ProcessorSpec
@@ -136,6 +136,7 @@ FAMILIES: Final[Mapping[str, Family]] = {
 CLASSES: Final[Mapping[str, type[ProcessorSpec]]] = {
     **{family.spec_class.__name__: family.spec_class for family in FAMILIES.values()},
     crops.PanAndScanSpec.__name__: crops.PanAndScanSpec,
+    videos.VideoSpec.__name__: videos.VideoSpec,
 }
 
 
@@ -176,11 +177,8 @@ def from_dir(path: str) -> ProcessorSpec | None:
 
 def explain(path: str) -> ProcessorSpec | str:
     """The processor of a model's directory, or why it is not known."""
-    model, tokenizer, top = (
-        _read(Path(path) / name) for name in ("processor_config.json", "tokenizer_config.json", "config.json")
-    )
-    files = Files(model, tokenizer, top)
-    configs = (model.get("image_processor"), _read(Path(path) / "preprocessor_config.json"))
+    files = _read_files(path)
+    configs = (files.model.get("image_processor"), _read(Path(path) / "preprocessor_config.json"))
     found = list(
         dict.fromkeys(_from_config(config, files) for config in configs if isinstance(config, dict) and config)
     )
@@ -190,6 +188,40 @@ def explain(path: str) -> ProcessorSpec | str:
         return found[0]
     return next(
         (why for why in found if isinstance(why, str)), "preprocessor_config.json and processor_config.json disagree"
+    )
+
+
+def video_from_dir(path: str) -> videos.VideoSpec | None:
+    """The video processor of a model's directory; None if it is not known."""
+    found = explain_video(path)
+    return found if isinstance(found, videos.VideoSpec) else None
+
+
+def explain_video(path: str) -> videos.VideoSpec | str:
+    """The video processor of a model's directory, or why it is not known.
+
+    As in transformers: `processor_config.json` (its video part) or `video_preprocessor_config.json`, which must not
+    disagree; without either, the settings of the image processor are those of the video processor, too.
+    """
+    files = _read_files(path)
+    named = (files.model.get("video_processor"), _read(Path(path) / "video_preprocessor_config.json"))
+    configs = [config for config in named if isinstance(config, dict) and config]
+    found = list(
+        dict.fromkeys(
+            videos.from_config(config, files) for config in configs or [_read(Path(path) / "preprocessor_config.json")]
+        )
+    )
+    if len(found) == 1:
+        return found[0]
+    return next(
+        (why for why in found if isinstance(why, str)),
+        "video_preprocessor_config.json and processor_config.json disagree",
+    )
+
+
+def _read_files(path: str) -> Files:
+    return Files(
+        *(_read(Path(path) / name) for name in ("processor_config.json", "tokenizer_config.json", "config.json"))
     )
 
 

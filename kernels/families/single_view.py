@@ -40,17 +40,23 @@ class Qwen2VLSpec(PatchSpec):
         return qwen_size(height, width, factor, self.min_pixels, self.max_pixels, self.frames)
 
 
-def qwen_size(height: int, width: int, factor: int, low: int, high: int, frames: int = 1) -> Size:
-    """Multiples of `factor` near a size, whose product is between two bounds. Raises ValueError for a long image."""
+def qwen_size(
+    height: int, width: int, factor: int, low: int, high: int, frames: int = 1, counted: int | None = None
+) -> Size:
+    """Multiples of `factor` near a size, whose product is between two bounds. Raises ValueError for a long image.
+
+    The bounds are those of `counted` frames together, `frames` if it is None; the size is scaled by `frames`.
+    """
+    counted = frames if counted is None else counted
     if max(height, width) / min(height, width) > MAX_ASPECT:
         raise ValueError(f"one side is more than {MAX_ASPECT} times the other")
     # round() is round-half-to-even, and the order of the divisions matters: the processor's own arithmetic.
     new_height, new_width = round(height / factor) * factor, round(width / factor) * factor
-    if frames * new_height * new_width > high:
+    if counted * new_height * new_width > high:
         beta = math.sqrt((frames * height * width) / high)
         new_height = max(factor, math.floor(height / beta / factor) * factor)
         new_width = max(factor, math.floor(width / beta / factor) * factor)
-    elif frames * new_height * new_width < low:
+    elif counted * new_height * new_width < low:
         beta = math.sqrt(low / (frames * height * width))
         new_height = math.ceil(height * beta / factor) * factor
         new_width = math.ceil(width * beta / factor) * factor
@@ -164,7 +170,7 @@ def _read_qwen2_vl(config: Config, frames: int | None = 1, **more: Any) -> Qwen2
     patch, merge, temporal = (
         reading.require_count(config, key, 256) for key in ("patch_size", "merge_size", "temporal_patch_size")
     )
-    low, high = _bound(config, "min_pixels", "shortest_edge"), _bound(config, "max_pixels", "longest_edge")
+    low, high = pixel_bounds(config)
     return Qwen2VLSpec(
         **reading.read_common(config, BICUBIC, reading.CLIP_MEAN_STD),
         patch_size=patch,
@@ -175,6 +181,11 @@ def _read_qwen2_vl(config: Config, frames: int | None = 1, **more: Any) -> Qwen2
         frames=frames or temporal,
         **more,
     )
+
+
+def pixel_bounds(config: Config) -> tuple[Any, Any]:
+    """The least and the most pixels. Raises ValueError if the file has none."""
+    return _bound(config, "min_pixels", "shortest_edge"), _bound(config, "max_pixels", "longest_edge")
 
 
 def _bound(config: Config, own: str, edge: str) -> Any:

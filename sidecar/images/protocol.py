@@ -1,8 +1,8 @@
 """The protocol between relays and image workers: one connection per job, in frames.
 
     worker -> relay   WorkerReady                          the job will be served; before that it may be retried
-    relay -> worker   ImageJob + the image                 base64 text, or raw bytes
-    worker -> relay   ImageDone or ImageRefused + payload  then the connection closes
+    relay -> worker   ImageJob + the image                 base64 text, or raw bytes; VideoJob + the video
+    worker -> relay   ImageDone or ImageRefused + payload  then the connection closes; VideoDone of a video
 
 A frame is two big-endian lengths (header, payload), a JSON header and the payload. With a job whose `file_bytes` are
 not 0 comes an open file in shared memory (SCM_RIGHTS): the payload is written there, and none is sent back.
@@ -61,6 +61,26 @@ class ImageJob:
 
 
 @dataclass(frozen=True, slots=True)
+class VideoJob:
+    """What to do with one video. `spec` is VideoSpec.to_json(); `want` is TENSORS or LAYOUT.
+
+    `jpegs`: the payload is a list of JPEGs as base64 texts, with commas between them. `fps`, `count`: which frames are
+    taken, 0 as usual; as vLLM's loaders do, which know no count, or `by_processor`, as the processor does by itself.
+    """
+
+    want: str
+    spec: str
+    base64: bool
+    limits: ImageLimits
+    seconds: float
+    jpegs: bool = False
+    count: int = 0
+    fps: float = 0.0
+    by_processor: bool = False
+    file_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerReady:
     """A worker has accepted the connection."""
 
@@ -84,6 +104,29 @@ class ImageDone:
 
 
 @dataclass(frozen=True, slots=True)
+class VideoDone:
+    """A video was prepared. `indices`: which of its frames were taken; `fps` is the file's own.
+
+    `timestamps` are those of Qwen3-VL's steps in seconds, `second_per_grid` is that of Qwen2.5-VL's; 0: it has none.
+    """
+
+    format: str
+    height: int
+    width: int
+    grid: tuple[int, int, int]
+    tokens: int
+    content_hash: str
+    stages: tuple[tuple[str, float], ...]
+    bytes_in: int
+    original: tuple[int, int]
+    indices: tuple[int, ...]
+    total_frames: int
+    fps: float
+    timestamps: tuple[float, ...] = ()
+    second_per_grid: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class ImageRefused:
     """An image was refused. `reason` is an image reason code; `message` names the limit, never the content."""
 
@@ -92,11 +135,12 @@ class ImageRefused:
     format: str = "unknown"
 
 
-Frame = ImageJob | WorkerReady | ImageDone | ImageRefused
+Frame = ImageJob | VideoJob | WorkerReady | ImageDone | VideoDone | ImageRefused
 _encoder: Final = msgspec.json.Encoder()
 _envelope: Final = msgspec.json.Decoder(tuple[str, msgspec.Raw])
 _DECODERS: Final[dict[str, msgspec.json.Decoder[Frame]]] = {
-    kind.__name__: msgspec.json.Decoder(kind) for kind in (ImageJob, WorkerReady, ImageDone, ImageRefused)
+    kind.__name__: msgspec.json.Decoder(kind)
+    for kind in (ImageJob, VideoJob, WorkerReady, ImageDone, VideoDone, ImageRefused)
 }
 
 

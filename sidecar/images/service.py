@@ -26,6 +26,8 @@ from sidecar.images.protocol import (
     ImageDone,
     ImageJob,
     ImageLimits,
+    VideoDone,
+    VideoJob,
 )
 from sidecar.images.protocol import INLINE as INLINE_JOBS
 from sidecar.images.shm_cache import ImageCache, SharedFile
@@ -35,6 +37,7 @@ from sidecar.images.tensor_layout import ELEMENT_BYTES
 from sidecar.images.vllm_plugin import Handoffs, TensorOffer
 from sidecar.images.worker import gpu_channel
 from sidecar.images.worker_queue import WorkerQueue
+from sidecar.kernels.families.videos import VideoSpec
 from sidecar.kernels.grid import Geometry, ProcessorSpec
 from sidecar.settings import Settings
 
@@ -67,6 +70,24 @@ class PreparedTensors:
 
     prepared: PreparedImage
     values: Data
+
+
+@dataclass(frozen=True, slots=True)
+class VideoSource:
+    """A video: a file's bytes or base64 text, or a list of JPEGs as base64 texts with commas between them."""
+
+    data: Data
+    is_base64: bool = False
+    is_list: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class FrameChoice:
+    """Which frames of a video are taken: `count` or at `fps`, 0 as usual; by the processor, else by vLLM's loader."""
+
+    count: int = 0
+    fps: float = 0.0
+    by_processor: bool = False
 
 
 class ImageService:
@@ -292,6 +313,56 @@ class ImageService:
         except* (BadImage, ImagesBusy) as failed:
             raise failed.exceptions[0] from None
         return [PreparedTensors(*task.result()[:2]) for task in tasks]
+
+    async def videos(
+        self,
+        videos: Sequence[VideoSource],
+        spec: VideoSpec,
+        frames: FrameChoice,
+        *,
+        want: str = TENSORS,
+        tenant: str = "",
+        reserve: Reserve,
+    ) -> list[tuple[VideoDone, Data]]:
+        """Videos as tensors in the same order, each with what was made of it. `want` may be LAYOUT: sizes only.
+
+        None is cached. Raises BadImage or ImagesBusy for the first video that fails, and cancels the others.
+        """
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [
+                    group.create_task(self._video(video, f"videos[{i}]", spec, frames, want, tenant, reserve))
+                    for i, video in enumerate(videos)
+                ]
+        except* (BadImage, ImagesBusy) as failed:
+            raise failed.exceptions[0] from None
+        return [task.result() for task in tasks]
+
+    async def _video(
+        self,
+        video: VideoSource,
+        where: str,
+        spec: VideoSpec,
+        frames: FrameChoice,
+        want: str,
+        tenant: str,
+        reserve: Reserve,
+    ) -> tuple[VideoDone, Data]:
+        if len(video.data) > (self._limits.max_bytes * 3 // 2 if video.is_base64 else self._limits.max_bytes):
+            text = f"{where}: the video was refused: the limit is {self._limits.max_bytes} bytes"
+            raise BadImage(text, "image_too_large")
+        job = VideoJob(
+            want,
+            spec.to_json(),
+            video.is_base64,
+            self._limits,
+            self._workers.deadline_s,
+            jpegs=video.is_list,
+            count=frames.count,
+            fps=frames.fps,
+            by_processor=frames.by_processor,
+        )
+        return await self._workers.run_video(job, video.data, where, reserve, tenant)
 
     async def close(self) -> None:
         """Accept no more images; jobs in progress end within their deadline."""

@@ -17,7 +17,17 @@ from typing import Final
 from sidecar.errors import BadImage, ImagesBusy
 from sidecar.images import protocol
 from sidecar.images.fair_slots import LONG_JOB_S, FairSlots, SlotsFull
-from sidecar.images.protocol import Data, Frame, FrameError, ImageDone, ImageJob, ImageRefused, WorkerReady
+from sidecar.images.protocol import (
+    Data,
+    Frame,
+    FrameError,
+    ImageDone,
+    ImageJob,
+    ImageRefused,
+    VideoDone,
+    VideoJob,
+    WorkerReady,
+)
 from sidecar.images.tensor_budget import Reserve
 from sidecar.runtime import cpu_quota
 from sidecar.settings import Settings
@@ -77,6 +87,30 @@ class WorkerQueue:
         `reserve` is called with the reply's size before it is read. `urgent`: a worker is hardly waited for. `file`: an
         open file for the payload.
         """
+        answer, payload = await self._run(job, data, where, reserve, tenant=tenant, urgent=urgent, file=file)
+        assert isinstance(answer, ImageDone)
+        return answer, payload
+
+    async def run_video(
+        self, job: VideoJob, data: Data, where: str, reserve: Reserve, tenant: str = ""
+    ) -> tuple[VideoDone, bytearray]:
+        """The same for a video."""
+        answer, payload = await self._run(job, data, where, reserve, tenant=tenant)
+        assert isinstance(answer, VideoDone)
+        return answer, payload
+
+    async def _run(
+        self,
+        job: ImageJob | VideoJob,
+        data: Data,
+        where: str,
+        reserve: Reserve | None,
+        *,
+        tenant: str,
+        urgent: bool = False,
+        file: int = -1,
+    ) -> tuple[Frame, bytearray]:
+        noun = "video" if isinstance(job, VideoJob) else "image"
         if urgent and self._search is not None:
             raise ImagesBusy("no image worker answers", "workers_away")
         async with self._connection(tenant, urgent) as connection:
@@ -87,13 +121,12 @@ class WorkerQueue:
                     answer, payload = await _receive(connection, reserve)
             except (OSError, EOFError, FrameError):  # it died without a reply: at its deadline, or because of the image
                 if time.monotonic() - sent >= self.deadline_s:
-                    text = f"{where}: the image took longer than {self.deadline_s:g} seconds; send a smaller one"
+                    text = f"{where}: the {noun} took longer than {self.deadline_s:g} seconds; send a smaller one"
                     raise BadImage(text, "image_deadline") from None
-                text = f"{where}: the image could not be decoded; send it in another format"
+                text = f"{where}: the {noun} could not be decoded; send it in another format"
                 raise BadImage(text, "image_failed") from None
         if isinstance(answer, ImageRefused):
-            raise BadImage(f"{where}: the image was refused: {answer.message}", answer.reason)
-        assert isinstance(answer, ImageDone)
+            raise BadImage(f"{where}: the {noun} was refused: {answer.message}", answer.reason)
         return answer, payload
 
     @contextlib.asynccontextmanager
@@ -153,7 +186,7 @@ class WorkerQueue:
             raise ImagesBusy("no image worker accepted the image in time; try again shortly", "workers_away") from None
 
 
-async def _send(connection: socket.socket, job: ImageJob, data: Data, file: int = -1) -> None:
+async def _send(connection: socket.socket, job: ImageJob | VideoJob, data: Data, file: int = -1) -> None:
     loop = asyncio.get_running_loop()
     head = protocol.encode_head(job, len(data))
     if file >= 0:  # nothing was sent before, so there is room for it

@@ -33,7 +33,6 @@ BYTES_PER_TOKEN_BOUNDS: Final = (0.5, 16.0)  # of one answer, as tokenizers yiel
 MAX_RATIO_WEIGHT: Final = 4096.0  # tokens that one answer counts for
 MAX_TEMPLATE_TOKENS: Final = 32  # that a chat template adds per message; any excess came from the request
 DEFAULT_IMAGE_TOKENS: Final = 1000  # unknown size: about 1 Mpx at 28x28 pixels per token (Qwen2-VL)
-DEFAULT_FRAME_TOKENS: Final = 128  # of a video, not decoded here: two frames per step of 256 tokens (Qwen2-VL)
 PROMPT_TOKENS_PER_WINDOW: Final = 4  # of a recording: Whisper's start, language, task and no timestamps
 _OBSERVATION_WEIGHT: Final = 0.05
 _MAX_MODELS: Final = 256
@@ -105,8 +104,8 @@ class Estimator:
             if shape.messages and shape.prompts == 1:
                 text += round(template.tokens(shape.messages))
         windows = cost_model.audio_windows(shape.audio_seconds) if shape.audio_seconds else 0
-        text += PROMPT_TOKENS_PER_WINDOW * windows
-        audio, video = shape.audio_tokens, DEFAULT_FRAME_TOKENS * shape.video_frames
+        text += PROMPT_TOKENS_PER_WINDOW * windows + shape.video_text
+        audio, video = shape.audio_tokens, shape.video_tokens
         media = encoder, images, audio, shape.audios, video, shape.videos, squares
         prompt = max(1, text + shape.token_ids + encoder + audio + video)
         prompts = max(shape.prompts, windows)

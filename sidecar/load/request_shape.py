@@ -33,6 +33,7 @@ MAX_PICTURE_SHARE: Final = 64.0
 _TRUE: Final = frozenset(("1", "t", "true", "y", "yes", "on"))
 _MAX_DIGITS: Final = 11
 DEFAULT_VIDEO_FRAMES: Final = 32  # vLLM's
+DEFAULT_FRAME_TOKENS: Final = 128  # where the model's processor is not known: 256 a step of two frames (Qwen2-VL)
 EMBEDDED_TOKEN_BYTES: Final = 8192  # 4096 numbers of 16 bits: models of 7B to 14B weights
 AUDIO_TOKENS_PER_S: Final = 25.0  # Qwen2-Audio
 DEFAULT_AUDIO_TOKENS: Final = 250  # ten seconds, of a recording whose length is not known
@@ -70,7 +71,9 @@ class RequestShape(msgspec.Struct, frozen=True, gc=False):
     audios: int = 0
     audio_tokens: int = 0  # of these, by their lengths as far as known
     videos: int = 0
-    video_frames: int = 0
+    video_frames: int = 0  # that the engine samples
+    video_tokens: int = 0  # of these, by their sizes as far as known
+    video_text: int = 0  # tokens of text that the engine puts around them
     ask_usage: bool = False  # add the usage option to a stream, as the client did not
     priority: int = 0
     reorders: bool = False
@@ -112,6 +115,7 @@ def describe(scan: BodyScan | None, api: Api, body_bytes: int, sounds: Sequence[
         audio_tokens=round(AUDIO_TOKENS_PER_S * sum(sounds)) + DEFAULT_AUDIO_TOKENS * (audios_of(found) - len(sounds)),
         videos=videos,
         video_frames=videos * _frames(options) if videos else 0,
+        video_tokens=DEFAULT_FRAME_TOKENS * videos * _frames(options) if videos else 0,
         ask_usage=stream and api.route in _STREAM_OPTIONS_ROUTES and _lacks_usage(options.get("stream_options")),
         priority=_priority(options.get("priority")),
         # a sound or a video is decoded by the engine's API process, while later requests pass it

@@ -50,7 +50,7 @@ from sidecar.relay.http.client import ClientConnection, Request
 from sidecar.relay.http.engine import Answer, EngineError
 from sidecar.relay.http.head import Fields
 from sidecar.relay.http.server import Server
-from sidecar.relay.media import image_refusals, inline, other_places
+from sidecar.relay.media import image_refusals, inline
 from sidecar.relay.open_requests import LOAD_REPORT_STALE_S, OpenRequests
 from sidecar.relay.pricing.charge import Pricing
 from sidecar.render.protocol import PATHS as RENDER_PATHS
@@ -318,8 +318,7 @@ class Relay:
             parsed = parse(body) if len(body) <= body_thread.MAX_INLINE_BYTES else await body_thread.run(parse, body)
             api = api_routes.of_form(api, () if parsed.scan is None else parsed.scan.found.members)
             admission.route = api.route
-            shape = request_shape.describe(parsed.scan, api, len(body), parsed.sounds)
-            admission.shape = other_places.with_frames(shape, parsed.frame_counts)
+            admission.shape = request_shape.describe(parsed.scan, api, len(body), parsed.sounds)
         estimate = await self._pricing.charge(admission, parsed)
         if self._images is None or not parsed.images:
             self._open_requests.admit(admission, estimate or self._pricing.estimate(admission, []))

@@ -106,6 +106,7 @@ async def _serve(context: RelayContext, listener: socket.socket) -> None:
 async def _relay(context: RelayContext, emit: Callable[[Event], None]) -> AsyncIterator[Relay]:
     settings = context.settings
     spec = families.from_dir(settings.model) if settings.model else None
+    video_spec = families.video_from_dir(settings.model) if settings.model else None
     async with contextlib.AsyncExitStack() as stack:
         domains = url_policy.parse_domains(settings.image_urls)
         fetch: Fetch | None = None
@@ -124,7 +125,9 @@ async def _relay(context: RelayContext, emit: Callable[[Event], None]) -> AsyncI
             cache = ImageCache(folder, context.image_cache_bytes, context.image_cache_key) if folder else None
             images = ImageService(context.image_socket, settings, spec, cache)
             stack.push_async_callback(images.close)
-            serve_images = partial(preprocess, images=images, settings=settings, emit=emit, fetch=fetch)
+            serve_images = partial(
+                preprocess, images=images, settings=settings, emit=emit, fetch=fetch, video_spec=video_spec
+            )
         watch: PluginWatch | None = None
         if images is not None and settings.images in ("auto", "shm"):
             watch = PluginWatch(images.spec, required=settings.images == "shm")
@@ -146,7 +149,7 @@ async def _relay(context: RelayContext, emit: Callable[[Event], None]) -> AsyncI
         relay = Relay(
             settings,
             emit,
-            Pricing(Estimator(context.coefficients), quota, counter, spec),
+            Pricing(Estimator(context.coefficients), quota, counter, spec, video_spec),
             index=context.index,
             image_key=context.image_key,
             images=images,

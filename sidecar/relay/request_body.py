@@ -13,12 +13,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from sidecar.images.video_headers import VideoHeader
 from sidecar.load import audio_parts, body_scan, request_shape
 from sidecar.load.body_scan import BodyScan, Buffer
 from sidecar.load.found import FoundPart, Span
 from sidecar.load.request_keys import PROCESSING_OPTIONS
 from sidecar.relay import compression
-from sidecar.relay.media import other_places
+from sidecar.relay.media import other_places, video_places
 
 # Fields that name the coding of a body: HTTP's, SGLang's.
 CODING_FIELDS: Final = (b"content-encoding", b"x-body-compressed")
@@ -63,7 +64,7 @@ class ParsedBody:
     images: list[ImagePart] = field(default_factory=list)
     link_count: int = 0
     sounds: list[float] = field(default_factory=list)  # seconds of the recordings whose length is known
-    frame_counts: list[int] = field(default_factory=list)  # of videos that are lists of JPEGs
+    videos: list[tuple[bool, VideoHeader]] = field(default_factory=list)  # whether a list of JPEGs, and its header
 
 
 def parse(body: bytes, *, links: bool = False) -> ParsedBody:
@@ -78,7 +79,7 @@ def parse(body: bytes, *, links: bool = False) -> ParsedBody:
     parsed.link_count = found.link_parts if links else 0
     parsed.images = [_image(body, part, has_options) for part in found.parts if links or not part.is_link]
     parsed.images += [ImagePart("", "", text, pass_reason="place") for text in other_places.find_images(body, found)]
-    parsed.frame_counts = other_places.count_frames(body, found)
+    parsed.videos = video_places.find_videos(body, found)
     return parsed
 
 

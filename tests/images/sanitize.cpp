@@ -68,7 +68,12 @@ void cut(const uint8_t* image, int h, int w, int resample) {
     const int sizes[] = {1, 2, 7, 8, 14, 16, 17, 28};
     const int p = sizes[pick(0, 7)], merge = pick(1, 3), temporal = pick(1, 3), step = p * merge;
     const int new_h = step * pick(1, std::max(1, 120 / step)), new_w = step * pick(1, std::max(1, 200 / step));
-    const size_t count = 3ull * new_h * new_w * temporal;
+    const size_t count = 3ull * new_h * new_w * temporal, area = 3ull * h * w;
+    // one picture, or the frames of a step of a video
+    const int frames = pick(0, 1) ? temporal : 1;
+    auto images = exactly<uint8_t>(area * frames);
+    for (int f = 0; f < frames; ++f)
+        for (size_t i = 0; i < area; ++i) images[f * area + i] = static_cast<uint8_t>(image[i] + 31 * f);
     const Plan plan(h, w, new_h, new_w, resample);
     Values values;
     values.normalise = pick(0, 1);
@@ -77,10 +82,10 @@ void cut(const uint8_t* image, int h, int w, int resample) {
     // an odd place, too: the form that writes past the caches wants an aligned one
     const size_t shift = pick(0, 1);
     auto plain = exactly<typename E::Type>(count);
-    patches<E>(plan, image, p, merge, temporal, values, plain.get(), Level::PLAIN);
+    patches<E>(plan, images.get(), frames, p, merge, temporal, values, plain.get(), Level::PLAIN);
     for (Level level : forms()) {
         auto fast = exactly<typename E::Type>(count + shift);
-        patches<E>(plan, image, p, merge, temporal, values, fast.get() + shift, level);
+        patches<E>(plan, images.get(), frames, p, merge, temporal, values, fast.get() + shift, level);
         same(plain.get(), fast.get() + shift, count, "patches", h, w, new_h, new_w);
     }
 }

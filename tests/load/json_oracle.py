@@ -95,6 +95,7 @@ def describe(payload: dict[str, Any] | None, route: str, body_bytes: int) -> Req
         audio_tokens=250 * audios,
         videos=(videos := sum(media[kind] for kind in _VIDEO_TYPES) + _held(payload, "video_data", "videos")),
         video_frames=videos * _frames(payload),
+        video_tokens=128 * videos * _frames(payload),
         ask_usage=stream and route in _STREAM_OPTIONS_ROUTES and _lacks_usage(payload.get("stream_options")),
         priority=_priority(payload.get("priority")),
         reorders=fetches or audios > 0 or videos > 0 or _reorders(payload),

@@ -408,7 +408,7 @@ def test_usage_is_asked_only_where_the_client_did_not(options: Any, asked: bool)
                     }
                 ]
             },
-            RequestShape(text_bytes=6, messages=1, videos=1, video_frames=32, reorders=True),
+            RequestShape(text_bytes=6, messages=1, videos=1, video_frames=32, video_tokens=4096, reorders=True),
         ),
     ],
 )

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Final
 
 from sidecar.errors import StartError
-from sidecar.images.protocol import ImageLimits
+from sidecar.images.protocol import Data, Frame, ImageJob, ImageLimits, VideoJob
 from sidecar.images.worker import gpu_exit, sandbox, worker
 from sidecar.images.worker.gpu_channel import GPU_SOCKET_SUFFIX
 from sidecar.images.worker.gpu_exit import GpuExit
@@ -170,10 +170,12 @@ def preimport() -> None:
     logging.getLogger("PIL").setLevel(logging.CRITICAL)  # it would log metadata of images
     Image.init()
     Image.MAX_IMAGE_PIXELS = None  # the sidecar's own limit is checked first
-    import sidecar.images.worker.pipeline  # noqa: F401
-    from sidecar.images.worker import warm_up
+    import sidecar.images.worker.pipeline
+    import sidecar.images.worker.video_pipeline  # noqa: F401
+    from sidecar.images.worker import video_warm_up, warm_up
 
     warm_up.preimport()
+    video_warm_up.preimport()
 
 
 def _fork(serve: Callable[[], int]) -> int:
@@ -195,15 +197,21 @@ def _fork(serve: Callable[[], int]) -> int:
 
 def _serve_images(listening: socket.socket, plan: WorkerPlan, gpu_path: str) -> int:
     """Run a worker, in its own process."""
-    from sidecar.images.worker import pipeline, warm_up
+    from sidecar.images.worker import pipeline, video_pipeline, video_warm_up, warm_up
     from sidecar.images.worker.gpu_channel import GpuChannel
 
     warm_up.run(pipeline.run_job, plan.limits)
+    video_warm_up.run(video_pipeline.run_job, plan.limits, warm_up.WARM_UP_TIMEOUT_S)
     gpu = GpuChannel(gpu_path) if gpu_path else None
     if gpu is not None:
         gpu.open()
     worker.confine(plan.limits, (listening.fileno(), *(gpu.descriptors if gpu else ())))
-    prepare = partial(pipeline.run_job, gpu=gpu, on_size=worker.limit_cpu)
+
+    def prepare(job: ImageJob | VideoJob, payload: bytearray, into: memoryview | None) -> tuple[Frame, Data]:
+        if isinstance(job, VideoJob):
+            return video_pipeline.run_job(job, payload, worker.limit_cpu)
+        return pipeline.run_job(job, payload, into, gpu=gpu, on_size=worker.limit_cpu)
+
     return worker.serve(listening, prepare, plan.limits, lambda: gpu is not None and gpu.lost)
 
 

@@ -22,11 +22,12 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from sidecar.images import protocol
-from sidecar.images.protocol import Data, Frame, FrameError, ImageJob, ImageLimits, WorkerReady, encode_head
+from sidecar.images.protocol import Data, Frame, FrameError, ImageJob, ImageLimits, VideoJob, WorkerReady, encode_head
 from sidecar.images.worker import sandbox
 from sidecar.runtime.prctl import die_with
 
 PrepareImage = Callable[[ImageJob, bytearray, memoryview | None], tuple[Frame, Data]]
+Prepare = Callable[[ImageJob | VideoJob, bytearray, memoryview | None], tuple[Frame, Data]]
 
 CLIENT_TIMEOUT_S = 10.0  # in which a relay must send or read
 JOBS_PER_LIFE = 5_000  # a new process then takes over, so that no leak of a codec grows forever
@@ -46,7 +47,7 @@ _libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 
 
 def serve(
-    listening: socket.socket, prepare: PrepareImage, limits: ImageLimits, is_worn: Callable[[], bool] = lambda: False
+    listening: socket.socket, prepare: Prepare, limits: ImageLimits, is_worn: Callable[[], bool] = lambda: False
 ) -> int:
     """Serve JOBS_PER_LIFE connections; fewer if the worker is worn out, by `is_worn` or its CPU time. Returns 0."""
     for _ in range(JOBS_PER_LIFE):
@@ -59,7 +60,7 @@ def serve(
     return 0
 
 
-def _serve_one(connection: socket.socket, prepare: PrepareImage, limits: ImageLimits) -> None:
+def _serve_one(connection: socket.socket, prepare: Prepare, limits: ImageLimits) -> None:
     connection.sendall(encode_head(WorkerReady()))
     with contextlib.ExitStack() as stack:
         # at most the largest image as base64, including line ends
@@ -74,7 +75,7 @@ def _serve_one(connection: socket.socket, prepare: PrepareImage, limits: ImageLi
 
 def _receive(
     connection: socket.socket, max_payload: int, stack: contextlib.ExitStack
-) -> tuple[ImageJob, bytearray, int]:
+) -> tuple[ImageJob | VideoJob, bytearray, int]:
     """One job, its payload, and its open file, or -1; `stack` closes that. Raises FrameError or OSError."""
     start, files, _, _ = socket.recv_fds(connection, protocol.PREFIX.size, 1)
     for file in files:
@@ -83,7 +84,7 @@ def _receive(
         raise ConnectionResetError("the relay closed the connection")
     header, size = protocol.decode_prefix(_read_exactly(connection, protocol.PREFIX.size, start), max_payload)
     job = protocol.decode_header(_read_exactly(connection, header))
-    if not isinstance(job, ImageJob) or (job.file_bytes and len(files) != 1):
+    if not isinstance(job, ImageJob | VideoJob) or (job.file_bytes and len(files) != 1):
         raise FrameError("not a job")
     return job, _read_exactly(connection, size), files[0] if files else -1
 

@@ -1,6 +1,6 @@
-"""Pure: images and frames in places where none is prepared, found by how their base64 text begins, to be priced.
+"""Pure: images in places where none is prepared, found by how their base64 text begins, to be priced.
 
-Anthropic's blocks, outputs of tools, SGLang's `image_data`, Ollama's `images`, lists of frames (`data:video/jpeg`).
+Anthropic's blocks, outputs of tools, SGLang's `image_data`, Ollama's `images`.
 
 Rules: a body is looked through only where its scan has counted more images than it has placed, and no more are taken
 than are missing, so that a text that looks like an image changes a price at most. A size is read from each header.
@@ -15,11 +15,8 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Final
 
-from msgspec import structs
-
 from sidecar.images import header_geometry
 from sidecar.load.found import MAX_PARTS, Found
-from sidecar.load.request_shape import RequestShape
 
 # The beginning of a string: a data URL, or the text of a JPEG, PNG, WebP or GIF.
 _IMAGE: Final = re.compile(
@@ -30,7 +27,6 @@ _IMAGE_MARKS: Final = (
     *(b'"data:image/', b'"Data:image/', b'"Data:Image/', b'"DATA:IMAGE/'),
     *(b'"/9j/', b'"iVBORw0KGgo', b'"UklGR', b'"R0lGOD'),
 )
-_FRAMES: Final = b'"data:video/jpeg;base64,'
 PIECE_BYTES: Final = 1 << 18  # that are searched at a time
 MAX_CANDIDATES: Final = 4 * MAX_PARTS  # that are looked at; a text may begin like an image
 _LISTS: Final = ("images", "image_data")  # members of a body that hold images
@@ -44,7 +40,7 @@ def find_images(body: bytes, found: Found) -> list[memoryview]:
         return []
     placed = {part.url[0] - 1 for part in found.parts}
     texts: list[memoryview] = []
-    for at in islice(_places(body, _IMAGE_MARKS), MAX_CANDIDATES):
+    for at in islice(places(body, _IMAGE_MARKS), MAX_CANDIDATES):
         match = _IMAGE.match(body, at)
         if match is None or at in placed:
             continue
@@ -56,17 +52,7 @@ def find_images(body: bytes, found: Found) -> list[memoryview]:
     return texts
 
 
-def count_frames(body: bytes, found: Found) -> list[int]:
-    """The frames of each video that is a list of JPEGs."""
-    counts: list[int] = []
-    if found.videos:
-        for at in islice(_places(body, (_FRAMES,)), min(found.videos, MAX_PARTS)):
-            begin = at + len(_FRAMES)
-            counts.append(1 + body.count(b",", begin, body.find(b'"', begin)))
-    return counts
-
-
-def _places(body: bytes, marks: Sequence[bytes]) -> Iterator[int]:
+def places(body: bytes, marks: Sequence[bytes]) -> Iterator[int]:
     """Where one of the marks begins, in order; of each mark the first MAX_CANDIDATES of a piece."""
     longest = max(map(len, marks))
     for start in range(0, len(body), PIECE_BYTES):
@@ -80,12 +66,3 @@ def _places(body: bytes, marks: Sequence[bytes]) -> Iterator[int]:
                 found.add(at)
                 at = body.find(mark, at + 1, end)
         yield from sorted(found)
-
-
-def with_frames(shape: RequestShape, counts: Sequence[int]) -> RequestShape:
-    """A shape whose videos of counted frames have no more than these."""
-    if not counts or not shape.videos:
-        return shape
-    sampled = shape.video_frames // shape.videos  # by the engine, of each
-    fewer = sum(sampled - min(count, sampled) for count in counts)
-    return structs.replace(shape, video_frames=shape.video_frames - fewer)

@@ -1,4 +1,4 @@
-"""`POST /v1/preprocess`: images in, the model's processor output out.
+"""`POST /v1/preprocess`: images in, the model's processor output out; or videos (video_api).
 
 In: JSON `{"images": ["data:image/jpeg;base64,...", ...]}`, also with links if --image-urls allows them; multipart with
 one part named `image` per image; or one raw body of type `image/*`. Out: safetensors with the processor's own names,
@@ -18,8 +18,9 @@ import json
 import math
 import struct
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 from typing import Any, Final
 from urllib.parse import parse_qs
@@ -31,11 +32,13 @@ from aiohttp.http_exceptions import HttpProcessingError
 from sidecar.errors import BadImage, RequestError
 from sidecar.events import Event, ImagePrepared
 from sidecar.images import tensor_layout
-from sidecar.images.protocol import LAYOUT, TENSORS, Data
-from sidecar.images.service import ImageService, PreparedTensors
+from sidecar.images.protocol import LAYOUT, TENSORS, Data, VideoDone
+from sidecar.images.service import ImageService, PreparedTensors, VideoSource
+from sidecar.kernels.families.videos import VideoSpec
 from sidecar.kernels.grid import ProcessorSpec
 from sidecar.relay import body_thread, client_io, headers, request_body
 from sidecar.relay.http.client import Request
+from sidecar.relay.media import video_api
 from sidecar.relay.media.inline import Fetch, all_of, check_count, failure
 from sidecar.settings import Settings
 
@@ -69,25 +72,37 @@ async def preprocess(
     emit: Emit,
     fetch: Fetch | None = None,
     client_stall: float = client_io.CLIENT_STALL_S,
+    video_spec: VideoSpec | None = None,
 ) -> None:
     """Serve one request; emit one ImagePrepared per image. `fetch` gets images behind links. Raises RequestError."""
     handoff = request.fields.get(HANDOFF_HEADER.encode())
     if handoff not in ("", "shm"):
         raise NotImplementedHere(f"{HANDOFF_HEADER}: {handoff[:16]!r} is not available; send shm, or omit the header")
     want = TENSORS if handoff else negotiate(request.fields.get(b"accept"))
-    if not images.spec.tensors:
-        raise BadRequest("tensors are not available for this model: its processor resizes in floating point")
-    spec = with_values(images.spec, _query(request, "values"))
-    sources = await _read_sources(request, settings, fetch)
-    if not sources:
-        raise BadRequest(
-            "no image in the request; send one as a data URL, a part named image, or a body of type image/*"
-        )
     tenant = headers.tenant(request.fields, settings.tenant_header.lower().encode("latin-1"))
+    sources = await _read_sources(request, settings, fetch)
     with images.tensor_budget.for_request() as reserve:
-        prepared = images.tensors(sources, want=want, tenant=tenant, spec=spec, reserve=reserve)
-        done = await _report(prepared, sources, emit)
-        layout = _layout(done, spec)
+        if sources and isinstance(sources[0], VideoSource):
+            if video_spec is None:
+                raise BadRequest("videos are not available for this model: its video processor is not known")
+            made = with_values(video_spec, _query(request, "values"))
+            assert isinstance(made, VideoSpec)
+            choice = video_api.frames_of(*(_query(request, name) for name in ("num_frames", "fps", "sampling")))
+            videos = [source for source in sources if isinstance(source, VideoSource)]
+            work = images.videos(videos, made, choice, want=want, tenant=tenant, reserve=reserve)
+            layout, pieces = await _videos(work, videos, made, emit)
+        else:
+            if not images.spec.tensors:
+                raise BadRequest("tensors are not available for this model: its processor resizes in floating point")
+            spec = with_values(images.spec, _query(request, "values"))
+            files = [source for source in sources if not isinstance(source, VideoSource)]
+            if not files:
+                raise BadRequest(
+                    "no image in the request; send one as a data URL, a part named image, or a body of type image/*"
+                )
+            prepared = images.tensors(files, want=want, tenant=tenant, spec=spec, reserve=reserve)
+            done = await _report(prepared, files, emit)
+            layout, pieces = _layout(done, spec), partial(_pieces, done, spec)
         if want == LAYOUT:
             client_io.send_json(request, layout)
             return
@@ -96,15 +111,38 @@ async def preprocess(
             fields = [(b"content-type", SAFETENSORS.encode()), (b"content-length", b"%d" % size)]
             request.reply.begin(200, b"OK", fields)
             request.reply.write(head)
-            await client_io.send_long(request, _pieces(done, spec), client_stall)
+            await client_io.send_long(request, pieces(), client_stall)
             return
-        file = await images.share(head, *chain.from_iterable(_pieces(done, spec)))
+        file = await images.share(head, *chain.from_iterable(pieces()))
         if file is None:
             raise NotImplementedHere(
                 f"{HANDOFF_HEADER}: no shared memory available (see --image-cache-bytes); omit the header"
             )
         segment = {"name": f"{file.folder}/{file.name}", "format": "safetensors", "bytes": size}
         client_io.send_json(request, layout | {"segments": [segment]})
+
+
+async def _videos(
+    work: Awaitable[list[tuple[VideoDone, Data]]], videos: Sequence[VideoSource], spec: VideoSpec, emit: Emit
+) -> tuple[dict[str, Any], Callable[[], Iterator[list[Data]]]]:
+    """The layout of a request's videos and the bytes of their tensors, with one event per video."""
+    started = time.monotonic()
+    try:
+        done = await work
+    except RequestError as e:
+        emit(failure("", e, started, sum(len(video.data) for video in videos)))
+        raise
+    now = time.monotonic()
+    for video, values in done:
+        sizes = video.bytes_in, len(values)
+        emit(ImagePrepared("", now, video.format, "ok", now - started, video.stages, *sizes))
+    geometries = [spec.video(len(video.indices), *video.original) for video, _ in done]
+
+    def pieces() -> Iterator[list[Data]]:
+        yield from tensor_layout.integers(spec.integers(geometries).values())
+        yield from tensor_layout.pieces([values for _, values in done], geometries, spec)
+
+    return video_api.layout([video for video, _ in done], spec), pieces
 
 
 def _query(request: Request, name: str) -> str:
@@ -159,8 +197,9 @@ def _layout(done: list[PreparedTensors], spec: ProcessorSpec) -> dict[str, Any]:
 
 def _safetensors_head(layout: dict[str, Any]) -> tuple[bytes, int]:
     """A safetensors file up to its tensors (length and JSON header), and the bytes of all of it."""
-    images = json.dumps(layout["images"], separators=(",", ":"))  # metadata values are strings
-    header: dict[str, Any] = {"__metadata__": {"processor": layout["processor"], "images": images}}
+    kind = "videos" if "videos" in layout else "images"
+    listed = json.dumps(layout[kind], separators=(",", ":"))  # metadata values are strings
+    header: dict[str, Any] = {"__metadata__": {"processor": layout["processor"], kind: listed}}
     at = 0
     for name, tensor in layout["tensors"].items():
         end = at + tensor_layout.ELEMENT_BYTES[tensor["dtype"]] * math.prod(tensor["shape"])
@@ -191,31 +230,39 @@ async def _report(work: Awaitable[list[PreparedTensors]], sources: list[Source],
     return done
 
 
-async def _read_sources(request: Request, settings: Settings, fetch: Fetch | None) -> list[Source]:
-    """The request's images, at most MAX_IMAGES of them."""
+async def _read_sources(request: Request, settings: Settings, fetch: Fetch | None) -> Sequence[Source | VideoSource]:
+    """The request's images, at most MAX_IMAGES of them, or its videos."""
     kind = request.fields.media_type()
+    if kind.startswith("video/"):
+        return [VideoSource(await client_io.read(request, settings.image_max_bytes, flag="--image-max-bytes"))]
     if kind.startswith("image/"):
         return [(await client_io.read(request, settings.image_max_bytes, flag="--image-max-bytes"), False)]
     if kind == "multipart/form-data":
         return await _read_parts(request, settings)
     if kind == JSON:
         body = await client_io.read(request, settings.max_body_bytes)
+        videos = await body_thread.run(video_api.listed_videos, body)
+        if videos is not None:
+            return await _fetch_links(videos, fetch, "videos")
         return await _fetch_links(await body_thread.run(_parse_images, body), fetch)
-    raise BadRequest(f"content-type: send {JSON}, multipart/form-data, or image/*")
+    raise BadRequest(f"content-type: send {JSON}, multipart/form-data, image/* or video/*")
 
 
-async def _fetch_links(listed: list[Source | str], fetch: Fetch | None) -> list[Source]:
-    """The images; links are fetched concurrently. Raises BadImage or ImagesBusy, and cancels the others."""
+async def _fetch_links(
+    listed: Sequence[Source | VideoSource | str], fetch: Fetch | None, name: str = "images"
+) -> list[Source | VideoSource]:
+    """The images or videos; links are fetched concurrently. Raises BadImage or ImagesBusy, and cancels the others."""
 
-    async def load(source: Source | str, where: str) -> Source:
-        if isinstance(source, tuple):
+    async def load(source: Source | VideoSource | str, where: str) -> Source | VideoSource:
+        if not isinstance(source, str):
             return source
         if fetch is None:
             text = "links are not fetched here (--image-urls); send a base64 data URL"
             raise BadImage(f"{where}: {text}", "image_url")
-        return await fetch(source, where), False
+        data = await fetch(source, where)
+        return VideoSource(data) if name == "videos" else (data, False)
 
-    return await all_of(load(source, f"images[{i}]") for i, source in enumerate(listed))
+    return await all_of(load(source, f"{name}[{i}]") for i, source in enumerate(listed))
 
 
 def _parse_images(body: bytes) -> list[Source | str]:

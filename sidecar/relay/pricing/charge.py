@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from sidecar.events import LoadReport, Usage
 from sidecar.images import header_geometry
+from sidecar.kernels.families.videos import VideoSpec
 from sidecar.kernels.grid import ProcessorSpec
 from sidecar.load.cost_model import settled_work
 from sidecar.load.estimator import Estimate, Estimator
@@ -15,6 +16,7 @@ from sidecar.load.event_tokens import EventTokens
 from sidecar.load.ledger import LEFT_OUTCOMES, actual_work
 from sidecar.load.prefill_queue import LeftPrompts
 from sidecar.relay.admission import Admission
+from sidecar.relay.pricing import tokenizer, video_price
 from sidecar.relay.pricing.quota import Quota
 from sidecar.relay.pricing.tenant_accounts import TenantCharge
 from sidecar.relay.pricing.tokenizer import TokenCounter
@@ -23,12 +25,14 @@ from sidecar.relay.request_body import ImagePart, ParsedBody
 
 @dataclass(frozen=True, slots=True)
 class Pricing:
-    """One per relay process. None: no `quota` of tenants, no `counter` of tokens, no `spec` of an image processor."""
+    """One per relay process. None: no `quota` of tenants, no `counter` of tokens, no `spec` of an image processor,
+    no `video_spec` of a video processor."""
 
     estimator: Estimator
     quota: Quota | None = None
     counter: TokenCounter | None = None
     spec: ProcessorSpec | None = None
+    video_spec: VideoSpec | None = None
     event_tokens: EventTokens = field(default_factory=EventTokens)
     left_prompts: LeftPrompts = field(default_factory=LeftPrompts)
 
@@ -47,6 +51,12 @@ class Pricing:
             admission.token_count = await self.counter.count(body.scan.found)
         if self.spec is not None and body.images:
             admission.image_tokens = tokens_of(body.images, self.spec)
+        if admission.shape.videos and body.scan is not None:
+            sampling = video_price.sampling_of(body.scan.options)
+            time_tokens = tokenizer.TIME_TOKENS if self.counter is None else self.counter.time_tokens
+            admission.shape = video_price.with_videos(
+                admission.shape, body.videos, sampling, self.video_spec, time_tokens
+            )
         if self.quota is None:
             return None
         estimate = self.estimate(admission, [])

@@ -32,6 +32,7 @@ MAX_WAITING_COUNTS: Final = 8  # texts that wait for the thread; further ones ar
 MAX_COUNTED_CHARS: Final = 4096  # these take 1 to 2 ms of a core
 WINDOW_COUNT: Final = 8
 MAX_BYTES_OF_CHAR: Final = 12  # two escapes
+TIME_TOKENS: Final = 4  # three signs and a word, in Qwen's tokenizer
 
 _log = logging.getLogger(__name__)
 
@@ -49,11 +50,13 @@ class TokenCount:
 class TokenCounter:
     """One per relay process."""
 
-    def __init__(self, encode: Encode, deadline: float = COUNT_TIMEOUT_S) -> None:
+    def __init__(self, encode: Encode, deadline: float = COUNT_TIMEOUT_S, time_tokens: int = TIME_TOKENS) -> None:
+        """`time_tokens`: those of a time in a video's prompt, besides its digits."""
         self._encode = encode
         self._deadline = deadline
         self._thread = ThreadPoolExecutor(1, "tokenizer")
         self._waiting = 0
+        self.time_tokens = time_tokens
 
     async def count(self, found: Found) -> TokenCount | None:
         """The tokens of a body's prompt text; None after the deadline, or if there are too many texts."""
@@ -88,7 +91,9 @@ def load_counter(folder: str) -> TokenCounter | None:
         import tokenizers
 
         tokenizer = tokenizers.Tokenizer.from_file(str(file))
-        return TokenCounter(partial(tokenizer.encode_batch_fast, add_special_tokens=False))
+        encode = partial(tokenizer.encode_batch_fast, add_special_tokens=False)
+        time = "<0.0 seconds>"  # as Qwen3-VL's prompts have it before each step of a video
+        return TokenCounter(encode, time_tokens=len(encode([time])[0]) - sum(map(str.isdigit, time)))
     except ImportError:
         _log.info("tokens are estimated: for exact ones, pip install 'inference-sidecar[tokenizer]'")
     except Exception as e:  # noqa: BLE001  the package raises nothing more specific

@@ -15,7 +15,7 @@ from sidecar.images.service import ImageService
 from sidecar.kernels import families
 from sidecar.load import body_scan
 from sidecar.load.cost_model import Coefficients
-from sidecar.load.estimator import DEFAULT_FRAME_TOKENS, Estimator
+from sidecar.load.estimator import Estimator
 from sidecar.relay.media.other_places import PIECE_BYTES, find_images
 from sidecar.relay.pricing.charge import Pricing
 from sidecar.relay.request_body import parse
@@ -130,22 +130,3 @@ def test_a_text_is_no_image() -> None:
     for text in (JPEG, f"data:image/png;base64,{PNG}"):
         body = {"messages": [{"role": "user", "content": text}], "prompt": text}
         assert parse(json.dumps(body).encode()).images == []
-
-
-@pytest.mark.parametrize(("frames", "counted"), [(2, 2), (8, 8), (200, None)])
-async def test_a_list_of_frames_costs_its_frames(rig: Any, serve: Any, frames: int, counted: int | None) -> None:
-    """A video of two frames is not priced as one of 32; of 200, the engine samples as many as of any other."""
-    r = await rig(await serve(echo))
-    jpeg = base64.b64encode(photo(64, 64, 1)).decode()
-    parts = [
-        {"type": "video_url", "video_url": {"url": "data:video/jpeg;base64," + ",".join([jpeg] * frames)}},
-        {"type": "video_url", "video_url": {"url": "data:video/mp4;base64,AAAA"}},
-    ]
-    asked = {"model": "m", "messages": [{"role": "user", "content": parts}]}
-    async with r.client.post(r.url + "/v1/chat/completions", json=asked) as got:
-        assert got.status == 200
-    await r.emitted.settled()
-    expected = once(r.emitted)[0].expected
-    assert expected.videos == 2
-    sampled = 32
-    assert expected.video_tokens == DEFAULT_FRAME_TOKENS * ((counted or sampled) + sampled)
