@@ -197,19 +197,6 @@ def test_requests_of_a_piece(tmp_path: Path, requires: Any) -> None:
     assert (gaps >= 0).all() and (gaps < 1e-6).mean() < 0.001
 
 
-def test_two_weeks_of_a_client(requires: Any) -> None:
-    """With settings from its own past, a bursty client saves 80 % of a static fleet's hours and keeps 99 %."""
-    folder = requires("../shared/traces")
-    [found] = [clients.poisson(c) for c in clients.load(folder, weeks.Hardware()) if c.name == "m-mid/31"]
-    windows = range(weeks.WINDOWS)
-    lanes = [Lane(found, 1, 60.0, 1), *(Lane(found, 1, 60.0, 1, size) for size in range(10, 20))]
-    plan = plan_of(lanes[0], windows, [replace(RULES[60.0], target=target) for target in (0.5, 0.65, 0.8, 0.95)])
-    result = fluid.run(lanes, Reactive(np.full(len(lanes), 60.0), [plan] * len(lanes)), windows)
-    kept = dict(zip(range(10, 20), map(float, result.kept[1:]), strict=True))
-    size = smallest(kept, min(float(result.kept[0]), 0.99))
-    assert result.kept[0] >= 0.99 and 1 - result.hours[0] / (size * 14 * 24) >= 0.8
-
-
 def test_events_and_fluid_agree(requires: Any) -> None:
     """Twenty minutes of a rising edge as discrete events, production code inside, and as fluid, which keeps less."""
     [piece] = weeks.pieces(requires("../shared/traces"), 1, [("m-mid/52", 1397, 2)], [(60.0, 1)])
