@@ -2,7 +2,7 @@
 
     python benchmarks/fleet.py [--replicas N] [--seed N] [--seeds N] [--trace NAME] [--only PART] [--traces DIR]
                                [--processes N] [--quick] [--write]
-    python benchmarks/fleet.py --only weeks [--seeds N] [--quick] [--write]
+    python benchmarks/fleet.py --only weeks [--gaps KIND] [--seeds N] [--quick] [--write]
 
 Simulated, not measured. The cost model does not know the formulas of the engines (benchmarks/replay/engine.py); its
 coefficients come from the fit of `sidecar.tools.calibrate`. Prints p99 of the time to first token, SLO attainment and
@@ -55,7 +55,12 @@ def two_weeks(args: argparse.Namespace) -> None:
     """Two weeks of production clients, and chosen hours of them as discrete events."""
     seeds = range(args.seed, args.seed + args.seeds)
     windows = range(weeks.WINDOWS // 2, weeks.WINDOWS) if args.quick else range(weeks.WINDOWS)
-    rows = weeks.simulate(args.traces, seeds, windows, lambda done: print(done, file=sys.stderr))
+    began = time.monotonic()
+
+    def progress(done: str) -> None:
+        print(f"{time.monotonic() - began:.0f} s: {done}", file=sys.stderr)
+
+    rows = weeks.simulate(args.traces, seeds, windows, progress, [args.gaps] if args.gaps else weeks.GAPS)
     found = [] if args.quick else list(weeks.pieces(args.traces, args.seed))
     text = weeks.page(rows, found, args.seeds, windows)
     print(text)
@@ -74,6 +79,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--trace", default="", choices=("", *jobs.SERVICES), help="one trace only")
     parser.add_argument("--only", default="", choices=("", "routing", "scaling", "weeks"), help="one part only")
     parser.add_argument("--traces", type=Path, default=TRACES, help="their folder")
+    parser.add_argument("--gaps", default="", choices=("", *weeks.GAPS), help="one kind of arrivals only; for weeks")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--write", action="store_true")

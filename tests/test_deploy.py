@@ -26,6 +26,7 @@ from sidecar.report.metrics import METRICS
 from sidecar.report.prometheus import MetricsPages
 from sidecar.settings import Settings, format_key
 from sidecar.tools.cel import CelSettings
+from sidecar.tools.forecast import ForecastSettings
 from sidecar.tools.manifests.settings import ManifestSettings
 
 from .report.snapshots import SNAPSHOT
@@ -93,7 +94,12 @@ PICKER = {
 
 # What has a kind but is read from a file, by its own program, and what is no Kubernetes object at all.
 SETTINGS_FILES = {"EndpointPickerConfig"}
-NO_OBJECTS = {"endpoint-picker.yaml", "modelservice-values.yaml", "prometheus-adapter.yaml"}
+NO_OBJECTS = {
+    "endpoint-picker.yaml",
+    "modelservice-values.yaml",
+    "prometheus-adapter.yaml",
+    "scale-to-zero-adapter.yaml",
+}
 
 # What Prometheus and its discovery add to a series.
 TARGET = {"job", "instance", "namespace", "pod", "le"}
@@ -152,7 +158,9 @@ def test_every_label_that_is_named_exists(file: Path) -> None:
 def test_every_flag_and_variable_that_is_named_exists(file: Path) -> None:
     """No comment names a flag, and no manifest sets a variable, that no command accepts."""
     text = file.read_text()
-    flags = {format_key(f.name) for cls in (Settings, ManifestSettings, CelSettings) for f in fields(cls)}
+    flags = {
+        format_key(f.name) for cls in (Settings, ManifestSettings, CelSettings, ForecastSettings) for f in fields(cls)
+    }
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) - ENGINE_FLAGS - OTHER_FLAGS <= flags
     variables = {format_key(f.name, "environment") for f in fields(Settings)}
     assert set(re.findall(r"\bSIDECAR_[A-Z_]+", text)) <= variables
@@ -200,8 +208,13 @@ def test_every_query_is_promql(requires: Callable[[str], Path], tmp_path: Path) 
     queries = list(expressions(json.loads((DEPLOY / "grafana" / "sidecar.json").read_text())))
     assert len(queries) > 20
     queries += [d["spec"]["triggers"][0]["metadata"]["query"] for d in documents("keda/prometheus.yaml")]
-    for rule in documents("hpa/prometheus-adapter.yaml")[0]["rules"]:
-        filled = rule["metricsQuery"].replace("<<.Series>>", rule["name"]["as"]).replace("<<.GroupBy>>", "pod")
+    adapters = (documents("hpa/prometheus-adapter.yaml")[0], documents("hpa/scale-to-zero-adapter.yaml")[0])
+    for rule in (*adapters[0]["rules"], *adapters[1]["externalRules"]):
+        filled = (
+            rule["metricsQuery"]
+            .replace("<<.Series>>", rule["seriesQuery"].partition("{")[0])
+            .replace("<<.GroupBy>>", "pod")
+        )
         queries += [rule["seriesQuery"], filled.replace("<<.LabelMatchers>>", 'pod="a"')]
     rules = [{"record": f"q{i}", "expr": query} for i, query in enumerate(queries)]
     (tmp_path / "rules.yaml").write_text(yaml.safe_dump({"groups": [{"name": "queries", "rules": rules}]}))
@@ -291,6 +304,18 @@ def test_kubernetes_takes_the_autoscaler() -> None:
     (rule,) = documents("hpa/prometheus-adapter.yaml")[0]["rules"]
     assert hpa["spec"]["metrics"][0]["pods"]["metric"]["name"] == rule["name"]["as"] == "sidecar_mu_utilization_ratio"
     assert set(rule) == {"seriesQuery", "resources", "name", "metricsQuery"}
+
+
+def test_the_hpa_to_zero_reads_metrics_that_outlive_the_pods() -> None:
+    """External metrics only, each served by the adapter and found by a series of the queue before the pods."""
+    (hpa,) = documents("hpa/scale-to-zero.yaml")
+    kubernetes_validate.validate(hpa, "1.30", strict=True)
+    assert hpa["spec"]["minReplicas"] == 0 and {m["type"] for m in hpa["spec"]["metrics"]} == {"External"}
+    rules = {rule["name"]["as"]: rule for rule in documents("hpa/scale-to-zero-adapter.yaml")[0]["externalRules"]}
+    assert [m["external"]["metric"]["name"] for m in hpa["spec"]["metrics"]] == list(rules)
+    assert {rule["seriesQuery"].partition("{")[0] for rule in rules.values()} == {"llm_d_epp_flow_control_queue_size"}
+    there = {family.name for family in text_string_to_metric_families(MetricsPages(full().registry).text())}
+    assert set(re.findall(r"sidecar_\w+", rules["llm_replicas_busy"]["metricsQuery"])) <= there
 
 
 def test_the_endpoint_picker_is_configured_correctly() -> None:

@@ -1,8 +1,8 @@
 """Two weeks of production clients (ServeGen, arXiv 2505.09999), each as the traffic of one model's fleet.
 
 A client has, for each of 2016 windows of ten minutes, a rate, and how irregular its arrivals are (the coefficient of
-variation of the gaps between them); and for every six hours the quantiles of its lengths. Rates are scaled so that a
-fleet of PEAK_REPLICAS is 80 % busy in the busiest window; what a request costs is the production cost model's price
+variation of the gaps between them); and for every six hours the quantiles of its lengths. Rates are scaled so that
+PEAK_REPLICAS are busy in the busiest window; what a request costs is the production cost model's price
 with the coefficients of the simulated engine.
 """
 
@@ -25,8 +25,7 @@ from sidecar.load import cost_model
 
 FILE = "servegen-two-weeks.jsonl.gz"
 WINDOW_S = 600
-PEAK_REPLICAS, PEAK_LOAD = 16, 0.8
-SLOTS = 144  # windows of a day
+PEAK_REPLICAS = 16
 TOKEN_S = 0.03  # of a request in a full batch, per output token
 CONTEXT_TOKENS = 128_000  # longer prompts are cut
 
@@ -92,7 +91,7 @@ def _client(row: dict[str, object], hardware: Hardware) -> Client:
     times = sorted(priced)
     nearest = [min(times, key=lambda at, now=n * WINDOW_S: abs(at + 10_800 - now)) for n in range(len(rate))]
     seconds, moment, residence, prefill = np.array([priced[at] for at in nearest]).T
-    copies = PEAK_REPLICAS * PEAK_LOAD / float((rate * seconds).max())
+    copies = PEAK_REPLICAS / float((rate * seconds).max())
     # Independent copies keep the dispersion of one; of a thinned process, only its excess over Poisson's shrinks.
     dispersion = 1.0 + min(1.0, copies) * (np.maximum(cv, 0.2) ** 2 - 1.0)
     # Within a window, more than all of its requests cannot come at once.

@@ -250,7 +250,8 @@ class Fleet:
         p = self._scaler.policy
         serving = self._serving(now)
         kept = [r for r in self._live if not r.draining]
-        wanted = self._scaler.wanted(len(kept), sum(signal_of(r, p, now) for r in serving), now)
+        queue = sum(waiting_of(r, now) for r in serving) if p.drain else 0.0
+        wanted = self._scaler.wanted(len(kept), sum(signal_of(r, p, now) for r in serving), now, queue)
         for _ in range(wanted - len(kept)):
             self._start(now)
         for replica in sorted(serving, key=lambda r: r.open)[: max(0, min(len(kept) - wanted, len(serving) - 1))]:
@@ -279,6 +280,11 @@ class Fleet:
         return self.outcome
 
 
+def waiting_of(replica: Replica, now: float) -> float:
+    """Seconds until one replica would begin the next request."""
+    return (dict(replica.load(now).parts)["queue"] or 0.0) * OBJECTIVES.ttft
+
+
 def signal_of(replica: Replica, policy: Scaling, now: float) -> float:
     """One replica's part of the autoscaler's signal."""
     signal = policy.signal
@@ -288,8 +294,5 @@ def signal_of(replica: Replica, policy: Scaling, now: float) -> float:
     if signal == "utilization":
         return load.utilization
     if signal == "flow and queue":
-        parts = dict(load.parts)
-        waits = (parts["queue"] or 0.0) * OBJECTIVES.ttft
-        flow = max(parts["flow"] or 0.0, load.recent_mu_per_second * 60 / load.mu_max_per_minute)
-        return flow + policy.target * waits / policy.drain
+        return dict(load.parts)["flow"] or 0.0
     return max(load.mu_in_flight / load.mu_max_in_flight, load.mu_per_minute / load.mu_max_per_minute)

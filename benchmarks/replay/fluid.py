@@ -47,7 +47,14 @@ class Kept:
     hours: Numbers
     requests: Numbers
     most: Numbers
-    by_hour: Numbers = field(default_factory=lambda: np.zeros(0))  # (hour, lane): replicas, demand, kept, requests
+    by_window: Numbers = field(
+        default_factory=lambda: np.zeros(0)
+    )  # (window, 4, lane): replicas, demand, kept, requests
+
+    def of(self, lanes: slice) -> Kept:
+        """That of some lanes."""
+        each = (self.kept, self.p99, self.hours, self.requests, self.most, self.by_window)
+        return Kept(*(numbers[..., lanes] for numbers in each))
 
 
 class Arrivals:
@@ -103,7 +110,7 @@ def run(lanes: Sequence[Lane], policy: Policy, windows: range) -> Kept:
     serving, pending, backlog = floor.copy(), np.zeros(count), np.zeros(count)
     next_start = np.full(count, np.inf)  # seconds until the first pending replica serves
     kept, asked, hours, most = np.zeros(count), np.zeros(count), np.zeros(count), floor.copy()
-    waits, hourly = np.zeros((len(WAITS), count)), []
+    waits, by_window = np.zeros((len(WAITS), count)), []
     for number in windows:
         counts, works = arrivals.window(number)
         own = np.array([lane.client.prefill[number] for lane in lanes])
@@ -146,10 +153,10 @@ def run(lanes: Sequence[Lane], policy: Policy, windows: range) -> Kept:
                 serving = np.maximum(serving - fewer, np.minimum(serving, least))
                 most = np.maximum(most, serving + pending)
         sums[:2] /= CHUNK_STEPS
-        hourly.append(sums)
+        by_window.append(sums)
     shares = np.cumsum(waits, axis=0) / np.maximum(asked, 1e-9)
     p99 = WAITS[np.argmax(shares >= 0.99, axis=0)]
-    return Kept(kept / np.maximum(asked, 1e-9), p99, hours, asked, most, np.array(hourly))
+    return Kept(kept / np.maximum(asked, 1e-9), p99, hours, asked, most, np.array(by_window))
 
 
 def _share_in_time(backlog: Numbers, rate: Numbers, serving: Numbers, bound: Numbers) -> Numbers:

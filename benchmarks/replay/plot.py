@@ -15,7 +15,7 @@ from replay.weeks import Weeks
 FONT = 'font-family="sans-serif" font-size="11"'
 LEFT, WIDTH, ROW, TOP = 170, 520, 16, 44
 OUR, THEIRS, STATIC = "#1b6ca8", "#888888", "#c0392b"
-WEEK_COLOURS = {"ours": OUR, "ours, with forecast": "#2e9e6b", "clairvoyant": STATIC}
+WEEK_COLOURS = {"ours": OUR, "ours, one setting": "#2e9e6b", "clairvoyant": STATIC}
 COLOURS = {"utilization": OUR, "stock and flow": "#2e9e6b"}
 
 
@@ -114,7 +114,7 @@ def weeks(rows: Sequence[Weeks]) -> str:
             _text(LEFT + share * WIDTH, y + 4, f"{share:.0%}", anchor="middle") for share in (0, 0.2, 0.4, 0.6, 0.8, 1)
         ]
         y += 24
-    parts.append(_text(10, y + 8, "blue: ours; green: ours with forecast; grey: KEDA and WVA; red: clairvoyant"))
+    parts.append(_text(10, y + 8, "blue: ours; green: one setting for all; grey: KEDA and WVA; red: clairvoyant"))
     return _svg(parts, LEFT + WIDTH + 80, y + 20)
 
 

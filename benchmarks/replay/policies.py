@@ -1,7 +1,7 @@
 """Autoscaling policies of the fluid model, for many lanes at once. Each sees what its real form can see.
 
-reactive     ours: sum of the `flow` parts / target + sum of the `queue` parts (predicted wait x replicas) / drain time
-forecast     the same, and at least what the same time of earlier days and of this weekday asked for
+reactive     ours: the production rule (sidecar/load/scaling_rule.py) on the `flow` and `queue` parts, with one setting
+             for all, or with a plan from the lane's own past
 utilization  KEDA on a utilisation between 0 and 1: the HPA's n x value / target, with its default behaviour
 concurrency  KEDA on running and waiting requests: their sum / target, with the HPA's default behaviour
 wva          llm-d's Workload Variant Autoscaler 0.9: tokens in use and queued against 85 % and 70 % of the supply
@@ -12,18 +12,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from replay.clients import PEAK_LOAD, SLOTS, WINDOW_S, Numbers
-from sidecar.load.seasonal_forecast import forecast_of
+from replay.clients import WINDOW_S, Numbers
+from sidecar.load.rule_trial import SLOT_MINUTES
+from sidecar.load.scaling_rule import HOLD_S, ROUNDING, TRACE, ScalingRule, drain_of
 
 if TYPE_CHECKING:
     from replay.fluid import Lane
 
-FAST_S, SLOW_S = 10.0, 60.0  # windows of the sidecar's two flows
-BLOCK_S, HPA_CALM_S = 30.0, 300.0
+FAST_S, SLOW_S, AHEAD_S = 10.0, 60.0, 30.0
+BLOCKS, BLOCK_S, HPA_CALM_S = 20, 10.0, 300.0
+DAY_S = 86_400
 
 
 class Policy(Protocol):
@@ -44,6 +46,7 @@ class Observed:
     start_s: Numbers
     floor: Numbers
     history: Numbers  # (step, lane): work done, of the last minute
+    backlogs: Numbers  # (step, lane): work that waited
     clients: list[str]
     demands: Numbers  # (window, lane): what comes, for the forecast's past and for the clairvoyant
     steps: int = 0
@@ -52,6 +55,7 @@ class Observed:
     pending: Numbers = field(default_factory=lambda: np.zeros(0))
     backlog: Numbers = field(default_factory=lambda: np.zeros(0))
     work: Numbers = field(default_factory=lambda: np.zeros(0))
+    came: Numbers = field(default_factory=lambda: np.zeros(0))  # replicas kept busy by what came within a minute
     seconds: Numbers = field(default_factory=lambda: np.zeros(0))  # of a replica, for a request
     residence: Numbers = field(default_factory=lambda: np.zeros(0))
     usual_seconds: Numbers = field(default_factory=lambda: np.zeros(0))
@@ -65,6 +69,7 @@ class Observed:
             step_s,
             np.array([lane.start_s for lane in lanes]),
             np.array([float(lane.floor) for lane in lanes]),
+            np.zeros((round(SLOW_S / step_s), len(lanes))),
             np.zeros((round(SLOW_S / step_s), len(lanes))),
             [lane.client.name for lane in lanes],
             of_all,
@@ -84,6 +89,9 @@ class Observed:
         row = self.steps % len(self.history)
         self._sum = self._sum + served - self.history[row] if self.steps else served.copy()
         self.history[row] = served
+        # What has come: what was done, and by how much the queue has grown.
+        self.came = np.maximum(self._sum + backlog - self.backlogs[row], 0.0) / SLOW_S
+        self.backlogs[row] = backlog
         self.work, self.backlog, self.serving, self.pending = work, backlog, serving, pending
         self.steps += 1
 
@@ -101,69 +109,109 @@ class Observed:
         return self.flow(FAST_S) / self.seconds * self.residence + self.backlog / self.seconds
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What some of the lanes look like, for a policy that has these alone."""
+
+    whole: Observed
+    lanes: slice
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self.whole, name)
+        return found[..., self.lanes] if isinstance(found, np.ndarray) else found
+
+    def flow(self, seconds: float) -> Numbers:
+        """As of all lanes."""
+        return self.whole.flow(seconds)[self.lanes]
+
+
+class Together:
+    """Several policies, each with lanes of its own, in one run: a step of few lanes takes as long as one of many."""
+
+    name = "together"
+
+    def __init__(self, parts: Sequence[tuple[Policy, slice]]) -> None:
+        self._parts = parts
+
+    def wanted(self, seen: Observed) -> Numbers:
+        found = np.zeros(len(seen.serving))
+        for policy, lanes in self._parts:
+            found[lanes] = policy.wanted(Part(seen, lanes))  # type: ignore[arg-type]
+        return found
+
+
 def _weighted(values: Numbers, rate: Numbers) -> float:
     return float((values * rate).sum() / rate.sum())
 
 
 class Calm:
-    """Stays at the largest number of replicas wanted within the last `seconds` of each lane, to half minutes."""
+    """Stays at the largest number wanted within the last `seconds` of each lane, to a twentieth of them."""
 
-    def __init__(self, seconds: Numbers) -> None:
-        self._counts = np.maximum(np.round(seconds / BLOCK_S), 1)
-        self._blocks = np.zeros((int(self._counts.max()), len(seconds)))
+    def __init__(self, seconds: Numbers, held: Numbers | float = 0.0) -> None:
+        self._counts = np.clip(np.round(seconds / BLOCK_S), 1, BLOCKS).astype(int)
+        self._length = np.maximum(seconds / self._counts, BLOCK_S)
+        self._blocks = np.where(np.arange(BLOCKS)[:, None] < self._counts, held, 0.0)
+        self._lanes = np.arange(len(seconds))
+        self._at = np.full(len(seconds), -1)
 
     def hold(self, wanted: Numbers, seen: Observed) -> Numbers:
         """A maximum over time, from those of the last blocks."""
-        count, steps = len(self._blocks), round(BLOCK_S / seen.step_s)
-        block = seen.steps // steps % count
-        if seen.steps % steps == 0:
-            self._blocks[block] = 0.0
-        np.maximum(self._blocks[block], wanted, out=self._blocks[block])
-        age = (block - np.arange(count)) % count
-        return np.asarray((self._blocks * (age[:, None] < self._counts)).max(axis=0))
+        at = (seen.steps * seen.step_s // self._length).astype(int)
+        slot, new = at % self._counts, np.flatnonzero(at != self._at)
+        self._blocks[slot[new], new] = 0.0
+        self._at = at
+        self._blocks[slot, self._lanes] = np.maximum(self._blocks[slot, self._lanes], wanted)
+        return np.asarray(self._blocks.max(axis=0))
+
+
+# One setting for all clients, by what a replica takes to start; and that of a plan's first day, which has no past.
+RULES = {
+    5.0: ScalingRule(0.5, drain_of(5.0), 2400, 0),
+    60.0: ScalingRule(0.65, drain_of(60.0), 2400, 1),
+    180.0: ScalingRule(0.4, drain_of(180.0), 2400, 1),
+}
 
 
 @dataclass(frozen=True, slots=True)
-class Tuning:
-    """Settings of ours for a start time: how busy, seconds to work off what waits, seconds of calm before fewer."""
+class Plan:
+    """The rule of each day, and the season of each day by slot."""
 
-    target: float
-    drain: float
-    calm: float
-
-
-# By what a replica takes to start: the longer, the more headroom, and the longer it pays to keep one, as bursts come
-# again. Chosen with both weeks in sight: the reported one is not held out.
-TUNINGS = {5.0: Tuning(0.8, 2.0, 900.0), 60.0: Tuning(0.7, 5.0, 3600.0), 180.0: Tuning(0.65, 10.0, 7200.0)}
+    rules: Sequence[ScalingRule]
+    seasons: Sequence[Sequence[float]]
 
 
 class Reactive:
-    """Ours."""
+    """Ours: the production rule, with the same settings each day or with a plan for each lane."""
 
-    def __init__(self, start_s: Numbers, *, forecast: bool = False) -> None:
-        self.name = "ours, with forecast" if forecast else "ours"
-        tunings = [TUNINGS[float(start)] for start in start_s]
-        self._target = np.array([tuning.target for tuning in tunings])
-        self._drain = np.array([tuning.drain for tuning in tunings])
-        self._calm = Calm(np.array([tuning.calm for tuning in tunings]))
-        self._forecast, self._floor, self._floor_of = forecast, np.zeros(0), -1
+    name = "ours, one setting"
+
+    def __init__(self, start_s: Numbers, plans: Sequence[Plan] = ()) -> None:
+        if plans:
+            self.name = "ours"
+        self._plans = plans or [Plan([RULES[float(start)]], []) for start in start_s]
+        self._hold = Calm(np.full(len(start_s), float(HOLD_S)))
+        self._demand, self._day, self._slot = np.zeros(len(start_s)), -1, -1
 
     def wanted(self, seen: Observed) -> Numbers:
-        flow = np.maximum(seen.flow(FAST_S), seen.flow(SLOW_S))
-        wanted = np.ceil(flow / self._target + seen.backlog / self._drain - 0.05)
-        if self._forecast:
-            if seen.window != self._floor_of:
-                self._floor, self._floor_of = self._forecast_floor(seen), seen.window
-            wanted = np.maximum(wanted, self._floor)
-        return self._calm.hold(wanted, seen)
+        self._follow(seen.window * WINDOW_S)
+        self._demand = self._calm.hold(seen.came, seen)
+        wanted = np.ceil(self._demand / self._target + seen.backlog / self._drain - ROUNDING)
+        wanted = np.maximum(wanted, (self._demand > TRACE) | (seen.backlog > TRACE))
+        return self._hold.hold(np.maximum(wanted, self._least), seen)
 
-    def _forecast_floor(self, seen: Observed) -> Numbers:
-        """From whole windows that have passed only; for this window and the next."""
-        by_client = {}
-        for client, lane in zip(*np.unique(seen.clients, return_index=True), strict=True):
-            past = seen.demands[: seen.window, lane]
-            by_client[client] = max(forecast_of(past, seen.window + ahead, SLOTS) for ahead in (0, 1))
-        return np.ceil(np.array([by_client[client] for client in seen.clients]) / self._target - 0.05)
+    def _follow(self, now: float) -> None:
+        """Take the rules of a new day, and the season of a new slot."""
+        day, slot = int(now // DAY_S), int(now % DAY_S // (SLOT_MINUTES * 60))
+        if day != self._day:
+            self._rules = [plan.rules[min(day, len(plan.rules) - 1)] for plan in self._plans]
+            self._target, self._drain, calm = (
+                np.array([getattr(rule, name) for rule in self._rules], float) for name in ("target", "drain", "calm")
+            )
+            self._calm = Calm(calm, self._demand)
+        if (day, slot) != (self._day, self._slot):
+            seasons = [plan.seasons[day][slot] if plan.seasons else 0.0 for plan in self._plans]
+            self._least = np.array([rule.least(busy) for rule, busy in zip(self._rules, seasons, strict=True)], float)
+        self._day, self._slot = day, slot
 
 
 class HpaUtilization:
@@ -219,18 +267,21 @@ class Wva:
 
 
 class Clairvoyant:
-    """Knows the mean rates until a replica that starts now serves, and the work that has come."""
+    """Knows the mean rates until a replica that starts now serves, and keeps replicas `target` busy with them."""
 
     name = "clairvoyant"
 
-    def __init__(self, start_s: Numbers) -> None:
-        """It needs no settings."""
+    def __init__(self, start_s: Numbers, target: Numbers | float = 0.8) -> None:
+        self._target = target
 
     def wanted(self, seen: Observed) -> Numbers:
-        ahead = np.minimum(seen.window + np.ceil((seen.start_s + 60) / WINDOW_S).astype(int), len(seen.demands) - 1)
+        within = (seen.steps * seen.step_s - 1) % WINDOW_S + 1
+        ahead = seen.window + ((within + seen.start_s + AHEAD_S) // WINDOW_S).astype(int)
+        ahead = np.minimum(ahead, len(seen.demands) - 1)
         known = np.maximum(seen.demands[seen.window], seen.demands[ahead, np.arange(len(ahead))])
-        known = np.maximum(known, seen.demands[max(seen.window - 1, 0)] * 0.5)
-        return np.ceil(known / PEAK_LOAD - 1e-9)
+        # Copies of the window before are still under way.
+        known = np.maximum(known, seen.demands[max(seen.window - 1, 0)] * (1 - within / WINDOW_S))
+        return np.ceil(known / self._target - 1e-9)
 
 
 def _activated(wanted: Numbers, seen: Observed) -> Numbers:

@@ -20,11 +20,11 @@ QUANTILE: Final = 0.6
 NEIGHBOURS: Final = 1  # of slots, as jobs do not begin to the minute
 
 
-def forecast_of(past: Sequence[float], slot: int, slots: int) -> float:
+def forecast_of(past: Sequence[float], slot: int, slots: int, quantile: float = QUANTILE) -> float:
     """The demand of slot number `slot`, counted from the first of `past`; 0 where no earlier day is known."""
-    return max(_at(past, near, slots) for near in range(slot - NEIGHBOURS, slot + NEIGHBOURS + 1))
+    return max(_at(past, near, slots, quantile) for near in range(slot - NEIGHBOURS, slot + NEIGHBOURS + 1))
 
 
-def _at(past: Sequence[float], slot: int, slots: int) -> float:
+def _at(past: Sequence[float], slot: int, slots: int, quantile: float) -> float:
     same = sorted(float(past[at]) for day in range(1, DAYS + 1) if 0 <= (at := slot - day * slots) < len(past))
-    return same[min(len(same) - 1, int(QUANTILE * len(same)))] if same else 0.0
+    return same[min(len(same) - 1, int(quantile * len(same)))] if same else 0.0

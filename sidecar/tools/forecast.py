@@ -2,9 +2,13 @@
 
     sidecar forecast --state-dir all --target 0.7 --format keda > cron.yaml
     sidecar forecast --prometheus http://prometheus:9090 --query 'sum(sidecar_mu_utilization_part_ratio{part="flow"})'
+    sidecar forecast --state-dir all --start-seconds 60 --keep 0.99
 
 The forecast is a floor for an autoscaler that also reacts: what the same time of earlier days asked for. It needs days
 of history; with none it says so. Usage records of many pods are merged first (`sidecar usage merge`).
+
+With `--start-seconds`, the settings of the whole rule (target, calm, floor, season) are those that would have kept the
+share `--keep` over the last days for the fewest replicas (sidecar/load/rule_trial.py).
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from itertools import groupby
 from pathlib import Path
@@ -25,10 +29,13 @@ from typing import Any, Final
 
 from sidecar.errors import SidecarError
 from sidecar.flags import directory, flag, integer, number, one_of, text, url
-from sidecar.load.seasonal_forecast import DAYS, forecast_of
+from sidecar.load.rule_trial import DAY_MINUTES, TRIAL_DAYS, TriedDay, cheapest, smallest_static, sum_of, tried
+from sidecar.load.scaling_rule import ScalingRule, candidates
+from sidecar.load.seasonal_forecast import DAYS, QUANTILE, forecast_of
 from sidecar.report.usage_query import all_rows
-from sidecar.report.usage_rows import DAY_S, HOUR_S, IDLE, QUARTER_S
+from sidecar.report.usage_rows import DAY_S, HOUR_S, IDLE, MINUTE_S, QUARTER_S
 from sidecar.report.usage_store import USAGE_FILE
+from sidecar.tools.scaled_object import cron_triggers, scaled_object
 
 SLOTS: Final = DAY_S // QUARTER_S
 FETCH_TIMEOUT_S: Final = 30
@@ -46,10 +53,16 @@ class ForecastSettings:
         'sum(sidecar_mu_utilization_part_ratio{part="flow"})', text, "What to read there: replicas kept busy"
     )
     model: str = flag("", text, "Count this model's usage only; none: all")
-    target: float = flag(0.7, number(0.05, 1), "How busy a replica should be")
+    target: float = flag(0.7, number(0.05, 1), "How busy a replica should be; not used with --start-seconds")
+    start_seconds: float = flag(0, number(0, 3600), "Seconds to start a replica: chooses all settings; 0: --target's")
+    keep: float = flag(0.99, number(0.5, 1), "Share of the work whose first token is to be in time")
+    ttft_seconds: float = flag(2, number(0.1, 600), "In time, in seconds; as --slo-ttft-seconds")
+    least: int = flag(1, integer(0, 10_000), "Fewest replicas to choose; 0 needs a queue before the pods")
     hours: int = flag(24, integer(1, 7 * 24), "How far to look ahead")
     most: int = flag(64, integer(1, 10_000), "Maximum number of replicas")
-    format: str = flag("keda", one_of("keda", "json", "prometheus"), "Form of the answer")
+    format: str = flag(
+        "keda", one_of("keda", "json", "prometheus"), "Form of the answer; keda: triggers, or a whole spec"
+    )
 
 
 class NoHistory(SidecarError):
@@ -67,27 +80,58 @@ class ForecastSpan:
     replicas: int
 
 
+@dataclass(frozen=True, slots=True)
+class ChosenRule:
+    """The settings, what they would have kept and paid over so many days, and a static fleet that keeps as much."""
+
+    rule: ScalingRule
+    days: int
+    tried: TriedDay
+    static: int
+
+
 def main(settings: ForecastSettings, as_json: bool = False) -> int:
     """Print the forecast. Returns 0. Raises NoHistory."""
-    now = int(time.time())
-    first, demand = _from_prometheus(settings, now) if settings.prometheus else _from_records(settings, now)
-    spans = forecast(first, demand, now, settings)
-    print(FORMATS["json" if as_json else settings.format](spans))
+    now, chosen = int(time.time()), None
+    if settings.start_seconds:
+        chosen = choose(history(settings, now, MINUTE_S)[1], settings)
+    first, demand = history(settings, now, QUARTER_S)
+    spans = forecast(first, demand, now, settings, chosen.rule if chosen else None)
+    print(FORMATS["json" if as_json else settings.format](spans, chosen, settings))
     return 0
 
 
-def forecast(first: int, demand: Sequence[float], now: int, settings: ForecastSettings) -> list[ForecastSpan]:
+def choose(demand: Sequence[float], settings: ForecastSettings) -> ChosenRule:
+    """The rule for the coming day. `demand`: replicas kept busy by minute until now. Raises NoHistory."""
+    days = min(TRIAL_DAYS, len(demand) // DAY_MINUTES)
+    if not days:
+        raise NoHistory(f"settings need at least a day of history; there are {len(demand) // 60} hours")
+    demand = demand[-days * DAY_MINUTES :]
+    start_s, ttft_s = settings.start_seconds, settings.ttft_seconds
+    found = tried(demand, candidates(start_s, settings.least), start_s, ttft_s, settings.most)
+    rule = cheapest(found, settings.keep)
+    total = sum_of(found[rule])
+    return ChosenRule(
+        rule, days, total, smallest_static(demand, total.kept / max(total.asked, 1e-9), ttft_s, settings.most)
+    )
+
+
+def forecast(
+    first: int, demand: Sequence[float], now: int, settings: ForecastSettings, rule: ScalingRule | None = None
+) -> list[ForecastSpan]:
     """The coming spans of equal numbers. `demand`: replicas kept busy in each quarter from `first` to now.
 
-    Raises NoHistory.
+    With a rule, its season and floor. Raises NoHistory.
     """
     if len(demand) < MIN_DAYS * SLOTS:
         raise NoHistory(f"a forecast needs at least a day of history; there are {len(demand) // 4} hours")
+    rule = rule or ScalingRule(settings.target, 1.0, 0, 0, QUANTILE)
     begins = now // QUARTER_S * QUARTER_S
     wanted = []
     for at in range(begins, begins + settings.hours * HOUR_S, QUARTER_S):
-        busy = forecast_of(demand, (at - first) // QUARTER_S, SLOTS)
-        wanted.append((at, min(settings.most, math.ceil(busy / settings.target - 0.05))))
+        slot = (at - first) // QUARTER_S
+        busy = forecast_of(demand, slot, SLOTS, rule.quantile) if rule.quantile else 0.0
+        wanted.append((at, min(settings.most, rule.least(busy))))
     spans = []
     for replicas, run in groupby(wanted, key=lambda slot: slot[1]):
         times = [at for at, _ in run]
@@ -95,35 +139,42 @@ def forecast(first: int, demand: Sequence[float], now: int, settings: ForecastSe
     return spans
 
 
-def as_keda(spans: Sequence[ForecastSpan]) -> str:
-    """Triggers of a ScaledObject. KEDA takes the largest of all; a cron trigger repeats until it is replaced."""
-    lines = [
-        "# sidecar forecast: floors of the coming day; write them again each day. Put them next to the other triggers."
+def as_keda(spans: Sequence[ForecastSpan], chosen: ChosenRule | None, settings: ForecastSettings) -> str:
+    """Triggers of a ScaledObject, or its settings."""
+    if not chosen:
+        return cron_triggers([(span.start, span.end, span.replicas) for span in spans])
+    above = [(span.start, span.end, span.replicas) for span in spans if span.replicas > chosen.rule.floor]
+    kept = chosen.tried.kept / max(chosen.tried.asked, 1e-9)
+    hours, static = chosen.tried.paid / HOUR_S, chosen.static * chosen.days * DAY_S / HOUR_S
+    why = [
+        f"sidecar forecast: settings for replicas that start in {settings.start_seconds:g} s; write them again daily.",
+        f"On the last {chosen.days} days, {kept:.2%} of the work would have had its first token within "
+        f"{settings.ttft_seconds:g} s,",
+        f"for {hours:.0f} replica hours; {chosen.static} static replicas keep as much for {static:.0f}.",
     ]
-    for span in spans:
-        if span.replicas:
-            start, end = (datetime.fromtimestamp(at, UTC) for at in (span.start, span.end))
-            lines += [
-                "- type: cron",
-                "  metadata:",
-                "    timezone: Etc/UTC",
-                f'    start: "{start.minute} {start.hour} {start.day} {start.month} *"',
-                f'    end: "{end.minute} {end.hour} {end.day} {end.month} *"',
-                f'    desiredReplicas: "{span.replicas}"',
-            ]
-    return "\n".join(lines)
+    return scaled_object(why, chosen.rule, settings.ttft_seconds, settings.most, settings.prometheus, above)
 
 
-def as_json_text(spans: Sequence[ForecastSpan]) -> str:
-    """An array of spans."""
+def as_json_text(spans: Sequence[ForecastSpan], chosen: ChosenRule | None, settings: ForecastSettings) -> str:
+    """An array of spans; with settings, an object."""
 
     def shown(at: int) -> str:
         return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
-    return json.dumps([{"start": shown(s.start), "end": shown(s.end), "replicas": s.replicas} for s in spans], indent=1)
+    rows = [{"start": shown(s.start), "end": shown(s.end), "replicas": s.replicas} for s in spans]
+    if not chosen:
+        return json.dumps(rows, indent=1)
+    total = chosen.tried
+    trial = {
+        "days": chosen.days,
+        "kept": total.kept / max(total.asked, 1e-9),
+        "replica_hours": total.paid / HOUR_S,
+        "static_replicas": chosen.static,
+    }
+    return json.dumps({"rule": asdict(chosen.rule), "trial": trial, "floors": rows}, indent=1)
 
 
-def as_prometheus(spans: Sequence[ForecastSpan]) -> str:
+def as_prometheus(spans: Sequence[ForecastSpan], chosen: ChosenRule | None, settings: ForecastSettings) -> str:
     """The present floor, for node_exporter's textfile collector or a pushgateway: run it each quarter of an hour."""
     return (
         "# HELP sidecar_forecast_replicas Replicas that this time of earlier days asked for.\n"
@@ -131,46 +182,59 @@ def as_prometheus(spans: Sequence[ForecastSpan]) -> str:
     )
 
 
-FORMATS: Final[dict[str, Callable[[Sequence[ForecastSpan]], str]]] = {
+FORMATS: Final[dict[str, Callable[[Sequence[ForecastSpan], ChosenRule | None, ForecastSettings], str]]] = {
     "keda": as_keda,
     "json": as_json_text,
     "prometheus": as_prometheus,
 }
 
 
-def _from_records(settings: ForecastSettings, now: int) -> tuple[int, list[float]]:
-    """Quarters of an hour until now: used GPU time over the GPUs of an engine. Raises NoHistory."""
+def history(settings: ForecastSettings, now: int, step: int) -> tuple[int, list[float]]:
+    """The first time, and the replicas kept busy in each `step` seconds from then until now. Raises NoHistory."""
+    return (_from_prometheus if settings.prometheus else _from_records)(settings, now, step)
+
+
+def _days_of(step: int) -> int:
+    """A day more than is used; by minute as many as one answer of Prometheus may have samples for."""
+    return TRIAL_DAYS if step == MINUTE_S else DAYS + 1
+
+
+def _from_records(settings: ForecastSettings, now: int, step: int) -> tuple[int, list[float]]:
+    """Used GPU time over the GPUs of an engine, at the time when the requests came. Raises NoHistory."""
     path = Path(settings.state_dir) / USAGE_FILE
-    end = now // QUARTER_S * QUARTER_S
-    first = end - (DAYS + 1) * DAY_S
-    demand = [0.0] * ((end - first) // QUARTER_S)
+    end = now // step * step
+    first = end - _days_of(step) * DAY_S
+    demand = [0.0] * ((end - first) // step)
     begins = end
     try:
         for key, sums in all_rows(path):
-            if key.at + key.span <= first or key.at >= end:
+            # Rows have the time when requests ended. A fleet needs its replicas when they begin.
+            lasted = sums.seconds / sums.requests if sums.requests else 0.0
+            start, stop = key.at - lasted, key.at - lasted + key.span
+            if stop <= first or key.at >= end:
                 continue
-            begins = min(begins, max(key.at, first))
+            begins = min(begins, max(int(start), first))
             if key.outcome == IDLE or settings.model not in ("", key.model):
                 continue
             busy = sums.gpu_seconds / key.rate.gpus / key.span
-            for slot in range(max(key.at, first) // QUARTER_S, -(-min(key.at + key.span, end) // QUARTER_S)):
-                at = slot * QUARTER_S
-                seconds = min(key.at + key.span, at + QUARTER_S) - max(key.at, at)
-                demand[(at - first) // QUARTER_S] += busy * seconds / QUARTER_S
+            for slot in range(int(max(start, first) // step), math.ceil(min(stop, end) / step)):
+                at = slot * step
+                seconds = min(stop, at + step) - max(start, at)
+                demand[(at - first) // step] += busy * seconds / step
     except FileNotFoundError:
         why = f"no usage records in {settings.state_dir}; name the state directory of a sidecar"
         raise NoHistory(f"--state-dir: {why}") from None
     except (OSError, sqlite3.Error) as e:
         raise NoHistory(f"--state-dir: the usage records {path} cannot be read: {e}") from None
-    begins = -(-begins // QUARTER_S) * QUARTER_S
-    return begins, demand[(begins - first) // QUARTER_S :]
+    begins = -(-begins // step) * step
+    return begins, demand[(begins - first) // step :]
 
 
-def _from_prometheus(settings: ForecastSettings, now: int) -> tuple[int, list[float]]:
+def _from_prometheus(settings: ForecastSettings, now: int, step: int) -> tuple[int, list[float]]:
     """The same by a range query; where there is no value, nothing was busy. Raises NoHistory."""
-    end = now // QUARTER_S * QUARTER_S
-    first = end - (DAYS + 1) * DAY_S
-    asked = {"query": settings.query, "start": first, "end": end - QUARTER_S, "step": QUARTER_S}
+    end = now // step * step
+    first = end - _days_of(step) * DAY_S
+    asked = {"query": settings.query, "start": first, "end": end - step, "step": step}
     address = f"{settings.prometheus}/api/v1/query_range?{urllib.parse.urlencode(asked)}"
     try:
         with urllib.request.urlopen(address, timeout=FETCH_TIMEOUT_S) as answer:
@@ -181,7 +245,7 @@ def _from_prometheus(settings: ForecastSettings, now: int) -> tuple[int, list[fl
         why = "the query must give one series" if isinstance(e, ValueError | LookupError | TypeError) else e
         raise NoHistory(f"--prometheus: no history at {settings.prometheus}: {why}") from None
     begins = min(values, default=end)
-    return begins, [values.get(at, 0.0) for at in range(begins, end, QUARTER_S)]
+    return begins, [values.get(at, 0.0) for at in range(begins, end, step)]
 
 
 def _number(value: Any) -> float:

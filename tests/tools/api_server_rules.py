@@ -533,7 +533,9 @@ def role_binding(document: dict[str, Any]) -> Refusals:
 def autoscaler(document: dict[str, Any]) -> Refusals:
     """ValidateHorizontalPodAutoscaler."""
     spec = document["spec"]
-    if not 1 <= spec.get("minReplicas", 1) <= spec["maxReplicas"]:
+    # To zero only by a metric that outlives the pods (HPAScaleToZero, on since Kubernetes 1.37).
+    outlives = any(metric["type"] in ("External", "Object") for metric in spec.get("metrics", []))
+    if not (0 if outlives else 1) <= spec.get("minReplicas", 1) <= spec["maxReplicas"]:
         yield f"spec: minReplicas {spec.get('minReplicas')}, maxReplicas {spec['maxReplicas']}"
     if not path_segment(spec["scaleTargetRef"].get("kind")) or not path_segment(spec["scaleTargetRef"].get("name")):
         yield f"spec.scaleTargetRef: {spec['scaleTargetRef']}"
