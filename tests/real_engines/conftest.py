@@ -50,7 +50,7 @@ def note(request: pytest.FixtureRequest) -> Callable[[str, str, str], None]:
 def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EnginePlace]:
     """The engine of a row, serving. pytest runs the cases of one row together, and ends it before the next starts."""
     row: RealEngine = request.param
-    for environment in {row.environment, row.maker or row.environment}:
+    for environment in row.needed:
         if not environment.complete():
             if why := environments.why_not(environment):  # tried, and not possible here
                 pytest.skip(f"{environment.name} is not there: {why}")

@@ -1,7 +1,7 @@
 """The table of real engines: how each is started, what it is expected to show, and which cases do not apply to it.
 
 A command's words may hold `{home}` (its environment), `{python}`, `{port}`, `{model}` (a folder), `{folder}` (an empty
-one), `{certificate}` and `{certificate_key}`. All are on loopback and compute with one CPU thread.
+one), `{certificate}`, `{certificate_key}` and `{binary}`. All are on loopback and compute with one CPU thread.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..environments import Environment
+from ..environments import Environment, PackageFile
 from ..vllm import processes
 from . import environments
 
@@ -51,6 +51,7 @@ class RealEngine:
     script: Path
     made: str
     maker: Environment | None = None
+    binary: PackageFile | None = None
     series: frozenset[str] = frozenset()
     prefix: str = ""  # of its own series' names
     environ: Mapping[str, str] = field(default_factory=dict)
@@ -70,6 +71,12 @@ class RealEngine:
     key: str = ""
     is_tls: bool = False
     start_seconds: float = processes.START_SECONDS
+
+    @property
+    def needed(self) -> tuple[Environment | PackageFile, ...]:
+        """All that must have been made for it."""
+        every = (self.environment, self.maker, self.binary)
+        return tuple(dict.fromkeys(each for each in every if each is not None))
 
     @property
     def id(self) -> str:
@@ -130,11 +137,13 @@ VLLM_CALLS = (
     Call("/version", is_work=False),
 )
 AS_PLAIN = "left out: the plain server shows it"
+ONE_OF_TWO = "a rank that hangs alone fails readiness first: see stop one of many"
 
 
-def vllm(name: str, *flags: str, serve: bool = False, **more: Any) -> RealEngine:
+def vllm(name: str, *flags: str, serve: bool = False, without_flags: tuple[str, ...] = (), **more: Any) -> RealEngine:
     """vLLM's Python front end; with `serve` as its command line starts it, which several API servers need."""
     start = ("{python}", "-m", "vllm.entrypoints.openai.api_server", "--model", "{model}")
+    base = [flag for flag in processes.ENGINE_FLAGS if flag not in without_flags]
     if serve:
         start = ("{python}", str(HERE / "serve_vllm.py"), "serve", "{model}")
     served = ("--host", "127.0.0.1", "--port", "{port}", "--served-model-name", "tiny")
@@ -142,7 +151,7 @@ def vllm(name: str, *flags: str, serve: bool = False, **more: Any) -> RealEngine
     chosen: dict[str, Any] = {
         "page": "vllm",
         "environment": environments.VLLM,
-        "command": (*start, *served, *tools, *processes.ENGINE_FLAGS, *flags),
+        "command": (*start, *served, *tools, *base, *flags),
         "kind": "vllm",
         "script": TINY_MODELS,
         "made": "vision",
@@ -284,6 +293,24 @@ ENGINES = (
         | dict.fromkeys(("images", "long_prompts", "stop_worker_idle", "stop_worker_in_a_stream"), AS_PLAIN)
         | {"stop_one_of_many": "the servers share a listener: the other one takes all new connections"}
         | {"restart": "left out: kill 9 shows it"},
+    ),
+    vllm(
+        "vLLM 0.32, Rust front end",
+        serve=True,
+        without_flags=("--trust-request-mm-kwargs",),  # it does not know it
+        binary=environments.VLLM_RUST,
+        environ={"VLLM_USE_RUST_FRONTEND": "1", "VLLM_RUST_FRONTEND_PATH": "{binary}"},
+        parts={"front": "vllm-rs", "core": "VLLM::EngineCore", "worker": "VLLM::Worker"},
+    ),
+    vllm(
+        "vLLM 0.32, two ranks",
+        *("--data-parallel-size", "2"),
+        serve=True,
+        parts={"one": "VLLM::EngineCore_DP1", "worker": "VLLM::Worker"},
+        absent=without(("front",), "the first process only waits for the others")
+        | without(("core",), "see stop one of many")
+        | dict.fromkeys(("images", "embeddings", "long_prompts", "kill_9", "restart"), AS_PLAIN)
+        | dict.fromkeys(("stop_worker_idle", "stop_worker_in_a_stream", "bundle"), ONE_OF_TWO),
     ),
     SGLANG,
     TRANSFORMERS,

