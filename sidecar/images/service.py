@@ -73,7 +73,7 @@ class PreparedTensors:
 
 
 @dataclass(frozen=True, slots=True)
-class VideoSource:
+class SentVideo:
     """A video: a file's bytes or base64 text, or a list of JPEGs as base64 texts with commas between them."""
 
     data: Data
@@ -316,7 +316,7 @@ class ImageService:
 
     async def videos(
         self,
-        videos: Sequence[VideoSource],
+        videos: Sequence[SentVideo],
         spec: VideoSpec,
         frames: FrameChoice,
         *,
@@ -340,7 +340,7 @@ class ImageService:
 
     async def _video(
         self,
-        video: VideoSource,
+        video: SentVideo,
         where: str,
         spec: VideoSpec,
         frames: FrameChoice,

@@ -22,7 +22,7 @@ from safetensors.torch import load
 from sidecar.errors import BadImage, RequestError
 from sidecar.events import Event, ImagePrepared
 from sidecar.images.protocol import TENSORS, ImageLimits, ImageRefused, VideoDone, VideoJob
-from sidecar.images.service import FrameChoice, ImageService, VideoSource
+from sidecar.images.service import FrameChoice, ImageService, SentVideo
 from sidecar.images.worker import video_decode, video_pipeline
 from sidecar.kernels.families.videos import VideoSpec
 from sidecar.kernels.grid import ProcessorSpec
@@ -261,7 +261,7 @@ async def test_damaged_videos_end_no_worker(server: Server, spec: ProcessorSpec,
             data[at] = dice.integers(0, 256)
         with images.tensor_budget.for_request() as reserve:
             try:
-                await images.videos([VideoSource(bytes(data))], ours("qwen3-vl, small"), FrameChoice(), reserve=reserve)
+                await images.videos([SentVideo(bytes(data))], ours("qwen3-vl, small"), FrameChoice(), reserve=reserve)
             except BadImage as e:
                 assert e.reason not in ("image_failed", "image_deadline"), e
     assert set(server.workers()) == before

@@ -85,7 +85,9 @@ async def program(
     control: str = "", relay: str = "at once", grace: float = 20.0, processes: str = ""
 ) -> AsyncIterator[Program]:
     """`processes`: how many its user may have."""
-    command = (sys.executable, "-c", PROGRAM, control, relay, str(grace), processes)
+    # Tests that nohup runs have SIGHUP ignored.
+    heeding = "import signal; signal.signal(signal.SIGHUP, signal.SIG_DFL)\n" + PROGRAM
+    command = (sys.executable, "-c", heeding, control, relay, str(grace), processes)
     process = await asyncio.create_subprocess_exec(
         *command, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
     )

@@ -33,7 +33,7 @@ from sidecar.errors import BadImage, RequestError
 from sidecar.events import Event, ImagePrepared
 from sidecar.images import tensor_layout
 from sidecar.images.protocol import LAYOUT, TENSORS, Data, VideoDone
-from sidecar.images.service import ImageService, PreparedTensors, VideoSource
+from sidecar.images.service import ImageService, PreparedTensors, SentVideo
 from sidecar.kernels.families.videos import VideoSpec
 from sidecar.kernels.grid import ProcessorSpec
 from sidecar.relay import body_thread, client_io, headers, request_body
@@ -82,20 +82,20 @@ async def preprocess(
     tenant = headers.tenant(request.fields, settings.tenant_header.lower().encode("latin-1"))
     sources = await _read_sources(request, settings, fetch)
     with images.tensor_budget.for_request() as reserve:
-        if sources and isinstance(sources[0], VideoSource):
+        if sources and isinstance(sources[0], SentVideo):
             if video_spec is None:
                 raise BadRequest("videos are not available for this model: its video processor is not known")
             made = with_values(video_spec, _query(request, "values"))
             assert isinstance(made, VideoSpec)
             choice = video_api.frames_of(*(_query(request, name) for name in ("num_frames", "fps", "sampling")))
-            videos = [source for source in sources if isinstance(source, VideoSource)]
+            videos = [source for source in sources if isinstance(source, SentVideo)]
             work = images.videos(videos, made, choice, want=want, tenant=tenant, reserve=reserve)
             layout, pieces = await _videos(work, videos, made, emit)
         else:
             if not images.spec.tensors:
                 raise BadRequest("tensors are not available for this model: its processor resizes in floating point")
             spec = with_values(images.spec, _query(request, "values"))
-            files = [source for source in sources if not isinstance(source, VideoSource)]
+            files = [source for source in sources if not isinstance(source, SentVideo)]
             if not files:
                 raise BadRequest(
                     "no image in the request; send one as a data URL, a part named image, or a body of type image/*"
@@ -123,7 +123,7 @@ async def preprocess(
 
 
 async def _videos(
-    work: Awaitable[list[tuple[VideoDone, Data]]], videos: Sequence[VideoSource], spec: VideoSpec, emit: Emit
+    work: Awaitable[list[tuple[VideoDone, Data]]], videos: Sequence[SentVideo], spec: VideoSpec, emit: Emit
 ) -> tuple[dict[str, Any], Callable[[], Iterator[list[Data]]]]:
     """The layout of a request's videos and the bytes of their tensors, with one event per video."""
     started = time.monotonic()
@@ -230,11 +230,11 @@ async def _report(work: Awaitable[list[PreparedTensors]], sources: list[Source],
     return done
 
 
-async def _read_sources(request: Request, settings: Settings, fetch: Fetch | None) -> Sequence[Source | VideoSource]:
+async def _read_sources(request: Request, settings: Settings, fetch: Fetch | None) -> Sequence[Source | SentVideo]:
     """The request's images, at most MAX_IMAGES of them, or its videos."""
     kind = request.fields.media_type()
     if kind.startswith("video/"):
-        return [VideoSource(await client_io.read(request, settings.image_max_bytes, flag="--image-max-bytes"))]
+        return [SentVideo(await client_io.read(request, settings.image_max_bytes, flag="--image-max-bytes"))]
     if kind.startswith("image/"):
         return [(await client_io.read(request, settings.image_max_bytes, flag="--image-max-bytes"), False)]
     if kind == "multipart/form-data":
@@ -249,18 +249,18 @@ async def _read_sources(request: Request, settings: Settings, fetch: Fetch | Non
 
 
 async def _fetch_links(
-    listed: Sequence[Source | VideoSource | str], fetch: Fetch | None, name: str = "images"
-) -> list[Source | VideoSource]:
+    listed: Sequence[Source | SentVideo | str], fetch: Fetch | None, name: str = "images"
+) -> list[Source | SentVideo]:
     """The images or videos; links are fetched concurrently. Raises BadImage or ImagesBusy, and cancels the others."""
 
-    async def load(source: Source | VideoSource | str, where: str) -> Source | VideoSource:
+    async def load(source: Source | SentVideo | str, where: str) -> Source | SentVideo:
         if not isinstance(source, str):
             return source
         if fetch is None:
             text = "links are not fetched here (--image-urls); send a base64 data URL"
             raise BadImage(f"{where}: {text}", "image_url")
         data = await fetch(source, where)
-        return VideoSource(data) if name == "videos" else (data, False)
+        return SentVideo(data) if name == "videos" else (data, False)
 
     return await all_of(load(source, f"{name}[{i}]") for i, source in enumerate(listed))
 

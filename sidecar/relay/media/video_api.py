@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from sidecar.errors import BadImage, RequestError
 from sidecar.images.protocol import VideoDone
-from sidecar.images.service import FrameChoice, VideoSource
+from sidecar.images.service import FrameChoice, SentVideo
 from sidecar.kernels.families.videos import MAX_FRAMES, VideoSpec
 from sidecar.load import body_scan
 
@@ -29,7 +29,7 @@ class BadVideos(RequestError, code="bad_request"):
     """The request's videos, or what it asks of them, are not in the form that is read here."""
 
 
-def listed_videos(body: bytes) -> list[VideoSource | str] | None:
+def listed_videos(body: bytes) -> list[SentVideo | str] | None:
     """The videos of the JSON form, and the links among them; None if it has none. Raises BadVideos or BadImage."""
     found = body_scan.find(body)
     if found is None or "videos" not in found.members:
@@ -46,7 +46,7 @@ def listed_videos(body: bytes) -> list[VideoSource | str] | None:
     return [_video(video, i) for i, video in enumerate(videos)]
 
 
-def _video(url: str, index: int) -> VideoSource | str:
+def _video(url: str, index: int) -> SentVideo | str:
     if url.lstrip()[:6].lower().startswith(("http:", "https:")):
         return url
     at = url[:MAX_HEAD_BYTES].find(BASE64_MARK)
@@ -57,7 +57,7 @@ def _video(url: str, index: int) -> VideoSource | str:
         text = url[at + len(BASE64_MARK) :].encode("ascii")
     except UnicodeEncodeError:
         raise BadImage(f"videos[{index}]: its base64 text is damaged", "image_base64") from None
-    return VideoSource(text, True, kind == JPEG_LIST)
+    return SentVideo(text, True, kind == JPEG_LIST)
 
 
 def frames_of(count: str, fps: str, sampling: str) -> FrameChoice:
