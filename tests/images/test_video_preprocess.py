@@ -31,6 +31,7 @@ from sidecar.relay.http.client import Request
 from sidecar.relay.http.server import Server as HttpServer
 from sidecar.relay.media.preprocess_api import preprocess
 from sidecar.tools.synthetic_photos import photo
+from tests.waiting import PATIENCE
 
 from . import clips
 from .conftest import Server
@@ -252,7 +253,9 @@ def test_a_long_video_is_refused_before_it_is_decoded(monkeypatch: pytest.Monkey
 async def test_damaged_videos_end_no_worker(server: Server, spec: ProcessorSpec, kind: str) -> None:
     """Bytes changed anywhere: an answer or a refusal, never a worker that dies or hangs."""
     images = ImageService(server.path, server.settings, spec)
-    before = set(server.workers())
+    async with asyncio.timeout(PATIENCE):
+        while len(before := set(server.workers())) < server.settings.image_workers:  # noqa: ASYNC110  they start
+            await asyncio.sleep(0.05)
     good = clips.clip(kind, 20)
     dice = np.random.default_rng(11)
     for _ in range(12):

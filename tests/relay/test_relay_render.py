@@ -35,6 +35,7 @@ class Engine:
     def __init__(self, workers: RenderWorkers) -> None:
         self._workers = workers
         self.extra: list[int] = []  # tokens that only this engine's template gives
+        self.key = ""  # that it wants; "" for none
         self.questions: list[str] = []
         self.rendered: list[bytes] = []
 
@@ -44,6 +45,8 @@ class Engine:
             self.rendered.append(body)
             return web.json_response({"engine": True})
         self.questions.append(f"{request.path} {request.headers.get('authorization')}")
+        if self.key and request.headers.get("authorization") != self.key:
+            return web.json_response({"error": "Unauthorized"}, status=401)
         if request.path == "/v1/models":
             return web.json_response({"data": [{"id": "tiny", "root": "org/model", "max_model_len": 4096}]})
         asked = json.loads(body)
@@ -85,7 +88,17 @@ async def test_what_is_exact_is_answered_here(relay: Any, engine: Engine, worker
         assert await post(relay, body, authorization="Bearer key") == (200, expected)
     assert (await post(relay, {"prompt": "x"}, cases.COMPLETIONS))[1][0]["token_ids"]
     assert engine.rendered == []
-    assert engine.questions == ["/v1/models Bearer key", "/tokenize Bearer key", "/tokenize Bearer key"]
+    paths = "/v1/models", "/tokenize", "/tokenize"
+    assert engine.questions == [f"{path} {key}" for key in ("Bearer key", None) for path in paths]
+
+
+async def test_a_client_without_the_engines_key_gets_the_engines_answer(relay: Any, engine: Engine) -> None:
+    """What one client may ask for, another one may not; one that is refused is not asked about each time."""
+    engine.key = "Bearer key"
+    for key, rendered in (("Bearer key", 0), ("Bearer wrong", 1), ("Bearer wrong", 2), ("Bearer key", 2)):
+        assert (await post(relay, cases.chat(HELLO), authorization=key))[0] == 200
+        assert len(engine.rendered) == rendered, key
+    assert [question for question in engine.questions if "wrong" in question] == ["/v1/models Bearer wrong"]
 
 
 PASSED: dict[str, Any] = {
