@@ -432,8 +432,8 @@ Simulated: the production verdict under a simulated clock, 10,000 engine-weeks w
 
 The same weeks and hangs at each level of proof, simulated, 2026-12-01, seed 41: 1,730 weeks at each, of the 10,000 that
 are wanted, and one round of hangs ([all of it](../benchmarks/results/proof-levels-2026-12-01.md),
-`benchmarks/proof_levels.py --weeks 10000 --seed 41 --keep FILE`, which can be resumed). Seconds are p50 / p99, readiness
-from the engine's last token.
+`benchmarks/proof_levels.py --weeks 10000 --seed 41 --keep FILE`, which can be resumed). Seconds are p50 / p99,
+readiness from the engine's last token.
 
 | seen of the engine | false kills, 3,878 events | hangs found | readiness | killed with a proof | killed without |
 |---|---|---|---|---|---|
