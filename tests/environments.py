@@ -6,6 +6,7 @@ an environment without it, or with other pins, is completed or made again. Concu
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import os
@@ -13,7 +14,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,9 +68,7 @@ class Environment:
 
     def make(self) -> None:
         """Make it unless it is complete. Raises NotMade."""
-        cache().mkdir(parents=True, exist_ok=True)
-        with (cache() / f"{self.name}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with _alone(self.name):
             if self.complete():
                 return
             _check_disk(self.name, self.free_bytes)
@@ -130,9 +129,7 @@ class PackageFile:
 
     def make(self) -> None:
         """Fetch it unless it is there. Raises NotMade."""
-        cache().mkdir(parents=True, exist_ok=True)
-        with (cache() / f"{self.name}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with _alone(self.name):
             if self.complete():
                 return
             _check_disk(self.name, self.free_bytes)
@@ -144,6 +141,15 @@ class PackageFile:
             self.home().mkdir(exist_ok=True)
             (whole / self.path).rename(self.file())
             shutil.rmtree(whole)
+
+
+@contextlib.contextmanager
+def _alone(name: str) -> Iterator[None]:
+    """Nobody else makes the thing of this name meanwhile."""
+    cache().mkdir(parents=True, exist_ok=True)
+    with (cache() / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _check_disk(name: str, needed: int) -> None:

@@ -42,7 +42,7 @@ class OutOfReads(Exception):
 
 
 @dataclass(slots=True)
-class File:
+class VideoFile:
     """A file whose bytes are read by their place: from its base64 text, or from its bytes."""
 
     data: memoryview
@@ -75,7 +75,7 @@ def read(
 
     At most `reads` pieces of it are read.
     """
-    file = File(memoryview(data), is_base64, left=min(reads, MAX_READS))
+    file = VideoFile(memoryview(data), is_base64, left=min(reads, MAX_READS))
     try:
         head = file.read(0, 16)
         reader = next((reader for mark, at, _, reader in CONTAINERS if head[at : at + len(mark)] == mark), None)
@@ -104,7 +104,7 @@ def _checked(found: VideoHeader) -> VideoHeader:
 Box = tuple[bytes, int, int]  # name, start and end of the content
 
 
-def _boxes(file: File, start: int, end: int) -> Iterator[Box]:
+def _boxes(file: VideoFile, start: int, end: int) -> Iterator[Box]:
     """The boxes of a part of the file, up to the first that is damaged."""
     at = start
     while at + 8 <= end:
@@ -123,7 +123,7 @@ def _boxes(file: File, start: int, end: int) -> Iterator[Box]:
         at = stop
 
 
-def _box(file: File, where: tuple[int, int] | None, *names: bytes) -> tuple[int, int] | None:
+def _box(file: VideoFile, where: tuple[int, int] | None, *names: bytes) -> tuple[int, int] | None:
     """The content of a box in boxes, by their names."""
     for name in names:
         if where is None:
@@ -132,14 +132,14 @@ def _box(file: File, where: tuple[int, int] | None, *names: bytes) -> tuple[int,
     return where
 
 
-def _numbers(file: File, where: tuple[int, int] | None, form: str, skip: int = 0) -> tuple[int, ...] | None:
+def _numbers(file: VideoFile, where: tuple[int, int] | None, form: str, skip: int = 0) -> tuple[int, ...] | None:
     if where is None:
         return None
     content = file.read(where[0] + skip, min(struct.calcsize(form), where[1] - where[0] - skip))
     return struct.unpack(form, content) if len(content) == struct.calcsize(form) else None
 
 
-def _times(file: File, where: tuple[int, int] | None) -> tuple[int, int]:
+def _times(file: VideoFile, where: tuple[int, int] | None) -> tuple[int, int]:
     """Time scale and duration of a box that begins like `mvhd` or `mdhd`."""
     version = _numbers(file, where, "!B")
     found = _numbers(file, where, "!IQ", 20) if version == (1,) else _numbers(file, where, "!II", 12)
@@ -156,7 +156,7 @@ class _Track(NamedTuple):
     width: int
 
 
-def _mp4(file: File) -> VideoHeader:
+def _mp4(file: VideoFile) -> VideoHeader:
     movie: tuple[int, int] | None = None
     fragments: list[tuple[int, int]] = []
     for name, begin, end in _boxes(file, 0, file.size):
@@ -179,7 +179,7 @@ def _mp4(file: File) -> VideoHeader:
     return VideoHeader(frames if 0 < frames < track.frames - 1 else track.frames, fps, track.height, track.width)
 
 
-def _track(file: File, where: tuple[int, int]) -> _Track | None:
+def _track(file: VideoFile, where: tuple[int, int]) -> _Track | None:
     """The track if it is a video; with 0 frames if they are in fragments."""
     media = _box(file, where, b"mdia")
     if _numbers(file, _box(file, media, b"hdlr"), "!I", 8) != (int.from_bytes(b"vide", "big"),):
@@ -198,7 +198,7 @@ def _track(file: File, where: tuple[int, int]) -> _Track | None:
     )
 
 
-def _durations(file: File, where: tuple[int, int] | None) -> int:
+def _durations(file: VideoFile, where: tuple[int, int] | None) -> int:
     """The sum of all frames' durations; 0 if there are too many entries."""
     count = (_numbers(file, where, "!I", 4) or (0,))[0]
     if where is None or not 0 < count <= _TIMED_ENTRIES:
@@ -207,7 +207,7 @@ def _durations(file: File, where: tuple[int, int] | None) -> int:
     return sum(number * length for number, length in struct.iter_unpack("!II", content[: len(content) // 8 * 8]))
 
 
-def _visible(file: File, where: tuple[int, int] | None) -> int:
+def _visible(file: VideoFile, where: tuple[int, int] | None) -> int:
     """How long the edits of a track are; 0 if it has none, or too many."""
     version = (_numbers(file, where, "!B") or (0,))[0]
     count = (_numbers(file, where, "!I", 4) or (0,))[0]
@@ -223,7 +223,7 @@ DEFAULT_DURATION, DURATIONS = 0x8, 0x100  # flags of `tfhd`, `trun`
 
 
 def _fragments(
-    file: File, movie: tuple[int, int], fragments: list[tuple[int, int]], track: _Track
+    file: VideoFile, movie: tuple[int, int], fragments: list[tuple[int, int]], track: _Track
 ) -> tuple[int, float]:
     """Frames and frames per second of a file in fragments."""
     frames, usual = 0, 0
@@ -260,7 +260,7 @@ USUAL_TIME_SCALE: Final = 1_000_000  # nanoseconds
 _VIDEO_TRACK: Final = 1
 
 
-def _elements(file: File, start: int, end: int) -> Iterator[tuple[int, int, int]]:
+def _elements(file: VideoFile, start: int, end: int) -> Iterator[tuple[int, int, int]]:
     """Identifier, start and end of the content of each element; one of unknown length ends with its parent.
 
     What is in a cluster of unknown length comes after it, as if it were empty.
@@ -291,7 +291,7 @@ def _variable(head: bytes, at: int, *, keep_mark: bool = False) -> tuple[int, in
     return number if keep_mark else number & ~(1 << 7 * length), at + length
 
 
-def _matroska(file: File) -> VideoHeader:
+def _matroska(file: VideoFile) -> VideoHeader:
     segment = next(((b, e) for id, b, e in _elements(file, 0, file.size) if id == SEGMENT), None)
     if segment is None:
         return UNKNOWN
@@ -328,7 +328,7 @@ class _Blocks:
     frames: int = 0
     last: int = 0
 
-    def add(self, file: File, id: int, begin: int, end: int, number: int) -> None:
+    def add(self, file: VideoFile, id: int, begin: int, end: int, number: int) -> None:
         """Look at an element: a cluster, or one of a cluster of unknown length. Raises OutOfReads."""
         if id == CLUSTER:
             for inner, first, last in _elements(file, begin, end):
@@ -341,7 +341,7 @@ class _Blocks:
             self.frames += _variable(file.read(begin, 8), 0)[0] == number
 
 
-def _entries(file: File, begin: int, end: int) -> tuple[int, float, int, int]:
+def _entries(file: VideoFile, begin: int, end: int) -> tuple[int, float, int, int]:
     """Number, seconds per frame, height and width of the first video track."""
     for id, first, last in _elements(file, begin, end):
         if id != ENTRY:
@@ -373,7 +373,7 @@ def _float(content: bytes) -> float:
 # --- AVI: chunks of a name, a length and content ---
 
 
-def _avi(file: File) -> VideoHeader:
+def _avi(file: VideoFile) -> VideoHeader:
     head = file.read(12, 12 + 8 + 40)  # LIST, its length, hdrl; avih, its length, its numbers
     if head[:4] != b"LIST" or head[8:16] != b"hdrlavih":
         return UNKNOWN
@@ -387,7 +387,7 @@ def _avi(file: File) -> VideoHeader:
     return VideoHeader(frames, fps, height, width)
 
 
-Reader = Callable[[File], VideoHeader]
+Reader = Callable[[VideoFile], VideoHeader]
 # Mark, its place, the name of the container, and who reads it.
 CONTAINERS: Final[tuple[tuple[bytes, int, str, Reader], ...]] = (
     (b"ftyp", 4, "mp4", _mp4),

@@ -22,7 +22,7 @@ MEMBERS: Final = {
     "assistant": {"role", "content", "name", "tool_calls", "reasoning", "reasoning_content", "refusal"},
     "tool": {"role", "content", "tool_call_id"},
 }
-# Claude Code's attribution line, which changes with every request, and which vLLM drops from system prompts.
+# Begins a line that a client puts into system prompts, and that vLLM drops, since it changes with each request.
 BILLING_LINE: Final = "x-anthropic-billing-header"
 
 

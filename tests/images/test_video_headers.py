@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from sidecar.images import video_headers
 from sidecar.images.protocol import ImageLimits
-from sidecar.images.video_headers import MAX_READS, UNKNOWN, File, VideoHeader, read
+from sidecar.images.video_headers import MAX_READS, UNKNOWN, VideoFile, VideoHeader, read
 from sidecar.images.worker import video_decode, video_warm_up
 from sidecar.images.worker.decode import ImageRejected
 
@@ -111,7 +111,7 @@ HOSTILE = {
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_file_costs_a_bounded_number_of_reads(name: str) -> None:
     """The number of reads is bounded whatever the file says, and the answer is that nothing is known."""
-    file = File(memoryview(HOSTILE[name]), is_base64=False)
+    file = VideoFile(memoryview(HOSTILE[name]), is_base64=False)
     head = HOSTILE[name]
     reader = next(
         (reader for mark, at, _, reader in video_headers.CONTAINERS if head[at : at + len(mark)] == mark), None

@@ -59,6 +59,7 @@ def find_videos(body: bytes, found: Found) -> list[tuple[bool, VideoHeader]]:
 def _of_list(text: memoryview) -> VideoHeader:
     """The number of JPEGs in a list, and the size of the first."""
     whole = bytes(text)
-    first = header_geometry.read_size(memoryview(whole.partition(b",")[0]), is_base64=True)
+    end = whole.find(b",")
+    first = header_geometry.read_size(text[: end if end >= 0 else len(text)], is_base64=True)
     height, width = (first.height, first.width) if first else (0, 0)
     return VideoHeader(1 + whole.count(b","), 0.0, height, width)
